@@ -1,0 +1,37 @@
+# Two commands set everything up on a machine with Python 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet -c constraints.txt
+
+MODEL  := smollm2-135m-instruct
+BUNDLE ?= build/$(MODEL)-fp32
+PROMPT ?= Explain in three sentences why the sky is blue.
+
+.PHONY: demo test lint bench-export clean
+
+$(VENV)/.export: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[cpu,export]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.export
+	$(PIP) -e '.[dev]'
+	touch $@
+
+## demo: fetch the real model, export it, validate it, and decode with and without Medusa
+demo: $(VENV)/.export
+	BIN=$(BIN) MODEL=$(MODEL) BUNDLE=$(BUNDLE) PROMPT="$(PROMPT)" sh scripts/demo.sh
+
+## test: lint, types, import rules, and every test there is
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,1 @@
+"""Export LLMs with Medusa heads to ONNX and TensorRT."""

@@ -1,0 +1,182 @@
+"""Checkpoint and heads in, ONNX bundle out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.progress import byte_stage, note, stage
+from medusa_export.trace import attention
+from medusa_export.trace.program import trace_heads, trace_step
+from medusa_export.weights import WEIGHTS_NAME, total_bytes, write_weights
+from medusa_heads.formats import load_heads
+from medusa_heads.modules import MedusaHeads
+from medusa_runtime.errors import CheckpointError, OptionError
+from medusa_runtime.files import new_directory, require_new
+from medusa_runtime.manifest import (
+    HEADS,
+    STEP,
+    FileFacts,
+    GraphFacts,
+    HeadFacts,
+    Limits,
+    Manifest,
+    Precision,
+    Provenance,
+    TensorFacts,
+    sha256_of,
+)
+from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
+from medusa_runtime.tree import prior_tree
+
+PACKAGES = ("medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+DEFAULT_TREE_NODES = 16
+MAX_OPSET = 25  # what the torch exporter and the backends have been tried with
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `medusa-export onnx` is asked for; the command's help tells what each means."""
+
+    model: str
+    heads: Path
+    output: Path
+    precision: Precision = "fp32"
+    opset: int = attention.MIN_OPSET
+    max_seq_len: int | None = None
+    head_top_k: int = 10
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+def export_bundle(options: ExportOptions) -> Manifest:
+    """Trace, simplify and write a bundle; whole or not at all.
+
+    Raises:
+        OptionError: an option cannot be used with this model, or the output exists.
+        CheckpointError: model or heads are missing, damaged, or do not fit each other.
+        ExportError: the model cannot be traced.
+    """
+    require_new(options.output, force=options.force)
+    if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
+        raise OptionError(
+            f"--opset is {options.opset}; {attention.MIN_OPSET} (the first with an in-place cache) to {MAX_OPSET} can be written"
+        )
+    heads = load_heads(options.heads)
+    attention.register()
+    with stage(f"load {options.model}"):
+        backbone = load_backbone(
+            options.model,
+            options.precision,
+            attention=attention.ATTENTION_NAME,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    require_matching(heads, backbone, options.heads)
+    max_seq_len = options.max_seq_len or backbone.max_position_embeddings
+    if max_seq_len > backbone.max_position_embeddings:
+        raise OptionError(f"--max-seq-len is {max_seq_len}; the model was made for {backbone.max_position_embeddings}")
+    if options.head_top_k > backbone.facts.vocab_size:
+        raise OptionError(f"--head-top-k is {options.head_top_k}; the vocabulary has {backbone.facts.vocab_size}")
+
+    with stage("trace the backbone"):
+        step = trace_step(backbone, options.opset, note)
+    with stage("trace the heads"):
+        heads_graph = trace_heads(backbone, heads, options.head_top_k, options.opset)
+
+    with new_directory(options.output, force=options.force) as directory:
+        tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
+        chat = {"template": tokenizer.chat_template, "special_tokens": _special_tokens(tokenizer)}
+        (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
+        graphs = {STEP: step, HEADS: heads_graph}
+        with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
+            files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
+        for name, model in graphs.items():
+            _finish(model, name)
+            ir.save(model, directory / f"{name}.onnx")
+        for name in (TOKENIZER_NAME, CHAT_NAME, *(f"{name}.onnx" for name in graphs)):
+            path = directory / name
+            files[name] = FileFacts(size=path.stat().st_size, sha256=sha256_of(path))
+        manifest = Manifest(
+            kind="onnx",
+            model=backbone.facts,
+            heads=HeadFacts(
+                num_heads=heads.config.num_heads,
+                num_layers=heads.config.num_layers,
+                top_k=options.head_top_k,
+                shared_lm_head=heads.config.shared_lm_head,
+                sha256=sha256_of(options.heads / "heads.safetensors"),
+            ),
+            precision=options.precision,
+            opset=options.opset,
+            limits=Limits(max_seq_len=max_seq_len),
+            graphs={name: graph_facts(model, f"{name}.onnx") for name, model in graphs.items()},
+            tree=prior_tree(heads.config.num_heads, options.head_top_k, DEFAULT_TREE_NODES).to_json(),
+            files=files,
+            provenance=provenance(),
+        )
+        manifest.save(directory)
+    return manifest
+
+
+def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
+    """Raise a `CheckpointError` where the heads were made for a model of other shape."""
+    for name in ("hidden_size", "vocab_size"):
+        want, found = getattr(backbone.facts, name), getattr(heads.config, name)
+        if want != found:
+            raise CheckpointError(
+                f"the heads in {path} have {name} {found}, {backbone.source} has {want}; "
+                f"they were made for {heads.config.base_model}"
+            )
+
+
+def provenance() -> Provenance:
+    """The command that runs now, with what it runs on."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return Provenance(command=command, versions=versions, created=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def graph_facts(model: ir.Model, file: str, target: str = "portable") -> GraphFacts:
+    """Names, types and shapes of a graph's inputs and outputs."""
+
+    def facts(value: ir.Value) -> TensorFacts:
+        assert value.name is not None
+        assert value.shape is not None
+        assert value.dtype is not None
+        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+        return TensorFacts(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+
+    return GraphFacts(
+        file=file,
+        target=target,
+        inputs=[facts(value) for value in model.graph.inputs],
+        outputs=[facts(value) for value in model.graph.outputs],
+    )
+
+
+def _finish(model: ir.Model, name: str) -> None:
+    ClearMetadataAndDocStringPass()(model)
+    model.graph.name = name
+    model.opset_imports.pop("medusa.trace", None)
+    model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)
+    model.producer_name = "medusa-export"
+    model.producer_version = importlib.metadata.version("medusa-export")
+
+
+def _special_tokens(tokenizer: object) -> dict[str, str]:
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return {name: str(token) for name in names if (token := getattr(tokenizer, name, None))}

@@ -1,0 +1,53 @@
+"""Weights in the layout that the products read."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+class TransposeWeights(ir.passes.InPlacePass):
+    """Store a linear layer's weight as [in, out] instead of transposing it at load time.
+
+    Needs: ``MatMul(x, Transpose(weight))`` as a trace of ``nn.Linear`` leaves it. Leaves: ``MatMul(x, weight)`` with the
+    transposed weight, evaluated only when it is written. A weight that is read in its own layout too (a tied embedding) is
+    left alone, so that it is stored once.
+
+    Args:
+        left_alone: names of weights that another graph of the bundle reads in their own layout.
+    """
+
+    def __init__(self, left_alone: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.left_alone = left_alone
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        modified = False
+        for name, weight in list(model.graph.initializers.items()):
+            uses = [usage.node for usage in weight.uses()]
+            if name in self.left_alone or not uses or not all(_is_plain_transpose(node) for node in uses) or weight.const_value is None:
+                continue
+            transposed = _transposed(name, weight.const_value)
+            value = ir.Value(
+                name=name, shape=transposed.shape, type=ir.TensorType(transposed.dtype), const_value=transposed
+            )
+            for node in uses:
+                node.outputs[0].replace_all_uses_with(value)
+                model.graph.remove(node, safe=True)
+            del model.graph.initializers[name]
+            model.graph.register_initializer(value)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _is_plain_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and node.attributes.get_ints("perm", ()) == (1, 0)
+
+
+def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def evaluate() -> ir.Tensor:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+
+    rows, columns = tensor.shape
+    return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name, cache=False)

@@ -1,0 +1,1 @@
+"""From a Hugging Face module to the step graph."""

@@ -1,0 +1,85 @@
+"""How a traced decoder attends: the standard ``Attention`` and ``TensorScatter`` operators instead of the model's own kernels.
+
+Transformers lets a model's attention be replaced by name. Ours emits the ONNX operator itself, so no model code is
+copied and every architecture that goes through the attention interface can be traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+ATTENTION_NAME = "medusa_onnx"
+MIN_OPSET = 24  # the first with TensorScatter, and with an Attention that CPU, CUDA and TensorRT agree on
+
+
+def onnx_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, Hq, T, D]
+    key: torch.Tensor,  # [B, Hkv, S, D]
+    value: torch.Tensor,  # [B, Hkv, S, D]
+    attention_mask: torch.Tensor,  # [B, 1, T, S] bool
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention as one ``Attention`` node. Returns [B, T, Hq, D], as Transformers expects."""
+    batch, heads, tokens, width = query.shape
+    attributes = {"scale": float(scaling if scaling is not None else width**-0.5)}
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    attended = torch.onnx.ops.symbolic(
+        "Attention",
+        [query, key, value, attention_mask],
+        attrs=attributes,
+        dtype=query.dtype,
+        shape=(batch, heads, tokens, value.shape[-1]),
+        version=MIN_OPSET,
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make ``attn_implementation="medusa_onnx"`` known to Transformers. Idempotent."""
+    AttentionInterface.register(ATTENTION_NAME, onnx_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+
+
+class ScatterCache:
+    """The preallocated cache as a traced model sees it: new entries are written at each sequence's length.
+
+    Implements the part of Transformers' ``Cache`` that a decoder calls while it runs.
+    """
+
+    is_compileable = False
+
+    def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], cache_lengths: torch.Tensor) -> None:
+        self.past = past  # layer -> key, value: [B, Hkv, S, D]
+        self.cache_lengths = cache_lengths  # [B]
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        past_key, past_value = self.past[layer]
+        self.present[layer] = (self._scatter(past_key, key), self._scatter(past_value, value))
+        return self.present[layer]
+
+    def _scatter(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            [buffer, new, self.cache_lengths],
+            attrs={"axis": 2, "mode": "linear"},
+            dtype=buffer.dtype,
+            shape=buffer.shape,
+            version=MIN_OPSET,
+        )
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def get_max_cache_shape(self, *_: Any) -> int:
+        return next(iter(self.past.values()))[0].shape[2]

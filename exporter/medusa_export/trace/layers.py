@@ -1,0 +1,113 @@
+"""Which of a decoder's layers are alike, so that one of each kind need be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from medusa_runtime.errors import ExportError
+
+MARKER_DOMAIN = "medusa.trace"
+
+
+def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """The dotted name and the list of the decoder's layers: the one ModuleList as long as the configuration says.
+
+    Raises:
+        ExportError: the model has no such list.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise ExportError(f"{type(model).__name__} holds no list of {depth} layers; it cannot be traced layer by layer")
+
+
+def layer_kinds(layers: torch.nn.ModuleList, layer_types: list[str]) -> list[list[int]]:
+    """Group layer indices by what they compute: same modules, same shapes, same settings. [[0, 2, 4], [1, 3, 5]]."""
+    kinds: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault((layer_types[index], _signature(layer, index)), []).append(index)
+    return list(kinds.values())
+
+
+def _signature(layer: torch.nn.Module, index: int) -> tuple[Any, ...]:
+    def settings(module: torch.nn.Module) -> tuple[Any, ...]:
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
+        return tuple(sorted((k, repr(v)) for k, v in plain.items() if k != "layer_idx"))
+
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    return (
+        tuple((name, type(module).__name__, settings(module)) for name, module in layer.named_modules()),
+        tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors),
+    )
+
+
+@contextmanager
+def only_layers(layers: torch.nn.ModuleList, kept: list[int]) -> Iterator[None]:
+    """While open, the decoder runs the kept layers alone, each between two marker nodes in its trace.
+
+    The first layer must be kept: it shows the skipped ones what a layer of this model returns.
+    """
+    originals = list(layers)
+    returns_tuple: list[bool] = []
+    hooks = []
+    for index, layer in enumerate(originals):
+        if index in kept:
+            hooks.append(layer.register_forward_pre_hook(partial(_mark_input, index), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(partial(_mark_output, index, returns_tuple)))
+        else:
+            layers[index] = _Skipped(layer, returns_tuple)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+class _Skipped(torch.nn.Module):
+    """A layer that does nothing, but still tells the facts that decoders read off their layers."""
+
+    def __init__(self, layer: torch.nn.Module, returns_tuple: list[bool]) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple, so that its weights are not this module's
+        self._returns_tuple = returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if self._returns_tuple[0] else hidden_states
+
+
+def _mark_input(layer: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    if args:
+        return (_mark("LayerInput", layer, args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": _mark("LayerInput", layer, kwargs["hidden_states"])}
+
+
+def _mark_output(layer: int, returns_tuple: list[bool], _: torch.nn.Module, __: Any, result: Any) -> Any:
+    returns_tuple.append(isinstance(result, tuple))
+    if isinstance(result, tuple):
+        return (_mark("LayerOutput", layer, result[0]), *result[1:])
+    return _mark("LayerOutput", layer, result)
+
+
+def _mark(kind: str, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{MARKER_DOMAIN}::{kind}",
+        [hidden],
+        attrs={"layer": layer},
+        dtype=hidden.dtype,
+        shape=hidden.shape,
+        version=1,
+    )

@@ -1,0 +1,180 @@
+"""From torch modules to simplified ONNX graphs: the step graph and the heads graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+    TopologicalSortPass,
+)
+from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+from torch.export import Dim
+
+from medusa_export.checkpoint import Backbone
+from medusa_export.graph.reshape import ConstantReshapes
+from medusa_export.graph.rotary import FuseRotary
+from medusa_export.graph.simplify import Simplify
+from medusa_export.graph.transpose import TransposeWeights
+from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
+from medusa_export.trace.step import StepModule
+from medusa_heads.modules import MedusaHeads
+from medusa_runtime.errors import ExportError
+
+STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
+STEP_OUTPUTS = ("greedy_ids", "hidden", "logits")
+Report = Callable[[str], None]
+
+
+def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None) -> ir.Model:
+    """Trace a backbone into the step graph of docs/onnx-contract.md.
+
+    Two layers of each kind are traced, compared, and stamped out to the full depth; where they turn out to differ, all
+    layers are traced, and `report` says so.
+
+    Raises:
+        ExportError: the model cannot be traced.
+    """
+    list_name, layers = decoder_layers(backbone.model)
+    kinds = layer_kinds(layers, backbone.layer_types)
+    try:
+        return _trace_kinds(backbone, list_name, kinds, opset)
+    except UnlikeLayersError as error:
+        report(f"layers of one kind differ ({error}); tracing all {len(layers)} layers")
+        return _trace_kinds(backbone, list_name, [[layer] for layer in range(len(layers))], opset)
+
+
+def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], opset: int) -> ir.Model:
+    traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
+    _, layers = decoder_layers(backbone.model)
+    module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
+    batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes but 0 and 1, all different
+    facts = backbone.facts
+    shape = (batch, facts.num_kv_heads, capacity, facts.head_dim)
+    past = {str(layer): (torch.zeros(shape, dtype=backbone.dtype), torch.zeros(shape, dtype=backbone.dtype)) for layer in traced}
+    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
+    s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
+    with only_layers(layers, traced):
+        model = _export(
+            module,
+            (
+                torch.ones(batch, tokens, dtype=torch.long),
+                torch.arange(tokens).repeat(batch, 1),
+                torch.ones(batch, tokens, tokens, dtype=torch.bool),
+                torch.zeros(batch, dtype=torch.long),
+                torch.zeros(batch, rows, dtype=torch.long),
+            ),
+            {"past": past},
+            {
+                "input_ids": {0: b, 1: t},
+                "position_ids": {0: b, 1: t},
+                "tree_mask": {0: b, 1: t, 2: t},
+                "cache_lengths": {0: b},
+                "logit_rows": {0: b, 1: r},
+                "past": {str(layer): ({0: b, 2: s}, {0: b, 2: s}) for layer in traced},
+            },
+            opset,
+        )
+    pairs = [f"{layer}.{part}" for layer in traced for part in ("key", "value")]
+    _name(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])
+    _name(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
+    _simplify(model)
+    state = backbone.model.state_dict()
+    prefix = f"model.{list_name}.{{layer}}."
+    StampLayers(kinds, prefix, lambda name: _torch_tensor(state[name.removeprefix("model.")], name))(model)
+    TransposeWeights()(model)
+    return model
+
+
+class HeadsModule(torch.nn.Module):
+    """The heads graph's computation: hidden rows to the heads' best candidates."""
+
+    def __init__(self, heads: MedusaHeads, lm_head: torch.nn.Module, top_k: int) -> None:
+        super().__init__()
+        self.heads, self.lm_head, self.top_k = heads, lm_head, top_k
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C] -> 2 × [B, K, M]
+        logits = self.heads(hidden, self.lm_head).float()  # [B, K, V]
+        best, head_ids = torch.topk(logits, self.top_k, dim=-1)
+        return head_ids, best - torch.logsumexp(logits, -1, keepdim=True)
+
+
+def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int) -> ir.Model:
+    """Trace heads, with the backbone's LM head where they share it, into the heads graph.
+
+    Raises:
+        ExportError: the heads cannot be traced.
+    """
+    module = HeadsModule(heads.to(backbone.dtype), backbone.model.get_output_embeddings(), top_k).eval()
+    hidden = torch.zeros(2, backbone.facts.hidden_size, dtype=backbone.dtype)
+    model = _export(module, (hidden,), {}, {"hidden": {0: Dim("batch", min=1, max=1 << 16)}}, opset)
+    _name(model.graph.outputs, ["head_ids", "head_log_probs"])
+    _simplify(model)
+    embedding, lm_head = backbone.model.get_input_embeddings(), backbone.model.get_output_embeddings()
+    tied = embedding.weight.data_ptr() == lm_head.weight.data_ptr()
+    TransposeWeights(frozenset({"lm_head.weight"}) if tied else frozenset())(model)
+    return model
+
+
+def _export(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: dict[str, Any], opset: int
+) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                args,
+                kwargs=kwargs,
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,  # `Simplify` does what is needed of it, in a fraction of the time
+                verbose=False,
+            )
+        except Exception as error:  # the exporter wraps whatever a model's code raises
+            reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"the model cannot be traced: {reason}") from error
+    assert program is not None
+    return program.model
+
+
+def _simplify(model: ir.Model) -> None:
+    Simplify()(model)
+    fuse_rms_normalization(model)
+    FuseRotary()(model)
+    ConstantReshapes()(model)
+    ir.passes.Sequential(
+        IdentityEliminationPass(), CommonSubexpressionEliminationPass(), TopologicalSortPass(), RemoveUnusedNodesPass()
+    )(model)
+
+
+def _name(values: Any, names: list[str]) -> None:
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
+    return ir.tensor_adapters.TorchTensor(tensor.detach(), name=name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells its own developers much that a user cannot act on."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.setLevel(level)

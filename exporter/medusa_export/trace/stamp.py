@@ -1,0 +1,203 @@
+"""From a trace of one layer of each kind to the graph of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from medusa_export.trace.layers import MARKER_DOMAIN
+
+WeightLookup = Callable[[str], ir.TensorProtocol]
+
+
+class UnlikeLayersError(Exception):
+    """Two layers taken for alike have different traces, or a layer's inner values are used outside it."""
+
+
+@dataclass
+class LayerBlock:
+    """One traced layer: the nodes between its two markers that depend on its input or its weights."""
+
+    layer: int
+    entry: ir.Node  # LayerInput
+    exit: ir.Node  # LayerOutput
+    past: tuple[ir.Value, ir.Value]
+    present: tuple[ir.Value, ir.Value]
+    nodes: list[ir.Node] = field(default_factory=list)  # in topological order
+
+
+class StampLayers(ir.passes.InPlacePass):
+    """Replace the traced layers by all layers, each a copy of its kind's first one.
+
+    Needs: a trace made under `only_layers`, with a past and a present value for each traced layer. Leaves: no markers; past
+    inputs and present outputs for every layer, in order; the weights of layers that were not traced, looked up by name.
+
+    Args:
+        kinds: layer indices grouped by kind; of each the first and the last were traced.
+        prefix: what the weights' names of a layer start with, such as ``model.layers.{layer}.``.
+        weights: finds a weight by name.
+
+    Raises:
+        UnlikeLayersError: the first and the last layer of a kind have different traces. Trace all layers then.
+    """
+
+    def __init__(self, kinds: list[list[int]], prefix: str, weights: WeightLookup) -> None:
+        super().__init__()
+        self.kinds, self.prefix, self.weights = kinds, prefix, weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Stamp in place."""
+        graph = model.graph
+        blocks = {block.layer: block for block in self._blocks(graph)}
+        for kind in self.kinds:
+            if self._shape_of(blocks[kind[0]]) != self._shape_of(blocks[kind[-1]]):
+                raise UnlikeLayersError(f"layers {kind[0]} and {kind[-1]}")
+        representative = {layer: blocks[kind[0]] for kind in self.kinds for layer in kind}
+
+        ordered = sorted(blocks.values(), key=lambda block: block.layer)
+        hidden, result = ordered[0].entry.inputs[0], ordered[-1].exit.outputs[0]
+        pasts: list[ir.Value] = []
+        presents: list[ir.Value] = []
+        for layer in sorted(representative):
+            assert hidden is not None
+            hidden, past, present = self._copy(graph, representative[layer], layer, hidden)
+            pasts += past
+            presents += present
+        result.replace_all_uses_with(hidden, replace_graph_outputs=True)
+
+        traced_pasts = {value for block in ordered for value in block.past}
+        traced_presents = {value for block in ordered for value in block.present}
+        graph.inputs[:] = [*(value for value in graph.inputs if value not in traced_pasts), *pasts]
+        graph.outputs[:] = [*(value for value in graph.outputs if value not in traced_presents), *presents]
+        for block in reversed(ordered):
+            graph.remove([block.entry, *block.nodes, block.exit], safe=True)
+            for value, stamped in zip(block.past, pasts[2 * block.layer : 2 * block.layer + 2], strict=True):
+                value.replace_all_uses_with(stamped)
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del graph.initializers[name]
+        graph.sort()
+        return ir.passes.PassResult(model, modified=True)
+
+    def _blocks(self, graph: ir.Graph) -> Iterator[LayerBlock]:
+        markers: dict[tuple[str, int], ir.Node] = {
+            (node.op_type, node.attributes["layer"].as_int()): node for node in graph if node.domain == MARKER_DOMAIN
+        }
+        inputs = {value.name: value for value in graph.inputs}
+        outputs = {value.name: value for value in graph.outputs}
+        for kind, layer in markers:
+            if kind == "LayerInput":
+                block = LayerBlock(
+                    layer,
+                    markers["LayerInput", layer],
+                    markers["LayerOutput", layer],
+                    (inputs[f"past.{layer}.key"], inputs[f"past.{layer}.value"]),
+                    (outputs[f"present.{layer}.key"], outputs[f"present.{layer}.value"]),
+                )
+                block.nodes = self._private_nodes(graph, block)
+                yield block
+
+    def _private_nodes(self, graph: ir.Graph, block: LayerBlock) -> list[ir.Node]:
+        prefix = self.prefix.format(layer=block.layer)
+        own: set[ir.Value] = {block.entry.outputs[0]}  # not the cache: the mask reads its capacity off one layer's
+        own |= {value for name, value in graph.initializers.items() if name.startswith(prefix)}
+        wanted = self._ancestors(block)
+        nodes = []
+        for node in graph:
+            if node in wanted and any(value in own for value in node.inputs if value is not None):
+                nodes.append(node)
+                own.update(node.outputs)
+        inside = {*nodes, block.exit}
+        for node in nodes:
+            for output in node.outputs:
+                leaks = output.is_graph_output() and output not in block.present
+                if leaks or any(usage.node not in inside for usage in output.uses()):
+                    raise UnlikeLayersError(f"{output.name} of layer {block.layer} is used outside it")
+        return nodes
+
+    @staticmethod
+    def _ancestors(block: LayerBlock) -> set[ir.Node]:
+        """Every node the layer's results depend on, back to its entry."""
+        found: set[ir.Node] = set()
+        pending = [block.exit.inputs[0], *block.present]
+        while pending:
+            value = pending.pop()
+            node = value.producer() if value is not None else None
+            if node is None or node is block.entry or node in found:
+                continue
+            found.add(node)
+            pending += node.inputs
+        return found
+
+    def _shape_of(self, block: LayerBlock) -> list[object]:
+        """What a block computes, apart from which layer it is: equal for two layers of one kind."""
+        prefix = self.prefix.format(layer=block.layer)
+        names: dict[ir.Value, object] = {block.entry.outputs[0]: "hidden", **dict(zip(block.past, ("key", "value"), strict=True))}
+
+        def describe(value: ir.Value | None) -> object:
+            if value is None or value in names:
+                return None if value is None else names[value]
+            if value.is_initializer() and (value.name or "").startswith(prefix):
+                return (value.name or "").removeprefix(prefix)
+            return value.name  # shared by all layers
+
+        described: list[object] = []
+        for position, node in enumerate(block.nodes):
+            described.append(
+                (
+                    node.domain,
+                    node.op_type,
+                    tuple(describe(value) for value in node.inputs),
+                    tuple(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())),
+                )
+            )
+            names.update({output: (position, index) for index, output in enumerate(node.outputs)})
+        described.append(tuple(describe(value) for value in (block.exit.inputs[0], *block.present)))
+        return described
+
+    def _copy(
+        self, graph: ir.Graph, block: LayerBlock, layer: int, hidden: ir.Value
+    ) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
+        """Append a layer like the block's. Returns its result, its past inputs and its present outputs."""
+        past = [_like(value, f"past.{layer}.{part}") for value, part in zip(block.past, ("key", "value"), strict=True)]
+        values: dict[ir.Value, ir.Value] = {block.entry.outputs[0]: hidden, **dict(zip(block.past, past, strict=True))}
+        old, new = self.prefix.format(layer=block.layer), self.prefix.format(layer=layer)
+
+        def mapped(value: ir.Value | None) -> ir.Value | None:
+            if value is None or value in values:
+                return None if value is None else values[value]
+            if value.is_initializer() and (value.name or "").startswith(old):
+                name = new + (value.name or "").removeprefix(old)
+                if name not in graph.initializers:
+                    tensor = self.weights(name)
+                    graph.register_initializer(
+                        ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+                    )
+                return graph.initializers[name]
+            return value
+
+        for node in block.nodes:
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                [mapped(value) for value in node.inputs],
+                node.attributes.values(),
+                num_outputs=len(node.outputs),
+                name=f"layers.{layer}.{node.name}",
+            )
+            for before, after in zip(node.outputs, copy.outputs, strict=True):
+                after.name, after.shape, after.type = f"layers.{layer}.{before.name}", before.shape, before.type
+                values[before] = after
+            graph.append(copy)
+        present = [values[value] for value in block.present]
+        for value, part in zip(present, ("key", "value"), strict=True):
+            value.name = f"present.{layer}.{part}"
+        result = mapped(block.exit.inputs[0])
+        assert result is not None
+        return result, past, present
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=value.type)

@@ -1,0 +1,1 @@
+"""Medusa heads: the modules, and the files they are kept in."""

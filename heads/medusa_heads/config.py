@@ -1,0 +1,19 @@
+"""What describes a set of Medusa heads."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class HeadsConfig(BaseModel):
+    """Shape of the heads, and the model they were made for. Kept as `config.json` beside the weights."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    format_version: int = 1
+    base_model: str = Field(description="the checkpoint the heads were made for, as the user named it")
+    num_heads: int = Field(gt=0, description="K: head k predicts the token k + 1 places after the last one")
+    num_layers: int = Field(default=1, gt=0, description="residual blocks a head")
+    hidden_size: int = Field(gt=0, description="C: width of the backbone's last hidden state")
+    vocab_size: int = Field(gt=0, description="V")
+    shared_lm_head: bool = Field(default=True, description="the backbone's LM head serves all heads; else each has its own")

@@ -1,0 +1,31 @@
+"""Files that heads are kept in: one module a format, each with `matches(path)` and `load(path)`.
+
+The formats of other projects get their modules here; `load_heads` asks each in turn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medusa_heads.formats import native
+from medusa_heads.modules import MedusaHeads
+from medusa_runtime.errors import CheckpointError
+
+FORMATS = (native,)
+
+
+def load_heads(path: str | Path) -> MedusaHeads:
+    """Load heads from a directory or a file of any known format.
+
+    Raises:
+        CheckpointError: there is nothing there, the format is unknown, or the file is damaged.
+    """
+    if not Path(path).exists():
+        raise CheckpointError(f"there are no heads at {path}; make some with: medusa-export heads init MODEL -o {path}")
+    for known in FORMATS:
+        if known.matches(Path(path)):
+            return known.load(Path(path))
+    raise CheckpointError(f"{path} holds no heads in a known format; a native one has {' and '.join(native.FILES)}")
+
+
+save_heads = native.save

@@ -1,0 +1,140 @@
+"""ONNX Runtime on the CPU: the cache is one NumPy array that the graph reads and writes in place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
+from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
+from medusa_runtime.manifest import HEADS, STEP, Manifest
+from medusa_runtime.tree import BoolArray, IntArray
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise MissingExtraError("onnxruntime", "cpu") from error
+
+CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+CAPACITY_BUCKET = 256  # slots the cache grows by: attention over a portable graph costs what is allocated
+
+
+class OrtCpuBackend:
+    """Runs the portable graphs with ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the bundle's directory.
+        num_threads: threads for the products; 0 lets ONNX Runtime take one for each core.
+
+    Raises:
+        BackendError: the bundle's precision has no CPU kernels, or ONNX Runtime refuses a graph.
+    """
+
+    def __init__(self, bundle: str | Path, manifest: Manifest, num_threads: int = 0) -> None:
+        if manifest.kind != "onnx":
+            raise BackendError(f"ort-cpu runs ONNX bundles; {bundle} is a {manifest.kind} bundle")
+        if manifest.precision not in CACHE_DTYPES:
+            raise BackendError(
+                f"ONNX Runtime has no {manifest.precision} kernels for the CPU; export with --dtype fp32 or fp16"
+            )
+        self.manifest = manifest
+        self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
+        self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file, num_threads)
+        self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
+        self._binding = self._step_session.io_binding()
+        self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
+        self._cache = self._new_cache(batch_size=0, capacity=0)
+
+    @property
+    def capacity(self) -> int:
+        """Slots a sequence has in the cache now."""
+        return int(self._cache.shape[4])
+
+    def reserve(self, batch_size: int, capacity: int) -> None:
+        """See `Backend.reserve`. The cache grows in buckets; what is cached is kept."""
+        if batch_size == self._cache.shape[2] and capacity <= self.capacity:
+            return
+        slots = -(-max(capacity, self.capacity) // CAPACITY_BUCKET) * CAPACITY_BUCKET
+        try:
+            grown = self._new_cache(batch_size, slots)
+        except MemoryError as error:
+            raise CapacityError(f"no memory for a cache of {batch_size} × {slots} slots") from error
+        kept = min(batch_size, self._cache.shape[2])
+        grown[:, :, :kept, :, : self.capacity] = self._cache[:, :, :kept]
+        self._cache = grown
+        self._bind_cache()
+
+    def step(
+        self,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        tree_mask: BoolArray,
+        cache_lengths: IntArray,
+        logit_rows: IntArray,
+        *,
+        with_logits: bool = False,
+    ) -> StepOutput:
+        """See `Backend.step`."""
+        require_room(cache_lengths, input_ids.shape[1], self.capacity)
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", input_ids)
+        binding.bind_cpu_input("position_ids", position_ids)
+        binding.bind_cpu_input("tree_mask", tree_mask)
+        binding.bind_cpu_input("cache_lengths", cache_lengths)
+        binding.bind_cpu_input("logit_rows", logit_rows)
+        batch, rows = logit_rows.shape
+        greedy_ids = self._bind_output("greedy_ids", (batch, rows), np.dtype(np.int64))
+        self._hidden = self._bind_output("hidden", (batch, rows, self.manifest.model.hidden_size), self._dtype)
+        logits = None
+        if with_logits:
+            logits = self._bind_output("logits", (batch, rows, self.manifest.model.vocab_size), self._dtype)
+        self._step_session.run_with_iobinding(binding)
+        if with_logits:  # a bound output is computed at every step: forget it again
+            self._bind_cache()
+        return StepOutput(greedy_ids, logits)
+
+    def propose(self, rows: IntArray) -> HeadOutput:
+        """See `Backend.propose`."""
+        hidden = self._hidden[np.arange(len(rows)), rows]  # [B, C]
+        token_ids, log_probs = self._heads_session.run(["head_ids", "head_log_probs"], {"hidden": hidden})
+        return HeadOutput(token_ids, log_probs)
+
+    def commit(self, sequence: int, start: int, nodes: IntArray) -> None:
+        """See `Backend.commit`."""
+        first = int(np.argmax(nodes != np.arange(len(nodes))))  # what stands in place already is not moved
+        if nodes[first] == first:
+            return
+        slots = self._cache[:, :, sequence]  # [L, 2, Hkv, S, D]
+        slots[:, :, :, start + first : start + len(nodes)] = slots[:, :, :, start + nodes[first:]]
+
+    def _new_cache(self, batch_size: int, capacity: int) -> npt.NDArray[np.floating]:
+        model = self.manifest.model
+        shape = (model.num_layers, 2, batch_size, model.num_kv_heads, capacity, model.head_dim)
+        return np.zeros(shape, self._dtype)  # [L, 2, B, Hkv, S, D]
+
+    def _bind_cache(self) -> None:
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        for layer, pair in enumerate(self._cache):
+            for name, array in zip(("key", "value"), pair, strict=True):
+                shared = ort.OrtValue.ortvalue_from_numpy(array)  # a view: the graph writes into the array itself
+                self._binding.bind_ortvalue_input(f"past.{layer}.{name}", shared)
+                self._binding.bind_ortvalue_output(f"present.{layer}.{name}", shared)
+
+    def _bind_output(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> npt.NDArray:  # type: ignore[type-arg]
+        array = np.empty(shape, dtype)
+        self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        return array
+
+
+def _open(path: Path, num_threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no common base but this
+        raise BackendError(f"ONNX Runtime cannot open {path}: {str(error).splitlines()[0]}") from error

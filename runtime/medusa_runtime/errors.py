@@ -1,0 +1,54 @@
+"""Every error a user can meet, in one small hierarchy. The message says what was wrong, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class MedusaError(Exception):
+    """The base of all errors raised on purpose. The command line prints it in one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class OptionError(MedusaError):
+    """An option has a value that cannot be used."""
+
+    exit_code = 2
+
+
+class MissingExtraError(MedusaError):
+    """A command needs packages that one of the optional extras installs."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: pip install 'medusa-export[{extra}]'")
+
+
+class BundleError(MedusaError):
+    """A bundle is missing, damaged, or of a kind this version cannot read."""
+
+
+class CheckpointError(MedusaError):
+    """A model or heads checkpoint is missing, damaged, or does not fit the other."""
+
+
+class ExportError(MedusaError):
+    """A model cannot be traced or written."""
+
+
+class CapacityError(MedusaError):
+    """A request needs more cache than the bundle or the engine allows."""
+
+
+class TreeError(MedusaError):
+    """A candidate tree is malformed, or deeper or wider than the heads."""
+
+    exit_code = 2
+
+
+class BackendError(MedusaError):
+    """A backend is unknown, is not installed, or cannot run this bundle."""
+
+
+class ValidationMismatchError(MedusaError):
+    """A bundle's output differs from the reference by more than is tolerated."""
+
+    exit_code = 3

@@ -1,0 +1,185 @@
+"""What a bundle says of itself: `manifest.json`, its schema, and the check of the files against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medusa_runtime.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+Precision = Literal["fp32", "fp16", "bf16"]
+STEP, HEADS = "step", "heads"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelFacts(_Model):
+    """What the runtime must know of the backbone."""
+
+    name: str = Field(description="where the checkpoint came from, as the user named it")
+    architecture: str = Field(description="the Transformers class that was traced")
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = Field(description="any of these ends an answer")
+
+
+class HeadFacts(_Model):
+    """What the runtime must know of the Medusa heads."""
+
+    num_heads: int = Field(gt=0)
+    num_layers: int = Field(gt=0, description="residual blocks a head")
+    top_k: int = Field(gt=0, description="candidates a head returns")
+    shared_lm_head: bool
+    sha256: str = Field(description="of the heads' weights as they were read")
+
+
+class Limits(_Model):
+    """What a request may ask for."""
+
+    max_seq_len: int = Field(gt=0, description="prompt and answer together, in tokens")
+    max_batch_size: int | None = Field(default=None, description="none: only memory limits it")
+    max_tree_nodes: int | None = Field(default=None, description="none: only memory limits it")
+    max_prefill_tokens: int | None = Field(default=None, description="prompt tokens a step takes; none: any number")
+    capacity: int | None = Field(default=None, description="cache slots a sequence, where the engine fixes them")
+
+
+class TensorFacts(_Model):
+    """A graph's input or output; a named dimension is dynamic."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphFacts(_Model):
+    """One graph of the bundle."""
+
+    file: str
+    target: str = Field(description="`portable` runs on every backend; others name the backend they are made for")
+    inputs: list[TensorFacts]
+    outputs: list[TensorFacts]
+
+
+class FileFacts(_Model):
+    """A file's size in bytes and its digest."""
+
+    size: int
+    sha256: str
+
+
+class Provenance(_Model):
+    """The command, the versions and the time that made the bundle."""
+
+    command: list[str]
+    versions: dict[str, str]
+    created: str = Field(description="UTC, ISO 8601")
+
+
+class ValidationFacts(_Model):
+    """The last comparison with the reference; the details are in `report`."""
+
+    status: Literal["passed", "failed", "not run"]
+    report: str | None = None
+    summary: dict[str, Any] = Field(default_factory=dict)
+
+
+class EngineFacts(_Model):
+    """What TensorRT engines were built for."""
+
+    flavor: Literal["tensorrt", "rtx"]
+    tensorrt_version: str
+    compute_capabilities: list[str]
+    profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(
+        description="profile → input → min, opt and max shape"
+    )
+    aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
+    source_bundle: str = Field(description="sha256 of the manifest of the ONNX bundle it was built from")
+
+
+class Manifest(_Model):
+    """`manifest.json`. See docs/bundle-format.md."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["onnx", "tensorrt"]
+    model: ModelFacts
+    heads: HeadFacts
+    precision: Precision
+    opset: int
+    limits: Limits
+    graphs: dict[str, GraphFacts]
+    tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
+    files: dict[str, FileFacts]
+    provenance: Provenance
+    validation: ValidationFacts = ValidationFacts(status="not run")
+    engine: EngineFacts | None = None
+
+    @classmethod
+    def load(cls, bundle: str | Path) -> Manifest:
+        """Read and check a bundle's manifest.
+
+        Raises:
+            BundleError: there is none, it is damaged, or its schema is of another version.
+        """
+        path = Path(bundle) / MANIFEST_NAME
+        if not path.is_file():
+            raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
+        try:
+            data = json.loads(path.read_text())
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if version != SCHEMA_VERSION:
+                raise BundleError(
+                    f"{path} has schema version {version}, this medusa-export reads {SCHEMA_VERSION}; export it again"
+                )
+            return cls.model_validate(data)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
+
+    def save(self, bundle: str | Path) -> None:
+        """Write the manifest into a bundle directory, at once or not at all."""
+        path = Path(bundle) / MANIFEST_NAME
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n")
+        os.replace(temporary, path)
+
+    def mismatches(self, bundle: str | Path) -> list[str]:
+        """Compare every file with its size and digest; one line for each that differs, none when all is well."""
+        problems = []
+        for name, facts in self.files.items():
+            path = Path(bundle) / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif (size := path.stat().st_size) != facts.size:
+                problems.append(f"{name} has {size} bytes, the manifest says {facts.size}")
+            elif (digest := sha256_of(path)) != facts.sha256:
+                problems.append(f"{name} has sha256 {digest[:12]}…, the manifest says {facts.sha256[:12]}…")
+        return problems
+
+    def require_intact(self, bundle: str | Path) -> None:
+        """Raise a `BundleError` naming the first file that does not match the manifest."""
+        if problems := self.mismatches(bundle):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; export it again")
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

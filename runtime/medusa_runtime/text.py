@@ -1,0 +1,140 @@
+"""Text in, text out: the bundle's tokenizer, its chat template, and decoding as tokens stream in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from medusa_runtime.errors import BundleError, OptionError
+
+TOKENIZER_NAME = "tokenizer.json"
+CHAT_NAME = "chat.json"
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[Message]
+
+
+class TextCodec:
+    """Turns prompts into token ids and token ids into text, as the bundle's checkpoint does.
+
+    Raises:
+        BundleError: the tokenizer is missing or damaged.
+    """
+
+    def __init__(self, bundle: str | Path) -> None:
+        self._bundle = Path(bundle)
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(self._bundle / TOKENIZER_NAME))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise BundleError(f"{self._bundle / TOKENIZER_NAME} cannot be read ({error}); export it again") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            prompt: messages, or one user message as text.
+            raw: take the text as it is, without the chat template. So is done for a model that has none.
+
+        Raises:
+            OptionError: messages for a model without a chat template, or messages its template refuses.
+        """
+        if isinstance(prompt, str):
+            if raw or not self.has_chat_template:
+                return list(self.tokenizer.encode(prompt).ids)
+            prompt = [{"role": "user", "content": prompt}]
+        elif raw:
+            raise OptionError("raw takes text, not messages")
+        return list(self.tokenizer.encode(self.render(prompt), add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids)))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint came with a chat template."""
+        return bool(self._chat.get("template"))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat template's text for messages, up to where the assistant's answer starts.
+
+        The template runs sandboxed: it comes with the checkpoint and is not trusted.
+        """
+        if not self.has_chat_template:
+            raise OptionError("this model has no chat template; give the prompt as text")
+        for message in messages:
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise OptionError(f"a message is an object with role and content; found {message!r}")
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=True, **self._chat["special_tokens"]
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise OptionError(f"the chat template refuses these messages: {error}") from error
+
+    @cached_property
+    def _chat(self) -> dict[str, Any]:
+        path = self._bundle / CHAT_NAME
+        try:
+            chat: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
+        return chat
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+        return environment.from_string(self._chat["template"])
+
+
+def _refuse(reason: str) -> None:
+    raise jinja2.TemplateError(reason)
+
+
+class TextStream:
+    """Text of one answer as its tokens come: a piece is given out once no later token can change it."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self.text = ""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take tokens, return the text they complete."""
+        self._token_ids.extend(token_ids)
+        pieces = [self._stream.step(self._codec.tokenizer, token) or "" for token in token_ids]
+        return self._give("".join(pieces))
+
+    def finish(self) -> str:
+        """Return what was held back, such as a character whose last bytes never came."""
+        whole = self._codec.decode(self._token_ids)
+        return self._give(whole[len(self.text) :] if whole.startswith(self.text) else "")
+
+    def _give(self, piece: str) -> str:
+        self.text += piece
+        return piece
