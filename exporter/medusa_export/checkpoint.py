@@ -13,6 +13,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from medusa_runtime.errors import CheckpointError, ExportError
 from medusa_runtime.manifest import ModelFacts, Precision
@@ -107,6 +108,7 @@ def load_backbone(
     """
     place, options = _resolve(source)
     dtype = DTYPES[precision]
+    transformers_logging.disable_progress_bar()
     try:
         model = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
             place, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, **options

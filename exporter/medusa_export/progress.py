@@ -21,19 +21,18 @@ def note(text: str) -> None:
 def stage(name: str) -> Iterator[None]:
     """A stage of unknown length: a spinner on a terminal, and a line with its seconds once it is done."""
     started = time.perf_counter()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bar:
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(name)
         yield
     note(f"{name}: {time.perf_counter() - started:.1f} s")
 
 
 @contextmanager
-def byte_stage(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def byte_stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A stage measured in bytes. Yields a function that is told how many more are done."""
     started = time.perf_counter()
     columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
         yield lambda done: bar.advance(task, done)
-        size = bar.tasks[0].completed
-    note(f"{name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
+    note(f"{name}: {total / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
-from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
+from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, OptionError
 from medusa_runtime.manifest import HEADS, STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
@@ -27,10 +27,12 @@ class OrtCpuBackend:
 
     Args:
         bundle: the bundle's directory.
-        num_threads: threads for the products; 0 lets ONNX Runtime take one for each core.
+        num_threads: threads for the products; 0 for one a core. They are shared by all bundles of the process, so the
+            first one loaded decides.
 
     Raises:
         BackendError: the bundle's precision has no CPU kernels, or ONNX Runtime refuses a graph.
+        OptionError: another number of threads was set before.
     """
 
     def __init__(self, bundle: str | Path, manifest: Manifest, num_threads: int = 0) -> None:
@@ -42,8 +44,9 @@ class OrtCpuBackend:
             )
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
-        self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file, num_threads)
-        self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
+        _share_threads(num_threads)
+        self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file)
+        self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file)
         self._binding = self._step_session.io_binding()
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._cache = self._new_cache(batch_size=0, capacity=0)
@@ -130,9 +133,30 @@ class OrtCpuBackend:
         return array
 
 
-def _open(path: Path, num_threads: int) -> ort.InferenceSession:
+_shared_threads: list[int] = []  # the size of ONNX Runtime's process-wide pool, once it is set
+
+
+def _share_threads(num_threads: int) -> None:
+    """Let all sessions use one pool of threads.
+
+    With a pool each, the step's idle threads spin on the cores that the heads need, and the other way round: that took a
+    step from 48 to 84 ms (docs/decisions/0003-one-thread-pool.md).
+    """
+    if not _shared_threads:
+        size = num_threads or len(os.sched_getaffinity(0))
+        try:
+            ort.set_global_thread_pool_sizes(size, 1)
+        except Exception as error:  # the process has set them itself: they serve as well
+            if "already been created" not in str(error):
+                raise BackendError(f"ONNX Runtime refuses {size} threads: {error}") from error
+        _shared_threads.append(size)
+    if num_threads not in (0, _shared_threads[0]):
+        raise OptionError(f"num_threads is {num_threads}; this process shares {_shared_threads[0]} threads since its first bundle")
+
+
+def _open(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
+    options.use_per_session_threads = False
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

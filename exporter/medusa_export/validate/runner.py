@@ -1,0 +1,121 @@
+"""The two sides of a validation: the bundle on its backend, and PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from medusa_export.checkpoint import Backbone, load_backbone
+from medusa_export.graph.upcast import Upcast
+from medusa_export.weights import write_weights
+from medusa_runtime.backends import Backend, open_backend
+from medusa_runtime.decoding import draft_tokens
+from medusa_runtime.manifest import Manifest
+from medusa_runtime.tree import CandidateTree, IntArray
+
+Rows = npt.NDArray[np.floating]
+BF16_NOTE = "ONNX Runtime has no bfloat16 kernels for the CPU: the graph ran in float32 on the bundle's bfloat16 weights"
+
+
+@contextmanager
+def runnable_bundle(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, list[str]]]:
+    """The bundle itself, or, where the CPU has no kernels for its precision, a temporary copy that it can run."""
+    if manifest.precision != "bf16":
+        yield bundle, manifest, []
+        return
+    with TemporaryDirectory(prefix="medusa-export-") as scratch:
+        models = {facts.file: ir.load(bundle / facts.file) for facts in manifest.graphs.values()}
+        for model in models.values():
+            Upcast()(model)
+        write_weights(models.values(), Path(scratch))
+        for file, model in models.items():
+            ir.save(model, Path(scratch) / file)
+        yield Path(scratch), manifest.model_copy(update={"precision": "fp32"}), [BF16_NOTE]
+
+
+class BundleSide:
+    """The bundle's answers, logits included."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: str = "auto") -> None:
+        self.backend: Backend = open_backend(bundle, manifest, backend)
+
+    def prompt_logits(self, prompt_ids: Sequence[int]) -> Rows:
+        """Logits after every token of a prompt. [T, V]"""
+        tokens = len(prompt_ids)
+        self.backend.reserve(1, tokens)
+        output = self.backend.step(
+            np.array([prompt_ids], np.int64),
+            np.arange(tokens)[None],
+            np.tri(tokens, dtype=np.bool_)[None],
+            np.zeros(1, np.int64),
+            np.arange(tokens)[None],
+            with_logits=True,
+        )
+        assert output.logits is not None
+        return output.logits[0]
+
+    def tree_logits(self, prompt_ids: Sequence[int], tree: CandidateTree) -> tuple[IntArray, Rows]:
+        """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""
+        root = self.prompt_logits(prompt_ids)[-1].argmax()[None]
+        cached = len(prompt_ids)
+        head_ids = self.backend.propose(np.array([cached - 1])).token_ids
+        tokens = draft_tokens(tree, root, head_ids)  # [1, N]
+        self.backend.reserve(1, cached + tree.num_nodes)
+        output = self.backend.step(
+            tokens,
+            cached + tree.depths[None],
+            tree.mask[None],
+            np.array([cached]),
+            np.arange(tree.num_nodes)[None],
+            with_logits=True,
+        )
+        assert output.logits is not None
+        return tokens[0], output.logits[0]
+
+
+@dataclass
+class ReferenceSide:
+    """PyTorch in float32, on the weights rounded as the bundle stores them."""
+
+    backbone: Backbone
+
+    @classmethod
+    def load(cls, source: str, manifest: Manifest, *, trust_remote_code: bool = False) -> ReferenceSide:
+        """Load the checkpoint the bundle was made from."""
+        backbone = load_backbone(source, manifest.precision, trust_remote_code=trust_remote_code)
+        backbone.model.float()
+        backbone.dtype = torch.float32
+        return cls(backbone)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Sequence[int]) -> Rows:
+        """Logits after every token. [T, V]"""
+        rows: Rows = self.backbone.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].numpy()
+        return rows
+
+    @torch.no_grad()
+    def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:
+        """Logits after every token of each continuation of a prompt. For a path of A tokens: [A, V]
+
+        The prompt runs once; the paths share its cache, side by side, the shorter ones padded at their end.
+        """
+        model, longest = self.backbone.model, max(map(len, paths))
+        cache = model(torch.tensor([list(prompt_ids)]), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(paths))
+        padded = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths])
+        logits = model(padded, past_key_values=cache, use_cache=True).logits.numpy()
+        return [rows[: len(path)] for rows, path in zip(logits, paths, strict=True)]
+
+    @torch.no_grad()
+    def hidden(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The last hidden state after the last token. [1, C]"""
+        state: torch.Tensor = self.backbone.model.base_model(torch.tensor([list(token_ids)]), use_cache=False)[0]
+        return state[:, -1]

@@ -1,0 +1,57 @@
+"""What tests share: tiny random models with a tokenizer, their heads, and bundles made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TEXT = "the quick brown fox jumps over the lazy dog while a small model learns to speak in many words at once"
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a tiny random model of an architecture, with a tokenizer and a chat template, as a checkpoint directory."""
+    from tests.support.models import save_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **settings: object) -> Path:
+        key = f"{model_type}-{sorted(settings.items())}"
+        if key not in made:
+            made[key] = save_tiny_model(tmp_path_factory.mktemp(model_type), model_type, **settings)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_heads(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes random heads for a tiny model."""
+    from tests.support.models import save_random_heads
+
+    def make(model_type: str = "llama", **settings: object) -> Path:
+        return save_random_heads(make_model(model_type), tmp_path_factory.mktemp("heads") / "heads", **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path], make_heads: Callable[..., Path]
+) -> Callable[..., Path]:
+    """Exports a tiny model to a bundle, once for each set of settings. Tests that change a bundle copy it first."""
+    from medusa_export.export import ExportOptions, export_bundle
+
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **settings: object) -> Path:
+        key = f"{model_type}-{sorted(settings.items())}"
+        if key not in made:
+            output = tmp_path_factory.mktemp("bundle") / "bundle"
+            export_bundle(ExportOptions(str(make_model(model_type)), make_heads(model_type), output, **settings))
+            made[key] = output
+        return made[key]
+
+    return make
