@@ -92,7 +92,7 @@ class Backbone:
 
 
 def load_backbone(
-    source: str, precision: Precision = "fp32", *, attention: str = "sdpa", trust_remote_code: bool = False
+    source: str, precision: Precision = "fp32", *, attention: str = "eager", trust_remote_code: bool = False
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -104,7 +104,6 @@ def load_backbone(
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
-        ExportError: the architecture does not use Transformers' attention interface.
     """
     place, options = _resolve(source)
     dtype = DTYPES[precision]
@@ -115,11 +114,6 @@ def load_backbone(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError, ImportError) as error:
         raise CheckpointError(_reason(source, error)) from error
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ExportError(
-            f"{type(model).__name__} does not use Transformers' attention interface, so it cannot be traced; "
-            f"architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
-        )
     _forget_quantization(model)
     return Backbone(source, model.eval(), dtype)
 

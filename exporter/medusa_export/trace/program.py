@@ -19,7 +19,7 @@ from onnx_ir.passes.common import (
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 from torch.export import Dim
 
-from medusa_export.checkpoint import Backbone
+from medusa_export.checkpoint import TESTED_ARCHITECTURES, Backbone
 from medusa_export.graph.reshape import ConstantReshapes
 from medusa_export.graph.rotary import FuseRotary
 from medusa_export.graph.simplify import Simplify
@@ -84,6 +84,7 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
             },
             opset,
         )
+    _require_attention(backbone, model, len(traced))
     pairs = [f"{layer}.{part}" for layer in traced for part in ("key", "value")]
     _name(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])
     _name(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
@@ -93,6 +94,14 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     StampLayers(kinds, prefix, lambda name: _torch_tensor(state[name.removeprefix("model.")], name))(model)
     TransposeWeights()(model)
     return model
+
+
+def _require_attention(backbone: Backbone, model: ir.Model, num_layers: int) -> None:
+    if sum(node.op_type == "Attention" for node in model.graph) != num_layers:
+        raise ExportError(
+            f"{backbone.facts.architecture} does not attend through Transformers' attention interface, so its cache cannot be "
+            f"exported; architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
+        )
 
 
 class HeadsModule(torch.nn.Module):
@@ -142,7 +151,9 @@ def _export(
             )
         except Exception as error:  # the exporter wraps whatever a model's code raises
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-            raise ExportError(f"the model cannot be traced: {reason}") from error
+            raise ExportError(
+                f"the model cannot be traced: {reason}; architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
+            ) from error
     assert program is not None
     return program.model
 

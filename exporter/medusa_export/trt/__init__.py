@@ -1,0 +1,1 @@
+"""From an ONNX bundle to TensorRT or TensorRT-RTX engines."""

@@ -1,0 +1,110 @@
+"""The two flavours of TensorRT: one API, two packages, two ways to say which GPU an engine is for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+
+Flavor = Literal["rtx", "tensorrt"]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+_PACKAGES: dict[Flavor, tuple[str, str]] = {"rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """A flavour with its module loaded.
+
+    TensorRT-RTX (extra ``rtx``, from PyPI) compiles for the GPUs it is told of and needs none itself. Full TensorRT
+    (extra ``trt``; its libraries come from NVIDIA's own package index, https://pypi.nvidia.com) compiles for the GPU it
+    runs on.
+    """
+
+    flavor: Flavor
+    api: Any  # the module `tensorrt_rtx` or `tensorrt`
+
+    @classmethod
+    def load(cls, flavor: str) -> TensorRT:
+        """Import a flavour's package.
+
+        Raises:
+            OptionError: there is no such flavour.
+            MissingExtraError: its package, or a library that it loads, is not installed.
+        """
+        for known, (package, extra) in _PACKAGES.items():
+            if known == flavor:
+                try:
+                    return cls(known, importlib.import_module(package))
+                except (ImportError, OSError) as error:  # OSError: the package is there, its libraries are not
+                    raise MissingExtraError(package, extra) from error
+        raise OptionError(f"--flavor is {flavor!r}; there are: {', '.join(FLAVORS)}")
+
+    @property
+    def name(self) -> str:
+        """What the flavour is called in messages."""
+        return "TensorRT-RTX" if self.flavor == "rtx" else "TensorRT"
+
+    @property
+    def target(self) -> str:
+        """What a graph made for this flavour says in its manifest."""
+        return self.name.lower()
+
+    @property
+    def version(self) -> str:
+        """The version an engine must be loaded with."""
+        return str(self.api.__version__)
+
+    def known_compute_capabilities(self) -> list[str]:
+        """What engines can be built for here, such as ``["8.6", "8.9"]``.
+
+        Raises:
+            BackendError: full TensorRT, and this machine has no GPU.
+            MissingExtraError: full TensorRT, and cuda-core is not installed.
+        """
+        if self.flavor == "rtx":
+            return [_dotted(name) for name in self.api.ComputeCapability.__members__ if name.startswith("SM")]
+        try:
+            major, minor = importlib.import_module("cuda.core").Device(0).compute_capability
+        except ImportError as error:
+            raise MissingExtraError("cuda-core", "trt") from error
+        except Exception as error:  # cuda-core's errors have no common base but this
+            raise BackendError(
+                f"TensorRT builds for the GPU it runs on, and finds none here ({_first_line(error)}); "
+                "build on the target machine, or use --flavor rtx"
+            ) from error
+        return [f"{major}.{minor}"]
+
+    def check_compute_capabilities(self, capabilities: Sequence[str]) -> None:
+        """Raise an `OptionError` where engines cannot be built here for one of them; it lists those that can be."""
+        known = self.known_compute_capabilities()
+        if not capabilities:
+            raise OptionError(f"--compute-capability is empty; name one or more of {', '.join(known)}")
+        for capability in capabilities:
+            if capability not in known:
+                builder = f"{self.name} {self.version}"
+                raise OptionError(
+                    f"--compute-capability is {capability!r}; {builder} builds here for {', '.join(known)}"
+                )
+
+    def set_compute_capabilities(self, config: Any, capabilities: Sequence[str]) -> None:
+        """Tell a builder configuration what to build for; full TensorRT needs no telling."""
+        if self.flavor == "rtx":
+            config.num_compute_capabilities = len(capabilities)
+            for index, capability in enumerate(capabilities):
+                config.set_compute_capability(self.api.ComputeCapability.__members__[_member(capability)], index)
+
+
+def _dotted(member: str) -> str:
+    """``SM120`` is 12.0."""
+    return f"{member[2:-1]}.{member[-1]}"
+
+
+def _member(capability: str) -> str:
+    return "SM" + capability.replace(".", "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""What engines are asked for, checked against the bundle that they are built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_runtime.errors import BundleError, OptionError
+from medusa_runtime.manifest import HEADS, STEP, Limits, Manifest
+from medusa_runtime.tree import CandidateTree
+
+DEFAULT_MAX_SEQ_LEN = 2048  # attention reads every slot of the cache, used or not, so a long one costs at every step
+MAX_TREE_NODES = 1024  # a step of more tokens costs more than its drafts can win
+CAPACITY_MULTIPLE = 64  # slots that attention kernels read at a time
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `medusa-export trt` is asked for; the command's help tells what each means."""
+
+    bundle: Path
+    output: Path
+    flavor: str = "rtx"
+    compute_capabilities: tuple[str, ...] = ("8.9",)
+    max_seq_len: int | None = None  # none: the bundle's own, at most DEFAULT_MAX_SEQ_LEN
+    max_batch_size: int = 1
+    max_tree_nodes: int = 64
+    max_prefill_tokens: int = 512  # cut to max_seq_len
+    force: bool = False
+
+
+def load_source(bundle: Path) -> Manifest:
+    """The manifest of a bundle that engines can be built from.
+
+    Raises:
+        BundleError: it is no bundle, holds engines already, lacks a portable graph, or failed its validation.
+    """
+    source = Manifest.load(bundle)
+    if source.kind != "onnx":
+        raise BundleError(f"{bundle} holds engines already; build from the ONNX bundle they were made from")
+    for name in (STEP, HEADS):
+        if name not in source.graphs or source.graphs[name].target != "portable":
+            raise BundleError(f"{bundle} has no portable {name} graph; make one with: medusa-export onnx")
+    if source.validation.status == "failed":
+        raise BundleError(f"{bundle} failed its validation ({source.validation.report}); export it again")
+    return source
+
+
+def engine_limits(options: EngineOptions, source: Manifest) -> Limits:
+    """What the engines will take, from the options and the bundle's own limits.
+
+    A step writes the keys of its T tokens from a sequence's length on, those of rejected drafts too: besides
+    `max_seq_len` slots the cache needs `max_tree_nodes` more. A prompt's chunk ends within `max_seq_len`.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
+    limits = source.limits
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(limits.max_seq_len, DEFAULT_MAX_SEQ_LEN)
+    smallest_tree = default_tree_nodes(source)
+    largest_tree = limits.max_tree_nodes or MAX_TREE_NODES
+    _require_range("--max-seq-len", max_seq_len, 2, limits.max_seq_len)
+    _require_range("--max-batch-size", options.max_batch_size, 1, limits.max_batch_size)
+    _require_range("--max-prefill-tokens", options.max_prefill_tokens, 1, limits.max_prefill_tokens)
+    _require_range("--max-tree-nodes", options.max_tree_nodes, smallest_tree, largest_tree, "the bundle's own tree")
+    needed = max_seq_len + options.max_tree_nodes
+    return Limits(
+        max_seq_len=max_seq_len,
+        max_batch_size=options.max_batch_size,
+        max_tree_nodes=options.max_tree_nodes,
+        max_prefill_tokens=min(options.max_prefill_tokens, max_seq_len),
+        capacity=-(-needed // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE,
+    )
+
+
+def default_tree_nodes(source: Manifest) -> int:
+    """Nodes of the tree that the bundle uses by default, root included."""
+    return CandidateTree.from_json(source.tree).num_nodes
+
+
+def _require_range(option: str, value: int, low: int, high: int | None, why_low: str = "") -> None:
+    if value < low or (high is not None and value > high):
+        reason = f" ({why_low})" if why_low else ""
+        raise OptionError(
+            f"{option} is {value}; it must be {low}{reason} " + ("or more" if high is None else f"to {high}")
+        )

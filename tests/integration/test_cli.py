@@ -1,0 +1,134 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from medusa_export.cli import main
+from medusa_runtime import Manifest, MedusaLM
+
+Make = Callable[..., Path]
+
+
+def run(*words: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], input=stdin)
+
+
+def fails(result: Result, exit_code: int, message: str) -> None:
+    """One line on stderr, nothing on stdout, and the exit code."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_from_a_model_to_tokens(make_model: Make, tmp_path: Path) -> None:
+    model = make_model()
+    made = run("heads", "init", model, "-o", tmp_path / "heads", "--num-heads", 2)
+    assert made.stdout == f"{tmp_path / 'heads'}\n"
+    told = json.loads(run("heads", "inspect", tmp_path / "heads", "--json").stdout)
+    assert (told["num_heads"], told["hidden_size"], told["shared_lm_head"]) == (2, 64, True)
+    assert "heads.1.blocks.0.linear.weight" in run("heads", "inspect", tmp_path / "heads").stdout
+
+    exported = run("onnx", model, "--heads", tmp_path / "heads", "-o", tmp_path / "bundle")
+    assert exported.exit_code == 0, exported.stderr
+    assert exported.stdout == f"{tmp_path / 'bundle'}\n"
+    assert "passed" in exported.stderr
+    assert Manifest.load(tmp_path / "bundle").validation.status == "passed"
+
+    answer = run("generate", tmp_path / "bundle", "-p", "a fox", "--max-new-tokens", 12)
+    plain = run("generate", tmp_path / "bundle", "-p", "-", "--max-new-tokens", 12, "--no-medusa", stdin="a fox")
+    assert answer.stdout == plain.stdout
+    assert answer.stderr.startswith("medusa: ")
+    assert plain.stderr.startswith("plain: ")
+    (tmp_path / "tree.json").write_text("[[0], [0, 0], [1]]")
+    words = ("-p", "a fox", "--max-new-tokens", 12, "--tree", tmp_path / "tree.json", "--json", "--seed", 7)
+    result = json.loads(run("generate", tmp_path / "bundle", *words).stdout)
+    assert result["text"] + "\n" == answer.stdout
+    assert (len(result["token_ids"]), result["seed"]) == (result["stats"]["num_generated_tokens"], 7)
+
+
+def test_heads_with_an_lm_head_of_their_own(make_model: Make, tmp_path: Path) -> None:
+    assert run("heads", "init", make_model(), "-o", tmp_path / "heads", "--own-lm-head", "--num-layers", 2).exit_code == 0
+    exported = run("onnx", make_model(), "--heads", tmp_path / "heads", "-o", tmp_path / "bundle")
+    assert exported.exit_code == 0, exported.stderr
+
+
+def test_raw_prompts_skip_the_chat_template(make_bundle: Make) -> None:
+    lm = MedusaLM.from_bundle(make_bundle())
+    for words, raw in (((), False), (("--raw",), True)):
+        result = json.loads(run("generate", make_bundle(), "-p", "a fox", "--max-new-tokens", 5, "--json", *words).stdout)
+        assert result["stats"]["num_prompt_tokens"] == len(lm.codec.encode("a fox", raw=raw))
+
+
+def test_a_failed_validation_exits_with_3_and_marks_the_bundle(make_model: Make, make_bundle: Make, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(make_bundle(), bundle)
+    with (bundle / "weights.bin").open("r+b") as file:
+        file.seek(0)
+        file.write(b"\x3f" * 4096)
+    result = run("validate", bundle, "--reference", make_model())
+    fails(result, 3, f"{bundle} is marked as failed (files match the manifest")
+    fails(run("generate", bundle, "-p", "x"), 1, "failed its validation")
+    fails(run("generate", bundle, "-p", "x", "--allow-failed"), 1, "does not match its manifest: weights.bin has sha256")
+
+
+def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Make, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(make_bundle(), bundle)
+    (tmp_path / "prompts.txt").write_text("one fox\n\ntwo foxes\n")
+    result = run("validate", bundle, "--reference", make_model(), "--prompts", tmp_path / "prompts.txt")
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads((bundle / "validation.json").read_text())["greedy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "message"),
+    [
+        (("fetch", "gpt-17"), 2, "there is no model 'gpt-17' to fetch; there are: smollm2-135m-instruct"),
+        (("generate", "/nowhere", "-p", "x"), 1, "/nowhere is not a bundle"),
+        (("generate", "{bundle}", "-p", ""), 0, ""),
+        (("generate", "{bundle}", "-p", "", "--raw"), 2, "the prompt is empty"),
+        (("generate", "{bundle}", "-p", "x " * 300), 1, "together more than the bundle's 256"),
+        (("generate", "{bundle}", "-p", "x", "--max-new-tokens", "0"), 2, "Invalid value for '--max-new-tokens'"),
+        (("generate", "{bundle}", "-p", "x", "--tree", "/nowhere.json"), 2, "cannot read the tree /nowhere.json"),
+        (("generate", "{bundle}", "-p", "x", "--backend", "tpu"), 2, "Invalid value for '--backend'"),
+        (("heads", "inspect", "/nowhere"), 1, "there are no heads at /nowhere"),
+        (("heads", "inspect", "{model}"), 1, "the heads in"),
+        (("heads", "init", "/nowhere", "-o", "{new}"), 1, "there is no model '/nowhere'"),
+        (("heads", "init", "{model}", "-o", "{model}"), 2, "exists; choose another output, or replace it with --force"),
+        (("onnx", "{model}", "--heads", "{heads}", "-o", "{bundle}"), 2, "exists; choose another output"),
+        (("onnx", "{model}", "--heads", "{model}", "-o", "{new}"), 1, "the heads in"),
+        (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--dtype", "fp8"), 2, "Invalid value for '--dtype'"),
+        (("onnx", "{model}/model.gguf", "--heads", "{heads}", "-o", "{new}"), 1, "there is no file"),
+        (("validate", "/nowhere", "--reference", "{model}"), 1, "/nowhere is not a bundle"),
+        (("validate", "{bundle}", "--reference", "/nowhere"), 1, "there is no model '/nowhere'"),
+        (("validate", "{bundle}", "--reference", "{model}", "--prompts", "/nowhere.txt"), 1, "/nowhere.txt: No such file"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    words, exit_code, message, make_model: Make, make_heads: Make, make_bundle: Make, tmp_path: Path
+) -> None:
+    places = {"model": make_model(), "heads": make_heads(), "bundle": make_bundle(), "new": tmp_path / "new"}
+    result = run(*(word.format(**places) for word in words))
+    if exit_code:
+        fails(result, exit_code, message)
+    assert result.exit_code == exit_code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith(("medusa_export.", "medusa_heads.")) and "cli" not in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it now fails as if it were not there
+    result = run("heads", "init", "x", "-o", tmp_path / "heads")
+    fails(result, 1, "torch is not installed; install it with: pip install 'medusa-export[export]'")

@@ -1,0 +1,178 @@
+"""Every architecture through trace, stamp and bundle, against the eager model; and what a bundle holds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from medusa_export.checkpoint import TESTED_ARCHITECTURES, load_backbone
+from medusa_export.export import ExportOptions, export_bundle
+from medusa_export.trace import attention
+from medusa_export.trace.layers import decoder_layers, layer_kinds
+from medusa_export.trace.program import trace_step
+from medusa_export.validate import validate
+from medusa_export.weights import INLINE_BYTES
+from medusa_runtime import Manifest, MedusaLM, OptionError
+from medusa_runtime.errors import CheckpointError, ExportError
+
+Make = Callable[..., Path]
+PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many words", "a fox")
+
+
+@pytest.mark.parametrize("model_type", TESTED_ARCHITECTURES)
+def test_an_architecture_decodes_like_pytorch(model_type: str, make_bundle: Make, make_model: Make, make_heads: Make) -> None:
+    report = validate(
+        make_bundle(model_type), str(make_model(model_type)), heads=make_heads(model_type), prompts=PROMPTS, max_new_tokens=24
+    )
+    assert report.status == "passed", report.verdicts()
+    assert all(row.num_rows > 0 for row in [*report.prompt_logits, *report.tree_logits])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_half_precision_bundle_decodes_like_pytorch(precision: str, make_bundle: Make, make_model: Make, make_heads: Make) -> None:
+    bundle = make_bundle("llama", precision=precision)
+    report = validate(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS, max_new_tokens=24)
+    assert report.status == "passed", report.verdicts()
+    assert {tensor.dtype for tensor in Manifest.load(bundle).graphs["step"].inputs[5:]} == {
+        {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    }
+
+
+def test_stamped_layers_are_the_layers_of_a_full_trace(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention.register()
+    backbone = load_backbone(str(make_model("gemma2")), attention=attention.ATTENTION_NAME)
+    _, layers = decoder_layers(backbone.model)
+    kinds = layer_kinds(layers, backbone.layer_types)
+    assert kinds == [[0, 2], [1, 3]]  # sliding and full attention take turns
+    stamped = trace_step(backbone, 24)
+    monkeypatch.setattr("medusa_export.trace.program.layer_kinds", lambda *_: [[layer] for layer in range(4)])
+    full = trace_step(backbone, 24)
+    assert [node.op_type for node in stamped.graph] == [node.op_type for node in full.graph]
+    assert [value.name for value in stamped.graph.inputs] == [value.name for value in full.graph.inputs]
+    assert [value.name for value in stamped.graph.outputs] == [value.name for value in full.graph.outputs]
+    assert {name for name in stamped.graph.initializers if "layers" in name} == {
+        name for name in full.graph.initializers if "layers" in name
+    }
+
+
+def test_layers_taken_for_alike_that_differ_are_all_traced(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention.register()
+    backbone = load_backbone(str(make_model("gemma2")), attention=attention.ATTENTION_NAME)
+    monkeypatch.setattr("medusa_export.trace.program.layer_kinds", lambda *_: [[0, 1, 2, 3]])  # the first and last differ
+    said: list[str] = []
+    model = trace_step(backbone, 24, said.append)
+    assert sum(node.op_type == "Attention" for node in model.graph) == 4
+    assert "tracing all 4 layers" in said[0]
+
+
+def test_a_bundle_follows_the_contract(make_bundle: Make) -> None:
+    bundle = make_bundle()
+    manifest = Manifest.load(bundle)
+    step = onnx.load(bundle / "step.onnx", load_external_data=False)
+    onnx.checker.check_model(str(bundle / "step.onnx"))
+    onnx.checker.check_model(str(bundle / "heads.onnx"))
+    assert [(entry.domain, entry.version) for entry in step.opset_import] == [("", 24)]
+    assert {node.domain for node in step.graph.node} == {""}
+    kinds = [node.op_type for node in step.graph.node]
+    assert (kinds.count("Attention"), kinds.count("TensorScatter")) == (4, 8)
+    assert (kinds.count("RMSNormalization"), kinds.count("RotaryEmbedding")) == (9, 8)
+    cache = [f"{layer}.{part}" for layer in range(4) for part in ("key", "value")]
+    assert {tensor.name: tensor.shape for tensor in manifest.graphs["step"].inputs} == {
+        "input_ids": ["batch", "num_tokens"],
+        "position_ids": ["batch", "num_tokens"],
+        "tree_mask": ["batch", "num_tokens", "num_tokens"],
+        "cache_lengths": ["batch"],
+        "logit_rows": ["batch", "num_rows"],
+    } | {f"past.{name}": ["batch", 2, "capacity", 16] for name in cache}
+    assert {tensor.name: tensor.shape for tensor in manifest.graphs["step"].outputs} == {
+        "greedy_ids": ["batch", "num_rows"],
+        "hidden": ["batch", "num_rows", 64],
+        "logits": ["batch", "num_rows", 320],
+    } | {f"present.{name}": ["batch", 2, "capacity", 16] for name in cache}
+    assert [tensor.name for tensor in manifest.graphs["heads"].outputs] == ["head_ids", "head_log_probs"]
+    assert manifest.graphs["heads"].outputs[0].shape == ["batch", 3, 10]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_stored_once(tied: bool, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=tied)
+    export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
+    stored: dict[int, int] = {}  # offset -> bytes
+    for name in ("step.onnx", "heads.onnx"):
+        graph = onnx.load(tmp_path / "bundle" / name, load_external_data=False).graph
+        for tensor in graph.initializer:
+            facts = {entry.key: entry.value for entry in tensor.external_data}
+            assert facts or tensor.ByteSize() < 2 * INLINE_BYTES
+            if facts:
+                stored[int(facts["offset"])] = int(facts["length"])
+    backbone, heads = load_backbone(str(model)).model, 3 * 2 * 64 * 64
+    matrices = sum(p.numel() for p in backbone.parameters() if p.dim() > 1) + heads
+    assert sum(stored.values()) == 4 * matrices  # nothing twice, nothing left out
+
+
+def test_an_interrupted_export_leaves_nothing_and_the_next_one_succeeds(
+    make_model: Make, make_heads: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(str(make_model()), make_heads(), tmp_path / "bundle")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("medusa_export.export.write_weights", interrupt)
+        export_bundle(options)
+    assert list(tmp_path.iterdir()) == []
+    export_bundle(options)
+    assert MedusaLM.from_bundle(tmp_path / "bundle").generate("a fox", max_new_tokens=4).stats.num_generated_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"opset": 23}, OptionError, "--opset is 23; 24"),
+        ({"max_seq_len": 257}, OptionError, "--max-seq-len is 257; the model was made for 256"),
+        ({"head_top_k": 321}, OptionError, "--head-top-k is 321; the vocabulary has 320"),
+        ({"model": "/nowhere"}, CheckpointError, "there is no model '/nowhere'"),
+        ({"heads": Path("/nowhere")}, CheckpointError, "there are no heads at /nowhere"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(change, error, message, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    options = {"model": str(make_model()), "heads": make_heads(), "output": tmp_path / "bundle"} | change
+    with pytest.raises(error, match=message):
+        export_bundle(ExportOptions(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_for_another_model_are_refused(make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    model = make_model("llama", hidden_size=32)
+    with pytest.raises(CheckpointError, match="hidden_size 64, .* has 32"):
+        export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
+
+
+def test_an_architecture_without_the_attention_interface_is_refused_with_those_that_have_it(
+    make_model: Make, make_heads: Make, tmp_path: Path
+) -> None:
+    model = make_model("falcon", num_kv_heads=4, new_decoder_architecture=False, alibi=False)
+    with pytest.raises(ExportError, match=r"llama, mistral, qwen2"):
+        export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "remove"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(damage: str, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(make_model(), model)
+    weights = model / "model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "garbage":
+        weights.write_bytes(b"\xff" * 5000)
+    else:
+        weights.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
+    assert str(model) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,169 @@
+"""The runtime on a real bundle of a tiny model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medusa_runtime import (
+    BackendError,
+    BundleError,
+    CandidateTree,
+    CapacityError,
+    DecodingEngine,
+    Manifest,
+    MedusaLM,
+    TreeError,
+)
+from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.ort_cpu import CAPACITY_BUCKET
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def bundle(make_bundle: Callable[..., Path]) -> Path:
+    return make_bundle()
+
+
+@pytest.fixture(scope="module")
+def lm(bundle: Path) -> MedusaLM:
+    return MedusaLM.from_bundle(bundle)
+
+
+@pytest.mark.parametrize("choices", [[], [[0]], [[0, 0, 0]], [[r] for r in range(10)], [[a, b, c] for a in (0, 3) for b in (0, 1) for c in (0, 9)]])
+def test_any_tree_gives_the_tokens_of_plain_decoding(lm: MedusaLM, choices) -> None:
+    plain = lm.generate(PROMPT, 60, medusa=False, ignore_eos=True)
+    medusa = lm.generate(PROMPT, 60, tree=CandidateTree.from_choices(choices), ignore_eos=True)
+    assert medusa.token_ids == plain.token_ids
+    assert medusa.stats.num_steps <= plain.stats.num_steps == 59
+    assert len(set(plain.token_ids)) > 5  # a model that repeats one token would prove little
+
+
+def test_streaming_gives_the_text_of_the_whole(lm: MedusaLM) -> None:
+    whole = lm.generate(PROMPT, 40)
+    chunks = list(lm.stream(PROMPT, 40))
+    assert "".join(chunk.text for chunk in chunks) == whole.text == lm.codec.decode(whole.token_ids)
+    assert [token for chunk in chunks for token in chunk.token_ids] == whole.token_ids
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason
+    assert all(len(chunk.token_ids) == chunk.num_accepted + 1 for chunk in chunks[:-1])
+
+
+def test_a_request_is_the_same_whatever_ran_before(lm: MedusaLM) -> None:
+    first = lm.generate(PROMPT, 30).token_ids
+    lm.generate("over the lazy dog " * 9, 50)
+    stream = lm.stream("a small model", 50)
+    next(stream)
+    next(stream)  # left unfinished
+    assert lm.generate(PROMPT, 30).token_ids == first
+
+
+def test_a_batch_gives_each_prompt_its_own_answer(bundle: Path, lm: MedusaLM) -> None:
+    prompts = [lm.codec.encode(text) for text in (PROMPT, "dog", "a small model learns to speak in many words")]
+    engine = DecodingEngine(open_backend(bundle, Manifest.load(bundle)))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for steps in engine.generate(prompts, 25):
+        for step in steps:
+            answers[step.sequence] += step.token_ids
+    alone = [[token for [step] in lm.engine.generate([prompt], 25) for token in step.token_ids] for prompt in prompts]
+    assert answers == alone
+
+
+def test_the_cache_grows_in_buckets_and_keeps_what_it_holds(make_bundle: Callable[..., Path]) -> None:
+    bundle = make_bundle("llama", max_seq_len=200)
+    backend = open_backend(bundle, Manifest.load(bundle))
+    engine = DecodingEngine(backend)
+    assert backend.capacity == 0
+    backend.reserve(1, 10)
+    assert backend.capacity == CAPACITY_BUCKET
+    ids = np.arange(20, 40)[None]
+
+    def step(tokens: np.ndarray, cached: int) -> np.ndarray:
+        count = tokens.shape[1]
+        positions = np.arange(cached, cached + count)[None]
+        mask = np.tri(count, dtype=bool)[None]
+        rows = np.arange(count)[None]
+        return backend.step(tokens, positions, mask, np.array([cached]), rows, with_logits=True).logits
+
+    whole = step(ids, 0)
+    step(ids[:, :12], 0)
+    backend.reserve(1, CAPACITY_BUCKET + 1)
+    assert backend.capacity == 2 * CAPACITY_BUCKET
+    np.testing.assert_allclose(step(ids[:, 12:], 12), whole[:, 12:], atol=1e-5)
+    assert engine.tree.num_nodes == 16
+
+
+def test_a_step_past_the_capacity_is_refused(bundle: Path) -> None:
+    backend = open_backend(bundle, Manifest.load(bundle))
+    backend.reserve(1, 1)
+    with pytest.raises(CapacityError, match=f"needs {CAPACITY_BUCKET + 1} cache slots, the cache has {CAPACITY_BUCKET}"):
+        backend.step(np.ones((1, 2), int), np.arange(2)[None], np.tri(2, dtype=bool)[None], np.array([CAPACITY_BUCKET - 1]), np.array([[1]]))
+
+
+def test_the_cache_is_written_in_place(bundle: Path) -> None:
+    """ONNX Runtime warns when it has to copy the cache; it does so when past and present are different memory."""
+    program = """
+import sys, numpy as np, onnxruntime as ort
+from medusa_runtime import Manifest
+from medusa_runtime.backends import open_backend
+backend = open_backend(sys.argv[1], Manifest.load(sys.argv[1]))
+backend.reserve(1, 64)
+before = backend._cache.copy()
+if sys.argv[2] == "apart":
+    for layer in range(4):
+        for part in ("key", "value"):
+            backend._binding.bind_ortvalue_output(f"present.{layer}.{part}", ort.OrtValue.ortvalue_from_numpy(before[layer, 0].copy()))
+backend.step(np.array([[5, 6]]), np.array([[0, 1]]), np.tri(2, dtype=bool)[None], np.array([0]), np.array([[1]]))
+print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()))
+"""
+    runs = {
+        kind: subprocess.run([sys.executable, "-c", program, str(bundle), kind], capture_output=True, text=True, check=True)
+        for kind in ("shared", "apart")
+    }
+    assert runs["shared"].stdout == "2\n"  # two slots of our own array were written
+    assert runs["shared"].stderr == ""
+    assert "copy" in runs["apart"].stderr.lower()  # so that the line above can fail
+    assert runs["apart"].stdout == "0\n"
+
+
+def test_a_request_that_cannot_fit_is_refused_at_the_call(lm: MedusaLM) -> None:
+    with pytest.raises(CapacityError, match="together more than the bundle's 256"):
+        lm.stream(PROMPT, 250)
+    with pytest.raises(CapacityError):
+        lm.generate("word " * 400)
+
+
+def test_a_tree_deeper_or_wider_than_the_heads_is_refused(bundle: Path, lm: MedusaLM) -> None:
+    with pytest.raises(TreeError, match="4 deep, the bundle has 3 heads"):
+        lm.generate(PROMPT, tree=CandidateTree.from_choices([[0] * 4]))
+    with pytest.raises(TreeError, match="--head-top-k 11"):
+        MedusaLM.from_bundle(bundle, tree=CandidateTree.from_choices([[10]]))
+
+
+def test_an_unknown_backend_is_refused(bundle: Path) -> None:
+    with pytest.raises(BackendError, match="unknown backend 'tpu'; there are: auto, ort-cpu"):
+        MedusaLM.from_bundle(bundle, backend="tpu")
+
+
+def test_a_bfloat16_bundle_says_that_the_cpu_cannot_run_it(make_bundle: Callable[..., Path]) -> None:
+    with pytest.raises(BackendError, match="no bf16 kernels for the CPU"):
+        MedusaLM.from_bundle(make_bundle("llama", precision="bf16"))
+
+
+def test_a_bundle_whose_files_do_not_match_is_refused(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    with (copy / "weights.bin").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\x00\x01\x02")
+    with pytest.raises(BundleError, match=r"weights\.bin has sha256"):
+        MedusaLM.from_bundle(copy)
+    MedusaLM.from_bundle(copy, verify_files=False)  # on the caller's own word

@@ -1,0 +1,111 @@
+"""Validation finds what is wrong with a bundle, and says so in the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from medusa_export.validate import validate_and_record
+from medusa_export.validate.compare import divergences, first_divergence, logits_difference
+from medusa_export.validate.report import TOLERANCES
+from medusa_runtime import BundleError, Manifest, MedusaLM, OptionError
+from medusa_runtime.errors import ValidationMismatchError
+from medusa_runtime.manifest import FileFacts, sha256_of
+
+Make = Callable[..., Path]
+PROMPTS = ("a small model learns",)
+
+
+@pytest.fixture
+def bundle(make_bundle: Make, tmp_path: Path) -> Path:
+    shutil.copytree(make_bundle(), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def disturb(bundle: Path, name: str, *, tell_the_manifest: bool) -> None:
+    """Scale one weight by 1.02, as a wrong conversion might."""
+    graph = onnx.load(bundle / "step.onnx", load_external_data=False).graph
+    tensor = next(tensor for tensor in graph.initializer if name in tensor.name)
+    facts = {entry.key: entry.value for entry in tensor.external_data}
+    weights = np.memmap(bundle / "weights.bin", "f", "r+", int(facts["offset"]), (int(facts["length"]) // 4,))
+    weights *= 1.02
+    weights.flush()
+    if tell_the_manifest:
+        manifest = Manifest.load(bundle)
+        path = bundle / "weights.bin"
+        manifest.files["weights.bin"] = FileFacts(size=path.stat().st_size, sha256=sha256_of(path))
+        manifest.save(bundle)
+
+
+def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_heads: Make) -> None:
+    report = validate_and_record(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS)
+    manifest = Manifest.load(bundle)
+    assert report.status == manifest.validation.status == "passed"
+    kept = json.loads((bundle / "validation.json").read_text())
+    assert kept["greedy"][0]["num_tokens"] == manifest.validation.summary["greedy_tokens"] > 0
+    MedusaLM.from_bundle(bundle)
+
+
+def test_disturbed_weights_fail_even_if_the_manifest_vouches_for_them(bundle: Path, make_model: Make) -> None:
+    disturb(bundle, "layers.2.mlp.up_proj", tell_the_manifest=True)
+    with pytest.raises(ValidationMismatchError, match="logits of prompts, logits of tree paths"):
+        validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
+    assert Manifest.load(bundle).validation.status == "failed"
+    with pytest.raises(BundleError, match=r"failed its validation \(validation\.json\)"):
+        MedusaLM.from_bundle(bundle)
+    MedusaLM.from_bundle(bundle, allow_failed=True)
+
+
+def test_disturbed_files_fail_by_their_digest_too(bundle: Path, make_model: Make) -> None:
+    disturb(bundle, "layers.0.self_attn.q_proj", tell_the_manifest=False)
+    with pytest.raises(ValidationMismatchError, match="files match the manifest, logits of prompts"):
+        validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
+
+
+def test_wrong_heads_fail(bundle: Path, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    from medusa_heads.formats import load_heads, save_heads
+
+    heads = load_heads(make_heads())
+    heads.heads[1].blocks[0].linear.weight.data *= 1.05
+    save_heads(heads, tmp_path / "others")
+    with pytest.raises(ValidationMismatchError, match=r"failed \(head candidates\)"):
+        validate_and_record(bundle, str(make_model()), heads=tmp_path / "others", prompts=PROMPTS)
+
+
+def test_a_bundle_that_does_not_run_fails(bundle: Path, make_model: Make) -> None:
+    (bundle / "heads.onnx").write_bytes(b"no graph")
+    with pytest.raises(ValidationMismatchError, match="the bundle runs"):
+        validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
+
+
+def test_a_reference_of_another_shape_is_refused(bundle: Path, make_model: Make) -> None:
+    with pytest.raises(OptionError, match="architecture Qwen2ForCausalLM, the bundle LlamaForCausalLM"):
+        validate_and_record(bundle, str(make_model("qwen2")), prompts=PROMPTS)
+    assert Manifest.load(bundle).validation.status == "not run"
+
+
+def test_logits_that_are_not_finite_never_pass() -> None:
+    reference = np.zeros((1, 3))
+    found = np.array([[0, np.nan, 0]])
+    assert not logits_difference("", found, reference).within(TOLERANCES["fp32"])
+    assert logits_difference("", reference, reference).within(TOLERANCES["fp32"])
+
+
+def test_a_divergence_tells_both_tokens_and_the_margin() -> None:
+    reference = np.array([[0.0, 1.0, 3.0], [5.0, 4.75, 0.0]])
+    [found] = divergences([2, 1], reference)
+    assert (found.position, found.token_id, found.reference_token_id, found.margin) == (1, 1, 0, 0.25)
+    assert divergences([2, 0], reference) == []
+    first = first_divergence([2, 1], [2, 0], reference)
+    assert first is not None
+    assert (first.position, first.margin) == (1, 0.25)
+    assert first_divergence([2, 0], [2, 0], reference) is None
+    shorter = first_divergence([2], [2, 0], reference)
+    assert shorter is not None
+    assert shorter.margin == float("inf")

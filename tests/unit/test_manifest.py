@@ -1,0 +1,70 @@
+"""The manifest, and files against it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from medusa_runtime import BundleError, Manifest
+from medusa_runtime.manifest import FileFacts, sha256_of
+from tests.support.fake_backend import fake_manifest
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"x" * 1000)
+    manifest = fake_manifest()
+    manifest.files = {"weights.bin": FileFacts(size=1000, sha256=sha256_of(tmp_path / "weights.bin"))}
+    manifest.save(tmp_path)
+    return tmp_path
+
+
+def test_a_manifest_reads_back_as_it_was_written(bundle) -> None:
+    manifest = Manifest.load(bundle)
+    manifest.save(bundle)
+    assert Manifest.load(bundle) == manifest
+    assert manifest.mismatches(bundle) == []
+    assert [path.name for path in bundle.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data | {"schema_version": 99}, "schema version 99, this medusa-export reads 1"),
+        (lambda data: data | {"precision": "fp8"}, "precision"),
+        (lambda data: data | {"surprise": 1}, "surprise"),
+        (lambda data: {key: value for key, value in data.items() if key != "model"}, "model: Field required"),
+        (lambda _: [1, 2], "schema version None"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused_in_one_line(bundle, change, message) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(BundleError, match=message) as caught:
+        Manifest.load(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_manifest_is_refused(bundle) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(BundleError, match="cannot be read"):
+        Manifest.load(bundle)
+
+
+def test_each_kind_of_damage_is_told(bundle) -> None:
+    manifest, weights = Manifest.load(bundle), bundle / "weights.bin"
+    weights.write_bytes(b"x" * 999 + b"y")
+    assert "sha256" in manifest.mismatches(bundle)[0]
+    weights.write_bytes(b"x" * 10)
+    assert manifest.mismatches(bundle) == ["weights.bin has 10 bytes, the manifest says 1000"]
+    weights.unlink()
+    assert manifest.mismatches(bundle) == ["weights.bin is missing"]
+    with pytest.raises(BundleError, match=r"does not match its manifest: weights\.bin is missing; export it again"):
+        manifest.require_intact(bundle)

@@ -1,0 +1,152 @@
+"""Each graph pass on the smallest graph that shows it, run before and after."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from medusa_export.graph.reshape import ConstantReshapes
+from medusa_export.graph.rotary import FuseRotary
+from medusa_export.graph.simplify import Simplify
+from medusa_export.graph.transpose import TransposeWeights
+from medusa_export.graph.upcast import Upcast
+
+HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
+
+
+def parse(text: str, **weights: np.ndarray) -> ir.Model:
+    model = ir.from_onnx_text(HEADER + text)
+    for name, array in weights.items():
+        value = next(value for value in model.graph.inputs if value.name == name)
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(array, name=name)
+        model.graph.register_initializer(value)
+    return model
+
+
+def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+def kinds(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+ROTARY = """
+g (float[B,2,T,8] x, float[B,T,4] f) => (float[B,2,T,8] y) <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] half = {{{half}}},
+   int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}, float scale = {{0.5}}>
+{{
+  c = Concat <axis = -1> (f, {second})
+  cos0 = Cos(c)
+  cos1 = Mul(cos0, scale)
+  sin1 = Sin(c)
+  cos = Unsqueeze(cos1, one)
+  sin = Unsqueeze(sin1, one)
+  x1 = Slice(x, zero, half, last, one)
+  x2 = Slice(x, half, end, last, one)
+  n = Neg(x2)
+  r = Concat <axis = -1> (n, x1)
+  a = Mul(x, cos)
+  b = Mul(r, sin)
+  y = Add(a, b)
+}}"""
+
+
+def test_rotary_embedding_is_fused() -> None:
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.normal(size=(2, 2, 3, 8)).astype("f"), "f": rng.normal(size=(2, 3, 4)).astype("f")}
+    model = parse(ROTARY.format(half=4, second="f"))
+    before = run(model, **feeds)
+    assert FuseRotary()(model).modified
+    Simplify()(model)
+    assert kinds(model).count("RotaryEmbedding") == 1
+    assert "Neg" not in kinds(model)
+    np.testing.assert_allclose(run(model, **feeds), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"half": 3, "second": "f"}, {"half": 4, "second": "g"}])
+def test_what_is_no_rotation_by_halves_is_left_alone(change) -> None:
+    text = ROTARY.format(**change).replace("c = Concat", "g = Neg(f)\n  c = Concat")
+    model = parse(text)
+    assert not FuseRotary()(model).modified
+
+
+def test_computed_reshape_targets_become_constants() -> None:
+    model = parse(
+        """g (float[B,T,8] x, float[B,T,2,4] like) => (float[B,T,2,4] y)
+        { shape = Shape(like)
+          y = Reshape <allowzero = 1> (x, shape) }"""
+    )
+    feeds = {"x": np.arange(48, dtype="f").reshape(2, 3, 8), "like": np.zeros((2, 3, 2, 4), "f")}
+    before = run(model, **feeds)
+    assert ConstantReshapes()(model).modified
+    target = model.graph[-1].inputs[1].const_value
+    assert target.numpy().tolist() == [0, 0, 2, 4]
+    np.testing.assert_array_equal(run(model, **feeds), before)
+
+
+def test_a_reshape_that_moves_a_dynamic_dimension_is_left_alone() -> None:
+    model = parse("g (float[B,T,8] x, int64[3] shape) => (float[T,B,8] y) { y = Reshape (x, shape) }")
+    assert not ConstantReshapes()(model).modified
+
+
+LINEAR = """g (float[T,3] x, float[5,3] w) => (float[T,5] y)
+{ wt = Transpose <perm = [1, 0]> (w)
+  y = MatMul(x, wt) }"""
+WEIGHT = np.arange(15, dtype="f").reshape(5, 3)
+
+
+def test_a_weight_is_stored_as_the_product_reads_it() -> None:
+    model = parse(LINEAR, w=WEIGHT)
+    x = np.ones((2, 3), "f")
+    before = run(model, x=x)
+    assert TransposeWeights()(model).modified
+    assert kinds(model) == ["MatMul"]
+    np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), WEIGHT.T)
+    np.testing.assert_array_equal(run(model, x=x), before)
+
+
+def test_a_tied_weight_stays_in_its_own_layout() -> None:
+    tied = parse(
+        """g (int64[T] ids, float[5,3] w) => (float[T,5] y)
+        { x = Gather(w, ids)
+          wt = Transpose <perm = [1, 0]> (w)
+          y = MatMul(x, wt) }""",
+        w=WEIGHT,
+    )
+    assert not TransposeWeights()(tied).modified
+    assert not TransposeWeights(frozenset({"w"}))(parse(LINEAR, w=WEIGHT)).modified
+
+
+def test_simplifying_folds_constants_but_no_weights() -> None:
+    model = parse(
+        """g (float[T,3] x, float[3] w) => (float[T,3] y)
+        { one = Constant <value = float {1}> ()
+          two = Add(one, one)
+          scale = Add(w, two)
+          y = Mul(x, scale) }""",
+        w=np.ones(3, "f"),
+    )
+    Simplify()(model)
+    assert kinds(model) == ["Add", "Mul"]
+    np.testing.assert_array_equal(run(model, x=np.ones((1, 3), "f")), [[3, 3, 3]])
+
+
+def test_a_bfloat16_graph_runs_in_float32() -> None:
+    # the text form gives bfloat16 by its bits: 16384 is 2.0
+    model = ir.from_onnx_text(
+        HEADER
+        + """g (bfloat16[T,3] x) => (bfloat16[T,3] y)
+        { two = Constant <value = bfloat16 {16384}> ()
+          wide = Cast <to = 1> (x)
+          narrow = Cast <to = 16> (wide)
+          y = Mul(narrow, two) }"""
+    )
+    Upcast()(model)
+    np.testing.assert_array_equal(run(model, x=np.full((1, 3), 1.001, "f")), np.full((1, 3), 2.002, "f"))
