@@ -66,6 +66,12 @@ class Backbone:
         """The longest sequence the model was made for."""
         return int(self.config.max_position_embeddings)
 
+    @property
+    def has_tied_embeddings(self) -> bool:
+        """Whether the LM head is the embedding table."""
+        embedding, lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return bool(embedding.weight is lm_head.weight)
+
     @cached_property
     def facts(self) -> ModelFacts:
         """Shapes and special tokens, under one set of names for all architectures."""
@@ -104,6 +110,7 @@ def load_backbone(
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
+        ExportError: the architecture knows no attention of that name.
     """
     place, options = _resolve(source)
     dtype = DTYPES[precision]
@@ -113,9 +120,19 @@ def load_backbone(
             place, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError, ImportError) as error:
+        if attention in str(error):  # the class looked the implementation up in a table of its own
+            raise unsupported(source) from error
         raise CheckpointError(_reason(source, error)) from error
     _forget_quantization(model)
     return Backbone(source, model.eval(), dtype)
+
+
+def unsupported(what: str) -> ExportError:
+    """The error for an architecture whose attention cannot be replaced."""
+    return ExportError(
+        f"{what} does not attend through Transformers' attention interface, so its cache cannot be exported; "
+        f"architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
+    )
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -157,7 +174,7 @@ def _reason(source: str, error: BaseException, part: str = "model") -> str:
     return f"the {part} of {source} cannot be loaded: {line}"
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_quantization(model: Any) -> None:
     """The weights of a GGUF file are plain floats once loaded; what says otherwise would keep them from being saved."""
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None

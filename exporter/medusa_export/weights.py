@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from medusa_export.graph.values import shape_of
 from medusa_runtime.manifest import FileFacts
 
 WEIGHTS_NAME = "weights.bin"
@@ -45,7 +46,7 @@ def write_weights(models: Iterable[ir.Model], directory: Path, advance: Callable
                 offsets[digest],
                 len(data),
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=shape_of(tensor),
                 name=value.name or "",
                 base_dir=directory,
             )

@@ -5,6 +5,8 @@ Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Mu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -44,7 +46,7 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleList(MedusaHead(config) for _ in range(config.num_heads))
+        self.heads: Any = nn.ModuleList(MedusaHead(config) for _ in range(config.num_heads))
 
     def forward(self, hidden: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
         """Logits of every head.

@@ -210,9 +210,7 @@ class DecodingEngine:
         stats.num_prompt_tokens += int(prompt_lengths.sum())
         return state
 
-    def _step(
-        self, state: _State, tree: CandidateTree, sequences: list[_Sequence], stats: DecodingStats
-    ) -> list[list[int]]:
+    def _step(self, state: _State, tree: CandidateTree, sequences: list[_Sequence], stats: DecodingStats) -> list[list[int]]:
         """Propose, verify, accept, commit. Returns the tokens decided for each sequence."""
         batch, nodes = len(sequences), tree.num_nodes
         self._reserve(state.lengths, nodes)
@@ -247,7 +245,8 @@ class DecodingEngine:
 
     def _positions(self, lengths: IntArray, depths: IntArray) -> IntArray:  # [B, T]
         """Cache length plus depth; what lies beyond the limit is never given out, and must not pass a position table."""
-        return np.minimum(lengths[:, None] + depths, self.backend.manifest.limits.max_seq_len - 1)
+        positions: IntArray = np.minimum(lengths[:, None] + depths, self.backend.manifest.limits.max_seq_len - 1)
+        return positions
 
     def _reserve(self, lengths: IntArray, new_tokens: int) -> None:
         limits = self.backend.manifest.limits

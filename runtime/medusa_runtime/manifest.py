@@ -103,9 +103,7 @@ class EngineFacts(_Model):
     flavor: Literal["tensorrt", "rtx"]
     tensorrt_version: str
     compute_capabilities: list[str]
-    profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(
-        description="profile → input → min, opt and max shape"
-    )
+    profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(description="profile → input → min, opt and max shape")
     aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
     source_bundle: str = Field(description="sha256 of the manifest of the ONNX bundle it was built from")
 

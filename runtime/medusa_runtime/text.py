@@ -85,9 +85,7 @@ class TextCodec:
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise OptionError(f"a message is an object with role and content; found {message!r}")
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._chat["special_tokens"]
-            )
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._chat["special_tokens"])
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise OptionError(f"the chat template refuses these messages: {error}") from error
 

@@ -153,9 +153,7 @@ class CandidateTree:
             return self
         kept = [node for node in range(self.num_nodes) if self.depths[node] <= max_depth]
         index = {node: position for position, node in enumerate(kept)} | {-1: -1}
-        return CandidateTree(
-            tuple(index[self.parents[node]] for node in kept), tuple(self.ranks[node] for node in kept)
-        )
+        return CandidateTree(tuple(index[self.parents[node]] for node in kept), tuple(self.ranks[node] for node in kept))
 
     def check_fits(self, num_heads: int, top_k: int) -> None:
         """Raise a `TreeError` where the tree asks for more than the heads give."""

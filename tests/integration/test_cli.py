@@ -110,7 +110,11 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("onnx", "{model}/model.gguf", "--heads", "{heads}", "-o", "{new}"), 1, "there is no file"),
         (("validate", "/nowhere", "--reference", "{model}"), 1, "/nowhere is not a bundle"),
         (("validate", "{bundle}", "--reference", "/nowhere"), 1, "there is no model '/nowhere'"),
-        (("validate", "{bundle}", "--reference", "{model}", "--prompts", "/nowhere.txt"), 1, "/nowhere.txt: No such file"),
+        (
+            ("validate", "{bundle}", "--reference", "{model}", "--prompts", "/nowhere.txt"),
+            1,
+            "/nowhere.txt: No such file",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(

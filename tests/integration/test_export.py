@@ -26,14 +26,20 @@ PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many 
 @pytest.mark.parametrize("model_type", TESTED_ARCHITECTURES)
 def test_an_architecture_decodes_like_pytorch(model_type: str, make_bundle: Make, make_model: Make, make_heads: Make) -> None:
     report = validate(
-        make_bundle(model_type), str(make_model(model_type)), heads=make_heads(model_type), prompts=PROMPTS, max_new_tokens=24
+        make_bundle(model_type),
+        str(make_model(model_type)),
+        heads=make_heads(model_type),
+        prompts=PROMPTS,
+        max_new_tokens=24,
     )
     assert report.status == "passed", report.verdicts()
     assert all(row.num_rows > 0 for row in [*report.prompt_logits, *report.tree_logits])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_half_precision_bundle_decodes_like_pytorch(precision: str, make_bundle: Make, make_model: Make, make_heads: Make) -> None:
+def test_a_half_precision_bundle_decodes_like_pytorch(
+    precision: str, make_bundle: Make, make_model: Make, make_heads: Make
+) -> None:
     bundle = make_bundle("llama", precision=precision)
     report = validate(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
@@ -140,7 +146,9 @@ def test_an_interrupted_export_leaves_nothing_and_the_next_one_succeeds(
         ({"heads": Path("/nowhere")}, CheckpointError, "there are no heads at /nowhere"),
     ],
 )
-def test_options_that_cannot_be_met_are_refused(change, error, message, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+def test_options_that_cannot_be_met_are_refused(
+    change, error, message, make_model: Make, make_heads: Make, tmp_path: Path
+) -> None:
     options = {"model": str(make_model()), "heads": make_heads(), "output": tmp_path / "bundle"} | change
     with pytest.raises(error, match=message):
         export_bundle(ExportOptions(**options))
@@ -149,7 +157,7 @@ def test_options_that_cannot_be_met_are_refused(change, error, message, make_mod
 
 def test_heads_for_another_model_are_refused(make_model: Make, make_heads: Make, tmp_path: Path) -> None:
     model = make_model("llama", hidden_size=32)
-    with pytest.raises(CheckpointError, match="hidden_size 64, .* has 32"):
+    with pytest.raises(CheckpointError, match=r"hidden_size 64, .* has 32"):
         export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
 
 

@@ -36,7 +36,10 @@ def lm(bundle: Path) -> MedusaLM:
     return MedusaLM.from_bundle(bundle)
 
 
-@pytest.mark.parametrize("choices", [[], [[0]], [[0, 0, 0]], [[r] for r in range(10)], [[a, b, c] for a in (0, 3) for b in (0, 1) for c in (0, 9)]])
+@pytest.mark.parametrize(
+    "choices",
+    [[], [[0]], [[0, 0, 0]], [[r] for r in range(10)], [[a, b, c] for a in (0, 3) for b in (0, 1) for c in (0, 9)]],
+)
 def test_any_tree_gives_the_tokens_of_plain_decoding(lm: MedusaLM, choices) -> None:
     plain = lm.generate(PROMPT, 60, medusa=False, ignore_eos=True)
     medusa = lm.generate(PROMPT, 60, tree=CandidateTree.from_choices(choices), ignore_eos=True)
@@ -103,7 +106,13 @@ def test_a_step_past_the_capacity_is_refused(bundle: Path) -> None:
     backend = open_backend(bundle, Manifest.load(bundle))
     backend.reserve(1, 1)
     with pytest.raises(CapacityError, match=f"needs {CAPACITY_BUCKET + 1} cache slots, the cache has {CAPACITY_BUCKET}"):
-        backend.step(np.ones((1, 2), int), np.arange(2)[None], np.tri(2, dtype=bool)[None], np.array([CAPACITY_BUCKET - 1]), np.array([[1]]))
+        backend.step(
+            np.ones((1, 2), int),
+            np.arange(2)[None],
+            np.tri(2, dtype=bool)[None],
+            np.array([CAPACITY_BUCKET - 1]),
+            np.array([[1]]),
+        )
 
 
 def test_the_cache_is_written_in_place(bundle: Path) -> None:
@@ -118,7 +127,8 @@ before = backend._cache.copy()
 if sys.argv[2] == "apart":
     for layer in range(4):
         for part in ("key", "value"):
-            backend._binding.bind_ortvalue_output(f"present.{layer}.{part}", ort.OrtValue.ortvalue_from_numpy(before[layer, 0].copy()))
+            other = ort.OrtValue.ortvalue_from_numpy(before[layer, 0].copy())
+            backend._binding.bind_ortvalue_output(f"present.{layer}.{part}", other)
 backend.step(np.array([[5, 6]]), np.array([[0, 1]]), np.tri(2, dtype=bool)[None], np.array([0]), np.array([[1]]))
 print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()))
 """

@@ -1,4 +1,4 @@
-"""A backend whose model is a function of the visible tokens, so that a wrong mask, slot, position or length changes the output."""
+"""A backend whose model is a function of the visible tokens, so that a wrong mask, slot or length shows."""
 
 from __future__ import annotations
 

@@ -6,7 +6,17 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "accelerate", "optimum", "medusa_export", "medusa_heads")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "accelerate",
+    "optimum",
+    "medusa_export",
+    "medusa_heads",
+)
 PROGRAM = f"""
 import json, sys, time
 started = time.perf_counter()
@@ -20,8 +30,7 @@ print(json.dumps([seconds, sorted(set(sys.modules) & set({HEAVY!r}))]))
 
 def test_importing_the_runtime_is_quick_and_needs_no_torch() -> None:
     runs = [
-        json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True).stdout)
-        for _ in range(3)
+        json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True).stdout) for _ in range(3)
     ]
     assert runs[0][1] == []
     assert min(seconds for seconds, _ in runs) < 0.5

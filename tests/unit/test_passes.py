@@ -39,8 +39,8 @@ def kinds(model: ir.Model) -> list[str]:
 
 
 ROTARY = """
-g (float[B,2,T,8] x, float[B,T,4] f) => (float[B,2,T,8] y) <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] half = {{{half}}},
-   int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}, float scale = {{0.5}}>
+g (float[B,2,T,8] x, float[B,T,4] f) => (float[B,2,T,8] y) <int64[1] one = {{1}}, int64[1] zero = {{0}},
+   int64[1] half = {{{half}}}, int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}, float scale = {{0.5}}>
 {{
   c = Concat <axis = -1> (f, {second})
   cos0 = Cos(c)

@@ -44,12 +44,13 @@ def command(
     from medusa_runtime import CandidateTree, DecodingStats, MedusaLM
 
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     tree = CandidateTree.from_file(tree_file) if tree_file else None
     lm = MedusaLM.from_bundle(bundle, backend, tree=tree, num_threads=threads, allow_failed=allow_failed)
     stats = DecodingStats()
     chunks = lm.stream(prompt, max_new_tokens, medusa=not no_medusa, raw=raw, ignore_eos=ignore_eos, stats=stats)
-    text, token_ids, finish_reason = "", [], None
+    text, finish_reason = "", None
+    token_ids: list[int] = []
     for chunk in chunks:
         text += chunk.text
         token_ids += chunk.token_ids

@@ -24,7 +24,14 @@ def command() -> None:
 @force_option
 @trust_remote_code_option
 def init(
-    model: str, output: Path, num_heads: int, num_layers: int, *, own_lm_head: bool, force: bool, trust_remote_code: bool
+    model: str,
+    output: Path,
+    num_heads: int,
+    num_layers: int,
+    *,
+    own_lm_head: bool,
+    force: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Make untrained heads for MODEL: they start as its LM head, so they guess badly, but the output stays right."""
     from medusa_export.checkpoint import load_backbone

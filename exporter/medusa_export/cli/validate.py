@@ -13,11 +13,17 @@ from medusa_export.cli.options import trust_remote_code_option
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The model BUNDLE was made from: a directory, a hub id or a GGUF file.")
 @click.option("--heads", type=click.Path(path_type=Path), help="The heads BUNDLE was made from, to compare them too.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: six of our own]")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: some of our own]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="A prompt's answer.")
 @trust_remote_code_option
 def command(
-    bundle: Path, reference: str, heads: Path | None, prompts: Path | None, max_new_tokens: int, *, trust_remote_code: bool
+    bundle: Path,
+    reference: str,
+    heads: Path | None,
+    prompts: Path | None,
+    max_new_tokens: int,
+    *,
+    trust_remote_code: bool,
 ) -> None:
     """Compare BUNDLE with the PyTorch model: logits of prompts and tree paths, and greedy decoding token by token.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.graph.values import add_initializer
+
 
 class ConstantReshapes(ir.passes.InPlacePass):
     """Write ``[0, 0, H, D]`` where a trace computes ``[batch, tokens, -1, D]`` at every step.
@@ -22,9 +24,7 @@ class ConstantReshapes(ir.passes.InPlacePass):
                 continue
             if target not in targets:
                 name = "reshape_" + "_".join(map(str, target))
-                tensor = ir.tensor(np.array(target, np.int64), name=name)
-                targets[target] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-                model.graph.register_initializer(targets[target])
+                targets[target] = add_initializer(model.graph, name, ir.tensor(np.array(target, np.int64), name=name))
             node.replace_input_with(1, targets[target])
             node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # so that 0 means "as the input's"
             modified = True

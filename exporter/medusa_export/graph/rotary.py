@@ -20,7 +20,8 @@ class FuseRotary(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse in place."""
-        count = pattern.RewriteRuleSet([_Rotate.rule()]).apply_to_model(model)
+        rules = pattern.RewriteRuleSet([_Rotate.rule()])  # type: ignore[no-untyped-call]
+        count = rules.apply_to_model(model)
         return ir.passes.PassResult(model, modified=count > 0)
 
 
@@ -34,25 +35,33 @@ class _Rotate(pattern.RewriteRuleClassBase):
         rotated = op.Concat(op.Neg(second), first, axis=-1)
         return x * op.Unsqueeze(cos, [1]) + rotated * op.Unsqueeze(sin, [1])
 
-    def check(
-        self, context: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, middle: ir.Value, begin: ir.Value, **_: Any
-    ) -> pattern.MatchResult:
+    def check(self, _: Any, **values: ir.Value) -> Any:  # type: ignore[override]
         result = pattern.MatchResult()
-        if x.shape is None or len(x.shape) != 4 or not all(isinstance(x.shape[axis], int) for axis in (1, 3)):
+        x, cos, sin = values["x"], values["cos"], values["sin"]
+        if (sizes := _heads_and_width(x)) is None:
             return result.fail("the rotated tensor's heads and width are not known")
-        half = int(x.shape[3]) // 2
-        if _scalar(middle) != half or _scalar(begin) != half:
+        half = sizes[1] // 2
+        if _scalar(values["middle"]) != half or _scalar(values["begin"]) != half:
             return result.fail("the tensor is not rotated by halves")
         if not (_halves_are_equal(cos) and _halves_are_equal(sin)):
             return result.fail("cos and sin do not repeat themselves")
         return result
 
     def rewrite(self, op: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: Any) -> Any:
-        assert x.shape is not None  # checked above
-        heads, half = int(x.shape[1]), int(x.shape[3]) // 2
+        sizes = _heads_and_width(x)
+        assert sizes is not None  # checked before
+        heads, half = sizes[0], sizes[1] // 2
         cos_half = op.Slice(cos, op.Constant(value_ints=[0]), op.Constant(value_ints=[half]), op.Constant(value_ints=[2]))
         sin_half = op.Slice(sin, op.Constant(value_ints=[0]), op.Constant(value_ints=[half]), op.Constant(value_ints=[2]))
         return op.RotaryEmbedding(x, cos_half, sin_half, num_heads=heads)
+
+
+def _heads_and_width(value: ir.Value) -> tuple[int, int] | None:
+    """H and D of a [B, H, T, D] value, where both are known."""
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    heads, width = value.shape[1], value.shape[3]
+    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
 
 
 def _scalar(value: ir.Value) -> int | None:

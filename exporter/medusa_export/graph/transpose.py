@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.graph.values import add_initializer, shape_of
+
 
 class TransposeWeights(ir.passes.InPlacePass):
     """Store a linear layer's weight as [in, out] instead of transposing it at load time.
@@ -26,17 +28,18 @@ class TransposeWeights(ir.passes.InPlacePass):
         modified = False
         for name, weight in list(model.graph.initializers.items()):
             uses = [usage.node for usage in weight.uses()]
-            if name in self.left_alone or not uses or not all(_is_plain_transpose(node) for node in uses) or weight.const_value is None:
+            if (
+                name in self.left_alone
+                or not uses
+                or not all(_is_plain_transpose(node) for node in uses)
+                or weight.const_value is None
+            ):
                 continue
-            transposed = _transposed(name, weight.const_value)
-            value = ir.Value(
-                name=name, shape=transposed.shape, type=ir.TensorType(transposed.dtype), const_value=transposed
-            )
+            del model.graph.initializers[name]
+            value = add_initializer(model.graph, name, _transposed(name, weight.const_value))
             for node in uses:
                 node.outputs[0].replace_all_uses_with(value)
                 model.graph.remove(node, safe=True)
-            del model.graph.initializers[name]
-            model.graph.register_initializer(value)
             modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -46,8 +49,8 @@ def _is_plain_transpose(node: ir.Node) -> bool:
 
 
 def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
 
-    rows, columns = tensor.shape
-    return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name, cache=False)
+    shape = ir.Shape(list(reversed(shape_of(tensor))))
+    return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=name, cache=False)

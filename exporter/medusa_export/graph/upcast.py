@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.graph.values import shape_of
+
 
 class Upcast(ir.passes.InPlacePass):
     """Turn every bfloat16 value into float32.
@@ -36,7 +38,7 @@ def _widen(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.LazyTensor(
         lambda: ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name),
         dtype=ir.DataType.FLOAT,
-        shape=ir.Shape(tensor.shape),
+        shape=shape_of(tensor),
         name=tensor.name,
         cache=False,
     )

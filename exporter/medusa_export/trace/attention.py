@@ -1,4 +1,4 @@
-"""How a traced decoder attends: the standard ``Attention`` and ``TensorScatter`` operators instead of the model's own kernels.
+"""How a traced decoder attends: the standard ``Attention`` and ``TensorScatter`` operators not the model's own kernels.
 
 Transformers lets a model's attention be replaced by name. Ours emits the ONNX operator itself, so no model code is
 copied and every architecture that goes through the attention interface can be traced.
@@ -17,18 +17,18 @@ MIN_OPSET = 24  # the first with TensorScatter, and with an Attention that CPU, 
 
 
 def onnx_attention(
-    module: torch.nn.Module,
+    _: torch.nn.Module,
     query: torch.Tensor,  # [B, Hq, T, D]
     key: torch.Tensor,  # [B, Hkv, S, D]
     value: torch.Tensor,  # [B, Hkv, S, D]
     attention_mask: torch.Tensor,  # [B, 1, T, S] bool
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **__: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention as one ``Attention`` node. Returns [B, T, Hq, D], as Transformers expects."""
     batch, heads, tokens, width = query.shape
-    attributes = {"scale": float(scaling if scaling is not None else width**-0.5)}
+    attributes: dict[str, Any] = {"scale": float(scaling if scaling is not None else width**-0.5)}
     if softcap:
         attributes["softcap"] = float(softcap)
     attended = torch.onnx.ops.symbolic(

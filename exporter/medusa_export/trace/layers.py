@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from medusa_runtime.errors import ExportError
 
 MARKER_DOMAIN = "medusa.trace"
 
 
-def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     """The dotted name and the list of the decoder's layers: the one ModuleList as long as the configuration says.
 
     Raises:
@@ -31,11 +32,11 @@ def layer_kinds(layers: torch.nn.ModuleList, layer_types: list[str]) -> list[lis
     """Group layer indices by what they compute: same modules, same shapes, same settings. [[0, 2, 4], [1, 3, 5]]."""
     kinds: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault((layer_types[index], _signature(layer, index)), []).append(index)
+        kinds.setdefault((layer_types[index], _signature(layer)), []).append(index)
     return list(kinds.values())
 
 
-def _signature(layer: torch.nn.Module, index: int) -> tuple[Any, ...]:
+def _signature(layer: torch.nn.Module) -> tuple[Any, ...]:
     def settings(module: torch.nn.Module) -> tuple[Any, ...]:
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
         return tuple(sorted((k, repr(v)) for k, v in plain.items() if k != "layer_idx"))

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import (
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 from torch.export import Dim
 
-from medusa_export.checkpoint import TESTED_ARCHITECTURES, Backbone
+from medusa_export.checkpoint import TESTED_ARCHITECTURES, Backbone, unsupported
 from medusa_export.graph.reshape import ConstantReshapes
 from medusa_export.graph.rotary import FuseRotary
 from medusa_export.graph.simplify import Simplify
@@ -60,7 +60,9 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes but 0 and 1, all different
     facts = backbone.facts
     shape = (batch, facts.num_kv_heads, capacity, facts.head_dim)
-    past = {str(layer): (torch.zeros(shape, dtype=backbone.dtype), torch.zeros(shape, dtype=backbone.dtype)) for layer in traced}
+    past = {
+        str(layer): (torch.zeros(shape, dtype=backbone.dtype), torch.zeros(shape, dtype=backbone.dtype)) for layer in traced
+    }
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
     with only_layers(layers, traced):
@@ -84,7 +86,8 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
             },
             opset,
         )
-    _require_attention(backbone, model, len(traced))
+    if sum(node.op_type == "Attention" for node in model.graph) != len(traced):
+        raise unsupported(backbone.facts.architecture)
     pairs = [f"{layer}.{part}" for layer in traced for part in ("key", "value")]
     _name(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])
     _name(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
@@ -96,14 +99,6 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     return model
 
 
-def _require_attention(backbone: Backbone, model: ir.Model, num_layers: int) -> None:
-    if sum(node.op_type == "Attention" for node in model.graph) != num_layers:
-        raise ExportError(
-            f"{backbone.facts.architecture} does not attend through Transformers' attention interface, so its cache cannot be "
-            f"exported; architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
-        )
-
-
 class HeadsModule(torch.nn.Module):
     """The heads graph's computation: hidden rows to the heads' best candidates."""
 
@@ -111,7 +106,7 @@ class HeadsModule(torch.nn.Module):
         super().__init__()
         self.heads, self.lm_head, self.top_k = heads, lm_head, top_k
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C] -> 2 × [B, K, M]
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C] -> two of [B, K, M]
         logits = self.heads(hidden, self.lm_head).float()  # [B, K, V]
         best, head_ids = torch.topk(logits, self.top_k, dim=-1)
         return head_ids, best - torch.logsumexp(logits, -1, keepdim=True)
@@ -128,9 +123,7 @@ def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int) 
     model = _export(module, (hidden,), {}, {"hidden": {0: Dim("batch", min=1, max=1 << 16)}}, opset)
     _name(model.graph.outputs, ["head_ids", "head_log_probs"])
     _simplify(model)
-    embedding, lm_head = backbone.model.get_input_embeddings(), backbone.model.get_output_embeddings()
-    tied = embedding.weight.data_ptr() == lm_head.weight.data_ptr()
-    TransposeWeights(frozenset({"lm_head.weight"}) if tied else frozenset())(model)
+    TransposeWeights(frozenset({"lm_head.weight"}) if backbone.has_tied_embeddings else frozenset())(model)
     return model
 
 

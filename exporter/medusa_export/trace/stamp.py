@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from medusa_export.graph.values import add_initializer
 from medusa_export.trace.layers import MARKER_DOMAIN
 
 WeightLookup = Callable[[str], ir.TensorProtocol]
@@ -58,10 +59,10 @@ class StampLayers(ir.passes.InPlacePass):
 
         ordered = sorted(blocks.values(), key=lambda block: block.layer)
         hidden, result = ordered[0].entry.inputs[0], ordered[-1].exit.outputs[0]
+        assert hidden is not None  # a marker has one input
         pasts: list[ir.Value] = []
         presents: list[ir.Value] = []
         for layer in sorted(representative):
-            assert hidden is not None
             hidden, past, present = self._copy(graph, representative[layer], layer, hidden)
             pasts += past
             presents += present
@@ -134,7 +135,10 @@ class StampLayers(ir.passes.InPlacePass):
     def _shape_of(self, block: LayerBlock) -> list[object]:
         """What a block computes, apart from which layer it is: equal for two layers of one kind."""
         prefix = self.prefix.format(layer=block.layer)
-        names: dict[ir.Value, object] = {block.entry.outputs[0]: "hidden", **dict(zip(block.past, ("key", "value"), strict=True))}
+        names: dict[ir.Value, object] = {
+            block.entry.outputs[0]: "hidden",
+            **dict(zip(block.past, ("key", "value"), strict=True)),
+        }
 
         def describe(value: ir.Value | None) -> object:
             if value is None or value in names:
@@ -171,10 +175,7 @@ class StampLayers(ir.passes.InPlacePass):
             if value.is_initializer() and (value.name or "").startswith(old):
                 name = new + (value.name or "").removeprefix(old)
                 if name not in graph.initializers:
-                    tensor = self.weights(name)
-                    graph.register_initializer(
-                        ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-                    )
+                    add_initializer(graph, name, self.weights(name))
                 return graph.initializers[name]
             return value
 

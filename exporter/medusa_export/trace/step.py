@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from medusa_export.trace.attention import ScatterCache
 
@@ -17,7 +18,7 @@ class StepModule(torch.nn.Module):
     Only the layers in ``past`` run; see `medusa_export.trace.layers`.
     """
 
-    def __init__(self, model: torch.nn.Module, layer_types: list[str], sliding_window: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, layer_types: list[str], sliding_window: int | None) -> None:
         super().__init__()
         self.model = model
         self.layer_types = layer_types
@@ -42,7 +43,8 @@ class StepModule(torch.nn.Module):
             output.last_hidden_state = picked
             return output
 
-        handle = self.model.base_model.register_forward_hook(keep_rows)
+        base: torch.nn.Module = self.model.base_model
+        handle = base.register_forward_hook(keep_rows)
         try:
             logits = self.model(
                 input_ids=input_ids,
@@ -57,9 +59,7 @@ class StepModule(torch.nn.Module):
         present = [tensor for layer in past for tensor in cache.present[int(layer)]]
         return greedy_ids, rows[0], logits, *present
 
-    def _masks(
-        self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int
-    ) -> Any:
+    def _masks(self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int) -> Any:
         tokens = position_ids.shape[1]
         slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
         offset = slots - cache_lengths.unsqueeze(1)  # [B, S]: below 0 is cached, then the new tokens, then unused
@@ -71,6 +71,7 @@ class StepModule(torch.nn.Module):
         if SLIDING not in self.layer_types:
             return full
         key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
+        assert self.sliding_window is not None  # a model with sliding layers says how far they see
         near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
         sliding = full & near.unsqueeze(1)
         return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding

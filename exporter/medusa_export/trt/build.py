@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
-import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import onnx_ir as ir
 
 from medusa_export.progress import stage
+from medusa_export.provenance import provenance
 from medusa_export.trt.flavor import TensorRT
 from medusa_export.trt.options import EngineOptions, default_tree_nodes, engine_limits, load_source
 from medusa_export.trt.plan import Network
@@ -28,14 +26,11 @@ from medusa_runtime.manifest import (
     GraphFacts,
     Limits,
     Manifest,
-    Provenance,
     TensorFacts,
     ValidationFacts,
     sha256_of,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
-
-PACKAGES = ("medusa-export", "onnx", "onnx-ir")
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class _Job:
     limits: Limits
     capacity: int
     tensorrt: TensorRT
+    capabilities: list[str]
 
 
 def build_engines(options: EngineOptions) -> Manifest:
@@ -62,13 +58,13 @@ def build_engines(options: EngineOptions) -> Manifest:
     limits = engine_limits(options, source)
     assert limits.capacity is not None
     tensorrt = TensorRT.load(options.flavor)
-    tensorrt.check_compute_capabilities(options.compute_capabilities)
-    if source.precision == "bf16" and "7.5" in options.compute_capabilities:
+    capabilities = tensorrt.choose_compute_capabilities(options.compute_capabilities)
+    if source.precision == "bf16" and "7.5" in capabilities:
         raise OptionError("--compute-capability is '7.5', which has no bf16; export the bundle with --dtype fp16")
     with stage("check the bundle"):
         source.require_intact(options.bundle)
     with new_directory(options.output, force=options.force) as directory:
-        manifest = _fill(directory, _Job(options, source, limits, limits.capacity, tensorrt))
+        manifest = _fill(directory, _Job(options, source, limits, limits.capacity, tensorrt, capabilities))
         manifest.save(directory)
     return manifest
 
@@ -76,7 +72,6 @@ def build_engines(options: EngineOptions) -> Manifest:
 def _fill(directory: Path, job: _Job) -> Manifest:
     """Write everything but the manifest into the engine bundle's directory. Returns the manifest."""
     bundle, source, tensorrt = job.options.bundle, job.source, job.tensorrt
-    capabilities = list(dict.fromkeys(job.options.compute_capabilities))
     graphs = {name: plan_facts(source.graphs[name], name, tensorrt.target, job.capacity) for name in (STEP, HEADS)}
     profiles = {
         STEP: step_profiles(graphs[STEP], job.limits, default_tree_nodes(source)),
@@ -85,10 +80,10 @@ def _fill(directory: Path, job: _Job) -> Manifest:
     files: dict[str, FileFacts] = {}
     aliases: dict[str, str] = {}
     for name, facts in graphs.items():
-        with stage(f"build {facts.file} with {tensorrt.name} {tensorrt.version} for {', '.join(capabilities)}"):
+        with stage(f"build {facts.file} with {tensorrt.name} {tensorrt.version} for {', '.join(job.capabilities)}"):
             network = _network(job, name, facts)
             aliases |= network.aliases()
-            files[facts.file] = network.write_plan(directory / facts.file, profiles[name], capabilities)
+            files[facts.file] = network.write_plan(directory / facts.file, profiles[name], job.capabilities)
             del network  # its weights, before the next graph's are read
     for name in (TOKENIZER_NAME, CHAT_NAME):
         shutil.copyfile(bundle / name, directory / name)
@@ -96,7 +91,7 @@ def _fill(directory: Path, job: _Job) -> Manifest:
     engine = EngineFacts(
         flavor=tensorrt.flavor,
         tensorrt_version=tensorrt.version,
-        compute_capabilities=capabilities,
+        compute_capabilities=job.capabilities,
         profiles=profiles[STEP] | profiles[HEADS],
         aliases=aliases,
         source_bundle=sha256_of(bundle / MANIFEST_NAME),
@@ -107,7 +102,7 @@ def _fill(directory: Path, job: _Job) -> Manifest:
             "limits": job.limits,
             "graphs": graphs,
             "files": files,
-            "provenance": _provenance(tensorrt),
+            "provenance": provenance(),
             "validation": ValidationFacts(status="not run"),
             "engine": engine,
         }
@@ -144,13 +139,4 @@ def plan_facts(portable: GraphFacts, name: str, target: str, capacity: int) -> G
 def _check_in_place(aliases: dict[str, str], num_layers: int) -> None:
     for pair in (f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")):
         if (found := aliases.get(f"present.{pair}")) != f"past.{pair}":
-            raise ExportError(
-                f"present.{pair} is not past.{pair} updated in place, but an update of {found or 'no cache'}"
-            )
-
-
-def _provenance(tensorrt: TensorRT) -> Provenance:
-    versions = {"python": sys.version.split()[0], tensorrt.target: tensorrt.version}
-    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return Provenance(command=command, versions=versions, created=datetime.now(UTC).isoformat(timespec="seconds"))
+            raise ExportError(f"present.{pair} is not past.{pair} updated in place, but an update of {found or 'no cache'}")

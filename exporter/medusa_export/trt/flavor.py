@@ -11,6 +11,7 @@ from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
 
 Flavor = Literal["rtx", "tensorrt"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+DEFAULT_RTX_CAPABILITY = "8.9"
 _PACKAGES: dict[Flavor, tuple[str, str]] = {"rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
 
 
@@ -19,7 +20,7 @@ class TensorRT:
     """A flavour with its module loaded.
 
     TensorRT-RTX (extra ``rtx``, from PyPI) compiles for the GPUs it is told of and needs none itself. Full TensorRT
-    (extra ``trt``; its libraries come from NVIDIA's own package index, https://pypi.nvidia.com) compiles for the GPU it
+    (extra ``trt``; its libraries come from NVIDIA's own package index) compiles for the GPU it
     runs on.
     """
 
@@ -77,17 +78,19 @@ class TensorRT:
             ) from error
         return [f"{major}.{minor}"]
 
-    def check_compute_capabilities(self, capabilities: Sequence[str]) -> None:
-        """Raise an `OptionError` where engines cannot be built here for one of them; it lists those that can be."""
+    def choose_compute_capabilities(self, asked: Sequence[str]) -> list[str]:
+        """What to build for: what was asked for, or, where nothing was, the flavour's default.
+
+        Raises:
+            OptionError: engines cannot be built here for one of them; it lists those that can be.
+        """
         known = self.known_compute_capabilities()
-        if not capabilities:
-            raise OptionError(f"--compute-capability is empty; name one or more of {', '.join(known)}")
-        for capability in capabilities:
+        for capability in asked:
             if capability not in known:
                 builder = f"{self.name} {self.version}"
-                raise OptionError(
-                    f"--compute-capability is {capability!r}; {builder} builds here for {', '.join(known)}"
-                )
+                raise OptionError(f"--compute-capability is {capability!r}; {builder} builds here for {', '.join(known)}")
+        default = [DEFAULT_RTX_CAPABILITY] if self.flavor == "rtx" else known
+        return list(dict.fromkeys(asked)) or default
 
     def set_compute_capabilities(self, config: Any, capabilities: Sequence[str]) -> None:
         """Tell a builder configuration what to build for; full TensorRT needs no telling."""

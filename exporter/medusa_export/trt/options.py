@@ -21,7 +21,7 @@ class EngineOptions:
     bundle: Path
     output: Path
     flavor: str = "rtx"
-    compute_capabilities: tuple[str, ...] = ("8.9",)
+    compute_capabilities: tuple[str, ...] = ()  # none: the flavour's default
     max_seq_len: int | None = None  # none: the bundle's own, at most DEFAULT_MAX_SEQ_LEN
     max_batch_size: int = 1
     max_tree_nodes: int = 64
@@ -83,6 +83,4 @@ def default_tree_nodes(source: Manifest) -> int:
 def _require_range(option: str, value: int, low: int, high: int | None, why_low: str = "") -> None:
     if value < low or (high is not None and value > high):
         reason = f" ({why_low})" if why_low else ""
-        raise OptionError(
-            f"{option} is {value}; it must be {low}{reason} " + ("or more" if high is None else f"to {high}")
-        )
+        raise OptionError(f"{option} is {value}; it must be {low}{reason} " + ("or more" if high is None else f"to {high}"))

@@ -52,8 +52,6 @@ def _shape(tensor: TensorFacts, sizes: Sizes, index: int) -> list[int]:
     shape = []
     for size in tensor.shape:
         if isinstance(size, str) and size not in sizes:
-            raise BundleError(
-                f"input {tensor.name} has a dimension {size!r} that is not in the contract; export it again"
-            )
+            raise BundleError(f"input {tensor.name} has a dimension {size!r} that is not in the contract; export it again")
         shape.append(sizes[size][index] if isinstance(size, str) else size)
     return shape

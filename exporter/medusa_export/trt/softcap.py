@@ -9,30 +9,27 @@ import onnx_ir as ir
 class ExpandSoftcap(ir.passes.InPlacePass):
     """Compute attention that caps its scores (Gemma 2) by products and a softmax: TensorRT's own attention cannot.
 
-    Needs: ``Attention`` nodes with an additive mask, inputs of shape [B, H, T, D] whose heads and width are known, and no
-    past. Leaves: none with ``softcap``; ``cap · tanh(q kᵀ · scale / cap) + mask`` under a softmax instead.
+    Needs: ``Attention`` nodes with an additive mask, inputs of shape [B, H, T, D] whose heads and width are known, and
+    no past. Leaves: none with ``softcap``; ``cap · tanh(q kᵀ · scale / cap) + mask`` under a softmax instead.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Expand in place."""
         modified = False
         for node in list(model.graph):
-            if node.op_type == "Attention" and node.attributes.get_float("softcap", 0.0):
+            if node.op_type == "Attention" and "softcap" in node.attributes:
                 _expand(model.graph, node)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
 
 def _expand(graph: ir.Graph, attention: ir.Node) -> None:
-    query, key, value, mask = attention.inputs[:4]  # [B, Hq, T, D], 2 × [B, Hkv, S, D], [B, 1, T, S]
+    query, key, value, mask = attention.inputs[:4]  # [B, Hq, T, D], [B, Hkv, S, D] twice, [B, 1, T, S]
     assert query is not None
-    assert query.shape is not None
     assert query.dtype is not None
-    assert key is not None
-    assert key.shape is not None
-    dtype, query_heads, width, kv_heads = query.dtype, int(query.shape[1]), int(query.shape[3]), int(key.shape[1])
-    scale = attention.attributes.get_float("scale", width**-0.5)
-    cap = attention.attributes.get_float("softcap")
+    dtype, (query_heads, width), (kv_heads, _) = query.dtype, _heads_and_width(query), _heads_and_width(key)
+    scale = attention.attributes["scale"].as_float() if "scale" in attention.attributes else width**-0.5
+    cap = attention.attributes["softcap"].as_float()
     tape = ir.tape.Tape()
 
     def constant(data: float | list[int]) -> ir.Value:
@@ -40,15 +37,14 @@ def _expand(graph: ir.Graph, attention: ir.Node) -> None:
         return tape.op("Constant", [], {"value": ir.tensor(numbers)})
 
     group_axis = constant([2])  # the query heads that share one key head
-    grouped = tape.op(
-        "Reshape", [query, constant([0, kv_heads, query_heads // kv_heads, -1, width])]
-    )  # [B, Hkv, G, T, D]
+    by_group = constant([0, kv_heads, query_heads // kv_heads, -1, width])
+    grouped = tape.op("Reshape", [query, by_group])  # [B, Hkv, G, T, D]
     scaled = tape.op("Mul", [grouped, constant(scale / cap)])
-    keys = tape.op(
-        "Transpose", [tape.op("Unsqueeze", [key, group_axis])], {"perm": [0, 1, 2, 4, 3]}
-    )  # [B, Hkv, 1, D, S]
-    scores = tape.op("Mul", [tape.op("Tanh", [tape.op("MatMul", [scaled, keys])]), constant(cap)])  # [B, Hkv, G, T, S]
-    masked = tape.op("Add", [scores, tape.op("Unsqueeze", [mask, group_axis])])
+    keys = tape.op("Unsqueeze", [key, group_axis])  # [B, Hkv, 1, S, D]
+    transposed = tape.op("Transpose", [keys], {"perm": [0, 1, 2, 4, 3]})  # [B, Hkv, 1, D, S]
+    scores = tape.op("MatMul", [scaled, transposed])  # [B, Hkv, G, T, S]
+    capped = tape.op("Mul", [tape.op("Tanh", [scores]), constant(cap)])
+    masked = tape.op("Add", [capped, tape.op("Unsqueeze", [mask, group_axis])])
     weights = tape.op("Softmax", [masked], {"axis": -1})
     attended = tape.op("MatMul", [weights, tape.op("Unsqueeze", [value, group_axis])])  # [B, Hkv, G, T, D]
     result = tape.op("Reshape", [attended, constant([0, query_heads, -1, width])])  # [B, Hq, T, D]
@@ -56,3 +52,12 @@ def _expand(graph: ir.Graph, attention: ir.Node) -> None:
     graph.insert_before(attention, tape.nodes)
     attention.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(attention, safe=True)
+
+
+def _heads_and_width(value: ir.Value | None) -> tuple[int, int]:
+    assert value is not None
+    assert value.shape is not None
+    heads, width = value.shape[1], value.shape[3]
+    assert isinstance(heads, int)
+    assert isinstance(width, int)
+    return heads, width

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medusa_export.export import provenance
 from medusa_export.progress import console, stage
+from medusa_export.provenance import provenance
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.prompts import PROMPTS
 from medusa_export.validate.report import (
@@ -24,6 +24,8 @@ from medusa_heads.formats import load_heads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
 from medusa_runtime.errors import BundleError, MedusaError, OptionError, ValidationMismatchError
 from medusa_runtime.text import TextCodec
+
+__all__ = ["PROMPTS", "validate", "validate_and_record"]
 
 DEFAULT_NEW_TOKENS = 48
 
@@ -45,7 +47,12 @@ def validate_and_record(
         CheckpointError: the reference cannot be loaded.
     """
     report = validate(
-        bundle, reference, heads=heads, prompts=prompts, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
+        bundle,
+        reference,
+        heads=heads,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
     )
     (bundle / REPORT_NAME).write_text(report.model_dump_json(indent=2) + "\n")
     manifest = Manifest.load(bundle)
@@ -67,7 +74,10 @@ def validate(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     trust_remote_code: bool = False,
 ) -> ValidationReport:
-    """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared."""
+    """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
+
+    In a bundle whose limit is short, prompts are cut and answers shortened to fit it.
+    """
     manifest = Manifest.load(bundle)
     if manifest.kind != "onnx":
         raise BundleError(f"{bundle} is a {manifest.kind} bundle; validate the ONNX bundle it was built from")
@@ -91,12 +101,13 @@ def validate(
             side = BundleSide(runnable, runnable_manifest)
             codec = TextCodec(bundle)
             tree = CandidateTree.from_json(manifest.tree)
-            for text in prompts:
-                prompt_ids = codec.encode(text)
-                _compare_logits(report, text, prompt_ids, side, torch_side, tree)
-                report.greedy.append(_compare_greedy(text, prompt_ids, side, torch_side, max_new_tokens))
+            new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
+            encoded = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in prompts]
+            for text, prompt_ids in zip(prompts, encoded, strict=True):
+                _compare_logits(report, text, prompt_ids, side, torch_side, tree.pruned(new_tokens - 1))
+                report.greedy.append(_compare_greedy(text, prompt_ids, side, torch_side, new_tokens))
             if heads is not None:
-                report.head_log_probs = _compare_heads(codec.encode(prompts[0]), side, torch_side, heads)
+                report.head_log_probs = _compare_heads(encoded[0], side, torch_side, heads)
         except MedusaError as error:  # a bundle that does not run has failed
             report.errors.append(str(error))
     report.conclude()
@@ -151,9 +162,7 @@ def _compare_greedy(
     )
 
 
-def _compare_heads(
-    prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, path: Path
-) -> LogitsDifference:
+def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, path: Path) -> LogitsDifference:
     """The heads' log-probabilities, over the candidates the bundle names. Each row is a head's."""
     side.prompt_logits(prompt_ids)
     found = side.backend.propose(np.array([len(prompt_ids) - 1]))

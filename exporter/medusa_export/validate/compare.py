@@ -56,10 +56,10 @@ def first_divergence(token_ids: Sequence[int], others: Sequence[int], reference:
     return None
 
 
-def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: Rows) -> Rows:
     """Log-probabilities over the last axis."""
     shifted = logits - logits.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: Rows = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
 
 

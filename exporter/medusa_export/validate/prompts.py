@@ -1,4 +1,4 @@
-"""Prompts that every validation uses unless it is given others: short and long, prose, lists, code, numbers, other scripts."""
+"""Prompts that every validation uses unless it is given others: prose, lists, code, numbers, and a longer one."""
 
 PROMPTS = (
     "What is the capital of Portugal, and what is it known for?",
@@ -6,7 +6,7 @@ PROMPTS = (
     "A train leaves at 14:10 and arrives at 17:45. How long does the journey take? Explain each step.",
     "List five things to pack for a weekend in the mountains.",
     "Translate to French: The library opens at nine, and closes when the last reader has gone home.",
-    "Summarize in one sentence: Water evaporates from the sea, rises, cools, forms clouds, and falls again as rain or snow. "
-    "Rivers carry it back, and on the way it wears down mountains, feeds forests and fields, and fills the wells of cities. "
-    "Without this cycle the land would be a desert, and life as we know it would not exist.",
+    """The history of the bicycle began in the early nineteenth century, when a German baron built a wooden machine with two
+wheels in line that its rider pushed along with his feet. Pedals came later, then chains, and at last tyres filled with air,
+which turned a hard and dangerous sport into a way of travelling for everyone. What should be told next?""",
 )

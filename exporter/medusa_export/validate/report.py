@@ -113,7 +113,13 @@ class ValidationReport(BaseModel):
 
     def show(self, console: Console) -> None:
         """Print the verdicts as a table, and every divergence below it."""
-        table = Table("check", "found", "", title=f"{self.precision} bundle against {self.reference} in PyTorch", title_justify="left")
+        table = Table(
+            "check",
+            "found",
+            "",
+            title=f"{self.precision} bundle against {self.reference} in PyTorch",
+            title_justify="left",
+        )
         for name, (passed, found) in self.verdicts().items():
             table.add_row(name, found, "[green]passed" if passed else "[red]FAILED")
         console.print(table)

@@ -60,7 +60,8 @@ class BundleSide:
             with_logits=True,
         )
         assert output.logits is not None
-        return output.logits[0]
+        rows: Rows = output.logits[0]
+        return rows
 
     def tree_logits(self, prompt_ids: Sequence[int], tree: CandidateTree) -> tuple[IntArray, Rows]:
         """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""

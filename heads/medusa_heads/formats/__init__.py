@@ -24,7 +24,8 @@ def load_heads(path: str | Path) -> MedusaHeads:
         raise CheckpointError(f"there are no heads at {path}; make some with: medusa-export heads init MODEL -o {path}")
     for known in FORMATS:
         if known.matches(Path(path)):
-            return known.load(Path(path))
+            heads: MedusaHeads = known.load(Path(path))
+            return heads
     raise CheckpointError(f"{path} holds no heads in a known format; a native one has {' and '.join(native.FILES)}")
 
 

@@ -24,6 +24,6 @@ def open_backend(bundle: str | Path, manifest: Manifest, name: str = "auto", *, 
         raise BackendError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}")
     if manifest.kind == "tensorrt":
         raise BackendError(f"{bundle} holds TensorRT engines, which this version builds but does not run yet")
-    from medusa_runtime.backends.ort_cpu import OrtCpuBackend
+    from medusa_runtime.backends.ort_cpu import OrtCpuBackend  # noqa: PLC0415 - needs an extra
 
     return OrtCpuBackend(bundle, manifest, num_threads)

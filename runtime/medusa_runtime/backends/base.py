@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from medusa_runtime.errors import CapacityError
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.tree import BoolArray, FloatArray, IntArray
 
@@ -81,7 +82,5 @@ class Backend(Protocol):
 
 def require_room(cache_lengths: IntArray, new_tokens: int, capacity: int) -> None:
     """Refuse a step that would write past the capacity: some engines drop such writes without a word."""
-    from medusa_runtime.errors import CapacityError
-
     if (needed := int(cache_lengths.max()) + new_tokens) > capacity:
         raise CapacityError(f"the step needs {needed} cache slots, the cache has {capacity}")

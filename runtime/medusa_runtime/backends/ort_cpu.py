@@ -64,7 +64,7 @@ class OrtCpuBackend:
         try:
             grown = self._new_cache(batch_size, slots)
         except MemoryError as error:
-            raise CapacityError(f"no memory for a cache of {batch_size} × {slots} slots") from error
+            raise CapacityError(f"no memory for a cache of {batch_size} times {slots} slots") from error
         kept = min(batch_size, self._cache.shape[2])
         grown[:, :, :kept, :, : self.capacity] = self._cache[:, :, :kept]
         self._cache = grown
@@ -143,7 +143,7 @@ def _share_threads(num_threads: int) -> None:
     step from 48 to 84 ms (docs/decisions/0003-one-thread-pool.md).
     """
     if not _shared_threads:
-        size = num_threads or len(os.sched_getaffinity(0))
+        size = num_threads or _num_cores()
         try:
             ort.set_global_thread_pool_sizes(size, 1)
         except Exception as error:  # the process has set them itself: they serve as well
@@ -151,7 +151,14 @@ def _share_threads(num_threads: int) -> None:
                 raise BackendError(f"ONNX Runtime refuses {size} threads: {error}") from error
         _shared_threads.append(size)
     if num_threads not in (0, _shared_threads[0]):
-        raise OptionError(f"num_threads is {num_threads}; this process shares {_shared_threads[0]} threads since its first bundle")
+        raise OptionError(
+            f"num_threads is {num_threads}; this process shares {_shared_threads[0]} threads since its first bundle"
+        )
+
+
+def _num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open(path: Path) -> ort.InferenceSession:

@@ -1,0 +1,27 @@
+"""What an artifact says of the run that made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from medusa_runtime.manifest import Provenance
+
+PACKAGES = (
+    "medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13",
+    "tensorrt-cu13",
+)  # fmt: skip
+
+
+def provenance() -> Provenance:
+    """The command that runs now, with the versions of what it may have used."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return Provenance(command=command, versions=versions, created=datetime.now(UTC).isoformat(timespec="seconds"))
