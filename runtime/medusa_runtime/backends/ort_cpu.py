@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
-from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, OptionError
+from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
 from medusa_runtime.manifest import HEADS, STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
@@ -27,12 +27,10 @@ class OrtCpuBackend:
 
     Args:
         bundle: the bundle's directory.
-        num_threads: threads for the products; 0 for one a core. They are shared by all bundles of the process, so the
-            first one loaded decides.
+        num_threads: threads for the products; 0 for one a core.
 
     Raises:
         BackendError: the bundle's precision has no CPU kernels, or ONNX Runtime refuses a graph.
-        OptionError: another number of threads was set before.
     """
 
     def __init__(self, bundle: str | Path, manifest: Manifest, num_threads: int = 0) -> None:
@@ -44,9 +42,8 @@ class OrtCpuBackend:
             )
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
-        _share_threads(num_threads)
-        self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file)
-        self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file)
+        self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file, num_threads)
+        self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
         self._binding = self._step_session.io_binding()
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._cache = self._new_cache(batch_size=0, capacity=0)
@@ -133,37 +130,17 @@ class OrtCpuBackend:
         return array
 
 
-_shared_threads: list[int] = []  # the size of ONNX Runtime's process-wide pool, once it is set
-
-
-def _share_threads(num_threads: int) -> None:
-    """Let all sessions use one pool of threads.
-
-    With a pool each, the step's idle threads spin on the cores that the heads need, and the other way round: that took a
-    step from 48 to 84 ms (docs/decisions/0003-one-thread-pool.md).
-    """
-    if not _shared_threads:
-        size = num_threads or _num_cores()
-        try:
-            ort.set_global_thread_pool_sizes(size, 1)
-        except Exception as error:  # the process has set them itself: they serve as well
-            if "already been created" not in str(error):
-                raise BackendError(f"ONNX Runtime refuses {size} threads: {error}") from error
-        _shared_threads.append(size)
-    if num_threads not in (0, _shared_threads[0]):
-        raise OptionError(
-            f"num_threads is {num_threads}; this process shares {_shared_threads[0]} threads since its first bundle"
-        )
-
-
 def _num_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open(path: Path) -> ort.InferenceSession:
+def _open(path: Path, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = num_threads or _num_cores()
+    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 83 ms
+    # where they now take 51 (docs/decisions/0002-threads-of-two-sessions.md).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

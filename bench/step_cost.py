@@ -1,0 +1,118 @@
+"""What a step costs against its tokens, the cache's capacity and what is cached; and the choices behind the CPU backend.
+
+    python bench/step_cost.py BUNDLE [-o bench/results/step_cost.json]
+
+Every comparison is interleaved in one process, so that drift of the machine hits all sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime as ort
+
+sys.path.insert(0, str(Path(__file__).parent))
+from environment import environment
+
+from medusa_runtime import Manifest
+from medusa_runtime.backends import Backend, open_backend
+
+REPEATS = 15
+
+
+def medians(**sides: Callable[[], Any]) -> dict[str, float]:
+    """Median milliseconds of each side, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(REPEATS + 2):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: round(float(np.median(found[2:])), 2) for name, found in times.items()}
+
+
+def step(backend: Backend, tokens: int, cached: int) -> Callable[[], Any]:
+    inputs = (
+        np.ones((1, tokens), np.int64),
+        np.arange(cached, cached + tokens)[None],
+        np.tri(tokens, dtype=np.bool_)[None],
+        np.array([cached]),
+        np.arange(tokens)[None],
+    )
+    return lambda: backend.step(*inputs)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path))
+def main(bundle: Path, output: Path | None) -> None:
+    """Measure BUNDLE on the CPU."""
+    manifest = Manifest.load(bundle)
+    backends: dict[int, Backend] = {}
+    for capacity in (256, 512, 1024, 2048):
+        backends[capacity] = open_backend(bundle, manifest)
+        backends[capacity].reserve(1, capacity)
+    small = backends[256]
+
+    by_tokens = {
+        tokens: medians(step=step(small, tokens, 128), heads=lambda: small.propose(np.zeros(1, np.int64)))
+        for tokens in (1, 2, 4, 8, 16, 32, 64)
+    }
+    by_capacity = {
+        tokens: medians(**{str(capacity): step(backend, tokens, 128) for capacity, backend in backends.items()})
+        for tokens in (1, 16)
+    }
+    path = np.array([0, 3, 9])
+    commit = medians(
+        move=lambda: small.commit(0, 128, path),
+        step_of_16=step(small, 16, 128),
+        step_of_18_that_feeds_the_accepted_again=step(small, 18, 128),
+    )
+    result = environment() | {
+        "precision": manifest.precision,
+        "unit": "ms, median",
+        "step_by_tokens": by_tokens,
+        "step_by_capacity": by_capacity,
+        "commit_three_tokens": commit,
+        "threads": threads(bundle, manifest),
+    }
+    text = json.dumps(result, indent=2)
+    click.echo(text)
+    if output:
+        output.write_text(text + "\n")
+
+
+def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
+    """Step and heads in turn, under three ways for a session's idle threads to wait."""
+    found = {}
+    settings = {
+        "spin until the session's run ends": ("session.force_spinning_stop", "1"),
+        "spin on": ("session.force_spinning_stop", "0"),
+        "never spin": ("session.intra_op.allow_spinning", "0"),
+    }
+    for name, setting in settings.items():
+        backend: Any = open_backend(bundle, manifest)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.add_session_config_entry(*setting)
+        for session in ("step", "heads"):
+            path = bundle / manifest.graphs[session].file
+            opened = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            setattr(backend, f"_{session}_session", opened)
+        backend._binding = backend._step_session.io_binding()
+        backend.reserve(1, 256)
+        run = step(backend, 16, 128)
+        found[name] = medians(step=run, heads=lambda backend=backend: backend.propose(np.zeros(1, np.int64)))
+    return found
+
+
+if __name__ == "__main__":
+    main()
