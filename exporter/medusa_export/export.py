@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from transformers import PreTrainedTokenizerBase
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.progress import byte_stage, note, stage
@@ -16,7 +17,7 @@ from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import trace_heads, trace_step
 from medusa_export.weights import WEIGHTS_NAME, total_bytes, write_weights
-from medusa_heads.formats import load_heads
+from medusa_heads.formats import load_heads, native
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.errors import CheckpointError, OptionError
 from medusa_runtime.files import new_directory, require_new
@@ -30,6 +31,7 @@ from medusa_runtime.manifest import (
     Manifest,
     Precision,
     TensorFacts,
+    file_facts,
     sha256_of,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
@@ -77,44 +79,21 @@ def export_bundle(options: ExportOptions) -> Manifest:
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
-    max_seq_len = options.max_seq_len or backbone.max_position_embeddings
-    if max_seq_len > backbone.max_position_embeddings:
-        raise OptionError(f"--max-seq-len is {max_seq_len}; the model was made for {backbone.max_position_embeddings}")
-    if options.head_top_k > backbone.facts.vocab_size:
-        raise OptionError(f"--head-top-k is {options.head_top_k}; the vocabulary has {backbone.facts.vocab_size}")
-
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note)
     with stage("trace the heads"):
-        heads_graph = trace_heads(backbone, heads, options.head_top_k, options.opset)
-
+        graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset)}
     with new_directory(options.output, force=options.force) as directory:
-        tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
-        chat = {"template": tokenizer.chat_template, "special_tokens": _special_tokens(tokenizer)}
-        (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
-        graphs = {STEP: step, HEADS: heads_graph}
-        with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
-            files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
-        for name, model in graphs.items():
-            _finish(model, name)
-            ir.save(model, directory / f"{name}.onnx")
-        for name in (TOKENIZER_NAME, CHAT_NAME, *(f"{name}.onnx" for name in graphs)):
-            path = directory / name
-            files[name] = FileFacts(size=path.stat().st_size, sha256=sha256_of(path))
+        files = _write_graphs(graphs, directory) | _write_text(tokenizer, directory)
         manifest = Manifest(
             kind="onnx",
             model=backbone.facts,
-            heads=HeadFacts(
-                num_heads=heads.config.num_heads,
-                num_layers=heads.config.num_layers,
-                top_k=options.head_top_k,
-                shared_lm_head=heads.config.shared_lm_head,
-                sha256=sha256_of(options.heads / "heads.safetensors"),
-            ),
+            heads=_head_facts(options, heads),
             precision=options.precision,
             opset=options.opset,
-            limits=Limits(max_seq_len=max_seq_len),
+            limits=limits,
             graphs={name: graph_facts(model, f"{name}.onnx") for name, model in graphs.items()},
             tree=prior_tree(heads.config.num_heads, options.head_top_k, DEFAULT_TREE_NODES).to_json(),
             files=files,
@@ -122,6 +101,50 @@ def export_bundle(options: ExportOptions) -> Manifest:
         )
         manifest.save(directory)
     return manifest
+
+
+def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
+    longest = backbone.max_position_embeddings
+    max_seq_len = options.max_seq_len or longest
+    if max_seq_len > longest:
+        raise OptionError(f"--max-seq-len is {max_seq_len}; the model was made for {longest}")
+    if options.head_top_k > backbone.facts.vocab_size:
+        raise OptionError(f"--head-top-k is {options.head_top_k}; the vocabulary has {backbone.facts.vocab_size}")
+    return Limits(max_seq_len=max_seq_len)
+
+
+def _head_facts(options: ExportOptions, heads: MedusaHeads) -> HeadFacts:
+    return HeadFacts(
+        num_heads=heads.config.num_heads,
+        num_layers=heads.config.num_layers,
+        top_k=options.head_top_k,
+        shared_lm_head=heads.config.shared_lm_head,
+        sha256=sha256_of(options.heads / native.WEIGHTS_NAME),
+    )
+
+
+def _write_graphs(graphs: dict[str, ir.Model], directory: Path) -> dict[str, FileFacts]:
+    with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
+        files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
+    for name, model in graphs.items():
+        _finish(model, name)
+        path = directory / f"{name}.onnx"
+        ir.save(model, path)
+        files[path.name] = file_facts(path)
+    return files
+
+
+def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, FileFacts]:
+    """The tokenizer and the chat template, as the runtime reads them."""
+    tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: str(token) for name in names if (token := getattr(tokenizer, name, None))}
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several templates by name
+        template = template.get("default")
+    chat = {"template": template, "special_tokens": special}
+    (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
+    return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 
 def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
@@ -160,8 +183,3 @@ def _finish(model: ir.Model, name: str) -> None:
     model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)
     model.producer_name = "medusa-export"
     model.producer_version = importlib.metadata.version("medusa-export")
-
-
-def _special_tokens(tokenizer: object) -> dict[str, str]:
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    return {name: str(token) for name in names if (token := getattr(tokenizer, name, None))}

@@ -177,6 +177,11 @@ class Manifest(_Model):
             raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; export it again")
 
 
+def file_facts(path: Path) -> FileFacts:
+    """Size and digest of a file."""
+    return FileFacts(size=path.stat().st_size, sha256=sha256_of(path))
+
+
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
     with Path(path).open("rb") as file:

@@ -138,8 +138,8 @@ def _num_cores() -> int:
 def _open(path: Path, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads or _num_cores()
-    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 83 ms
-    # where they now take 51 (docs/decisions/0002-threads-of-two-sessions.md).
+    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 85 ms
+    # where they now take 47 (docs/decisions/0002-threads-of-two-sessions.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
     try:
