@@ -7,8 +7,9 @@ PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet -c constrai
 MODEL  := smollm2-135m-instruct
 BUNDLE ?= build/$(MODEL)-fp32
 PROMPT ?= Explain in three sentences why the sky is blue.
+export BIN MODEL BUNDLE PROMPT
 
-.PHONY: demo test lint bench-export clean
+.PHONY: demo test lint clean
 
 $(VENV)/.export: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -21,7 +22,7 @@ $(VENV)/.dev: $(VENV)/.export
 
 ## demo: fetch the real model, export it, validate it, and decode with and without Medusa
 demo: $(VENV)/.export
-	BIN=$(BIN) MODEL=$(MODEL) BUNDLE=$(BUNDLE) PROMPT="$(PROMPT)" sh scripts/demo.sh
+	sh scripts/demo.sh
 
 ## test: lint, types, import rules, and every test there is
 test: $(VENV)/.dev lint

@@ -7,12 +7,12 @@ run="$BIN/medusa-export"
 
 echo "== fetch $MODEL"
 model=$("$run" fetch "$MODEL")
-if [ ! -f "$BUNDLE/manifest.json" ]; then
+if ! grep -qs '"status": "passed"' "$BUNDLE/manifest.json"; then  # none yet, or interrupted before it was validated
     heads="$BUNDLE-heads"
     echo "== make untrained heads: the output is right with any heads, but only trained ones save steps"
     "$run" heads init "$model" -o "$heads" --num-heads 4 --force
     echo "== export, and validate against PyTorch"
-    "$run" onnx "$model" --heads "$heads" -o "$BUNDLE"
+    "$run" onnx "$model" --heads "$heads" -o "$BUNDLE" --force
 fi
 echo "== Medusa decoding: $PROMPT"
 "$run" generate "$BUNDLE" -p "$PROMPT"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +22,7 @@ TESTED_ARCHITECTURES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt2",
     "gpt_neox", "starcoder2", "stablelm", "cohere2",
 )  # fmt: skip
+MAX_REASON = 300  # characters of another library's message
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -62,9 +62,18 @@ class Backbone:
         return None
 
     @property
-    def max_position_embeddings(self) -> int:
-        """The longest sequence the model was made for."""
-        return int(self.config.max_position_embeddings)
+    def max_seq_len(self) -> int:
+        """The longest sequence that a cache can serve.
+
+        LongRoPE rotates all keys otherwise once a sequence is longer than it was first trained for, the cached ones too,
+        which a cache cannot follow: it ends there.
+        """
+        longest = int(self.config.max_position_embeddings)
+        for rope in _rope_settings(self.config):
+            if rope.get("rope_type") == "longrope":
+                first = rope.get("original_max_position_embeddings")
+                longest = int(first or getattr(self.config, "original_max_position_embeddings", None) or longest)
+        return longest
 
     @property
     def has_tied_embeddings(self) -> bool:
@@ -84,7 +93,7 @@ class Backbone:
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         eos = config.eos_token_id if eos is None else eos
         return ModelFacts(
-            name=self.source,
+            name=Path(self.source).name if Path(self.source).exists() else self.source,
             architecture=type(self.model).__name__,
             vocab_size=config.vocab_size,
             hidden_size=hidden,
@@ -115,24 +124,53 @@ def load_backbone(
     place, options = _resolve(source)
     dtype = DTYPES[precision]
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what matters of it is said below, in one line
     try:
-        model = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
-            place, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, **options
+        model, loaded = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
+            place,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError, ImportError) as error:
-        if attention in str(error):  # the class looked the implementation up in a table of its own
+    except Exception as error:  # a damaged checkpoint makes the library fail in any way
+        if attention not in {"eager", "sdpa"} and attention in str(error):  # it was looked up in a table of the class's own
             raise unsupported(source) from error
         raise CheckpointError(_reason(source, error)) from error
+    _require_complete(source, loaded)
+    _require_plain_positions(source, model.config.get_text_config())
     _forget_quantization(model)
     return Backbone(source, model.eval(), dtype)
 
 
-def unsupported(what: str) -> ExportError:
-    """The error for an architecture whose attention cannot be replaced."""
-    return ExportError(
-        f"{what} does not attend through Transformers' attention interface, so its cache cannot be exported; "
-        f"architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
-    )
+def _require_complete(source: str, loaded: dict[str, Any]) -> None:
+    """Transformers fills what a checkpoint lacks with random numbers."""
+    for kind, names in (("lacks", loaded["missing_keys"]), ("has another shape for", loaded["mismatched_keys"])):
+        if names:
+            first = min(name if isinstance(name, str) else name[0] for name in names)
+            raise CheckpointError(f"{source} {kind} {len(names)} of the model's weights, such as {first}")
+
+
+def _require_plain_positions(source: str, config: Any) -> None:
+    if any(rope.get("rope_type") == "dynamic" for rope in _rope_settings(config)):
+        raise ExportError(
+            f"{source} has rotary embeddings that change with the sequence's length (rope_type dynamic): keys that are cached "
+            "could not follow; this is not supported"
+        )
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings' settings; some models have one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
+
+
+def unsupported(what: str, detail: str = "its attention cannot be replaced") -> ExportError:
+    """The error for an architecture that cannot be traced."""
+    known = ", ".join(TESTED_ARCHITECTURES)
+    return ExportError(f"{what} is not supported ({detail}); architectures known to work: {known}")
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -145,7 +183,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     options.pop("quantization_config", None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # as for the model
         raise CheckpointError(_reason(source, error, "tokenizer")) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise CheckpointError(f"the tokenizer of {source} has no fast form (tokenizer.json), which the runtime needs")
@@ -164,11 +202,14 @@ def _resolve(source: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}")
         return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    if path.is_file():
+        raise CheckpointError(f"{source} is a file, but no .gguf; a model is a directory, a hub id or a GGUF file")
     return source, {}
 
 
 def _reason(source: str, error: BaseException, part: str = "model") -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = " ".join(str(error).split()) or type(error).__name__  # some say what they mean in their second line
+    line = text if len(text) <= MAX_REASON else text[:MAX_REASON] + " …"
     if not Path(source).exists() and isinstance(error, OSError):
         return f"there is no {part} {source!r}: not a local directory or GGUF file, and the hub gave none ({line})"
     return f"the {part} of {source} cannot be loaded: {line}"

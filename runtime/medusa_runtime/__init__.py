@@ -14,6 +14,7 @@ from medusa_runtime.errors import (
     MedusaError,
     MissingExtraError,
     OptionError,
+    StaleStreamError,
     TreeError,
 )
 from medusa_runtime.lm import GenerationChunk, GenerationResult, MedusaLM
@@ -39,6 +40,7 @@ __all__ = [
     "MissingExtraError",
     "OptionError",
     "SequenceStep",
+    "StaleStreamError",
     "TreeError",
     "most_likely_tree",
     "prior_tree",

@@ -11,7 +11,7 @@ import numpy as np
 
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.decoding import accept_greedy, draft_tokens
-from medusa_runtime.errors import CapacityError, OptionError
+from medusa_runtime.errors import CapacityError, OptionError, StaleStreamError
 from medusa_runtime.tree import CandidateTree, IntArray
 
 FinishReason = Literal["stop", "length"]
@@ -83,6 +83,7 @@ class DecodingEngine:
 
     def __init__(self, backend: Backend, tree: CandidateTree | None = None) -> None:
         self.backend = backend
+        self._num_requests = 0
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         self.check_tree(self.tree)
 
@@ -147,6 +148,7 @@ class DecodingEngine:
 
         Raises:
             OptionError, CapacityError, TreeError: at the call, before any work; see `check_request`.
+            StaleStreamError: on reading on after a later call has begun to decode: they share one cache.
         """
         tree = (tree or self.tree) if medusa else CandidateTree.root_only()
         self.check_tree(tree)
@@ -159,12 +161,16 @@ class DecodingEngine:
         self, sequences: list[_Sequence], tree: CandidateTree, eos: frozenset[int], stats: DecodingStats
     ) -> Iterator[list[SequenceStep]]:
         started = time.perf_counter()
+        self._num_requests += 1
+        request = self._num_requests
         state = self._prefill(sequences, tree, stats)
         steps = _emit(sequences, [[int(token)] for token in state.root_ids], eos)
         stats.num_generated_tokens += len(steps)
         stats.prefill_seconds += time.perf_counter() - started
         yield steps
         while remaining := max((s.remaining for s in sequences if s.finish_reason is None), default=0):
+            if request != self._num_requests:
+                raise StaleStreamError("another request has begun since: one engine decodes one request at a time")
             started = time.perf_counter()
             decided = self._step(state, tree.pruned(remaining - 1), sequences, stats)
             steps = _emit(sequences, decided, eos)
@@ -186,6 +192,7 @@ class DecodingEngine:
         padded = np.zeros((batch, longest), np.int64)
         for row, sequence in zip(padded, sequences, strict=True):
             row[: len(sequence.prompt_ids)] = sequence.prompt_ids
+        self.backend.reset(batch, self._capacity_for(longest))
         state = _State(lengths=np.zeros(batch, np.int64), root_ids=np.zeros(batch, np.int64))
         for start in range(0, longest, chunk):
             tokens = padded[:, start : start + chunk]
@@ -249,8 +256,10 @@ class DecodingEngine:
         return positions
 
     def _reserve(self, lengths: IntArray, new_tokens: int) -> None:
-        limits = self.backend.manifest.limits
-        self.backend.reserve(len(lengths), limits.capacity or int(lengths.max()) + new_tokens)
+        self.backend.reserve(len(lengths), self._capacity_for(int(lengths.max()) + new_tokens))
+
+    def _capacity_for(self, slots: int) -> int:
+        return self.backend.manifest.limits.capacity or slots
 
 
 def _emit(sequences: list[_Sequence], decided: list[list[int]], eos: frozenset[int]) -> list[SequenceStep]:

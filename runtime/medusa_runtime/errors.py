@@ -38,6 +38,10 @@ class CapacityError(MedusaError):
     """A request needs more cache than the bundle or the engine allows."""
 
 
+class StaleStreamError(MedusaError):
+    """An answer was read on after another request had taken over its cache."""
+
+
 class TreeError(MedusaError):
     """A candidate tree is malformed, or deeper or wider than the heads."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.engine import DecodingEngine, DecodingStats, FinishReason
+from medusa_runtime.engine import DecodingEngine, DecodingStats, FinishReason, SequenceStep
 from medusa_runtime.errors import BundleError
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.text import Prompt, TextCodec, TextStream
@@ -39,7 +40,7 @@ class GenerationResult:
 class MedusaLM:
     """A bundle, loaded and ready to answer.
 
-    Use `from_bundle`. One object answers one request at a time.
+    Use `from_bundle`. One object answers one request (or one batch) at a time.
     """
 
     def __init__(self, engine: DecodingEngine, codec: TextCodec) -> None:
@@ -107,6 +108,32 @@ class MedusaLM:
             stats=stats,
         )
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        medusa: bool = True,
+        tree: CandidateTree | None = None,
+        raw: bool = False,
+        ignore_eos: bool = False,
+    ) -> list[GenerationResult]:
+        """Answer several prompts side by side, one forward pass a step for all of them.
+
+        Arguments and errors as for `stream`. The statistics are the batch's, and the same in each result.
+        """
+        stats = DecodingStats()
+        encoded = [self.codec.encode(prompt, raw=raw) for prompt in prompts]
+        steps = self._decode(encoded, max_new_tokens, medusa=medusa, tree=tree, ignore_eos=ignore_eos, stats=stats)
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        reasons: list[FinishReason] = ["length"] * len(prompts)
+        for step in itertools.chain.from_iterable(steps):
+            token_ids[step.sequence] += step.token_ids
+            reasons[step.sequence] = step.finish_reason or reasons[step.sequence]
+        return [
+            GenerationResult(self.codec.decode(ids), ids, reason, stats) for ids, reason in zip(token_ids, reasons, strict=True)
+        ]
+
     def stream(
         self,
         prompt: Prompt,
@@ -131,19 +158,10 @@ class MedusaLM:
 
         Raises:
             OptionError, CapacityError, TreeError: at the call, before any work.
+            StaleStreamError: on reading on after a later request has begun to decode.
         """
         prompt_ids = self.codec.encode(prompt, raw=raw)
-        if max_new_tokens is None:
-            room = self.engine.backend.manifest.limits.max_seq_len - len(prompt_ids)
-            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-        steps = self.engine.generate(
-            [prompt_ids],
-            max_new_tokens,
-            medusa=medusa,
-            tree=tree,
-            eos_token_ids=() if ignore_eos else None,
-            stats=stats,
-        )
+        steps = self._decode([prompt_ids], max_new_tokens, medusa=medusa, tree=tree, ignore_eos=ignore_eos, stats=stats)
 
         def chunks() -> Iterator[GenerationChunk]:
             stream = TextStream(self.codec)
@@ -154,3 +172,19 @@ class MedusaLM:
                 yield GenerationChunk(text, step.token_ids, step.num_accepted, step.finish_reason)
 
         return chunks()
+
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int | None,
+        *,
+        medusa: bool,
+        tree: CandidateTree | None,
+        ignore_eos: bool,
+        stats: DecodingStats | None,
+    ) -> Iterator[list[SequenceStep]]:
+        if max_new_tokens is None:
+            room = self.engine.backend.manifest.limits.max_seq_len - max(map(len, prompts), default=0)
+            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+        eos_token_ids = () if ignore_eos else None
+        return self.engine.generate(prompts, max_new_tokens, medusa=medusa, tree=tree, eos_token_ids=eos_token_ids, stats=stats)

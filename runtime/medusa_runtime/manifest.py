@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medusa_runtime.errors import BundleError
+from medusa_runtime.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -19,7 +19,7 @@ STEP, HEADS = "step", "heads"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
 
 class ModelFacts(_Model):
@@ -105,7 +105,7 @@ class EngineFacts(_Model):
     compute_capabilities: list[str]
     profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(description="profile → input → min, opt and max shape")
     aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
-    source_bundle: str = Field(description="sha256 of the manifest of the ONNX bundle it was built from")
+    source_bundle: str = Field(description="content digest of the ONNX bundle it was built from")
 
 
 class Manifest(_Model):
@@ -142,20 +142,36 @@ class Manifest(_Model):
                 raise BundleError(
                     f"{path} has schema version {version}, this medusa-export reads {SCHEMA_VERSION}; export it again"
                 )
-            return cls.model_validate(data)
+            manifest = cls.model_validate(data)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
+        if problem := manifest.incompleteness():
+            raise BundleError(f"{path}: {problem}; export the bundle again")
+        return manifest
+
+    def incompleteness(self) -> str | None:
+        """What a manifest of the right form may still lack."""
+        if missing := {STEP, HEADS} - self.graphs.keys():
+            return f"graphs: {', '.join(sorted(missing))} is missing"
+        needed = {"tokenizer.json", "chat.json", *(graph.file for graph in self.graphs.values())}
+        if missing := needed - self.files.keys():
+            return f"files: {', '.join(sorted(missing))} is missing"
+        if strange := [name for name in self.files if Path(name).name != name]:
+            return f"files: {strange[0]!r} is not a plain file name"
+        return None
 
     def save(self, bundle: str | Path) -> None:
         """Write the manifest into a bundle directory, at once or not at all."""
-        path = Path(bundle) / MANIFEST_NAME
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n")
-        os.replace(temporary, path)
+        write_whole(Path(bundle) / MANIFEST_NAME, self.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    def content_digest(self) -> str:
+        """One SHA-256 for all files: it stays the same when the bundle is validated again."""
+        lines = "".join(f"{facts.sha256}  {name}\n" for name, facts in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
     def mismatches(self, bundle: str | Path) -> list[str]:
         """Compare every file with its size and digest; one line for each that differs, none when all is well."""

@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -59,11 +61,18 @@ class TextCodec:
         """
         if isinstance(prompt, str):
             if raw or not self.has_chat_template:
-                return list(self.tokenizer.encode(prompt).ids)
+                return self._ids(prompt, add_special_tokens=True)
             prompt = [{"role": "user", "content": prompt}]
         elif raw:
             raise OptionError("raw takes text, not messages")
-        return list(self.tokenizer.encode(self.render(prompt), add_special_tokens=False).ids)
+        return self._ids(self.render(prompt), add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, such as undecodable bytes of a command line become
+            raise OptionError("the prompt is not Unicode text") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -85,28 +94,47 @@ class TextCodec:
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise OptionError(f"a message is an object with role and content; found {message!r}")
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._chat["special_tokens"])
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise OptionError(f"the chat template refuses these messages: {error}") from error
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._chat["special_tokens"],
+            )
+        except Exception as error:  # the template is a program from elsewhere: it may fail in any way
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OptionError(f"the chat template refuses these messages: {reason}") from error
 
     @cached_property
     def _chat(self) -> dict[str, Any]:
         path = self._bundle / CHAT_NAME
         try:
             chat: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
+        if not isinstance(chat, dict) or not isinstance(chat.get("special_tokens"), dict):
+            raise BundleError(f"{path} has no template and special tokens; export the bundle again")
         return chat
 
     @cached_property
     def _template(self) -> jinja2.Template:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         return environment.from_string(self._chat["template"])
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %} … {% endgeneration %}``: marks the assistant's words for training; here it only passes them on."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(reason: str) -> None:

@@ -44,6 +44,8 @@ class CandidateTree:
     ranks: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if any(type(number) is not int for number in (*self.parents, *self.ranks)):
+            raise TreeError("parents and ranks are whole numbers")
         if not self.parents or self.parents[0] != -1:
             raise TreeError("a tree starts with its root: the first parent must be -1")
         if len(self.ranks) != len(self.parents):
@@ -86,16 +88,15 @@ class CandidateTree:
     @classmethod
     def from_json(cls, data: Any) -> CandidateTree:
         """A tree from parsed JSON: a list of choices, or an object with ``choices``, or with ``parents`` (and ``ranks``)."""
+        choices = data if isinstance(data, list) else data.get("choices") if isinstance(data, dict) else None
         try:
-            if isinstance(data, list):
-                return cls.from_choices(data)
-            if "choices" in data:
-                return cls.from_choices(data["choices"])
+            if choices is not None:
+                return cls.from_choices(choices)
             return cls.from_parents(data["parents"], data.get("ranks"))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise TreeError(
-                'a tree is a list of choices such as [[0], [0, 0], [1]], or {"choices": …}, '
-                f'or {{"parents": …, "ranks": …}}; could not read it as one ({error})'
+                'this is no tree: one is a list of choices such as [[0], [0, 0], [1]], or {"choices": …}, '
+                'or {"parents": …, "ranks": …}'
             ) from error
 
     @classmethod
@@ -103,7 +104,7 @@ class CandidateTree:
         """Read `from_json`'s forms from a file."""
         try:
             data = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise TreeError(f"cannot read the tree {path}: {error}") from error
         return cls.from_json(data)
 

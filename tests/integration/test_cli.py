@@ -21,12 +21,14 @@ def run(*words: object, stdin: str | None = None) -> Result:
 
 
 def fails(result: Result, exit_code: int, message: str) -> None:
-    """One line on stderr, nothing on stdout, and the exit code."""
+    """Nothing on stdout, the exit code, and at the end of stderr one line of ours, or Click's usage and one line."""
     assert result.exit_code == exit_code, result.output
     assert result.stdout == ""
-    assert message in result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
-    assert "Traceback" not in result.stderr
+    *before, last = result.stderr.splitlines()
+    assert last.startswith("Error: ")
+    assert message in last
+    told = ("  ", "Usage: ", "Try ", "fp32 bundle", "\u250f", "\u2503", "\u2521", "\u2502", "\u2514")  # stages, usage, a table
+    assert [line for line in before if line and not line.startswith(told)] == []
 
 
 def test_from_a_model_to_tokens(make_model: Make, tmp_path: Path) -> None:
@@ -80,6 +82,15 @@ def test_a_failed_validation_exits_with_3_and_marks_the_bundle(make_model: Make,
     fails(run("generate", bundle, "-p", "x", "--allow-failed"), 1, "does not match its manifest: weights.bin has sha256")
 
 
+def test_input_that_is_no_text_is_refused(make_bundle: Make, make_model: Make, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", str(make_bundle()), "-p", "-"], input=b"\xff\xfe")
+    fails(result, 2, "not UTF-8 text")
+    (tmp_path / "prompts.txt").write_bytes("caf\xe9".encode("latin-1"))
+    fails(
+        run("validate", make_bundle(), "--reference", make_model(), "--prompts", tmp_path / "prompts.txt"), 2, "not UTF-8 text"
+    )
+
+
 def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Make, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(make_bundle(), bundle)
@@ -99,10 +110,19 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("generate", "{bundle}", "-p", "x " * 300), 1, "together more than the bundle's 256"),
         (("generate", "{bundle}", "-p", "x", "--max-new-tokens", "0"), 2, "Invalid value for '--max-new-tokens'"),
         (("generate", "{bundle}", "-p", "x", "--tree", "/nowhere.json"), 2, "cannot read the tree /nowhere.json"),
+        (("generate", "{bundle}", "-p", "a\udcffb"), 2, "the prompt is not Unicode text"),
+        (("generate", "{bundle}", "-p", "x", "--threads", "100000"), 2, "Invalid value for '--threads'"),
         (("generate", "{bundle}", "-p", "x", "--backend", "tpu"), 2, "Invalid value for '--backend'"),
         (("heads", "inspect", "/nowhere"), 1, "there are no heads at /nowhere"),
         (("heads", "inspect", "{model}"), 1, "the heads in"),
         (("heads", "init", "/nowhere", "-o", "{new}"), 1, "there is no model '/nowhere'"),
+        (("heads", "init", "{model}", "-o", "{model}", "--force"), 2, "so it cannot be replaced"),
+        (("onnx", "{model}", "--heads", "{heads}", "-o", "{heads}", "--force"), 2, "so it cannot be replaced"),
+        (("onnx", "{model}/config.json", "--heads", "{heads}", "-o", "{new}"), 1, "is a file, but no .gguf"),
+        (("onnx", "{model}", "--heads", "{heads}", "-o", "{model}/config.json/new"), 2, "cannot be written"),
+        (("trt", "{bundle}", "-o", "{bundle}", "--force"), 2, "so it cannot be replaced"),
+        (("trt", "/nowhere", "-o", "{new}"), 1, "/nowhere is not a bundle"),
+        (("trt", "{bundle}", "-o", "{new}", "--max-batch-size", "-1"), 2, "--max-batch-size is -1; it must be 1"),
         (("heads", "init", "{model}", "-o", "{model}"), 2, "exists; choose another output, or replace it with --force"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{bundle}"), 2, "exists; choose another output"),
         (("onnx", "{model}", "--heads", "{model}", "-o", "{new}"), 1, "the heads in"),

@@ -18,6 +18,8 @@ from medusa_runtime import (
     DecodingEngine,
     Manifest,
     MedusaLM,
+    OptionError,
+    StaleStreamError,
     TreeError,
 )
 from medusa_runtime.backends import open_backend
@@ -65,6 +67,17 @@ def test_a_request_is_the_same_whatever_ran_before(lm: MedusaLM) -> None:
     next(stream)
     next(stream)  # left unfinished
     assert lm.generate(PROMPT, 30).token_ids == first
+    with pytest.raises(StaleStreamError):
+        next(stream)
+
+
+def test_a_long_request_does_not_slow_later_ones(make_bundle: Callable[..., Path]) -> None:
+    lm = MedusaLM.from_bundle(make_bundle("gpt_neox"))
+    backend = lm.engine.backend
+    lm.generate("fox " * 100, 100, ignore_eos=True, raw=True)
+    grown = backend.capacity
+    lm.generate("fox", 5, raw=True)
+    assert backend.capacity == CAPACITY_BUCKET < grown
 
 
 def test_a_batch_gives_each_prompt_its_own_answer(bundle: Path, lm: MedusaLM) -> None:
@@ -76,6 +89,17 @@ def test_a_batch_gives_each_prompt_its_own_answer(bundle: Path, lm: MedusaLM) ->
             answers[step.sequence] += step.token_ids
     alone = [[token for [step] in lm.engine.generate([prompt], 25) for token in step.token_ids] for prompt in prompts]
     assert answers == alone
+
+
+def test_generate_batch_gives_what_generate_gives(bundle: Path) -> None:
+    lm = MedusaLM.from_bundle(bundle)
+    prompts = [PROMPT, "dog", [{"role": "user", "content": "a small model"}]]
+    batch = lm.generate_batch(prompts, 20)
+    for prompt, result in zip(prompts, batch, strict=True):
+        alone = lm.generate(prompt, 20)
+        assert (result.text, result.token_ids, result.finish_reason) == (alone.text, alone.token_ids, alone.finish_reason)
+    with pytest.raises(OptionError, match="no prompt"):
+        lm.generate_batch([])
 
 
 def test_the_cache_grows_in_buckets_and_keeps_what_it_holds(make_bundle: Callable[..., Path]) -> None:
@@ -177,3 +201,11 @@ def test_a_bundle_whose_files_do_not_match_is_refused(bundle: Path, tmp_path: Pa
     with pytest.raises(BundleError, match=r"weights\.bin has sha256"):
         MedusaLM.from_bundle(copy)
     MedusaLM.from_bundle(copy, verify_files=False)  # on the caller's own word
+
+
+@pytest.mark.parametrize("field", ["num_layers", "num_kv_heads", "head_dim"])
+def test_a_manifest_that_does_not_describe_its_graphs_is_refused(bundle: Path, field: str) -> None:
+    manifest = Manifest.load(bundle)
+    setattr(manifest.model, field, 3)
+    with pytest.raises(BackendError, match=r"step\.onnx has the input .*, the manifest says"):
+        open_backend(bundle, manifest)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
-from medusa_runtime.manifest import HeadFacts, Limits, Manifest, ModelFacts, Provenance
+from medusa_runtime.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance
 from medusa_runtime.tree import CandidateTree, prior_tree
 
 VOCAB_SIZE = 50
@@ -41,7 +41,7 @@ def fake_manifest(num_heads: int = 3, top_k: int = 4, tree: CandidateTree | None
         precision="fp32",
         opset=24,
         limits=Limits(**({"max_seq_len": 200} | limits)),
-        graphs={},
+        graphs={name: GraphFacts(file=f"{name}.onnx", target="portable", inputs=[], outputs=[]) for name in ("step", "heads")},
         tree=(tree or prior_tree(num_heads, top_k, 8)).to_json(),
         files={},
         provenance=Provenance(command=[], versions={}, created=""),
@@ -61,6 +61,9 @@ class FakeBackend:
     @property
     def capacity(self) -> int:
         return self.slots.shape[1]
+
+    def reset(self, batch_size: int, capacity: int) -> None:
+        self.slots = np.full((batch_size, capacity), -1)
 
     def reserve(self, batch_size: int, capacity: int) -> None:
         grown = np.full((batch_size, max(capacity, self.capacity)), -1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingStats, OptionError, TreeError
+from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingStats, OptionError, StaleStreamError, TreeError
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -130,6 +130,17 @@ def test_a_tree_that_the_bundle_cannot_verify_is_refused(choices, error, message
     backend = FakeBackend(manifest=fake_manifest(max_tree_nodes=4, tree=CandidateTree.root_only()))
     with pytest.raises(error, match=message):
         DecodingEngine(backend, CandidateTree.from_choices(choices))
+
+
+def test_reading_on_after_another_request_has_begun_is_an_error_not_a_wrong_answer() -> None:
+    engine = DecodingEngine(FakeBackend("sometimes"))
+    first, second = engine.generate([PROMPT], 20), engine.generate([[9, 9]], 20)
+    next(first)
+    assert [token for [step] in second for token in step.token_ids] == greedy([9, 9], 20)
+    with pytest.raises(StaleStreamError, match="another request has begun"):
+        next(first)
+    third = engine.generate([PROMPT], 20)  # a request that was made earlier but begins later is its own
+    assert [token for [step] in third for token in step.token_ids] == greedy(PROMPT, 20)
 
 
 def test_statistics_add_up() -> None:

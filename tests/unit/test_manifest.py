@@ -7,15 +7,16 @@ import json
 import pytest
 
 from medusa_runtime import BundleError, Manifest
-from medusa_runtime.manifest import FileFacts, sha256_of
+from medusa_runtime.manifest import file_facts
 from tests.support.fake_backend import fake_manifest
 
 
 @pytest.fixture
 def bundle(tmp_path):
-    (tmp_path / "weights.bin").write_bytes(b"x" * 1000)
     manifest = fake_manifest()
-    manifest.files = {"weights.bin": FileFacts(size=1000, sha256=sha256_of(tmp_path / "weights.bin"))}
+    for name in ("weights.bin", "step.onnx", "heads.onnx", "tokenizer.json", "chat.json"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+        manifest.files[name] = file_facts(tmp_path / name)
     manifest.save(tmp_path)
     return tmp_path
 
@@ -39,6 +40,9 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
         (lambda data: data | {"schema_version": 99}, "schema version 99, this medusa-export reads 1"),
         (lambda data: data | {"precision": "fp8"}, "precision"),
         (lambda data: data | {"surprise": 1}, "surprise"),
+        (lambda data: data | {"graphs": {}}, "graphs: heads, step is missing"),
+        (lambda data: data | {"files": {}}, "files: chat.json, heads.onnx, step.onnx, tokenizer.json is missing"),
+        (lambda data: data | {"files": data["files"] | {"../x": {"size": 1, "sha256": ""}}}, "'../x' is not a plain file name"),
         (lambda data: {key: value for key, value in data.items() if key != "model"}, "model: Field required"),
         (lambda _: [1, 2], "schema version None"),
     ],

@@ -39,10 +39,32 @@ def test_raw_text_is_taken_as_it_is(bundle) -> None:
     assert bundle(None).encode("a fox") == codec.encode("a fox", raw=True)
 
 
-def test_our_template_renders_as_transformers_does(bundle) -> None:
-    messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "a {{ fox }}"}]
-    theirs = tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert bundle().render(messages) == theirs
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT_TEMPLATE,
+        "{{ bos_token }}{% if tools is not none %}tools{% endif %}{{ messages | tojson }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% continue %}!{% endfor %}",
+        "{%- if documents %}\n  docs\n{%- endif %}\n  {{ messages[0]['content'] | trim }}\n",
+    ],
+)
+def test_templates_render_as_in_transformers(bundle, template: str) -> None:
+    messages = [{"role": "system", "content": " be short "}, {"role": "user", "content": "a {{ fox }} is <b>é"}]
+    theirs = tokenizer().apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert bundle(template).render(messages) == theirs
+
+
+def test_bytes_that_are_no_text_are_refused(bundle) -> None:
+    with pytest.raises(OptionError, match="not Unicode text"):
+        bundle().encode("a\udcffb")
+
+
+@pytest.mark.parametrize("chat", ["[]", "{}", '{"template": null, "special_tokens": 3}', "{"])
+def test_a_damaged_chat_file_is_named(bundle, chat: str) -> None:
+    codec = bundle()
+    (bundle.directory / "chat.json").write_text(chat)
+    with pytest.raises(BundleError, match=r"chat\.json"):
+        codec.encode("a fox")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -66,6 +88,8 @@ def test_an_answer_cut_inside_a_character_says_so_only_at_its_end(bundle) -> Non
 @pytest.mark.parametrize(
     "template",
     [
+        "{{ 1 / 0 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ raise_exception('no system role') }}",

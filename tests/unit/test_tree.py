@@ -70,6 +70,8 @@ def test_children_without_ranks_take_them_in_order() -> None:
         ([-1, 0], [0], "2 parents, 1 ranks"),
         ([-1, 0, 0], [0, 1, 1], "same rank"),
         ([-1, 0], [0, -2], "ranks count from 0"),
+        ([-1, 0], [0, 0.5], "whole numbers"),
+        ([-1, False], [0, 0], "whole numbers"),
     ],
 )
 def test_what_is_no_tree_is_refused(parents, ranks, message) -> None:
@@ -77,7 +79,7 @@ def test_what_is_no_tree_is_refused(parents, ranks, message) -> None:
         CandidateTree.from_parents(parents, ranks)
 
 
-@pytest.mark.parametrize("data", [{"nodes": 3}, 7, "x", [["a"]], {"parents": 3}, None])
+@pytest.mark.parametrize("data", [{"nodes": 3}, 7, "x", [["a"]], [[0.5]], [[True]], [3], {"parents": 3}, {"choices": 3}, None])
 def test_json_of_another_form_is_refused_in_one_line(data) -> None:
     with pytest.raises(TreeError) as caught:
         CandidateTree.from_json(data)
@@ -88,6 +90,9 @@ def test_a_tree_file_that_cannot_be_read_is_named(tmp_path) -> None:
     (tmp_path / "tree.json").write_text("[[0")
     with pytest.raises(TreeError, match=r"tree\.json"):
         CandidateTree.from_file(tmp_path / "tree.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(TreeError, match=r"deep\.json"):
+        CandidateTree.from_file(tmp_path / "deep.json")
     with pytest.raises(TreeError, match=r"none\.json"):
         CandidateTree.from_file(tmp_path / "none.json")
 

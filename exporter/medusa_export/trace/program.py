@@ -19,7 +19,7 @@ from onnx_ir.passes.common import (
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 from torch.export import Dim
 
-from medusa_export.checkpoint import TESTED_ARCHITECTURES, Backbone, unsupported
+from medusa_export.checkpoint import Backbone, unsupported
 from medusa_export.graph.reshape import ConstantReshapes
 from medusa_export.graph.rotary import FuseRotary
 from medusa_export.graph.simplify import Simplify
@@ -28,7 +28,6 @@ from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step import StepModule
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.errors import ExportError
 
 STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
 STEP_OUTPUTS = ("greedy_ids", "hidden", "logits")
@@ -67,6 +66,7 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
     with only_layers(layers, traced):
         model = _export(
+            facts.architecture,
             module,
             (
                 torch.ones(batch, tokens, dtype=torch.long),
@@ -120,7 +120,7 @@ def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int) 
     """
     module = HeadsModule(heads.to(backbone.dtype), backbone.model.get_output_embeddings(), top_k).eval()
     hidden = torch.zeros(2, backbone.facts.hidden_size, dtype=backbone.dtype)
-    model = _export(module, (hidden,), {}, {"hidden": {0: Dim("batch", min=1, max=1 << 16)}}, opset)
+    model = _export("heads", module, (hidden,), {}, {"hidden": {0: Dim("batch", min=1, max=1 << 16)}}, opset)
     _name(model.graph.outputs, ["head_ids", "head_log_probs"])
     _simplify(model)
     TransposeWeights(frozenset({"lm_head.weight"}) if backbone.has_tied_embeddings else frozenset())(model)
@@ -128,7 +128,12 @@ def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int) 
 
 
 def _export(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: dict[str, Any], opset: int
+    what: str,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: dict[str, Any],
+    opset: int,
 ) -> ir.Model:
     with _quiet(), torch.no_grad():
         try:
@@ -143,10 +148,9 @@ def _export(
                 verbose=False,
             )
         except Exception as error:  # the exporter wraps whatever a model's code raises
-            reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-            raise ExportError(
-                f"the model cannot be traced: {reason}; architectures known to work: {', '.join(TESTED_ARCHITECTURES)}"
-            ) from error
+            cause = error.__cause__ or error
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise unsupported(what, reason) from error
     assert program is not None
     return program.model
 

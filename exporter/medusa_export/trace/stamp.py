@@ -53,7 +53,7 @@ class StampLayers(ir.passes.InPlacePass):
         graph = model.graph
         blocks = {block.layer: block for block in self._blocks(graph)}
         for kind in self.kinds:
-            if self._shape_of(blocks[kind[0]]) != self._shape_of(blocks[kind[-1]]):
+            if self._fingerprint(blocks[kind[0]]) != self._fingerprint(blocks[kind[-1]]):
                 raise UnlikeLayersError(f"layers {kind[0]} and {kind[-1]}")
         representative = {layer: blocks[kind[0]] for kind in self.kinds for layer in kind}
 
@@ -132,7 +132,7 @@ class StampLayers(ir.passes.InPlacePass):
             pending += node.inputs
         return found
 
-    def _shape_of(self, block: LayerBlock) -> list[object]:
+    def _fingerprint(self, block: LayerBlock) -> list[object]:
         """What a block computes, apart from which layer it is: equal for two layers of one kind."""
         prefix = self.prefix.format(layer=block.layer)
         names: dict[ir.Value, object] = {

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from medusa_export.checkpoint import FULL, SLIDING
 from medusa_export.trace.attention import ScatterCache
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class StepModule(torch.nn.Module):

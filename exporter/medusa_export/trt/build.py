@@ -28,7 +28,6 @@ from medusa_runtime.manifest import (
     Manifest,
     TensorFacts,
     ValidationFacts,
-    sha256_of,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 
@@ -53,7 +52,7 @@ def build_engines(options: EngineOptions) -> Manifest:
         BackendError: the flavour needs a GPU and there is none.
         ExportError: TensorRT cannot build a graph, or what it built does not keep the contract.
     """
-    require_new(options.output, force=options.force)
+    require_new(options.output, MANIFEST_NAME, force=options.force, inputs=(options.bundle,))
     source = load_source(options.bundle)
     limits = engine_limits(options, source)
     assert limits.capacity is not None
@@ -63,7 +62,7 @@ def build_engines(options: EngineOptions) -> Manifest:
         raise OptionError("--compute-capability is '7.5', which has no bf16; export the bundle with --dtype fp16")
     with stage("check the bundle"):
         source.require_intact(options.bundle)
-    with new_directory(options.output, force=options.force) as directory:
+    with new_directory(options.output, MANIFEST_NAME, force=options.force, inputs=(options.bundle,)) as directory:
         manifest = _fill(directory, _Job(options, source, limits, limits.capacity, tensorrt, capabilities))
         manifest.save(directory)
     return manifest
@@ -94,7 +93,7 @@ def _fill(directory: Path, job: _Job) -> Manifest:
         compute_capabilities=job.capabilities,
         profiles=profiles[STEP] | profiles[HEADS],
         aliases=aliases,
-        source_bundle=sha256_of(bundle / MANIFEST_NAME),
+        source_bundle=source.content_digest(),
     )
     return source.model_copy(
         update={

@@ -23,11 +23,13 @@ from medusa_export.validate.runner import BundleSide, ReferenceSide, runnable_bu
 from medusa_heads.formats import load_heads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
 from medusa_runtime.errors import BundleError, MedusaError, OptionError, ValidationMismatchError
+from medusa_runtime.files import write_whole
 from medusa_runtime.text import TextCodec
 
 __all__ = ["PROMPTS", "validate", "validate_and_record"]
 
 DEFAULT_NEW_TOKENS = 48
+BACKEND = "ort-cpu"
 
 
 def validate_and_record(
@@ -54,7 +56,7 @@ def validate_and_record(
         max_new_tokens=max_new_tokens,
         trust_remote_code=trust_remote_code,
     )
-    (bundle / REPORT_NAME).write_text(report.model_dump_json(indent=2) + "\n")
+    write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     manifest = Manifest.load(bundle)
     manifest.validation = report.facts()
     manifest.save(bundle)
@@ -85,7 +87,7 @@ def validate(
         raise OptionError("there is no prompt to validate with")
     report = ValidationReport(
         reference=reference,
-        backend="ort-cpu",
+        backend=BACKEND,
         precision=manifest.precision,
         tolerance=TOLERANCES[manifest.precision],
         provenance=provenance(),
@@ -98,7 +100,7 @@ def validate(
     with stage("compare"), runnable_bundle(bundle, manifest) as (runnable, runnable_manifest, notes):
         report.notes += notes
         try:
-            side = BundleSide(runnable, runnable_manifest)
+            side = BundleSide(runnable, runnable_manifest, report.backend)
             codec = TextCodec(bundle)
             tree = CandidateTree.from_json(manifest.tree)
             new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
@@ -133,7 +135,11 @@ def _compare_logits(
     tree: CandidateTree,
 ) -> None:
     reference = torch_side.logits(prompt_ids)
-    report.prompt_logits.append(logits_difference(text, side.prompt_logits(prompt_ids), reference))
+    chunk = len(prompt_ids) // 2 + 1
+    report.prompt_logits += [
+        logits_difference(text, side.prompt_logits(prompt_ids), reference),
+        logits_difference(f"{text} in chunks", side.prompt_logits(prompt_ids, chunk), reference),
+    ]
     tokens, found = side.tree_logits(prompt_ids, tree)
     paths = tree.paths()
     references = torch_side.path_logits(prompt_ids, [tokens[path].tolist() for path in paths])

@@ -68,7 +68,7 @@ class GreedyComparison(BaseModel):
         return all(divergence.margin <= tolerance.tie_margin for divergence in found)
 
 
-class ValidationReport(BaseModel):
+class ValidationReport(BaseModel, ser_json_inf_nan="strings"):
     """All that `medusa-export validate` compares. Kept as `validation.json` in the bundle."""
 
     status: Literal["passed", "failed"] = "failed"
@@ -90,7 +90,7 @@ class ValidationReport(BaseModel):
         return {
             "files match the manifest": (not self.file_mismatches, "; ".join(self.file_mismatches) or "all do"),
             "the bundle runs": (not self.errors, "; ".join(self.errors) or "it does"),
-            "logits of prompts": self._logits(self.prompt_logits),
+            "logits of prompts, whole and in chunks": self._logits(self.prompt_logits),
             "logits of tree paths": self._logits(self.tree_logits),
             "head candidates": self._logits([self.head_log_probs] if self.head_log_probs else [], optional=True),
             "greedy: Medusa = plain = PyTorch": self._greedy(),
@@ -141,7 +141,7 @@ class ValidationReport(BaseModel):
 
     def _logits(self, rows: list[LogitsDifference], *, optional: bool = False) -> tuple[bool, str]:
         if not rows:
-            return optional, "not compared"
+            return optional, "skipped: no heads were given" if optional else "not compared"
         found = (
             f"{sum(row.num_rows for row in rows)} rows: max |Δ| {max(row.max_abs for row in rows):.1e}, "
             f"cosine ≥ {min(row.min_cosine for row in rows):.7f}, KL ≤ {max(row.max_kl for row in rows):.1e}"

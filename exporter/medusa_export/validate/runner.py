@@ -44,24 +44,28 @@ def runnable_bundle(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Ma
 class BundleSide:
     """The bundle's answers, logits included."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: str = "auto") -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, backend: str) -> None:
         self.backend: Backend = open_backend(bundle, manifest, backend)
 
-    def prompt_logits(self, prompt_ids: Sequence[int]) -> Rows:
-        """Logits after every token of a prompt. [T, V]"""
-        tokens = len(prompt_ids)
-        self.backend.reserve(1, tokens)
-        output = self.backend.step(
-            np.array([prompt_ids], np.int64),
-            np.arange(tokens)[None],
-            np.tri(tokens, dtype=np.bool_)[None],
-            np.zeros(1, np.int64),
-            np.arange(tokens)[None],
-            with_logits=True,
-        )
-        assert output.logits is not None
-        rows: Rows = output.logits[0]
-        return rows
+    def prompt_logits(self, prompt_ids: Sequence[int], chunk: int | None = None) -> Rows:
+        """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]"""
+        self.backend.reset(1, len(prompt_ids))
+        chunk = chunk or len(prompt_ids)
+        pieces = []
+        for start in range(0, len(prompt_ids), chunk):
+            tokens = np.array([prompt_ids[start : start + chunk]], np.int64)
+            count = tokens.shape[1]
+            output = self.backend.step(
+                tokens,
+                np.arange(start, start + count)[None],
+                np.tri(count, dtype=np.bool_)[None],
+                np.array([start]),
+                np.arange(count)[None],
+                with_logits=True,
+            )
+            assert output.logits is not None
+            pieces.append(output.logits[0])
+        return np.concatenate(pieces)
 
     def tree_logits(self, prompt_ids: Sequence[int], tree: CandidateTree) -> tuple[IntArray, Rows]:
         """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""

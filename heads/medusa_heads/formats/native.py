@@ -28,12 +28,16 @@ def save(heads: MedusaHeads, path: str | Path, *, force: bool = False) -> None:
     """Write heads into a new directory, whole or not at all.
 
     Raises:
-        OptionError: the directory exists and `force` is not set.
+        OptionError: the directory exists and may not be replaced.
+        CheckpointError: it cannot be written.
     """
-    with new_directory(path, force=force) as directory:
+    with new_directory(path, WEIGHTS_NAME, force=force) as directory:
         (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n")
         tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
+        try:
+            save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def load(path: Path) -> MedusaHeads:
@@ -45,9 +49,15 @@ def load(path: Path) -> MedusaHeads:
     try:
         config = HeadsConfig.model_validate(json.loads((path / CONFIG_NAME).read_text()))
         tensors = load_file(path / WEIGHTS_NAME)
-    except (OSError, json.JSONDecodeError, ValidationError, SafetensorError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "config"
+        raise CheckpointError(f"the heads in {path}: {CONFIG_NAME}: {field}: {first['msg']}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the heads in {path} are damaged or incomplete: {reason}") from error
+    if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise CheckpointError(f"the heads in {path} hold {strange[0]} as {tensors[strange[0]].dtype}, not as floats")
     with torch.device("meta"):
         heads = MedusaHeads(config)
     expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}

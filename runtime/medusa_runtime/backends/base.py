@@ -46,6 +46,14 @@ class Backend(Protocol):
         """Slots a sequence has in the cache now."""
         ...
 
+    def reset(self, batch_size: int, capacity: int) -> None:
+        """Start anew with an empty cache for so many sequences, of at least `capacity` slots each; it may shrink.
+
+        Raises:
+            CapacityError: as for `reserve`.
+        """
+        ...
+
     def reserve(self, batch_size: int, capacity: int) -> None:
         """Make room for `capacity` slots for each of `batch_size` sequences, keeping what is cached.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class OrtCpuBackend:
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
         self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file, num_threads)
         self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
+        _require_contract(self._step_session, manifest, STEP)
+        _require_contract(self._heads_session, manifest, HEADS)
         self._binding = self._step_session.io_binding()
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._cache = self._new_cache(batch_size=0, capacity=0)
@@ -53,15 +56,17 @@ class OrtCpuBackend:
         """Slots a sequence has in the cache now."""
         return int(self._cache.shape[4])
 
+    def reset(self, batch_size: int, capacity: int) -> None:
+        """See `Backend.reset`. A cache that a longer request left behind shrinks: attention costs what is allocated."""
+        if (batch_size, _bucket(capacity)) != (self._cache.shape[2], self.capacity):
+            self._cache = self._new_cache(batch_size, _bucket(capacity))
+            self._bind_cache()
+
     def reserve(self, batch_size: int, capacity: int) -> None:
         """See `Backend.reserve`. The cache grows in buckets; what is cached is kept."""
         if batch_size == self._cache.shape[2] and capacity <= self.capacity:
             return
-        slots = -(-max(capacity, self.capacity) // CAPACITY_BUCKET) * CAPACITY_BUCKET
-        try:
-            grown = self._new_cache(batch_size, slots)
-        except MemoryError as error:
-            raise CapacityError(f"no memory for a cache of {batch_size} times {slots} slots") from error
+        grown = self._new_cache(batch_size, _bucket(max(capacity, self.capacity)))
         kept = min(batch_size, self._cache.shape[2])
         grown[:, :, :kept, :, : self.capacity] = self._cache[:, :, :kept]
         self._cache = grown
@@ -91,7 +96,10 @@ class OrtCpuBackend:
         logits = None
         if with_logits:
             logits = self._bind_output("logits", (batch, rows, self.manifest.model.vocab_size), self._dtype)
-        self._step_session.run_with_iobinding(binding)
+        try:
+            self._step_session.run_with_iobinding(binding)
+        except Exception as error:  # as for opening
+            raise BackendError(f"ONNX Runtime cannot run the step: {_first_line(error)}") from error
         if with_logits:  # a bound output is computed at every step: forget it again
             self._bind_cache()
         return StepOutput(greedy_ids, logits)
@@ -113,7 +121,10 @@ class OrtCpuBackend:
     def _new_cache(self, batch_size: int, capacity: int) -> npt.NDArray[np.floating]:
         model = self.manifest.model
         shape = (model.num_layers, 2, batch_size, model.num_kv_heads, capacity, model.head_dim)
-        return np.zeros(shape, self._dtype)  # [L, 2, B, Hkv, S, D]
+        try:
+            return np.zeros(shape, self._dtype)  # [L, 2, B, Hkv, S, D]
+        except MemoryError as error:
+            raise CapacityError(f"no memory for a cache of {batch_size} times {capacity} slots") from error
 
     def _bind_cache(self) -> None:
         self._binding.clear_binding_inputs()
@@ -145,4 +156,25 @@ def _open(path: Path, num_threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base but this
-        raise BackendError(f"ONNX Runtime cannot open {path}: {str(error).splitlines()[0]}") from error
+        raise BackendError(f"ONNX Runtime cannot open {path}: {_first_line(error)}") from error
+
+
+def _bucket(capacity: int) -> int:
+    return -(-capacity // CAPACITY_BUCKET) * CAPACITY_BUCKET
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str) -> None:
+    """Refuse a graph that is not the one the manifest describes, or whose cache is not the model's."""
+    model, facts = manifest.model, manifest.graphs[name]
+    found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
+    cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]
+    expected = [(tensor.name, tensor.shape) for tensor in facts.inputs if not tensor.name.startswith("past.")]
+    if name == STEP:
+        expected += [(f"past.{layer}.{part}", cache) for layer in range(model.num_layers) for part in ("key", "value")]
+    for have, want in itertools.zip_longest(found, expected):
+        if have != want:
+            raise BackendError(f"{facts.file} has the input {have}, the manifest says {want}; export the bundle again")
