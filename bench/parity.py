@@ -48,6 +48,7 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
     """Compare BUNDLE with MODEL. Exits with 3 where a token differs by more than a near tie."""
     lm = MedusaLM.from_bundle(bundle)
     reference = load_backbone(model, attention="sdpa").model
+    reference.generation_config.eos_token_id = None  # both go on to the limit, so that every prompt counts in full
     rows: list[dict[str, Any]] = []
     for prompt in (read_prompts(prompts) if prompts else own_prompts())[:num_prompts]:
         prompt_ids = lm.codec.encode(prompt)
@@ -55,7 +56,7 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
         with torch.no_grad():
             whole = reference.generate(torch.tensor([prompt_ids]), max_new_tokens=max_new_tokens, do_sample=False)[0]
         theirs, seconds = whole[len(prompt_ids) :].tolist(), time.perf_counter() - started
-        ours = lm.generate(prompt, max_new_tokens)
+        ours = lm.generate(prompt, max_new_tokens, ignore_eos=True)
         row: dict[str, Any] = {
             "prompt": prompt[:60],
             "num_tokens": len(theirs),

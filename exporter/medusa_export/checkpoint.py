@@ -51,7 +51,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         if unknown := set(types) - {FULL, SLIDING}:
-            raise ExportError(f"{self.source} has layers of kind {sorted(unknown)}; supported are {FULL} and {SLIDING}")
+            raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return list(types)
 
     @property

@@ -14,7 +14,7 @@ console = Console(stderr=True, highlight=False)
 
 def note(text: str) -> None:
     """One line that stays."""
-    console.print(f"  {text}", markup=False)
+    console.print(f"  {text}", markup=False, soft_wrap=True)
 
 
 @contextmanager

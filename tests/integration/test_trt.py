@@ -213,7 +213,7 @@ def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path
     for name, changes, message in (
         ("engines", {"kind": "tensorrt"}, "holds engines already"),
         ("failed", {"validation": failed}, r"failed its validation \(validation\.json\)"),
-        ("graphs", {"graphs": {}}, "has no portable step graph"),
+        ("graphs", {"graphs": {}}, "graphs: heads, step is missing"),
     ):
         with pytest.raises(BundleError, match=message):
             build_engines(options(edited(source, tmp_path / name, **changes), tmp_path / "engine"))
@@ -227,7 +227,7 @@ def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path
 def test_an_existing_output_is_kept_unless_forced(get_bundle: GetBundle, tmp_path: Path) -> None:
     output = tmp_path / "engine"
     output.mkdir()
-    (output / "mine").touch()
+    (output / "manifest.json").touch()
     with pytest.raises(OptionError, match="exists"):
         build_engines(options(get_bundle("fp16"), output))
     broken = edited(get_bundle("fp16"), tmp_path / "bundle")
@@ -240,7 +240,7 @@ def test_an_existing_output_is_kept_unless_forced(get_bundle: GetBundle, tmp_pat
     manifest.save(broken)
     with pytest.raises(ExportError, match=r"the step engine's output greedy_ids is missing, .* int64 \[-1, -1\]"):
         build_engines(options(broken, output, force=True))
-    assert [path.name for path in output.iterdir()] == ["mine"]
+    assert [path.name for path in output.iterdir()] == ["manifest.json"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -39,7 +39,7 @@ def load_source(bundle: Path) -> Manifest:
     if source.kind != "onnx":
         raise BundleError(f"{bundle} holds engines already; build from the ONNX bundle they were made from")
     for name in (STEP, HEADS):
-        if name not in source.graphs or source.graphs[name].target != "portable":
+        if source.graphs[name].target != "portable":
             raise BundleError(f"{bundle} has no portable {name} graph; make one with: medusa-export onnx")
     if source.validation.status == "failed":
         raise BundleError(f"{bundle} failed its validation ({source.validation.report}); export it again")

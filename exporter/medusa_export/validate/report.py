@@ -112,7 +112,7 @@ class ValidationReport(BaseModel, ser_json_inf_nan="strings"):
         return ValidationFacts(status=self.status, report=REPORT_NAME, summary=summary)
 
     def show(self, console: Console) -> None:
-        """Print the verdicts as a table, and every divergence below it."""
+        """Print the verdicts as a table, and below it where each prompt's answers part first."""
         table = Table(
             "check",
             "found",
@@ -124,15 +124,17 @@ class ValidationReport(BaseModel, ser_json_inf_nan="strings"):
             table.add_row(name, found, "[green]passed" if passed else "[red]FAILED")
         console.print(table)
         for row in self.greedy:
-            for kind, divergence in self._divergences(row):
+            if differences := self._divergences(row):
+                kind, first = differences[0]
                 console.print(
-                    f"  {row.prompt[:40]!r}: {kind} differs at token {divergence.position}: "
-                    f"{divergence.token_id} (logit {divergence.logit:.5f}) for {divergence.reference_token_id} "
-                    f"(logit {divergence.reference_logit:.5f}), margin {divergence.margin:.2g}",
+                    f"  {row.prompt[:40]!r}: {kind} differs at token {first.position}: "
+                    f"{first.token_id} (logit {first.logit:.5f}) for {first.reference_token_id} "
+                    f"(logit {first.reference_logit:.5f}), margin {first.margin:.2g}; {len(differences)} differences in all",
                     markup=False,
+                    soft_wrap=True,
                 )
         for text in self.notes:
-            console.print(f"  note: {text}", markup=False)
+            console.print(f"  note: {text}", markup=False, soft_wrap=True)
 
     @staticmethod
     def _divergences(row: GreedyComparison) -> list[tuple[str, Divergence]]:
