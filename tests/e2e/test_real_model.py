@@ -66,7 +66,9 @@ def test_medusa_gives_what_transformers_generate_gives(bundle: Path, model: str)
     for prompt in PROMPTS:
         prompt_ids = lm.codec.encode(prompt)
         with torch.no_grad():
-            whole = reference.generate(torch.tensor([prompt_ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+            tokens = torch.tensor([prompt_ids])
+            mask = torch.ones_like(tokens)
+            whole = reference.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
             logits = reference(whole[None]).logits[0, len(prompt_ids) - 1 : -1].numpy()
         found = lm.generate(prompt, NEW_TOKENS)
         divergence = first_divergence(found.token_ids, whole[len(prompt_ids) :].tolist(), logits)

@@ -71,6 +71,12 @@ def test_a_request_is_the_same_whatever_ran_before(lm: MedusaLM) -> None:
         next(stream)
 
 
+def test_what_an_earlier_request_left_in_the_cache_cannot_reach_a_later_one(lm: MedusaLM) -> None:
+    first = lm.generate(PROMPT, 20).token_ids
+    lm.engine.backend._cache[...] = np.nan
+    assert lm.generate(PROMPT, 20).token_ids == first
+
+
 def test_a_long_request_does_not_slow_later_ones(make_bundle: Callable[..., Path]) -> None:
     lm = MedusaLM.from_bundle(make_bundle())
     backend = lm.engine.backend

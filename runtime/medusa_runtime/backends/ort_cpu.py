@@ -57,10 +57,16 @@ class OrtCpuBackend:
         return int(self._cache.shape[4])
 
     def reset(self, batch_size: int, capacity: int) -> None:
-        """See `Backend.reset`. A cache that a longer request left behind shrinks: attention costs what is allocated."""
-        if (batch_size, _bucket(capacity)) != (self._cache.shape[2], self.capacity):
-            self._cache = self._new_cache(batch_size, _bucket(capacity))
-            self._bind_cache()
+        """See `Backend.reset`.
+
+        A cache that a longer request left behind shrinks: attention costs what is allocated. Otherwise it is cleared: slots
+        beyond a sequence's length weigh nothing in attention, but nothing times the NaN of an earlier request is NaN.
+        """
+        if (batch_size, _bucket(capacity)) == (self._cache.shape[2], self.capacity):
+            self._cache[...] = 0
+            return
+        self._cache = self._new_cache(batch_size, _bucket(capacity))
+        self._bind_cache()
 
     def reserve(self, batch_size: int, capacity: int) -> None:
         """See `Backend.reserve`. The cache grows in buckets; what is cached is kept."""
@@ -100,8 +106,9 @@ class OrtCpuBackend:
             self._step_session.run_with_iobinding(binding)
         except Exception as error:  # as for opening
             raise BackendError(f"ONNX Runtime cannot run the step: {_first_line(error)}") from error
-        if with_logits:  # a bound output is computed at every step: forget it again
-            self._bind_cache()
+        finally:
+            if with_logits:  # what is bound is filled at every step: forget it again
+                self._bind_cache()
         return StepOutput(greedy_ids, logits)
 
     def propose(self, rows: IntArray) -> HeadOutput:

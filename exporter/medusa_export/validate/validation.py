@@ -1,0 +1,181 @@
+"""The comparisons, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medusa_export.progress import console, stage
+from medusa_export.provenance import provenance
+from medusa_export.validate.compare import divergences, first_divergence, logits_difference
+from medusa_export.validate.prompts import PROMPTS
+from medusa_export.validate.report import (
+    REPORT_NAME,
+    TOLERANCES,
+    GreedyComparison,
+    LogitsDifference,
+    ValidationReport,
+)
+from medusa_export.validate.runner import BundleSide, ReferenceSide, runnable_bundle
+from medusa_heads.formats import load_heads
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
+from medusa_runtime.errors import BundleError, MedusaError, OptionError, ValidationMismatchError
+from medusa_runtime.files import write_whole
+from medusa_runtime.text import TextCodec
+
+DEFAULT_NEW_TOKENS = 48
+BACKEND = "ort-cpu"
+
+
+def validate_and_record(
+    bundle: Path,
+    reference: str,
+    *,
+    heads: Path | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    trust_remote_code: bool = False,
+) -> ValidationReport:
+    """Validate a bundle, show and keep the report, and mark the bundle with the outcome.
+
+    Raises:
+        ValidationMismatchError: it is out of tolerance.
+        BundleError: it is no ONNX bundle.
+        CheckpointError: the reference cannot be loaded.
+    """
+    report = validate(
+        bundle,
+        reference,
+        heads=heads,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+    manifest = Manifest.load(bundle)
+    manifest.validation = report.facts()
+    manifest.save(bundle)
+    report.show(console)
+    if report.status == "failed":
+        failed = ", ".join(manifest.validation.summary["failed_checks"])
+        raise ValidationMismatchError(f"{bundle} is marked as failed ({failed}); details are in {bundle / REPORT_NAME}")
+    return report
+
+
+def validate(
+    bundle: Path,
+    reference: str,
+    *,
+    heads: Path | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    trust_remote_code: bool = False,
+) -> ValidationReport:
+    """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
+
+    In a bundle whose limit is short, prompts are cut and answers shortened to fit it.
+    """
+    manifest = Manifest.load(bundle)
+    if manifest.kind != "onnx":
+        raise BundleError(f"{bundle} is a {manifest.kind} bundle; validate the ONNX bundle it was built from")
+    if not prompts:
+        raise OptionError("there is no prompt to validate with")
+    report = ValidationReport(
+        reference=reference,
+        backend=BACKEND,
+        precision=manifest.precision,
+        tolerance=TOLERANCES[manifest.precision],
+        provenance=provenance(),
+    )
+    with stage("check the files"):
+        report.file_mismatches = manifest.mismatches(bundle)
+    with stage(f"load {reference} in PyTorch"):
+        torch_side = ReferenceSide.load(reference, manifest, trust_remote_code=trust_remote_code)
+    _require_same_model(manifest, torch_side)
+    with stage("compare"), runnable_bundle(bundle, manifest) as (runnable, runnable_manifest, notes):
+        report.notes += notes
+        try:
+            side = BundleSide(runnable, runnable_manifest, report.backend)
+            codec = TextCodec(bundle)
+            tree = CandidateTree.from_json(manifest.tree)
+            new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
+            encoded = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in prompts]
+            for text, prompt_ids in zip(prompts, encoded, strict=True):
+                _compare_logits(report, text, prompt_ids, side, torch_side, tree.pruned(new_tokens - 1))
+                report.greedy.append(_compare_greedy(text, prompt_ids, side, torch_side, new_tokens))
+            if heads is not None:
+                report.head_log_probs = _compare_heads(encoded[0], side, torch_side, heads)
+        except MedusaError as error:  # a bundle that does not run has failed
+            report.errors.append(str(error))
+    report.conclude()
+    return report
+
+
+def _require_same_model(manifest: Manifest, reference: ReferenceSide) -> None:
+    ours, theirs = manifest.model, reference.backbone.facts
+    for name in ("architecture", "vocab_size", "hidden_size", "num_layers"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise OptionError(
+                f"the reference has {name} {getattr(theirs, name)}, the bundle {getattr(ours, name)}: "
+                f"it was made from {ours.name}"
+            )
+
+
+def _compare_logits(
+    report: ValidationReport,
+    text: str,
+    prompt_ids: list[int],
+    side: BundleSide,
+    torch_side: ReferenceSide,
+    tree: CandidateTree,
+) -> None:
+    reference = torch_side.logits(prompt_ids)
+    chunk = len(prompt_ids) // 2 + 1
+    report.prompt_logits += [
+        logits_difference(text, side.prompt_logits(prompt_ids), reference),
+        logits_difference(f"{text} in chunks", side.prompt_logits(prompt_ids, chunk), reference),
+    ]
+    tokens, found = side.tree_logits(prompt_ids, tree)
+    paths = tree.paths()
+    references = torch_side.path_logits(prompt_ids, [tokens[path].tolist() for path in paths])
+    for path, rows in zip(paths, references, strict=True):
+        report.tree_logits.append(logits_difference(f"{text} + nodes {path}", found[path], rows))
+
+
+def _compare_greedy(
+    text: str, prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, max_new_tokens: int
+) -> GreedyComparison:
+    """Greedy decoding with and without Medusa, and PyTorch's choice after every prefix.
+
+    One forward pass over prompt and answer gives PyTorch's choice at each place; equal everywhere means that PyTorch's own
+    greedy decoding gives the same answer, token by token.
+    """
+    engine, stats = DecodingEngine(side.backend), DecodingStats()
+    plain = [token for [step] in engine.generate([prompt_ids], max_new_tokens, medusa=False) for token in step.token_ids]
+    medusa = [token for [step] in engine.generate([prompt_ids], max_new_tokens, stats=stats) for token in step.token_ids]
+    reference = torch_side.logits([*prompt_ids, *plain])[len(prompt_ids) - 1 : -1]  # [A, V]
+    return GreedyComparison(
+        prompt=text,
+        num_tokens=len(plain),
+        plain_vs_reference=divergences(plain, reference),
+        medusa_vs_plain=first_divergence(medusa, plain, reference),
+        tokens_per_step=stats.tokens_per_step,
+    )
+
+
+def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, path: Path) -> LogitsDifference:
+    """The heads' log-probabilities, over the candidates the bundle names. Each row is a head's."""
+    side.prompt_logits(prompt_ids)
+    found = side.backend.propose(np.array([len(prompt_ids) - 1]))
+    heads = load_heads(path).to(torch_side.backbone.dtype)
+    with torch.no_grad():
+        logits = heads(torch_side.hidden(prompt_ids), torch_side.backbone.model.get_output_embeddings())  # [1, K, V]
+        reference = logits.log_softmax(-1).numpy()[0]
+    best = np.sort(reference, axis=-1)[:, ::-1][:, : found.token_ids.shape[-1]]  # [K, M]
+    named = np.take_along_axis(reference, found.token_ids[0], axis=-1)  # a wrong candidate is below the best
+    difference = logits_difference("heads", found.log_probs[0], best)
+    other = logits_difference("heads", named, best)
+    return difference if difference.max_abs >= other.max_abs else other
