@@ -123,8 +123,7 @@ def load_backbone(
     """
     place, options = _resolve(source)
     dtype = DTYPES[precision]
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # what matters of it is said below, in one line
+    _quiet()
     try:
         model, loaded = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
             place,
@@ -181,6 +180,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     """
     place, options = _resolve(source)
     options.pop("quantization_config", None)
+    _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # as for the model
@@ -188,6 +188,13 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise CheckpointError(f"the tokenizer of {source} has no fast form (tokenizer.json), which the runtime needs")
     return tokenizer
+
+
+def _quiet() -> None:
+    """What matters of the libraries' messages is in the errors raised here, in one line."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
 def _resolve(source: str) -> tuple[str, dict[str, Any]]:
