@@ -12,7 +12,7 @@ export BIN MODEL BUNDLE PROMPT
 .PHONY: demo test lint clean
 
 $(VENV)/.export: pyproject.toml constraints.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[cpu,export]'
 	touch $@
 

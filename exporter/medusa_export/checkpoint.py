@@ -68,7 +68,7 @@ class Backbone:
         LongRoPE rotates all keys otherwise once a sequence is longer than it was first trained for, the cached ones too,
         which a cache cannot follow: it ends there.
         """
-        longest = int(self.config.max_position_embeddings)
+        longest = int(self._setting("max_position_embeddings"))
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -81,6 +81,13 @@ class Backbone:
         embedding, lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         return bool(embedding.weight is lm_head.weight)
 
+    def _setting(self, name: str, config: Any = None) -> Any:
+        """A setting that every supported architecture has."""
+        try:
+            return getattr(config or self.config, name)
+        except AttributeError as error:
+            raise unsupported(type(self.model).__name__, f"its configuration has no {name}") from error
+
     @cached_property
     def facts(self) -> ModelFacts:
         """Shapes and special tokens, under one set of names for all architectures."""
@@ -89,7 +96,7 @@ class Backbone:
             normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         except KeyError:  # not one whose names differ from the usual
             normalized = NormalizedTextConfig(config)
-        heads, hidden = normalized.num_attention_heads, normalized.hidden_size
+        heads, hidden = self._setting("num_attention_heads", normalized), self._setting("hidden_size", normalized)
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         eos = config.eos_token_id if eos is None else eos
         return ModelFacts(
@@ -97,7 +104,7 @@ class Backbone:
             architecture=type(self.model).__name__,
             vocab_size=config.vocab_size,
             hidden_size=hidden,
-            num_layers=normalized.num_layers,
+            num_layers=self._setting("num_layers", normalized),
             num_attention_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or hidden // heads,

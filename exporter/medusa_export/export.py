@@ -16,15 +16,15 @@ from medusa_export.progress import byte_stage, note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import trace_heads, trace_step
-from medusa_export.weights import WEIGHTS_NAME, total_bytes, write_weights
+from medusa_export.weights import total_bytes, write_weights
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.errors import CheckpointError, OptionError
 from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import (
     HEADS,
-    MANIFEST_NAME,
     STEP,
+    WEIGHTS_NAME,
     FileFacts,
     GraphFacts,
     HeadFacts,
@@ -33,6 +33,7 @@ from medusa_runtime.manifest import (
     Precision,
     TensorFacts,
     file_facts,
+    is_bundle,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 from medusa_runtime.tree import prior_tree
@@ -65,7 +66,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
         ExportError: the model cannot be traced.
     """
     inputs = (options.model, options.heads)
-    require_new(options.output, MANIFEST_NAME, force=options.force, inputs=inputs)
+    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
             f"--opset is {options.opset}; {attention.MIN_OPSET} (the first with an in-place cache) to {MAX_OPSET} can be"
@@ -82,16 +83,17 @@ def export_bundle(options: ExportOptions) -> Manifest:
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
+    head_facts = _head_facts(options.head_top_k, heads)  # before the trace casts the heads
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note)
     with stage("trace the heads"):
         graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset)}
-    with new_directory(options.output, MANIFEST_NAME, force=options.force, inputs=inputs) as directory:
+    with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
         files = _write_graphs(graphs, directory) | _write_text(tokenizer, directory)
         manifest = Manifest(
             kind="onnx",
             model=backbone.facts,
-            heads=_head_facts(options.head_top_k, heads),
+            heads=head_facts,
             precision=options.precision,
             opset=options.opset,
             limits=limits,
@@ -102,6 +104,10 @@ def export_bundle(options: ExportOptions) -> Manifest:
         )
         manifest.save(directory)
     return manifest
+
+
+def _is_onnx_bundle(path: Path) -> bool:
+    return is_bundle(path, "onnx")
 
 
 def _limits(options: ExportOptions, backbone: Backbone) -> Limits:

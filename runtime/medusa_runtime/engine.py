@@ -83,7 +83,6 @@ class DecodingEngine:
 
     def __init__(self, backend: Backend, tree: CandidateTree | None = None) -> None:
         self.backend = backend
-        self._num_requests = 0
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         self.check_tree(self.tree)
 
@@ -161,16 +160,15 @@ class DecodingEngine:
         self, sequences: list[_Sequence], tree: CandidateTree, eos: frozenset[int], stats: DecodingStats
     ) -> Iterator[list[SequenceStep]]:
         started = time.perf_counter()
-        self._num_requests += 1
-        request = self._num_requests
         state = self._prefill(sequences, tree, stats)
+        epoch = self.backend.epoch
         steps = _emit(sequences, [[int(token)] for token in state.root_ids], eos)
         stats.num_generated_tokens += len(steps)
         stats.prefill_seconds += time.perf_counter() - started
         yield steps
         while remaining := max((s.remaining for s in sequences if s.finish_reason is None), default=0):
-            if request != self._num_requests:
-                raise StaleStreamError("another request has begun since: one engine decodes one request at a time")
+            if epoch != self.backend.epoch:
+                raise StaleStreamError("another request has begun since: a backend serves one request at a time")
             started = time.perf_counter()
             decided = self._step(state, tree.pruned(remaining - 1), sequences, stats)
             steps = _emit(sequences, decided, eos)

@@ -56,3 +56,8 @@ class ValidationMismatchError(MedusaError):
     """A bundle's output differs from the reference by more than is tolerated."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from medusa_runtime.errors import OptionError
 
 
-def require_new(path: str | Path, marker: str, *, force: bool = False, inputs: Sequence[str | Path] = ()) -> Path:
+def require_new(
+    path: str | Path,
+    replaceable: Callable[[Path], bool],
+    *,
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> Path:
     """Check an output directory before the work that fills it.
 
     Args:
         path: where the output will be.
-        marker: a file that every directory of the output's kind holds. With `force`, such a directory may be replaced,
-            or an empty one; nothing else is ever removed.
+        replaceable: tells an earlier output of the same kind. With `force`, such a directory may be replaced, or an empty
+            one; nothing else is ever removed.
         force: replace what is there.
         inputs: what the work reads; the output may be none of it, nor hold any of it.
 
@@ -40,37 +48,41 @@ def require_new(path: str | Path, marker: str, *, force: bool = False, inputs: S
         for other in (*inputs, Path.cwd()):
             if Path(other).resolve().is_relative_to(target):
                 raise OptionError(f"{path} holds {other}, so it cannot be replaced; choose another output")
-        if any(target.iterdir()) and not (target / marker).is_file():
-            raise OptionError(f"{path} holds other files (no {marker}), so --force does not replace it; choose another output")
+        if any(target.iterdir()) and not replaceable(target):
+            raise OptionError(f"{path} is no earlier output of this command, so --force does not replace it")
     _require_writable(path, target.parent)
     return target
 
 
 @contextmanager
-def new_directory(path: str | Path, marker: str, *, force: bool = False, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
+def new_directory(
+    path: str | Path,
+    replaceable: Callable[[Path], bool],
+    *,
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> Iterator[Path]:
     """Fill a temporary sibling and, if nothing fails, rename it to `path`. Arguments as for `require_new`.
 
-    With `force`, what stood there is moved away first and removed last. What a killed run left behind is swept up.
+    With `force`, what stood there is moved away last and put back if that fails. What a killed run left is swept up.
 
     Raises:
-        OptionError: see `require_new`.
+        OptionError: see `require_new`; also when the output appears while the work goes on.
     """
-    target = require_new(path, marker, force=force, inputs=inputs)
+    target = require_new(path, replaceable, force=force, inputs=inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    temporary.mkdir()
-    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    lock = _lock(temporary)
     try:
         yield temporary
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(temporary, target)
+        temporary.chmod(0o755)  # mkdtemp's own is for its owner alone
+        require_new(path, replaceable, force=force, inputs=inputs)
+        _swap(temporary, target)
     finally:
-        if replaced.exists() and not target.exists():  # the second rename failed: put things back
-            os.replace(replaced, target)
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -81,6 +93,21 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(target, replaced)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(replaced, target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _require_writable(path: Path, parent: Path) -> None:
@@ -94,18 +121,29 @@ def _require_writable(path: Path, parent: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what runs that no longer live have left beside the target."""
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        with suppress(ValueError):
-            if not _is_alive(int(leftover.name.rsplit("-", 1)[1])):
-                shutil.rmtree(leftover, ignore_errors=True)
+    """Remove what runs that no longer live have left beside the target, and put back what one had moved away."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if replaced.exists() and not target.exists():
+        os.replace(replaced, target)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        if (lock := _lock(leftover)) is not None:
+            os.close(lock)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def _lock(directory: Path) -> int | None:
+    """Hold a directory as long as this process lives: an open descriptor, or none where another process holds it."""
+    if sys.platform == "win32":  # no such locks: leftovers stay
+        return None
+    import fcntl  # noqa: PLC0415 - not everywhere
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # gone already
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -126,13 +126,15 @@ class MedusaLM:
         encoded = [self.codec.encode(prompt, raw=raw) for prompt in prompts]
         steps = self._decode(encoded, max_new_tokens, medusa=medusa, tree=tree, ignore_eos=ignore_eos, stats=stats)
         token_ids: list[list[int]] = [[] for _ in prompts]
+        texts, streams = [""] * len(prompts), [TextStream(self.codec) for _ in prompts]
         reasons: list[FinishReason] = ["length"] * len(prompts)
         for step in itertools.chain.from_iterable(steps):
             token_ids[step.sequence] += step.token_ids
-            reasons[step.sequence] = step.finish_reason or reasons[step.sequence]
-        return [
-            GenerationResult(self.codec.decode(ids), ids, reason, stats) for ids, reason in zip(token_ids, reasons, strict=True)
-        ]
+            texts[step.sequence] += streams[step.sequence].push(step.token_ids)
+            if step.finish_reason is not None:
+                texts[step.sequence] += streams[step.sequence].finish()
+                reasons[step.sequence] = step.finish_reason
+        return [GenerationResult(text, ids, reason, stats) for text, ids, reason in zip(texts, token_ids, reasons, strict=True)]
 
     def stream(
         self,

@@ -13,6 +13,8 @@ from medusa_runtime.errors import BundleError
 from medusa_runtime.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "validation.json"
+WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
 STEP, HEADS = "step", "heads"
@@ -158,6 +160,7 @@ class Manifest(_Model):
         if missing := {STEP, HEADS} - self.graphs.keys():
             return f"graphs: {', '.join(sorted(missing))} is missing"
         needed = {"tokenizer.json", "chat.json", *(graph.file for graph in self.graphs.values())}
+        needed |= {WEIGHTS_NAME} if self.kind == "onnx" else set()
         if missing := needed - self.files.keys():
             return f"files: {', '.join(sorted(missing))} is missing"
         if strange := [name for name in self.files if Path(name).name != name]:
@@ -191,6 +194,16 @@ class Manifest(_Model):
         if problems := self.mismatches(bundle):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; export it again")
+
+
+def is_bundle(path: Path, kind: str) -> bool:
+    """Whether a directory is a bundle of that kind and holds nothing else, so that it may be replaced by another."""
+    try:
+        data = json.loads((path / MANIFEST_NAME).read_text())
+        known = {MANIFEST_NAME, REPORT_NAME, *data["files"]}
+        return bool(data["kind"] == kind and "schema_version" in data and {entry.name for entry in path.iterdir()} <= known)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def file_facts(path: Path) -> FileFacts:

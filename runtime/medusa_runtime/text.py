@@ -15,9 +15,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from medusa_runtime.errors import BundleError, OptionError
+from medusa_runtime.errors import BundleError, OptionError, first_line
 
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_NAME = "chat.json"
@@ -102,8 +101,7 @@ class TextCodec:
                 **self._chat["special_tokens"],
             )
         except Exception as error:  # the template is a program from elsewhere: it may fail in any way
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OptionError(f"the chat template refuses these messages: {reason}") from error
+            raise OptionError(f"the chat template refuses these messages: {first_line(error)}") from error
 
     @cached_property
     def _chat(self) -> dict[str, Any]:
@@ -142,25 +140,31 @@ def _refuse(reason: str) -> None:
 
 
 class TextStream:
-    """Text of one answer as its tokens come: a piece is given out once no later token can change it."""
+    """Text of one answer as its tokens come: a piece is given out once no later token can change it.
+
+    A piece is what the tokens since the last piece add to the text of the piece before it: decoders join neighbours, and no
+    further back. While that ends in a replacement character, bytes of a character may be missing, and it is held back.
+    """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self.text = ""
+        self._window: list[int] = []  # tokens of the last piece, then those held back
+        self._num_given = 0  # of the window
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens, return the text they complete."""
-        self._token_ids.extend(token_ids)
-        pieces = [self._stream.step(self._codec.tokenizer, token) or "" for token in token_ids]
-        return self._give("".join(pieces))
+        self._window.extend(token_ids)
+        piece = self._held()
+        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._window = self._window[self._num_given :]
+        self._num_given = len(self._window)
+        return piece
 
     def finish(self) -> str:
         """Return what was held back, such as a character whose last bytes never came."""
-        whole = self._codec.decode(self._token_ids)
-        return self._give(whole[len(self.text) :] if whole.startswith(self.text) else "")
+        return self._held()
 
-    def _give(self, piece: str) -> str:
-        self.text += piece
-        return piece
+    def _held(self) -> str:
+        given = self._codec.decode(self._window[: self._num_given])
+        return self._codec.decode(self._window)[len(given) :]

@@ -227,7 +227,7 @@ def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path
 def test_an_existing_output_is_kept_unless_forced(get_bundle: GetBundle, tmp_path: Path) -> None:
     output = tmp_path / "engine"
     output.mkdir()
-    (output / "manifest.json").touch()
+    (output / "manifest.json").write_text('{"kind": "tensorrt", "schema_version": 1, "files": {}}')
     with pytest.raises(OptionError, match="exists"):
         build_engines(options(get_bundle("fp16"), output))
     broken = edited(get_bundle("fp16"), tmp_path / "bundle")

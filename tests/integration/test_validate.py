@@ -14,8 +14,11 @@ import pytest
 from medusa_export.validate import validate_and_record
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.report import TOLERANCES
+from medusa_heads.config import HeadsConfig
+from medusa_heads.formats import load_heads, save_heads
+from medusa_heads.modules import MedusaHeads
 from medusa_runtime import BundleError, Manifest, MedusaLM, OptionError
-from medusa_runtime.errors import ValidationMismatchError
+from medusa_runtime.errors import CheckpointError, ValidationMismatchError
 from medusa_runtime.manifest import FileFacts, sha256_of
 
 Make = Callable[..., Path]
@@ -28,9 +31,9 @@ def bundle(make_bundle: Make, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def disturb(bundle: Path, name: str, *, tell_the_manifest: bool) -> None:
+def disturb(bundle: Path, name: str, *, tell_the_manifest: bool, graph_name: str = "step") -> None:
     """Scale one weight by 1.02, as a wrong conversion might."""
-    graph = onnx.load(bundle / "step.onnx", load_external_data=False).graph
+    graph = onnx.load(bundle / f"{graph_name}.onnx", load_external_data=False).graph
     tensor = next(tensor for tensor in graph.initializer if name in tensor.name)
     facts = {entry.key: entry.value for entry in tensor.external_data}
     weights = np.memmap(bundle / "weights.bin", "f", "r+", int(facts["offset"]), (int(facts["length"]) // 4,))
@@ -68,20 +71,40 @@ def test_disturbed_files_fail_by_their_digest_too(bundle: Path, make_model: Make
         validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
 
 
-def test_wrong_heads_fail(bundle: Path, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
-    from medusa_heads.formats import load_heads, save_heads
-
-    heads = load_heads(make_heads())
-    heads.heads[1].blocks[0].linear.weight.data *= 1.05
-    save_heads(heads, tmp_path / "others")
+def test_disturbed_heads_fail(bundle: Path, make_model: Make, make_heads: Make) -> None:
+    disturb(bundle, "heads.1.blocks.0.linear.weight", tell_the_manifest=True, graph_name="heads")
     with pytest.raises(ValidationMismatchError, match=r"failed \(head candidates\)"):
-        validate_and_record(bundle, str(make_model()), heads=tmp_path / "others", prompts=PROMPTS)
+        validate_and_record(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS)
 
 
-def test_a_bundle_that_does_not_run_fails(bundle: Path, make_model: Make) -> None:
-    (bundle / "heads.onnx").write_bytes(b"no graph")
+@pytest.mark.parametrize("kind", ["none", "other weights", "more heads", "another width"])
+def test_heads_that_are_not_the_bundles_are_refused_and_the_bundle_is_not_marked(
+    kind: str, bundle: Path, make_model: Make, make_heads: Make, tmp_path: Path
+) -> None:
+    heads = tmp_path / "others"
+    if kind == "other weights":
+        loaded = load_heads(make_heads())
+        loaded.heads[1].blocks[0].linear.weight.data *= 1.05
+        save_heads(loaded, heads)
+    if kind == "more heads":
+        heads = make_heads("llama", num_heads=5)
+    if kind == "another width":
+        save_heads(MedusaHeads(HeadsConfig(base_model="x", num_heads=3, hidden_size=32, vocab_size=320)), heads)
+    with pytest.raises((OptionError, CheckpointError)):
+        validate_and_record(bundle, str(make_model()), heads=heads, prompts=PROMPTS)
+    assert Manifest.load(bundle).validation.status == "not run"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("file", ["heads.onnx", "weights.bin"])
+def test_a_bundle_that_does_not_run_fails(
+    file: str, precision: str, make_bundle: Make, make_model: Make, tmp_path: Path
+) -> None:
+    shutil.copytree(make_bundle("llama", precision=precision), tmp_path / "bundle")
+    (tmp_path / "bundle" / file).write_bytes(b"no graph")
     with pytest.raises(ValidationMismatchError, match="the bundle runs"):
-        validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
+        validate_and_record(tmp_path / "bundle", str(make_model()), prompts=PROMPTS)
+    assert Manifest.load(tmp_path / "bundle").validation.status == "failed"
 
 
 def test_a_reference_of_another_shape_is_refused(bundle: Path, make_model: Make) -> None:
@@ -90,10 +113,12 @@ def test_a_reference_of_another_shape_is_refused(bundle: Path, make_model: Make)
     assert Manifest.load(bundle).validation.status == "not run"
 
 
-def test_logits_that_are_not_finite_never_pass() -> None:
+def test_logits_that_are_not_finite_never_pass_and_are_told() -> None:
     reference = np.zeros((1, 3))
     found = np.array([[0, np.nan, 0]])
-    assert not logits_difference("", found, reference).within(TOLERANCES["fp32"])
+    difference = logits_difference("", found, reference)
+    assert not difference.within(TOLERANCES["fp32"])
+    assert json.loads(difference.model_dump_json())["max_abs"] == "Infinity"
     assert logits_difference("", reference, reference).within(TOLERANCES["fp32"])
 
 

@@ -17,7 +17,7 @@ Skill = Literal["never", "always", "sometimes"]
 
 
 def next_token(context: Sequence[int]) -> int:
-    """The model: what follows a context, decided by all of it. Never 0, which tests use as end of sequence by choice."""
+    """The model: what follows a context, decided by all of it."""
     digest = hashlib.sha256(bytes(context)).digest()
     return 1 + digest[0] % (VOCAB_SIZE - 1)
 
@@ -55,6 +55,7 @@ class FakeBackend:
         self.manifest = manifest or fake_manifest()
         self.skill = skill
         self.slots = np.zeros((0, 0), np.int64)  # [B, S]
+        self.epoch = 0
         self.contexts: list[list[list[int]]] = []  # of the last step: [B][R] tokens
         self.steps: list[int] = []  # T of each step
 
@@ -64,6 +65,7 @@ class FakeBackend:
 
     def reset(self, batch_size: int, capacity: int) -> None:
         self.slots = np.full((batch_size, capacity), -1)
+        self.epoch += 1
 
     def reserve(self, batch_size: int, capacity: int) -> None:
         grown = np.full((batch_size, max(capacity, self.capacity)), -1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,10 @@ from medusa_runtime import OptionError
 from medusa_runtime.files import new_directory, require_new, write_whole
 
 MARKER = "kind.json"
+
+
+def is_ours(path: Path) -> bool:
+    return names(path) == [MARKER]
 
 
 def fill(path: Path, name: str = MARKER) -> Path:
@@ -24,7 +31,7 @@ def names(path: Path) -> list[str]:
 
 
 def test_a_directory_appears_with_all_its_files(tmp_path) -> None:
-    with new_directory(tmp_path / "deep" / "out", MARKER) as directory:
+    with new_directory(tmp_path / "deep" / "out", is_ours) as directory:
         (directory / "a").write_text("1")
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "a").read_text() == "1"
@@ -32,7 +39,7 @@ def test_a_directory_appears_with_all_its_files(tmp_path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path) -> None:
-    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "out", MARKER) as directory:
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "out", is_ours) as directory:
         (directory / "a").write_text("1")
         raise ZeroDivisionError
     assert names(tmp_path) == []
@@ -40,10 +47,10 @@ def test_a_failure_leaves_nothing(tmp_path) -> None:
 
 def test_force_replaces_at_the_very_end(tmp_path) -> None:
     out = fill(tmp_path / "out")
-    with pytest.raises(ZeroDivisionError), new_directory(out, MARKER, force=True):
+    with pytest.raises(ZeroDivisionError), new_directory(out, is_ours, force=True):
         raise ZeroDivisionError
     assert names(out) == [MARKER]
-    with new_directory(out, MARKER, force=True) as directory:
+    with new_directory(out, is_ours, force=True) as directory:
         (directory / "new").write_text("2")
         assert names(out) == [MARKER]
     assert names(out) == ["new"]
@@ -61,32 +68,78 @@ def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path, monkeypatch
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_the_second_time)
-    with pytest.raises(OSError, match="No space"), new_directory(out, MARKER, force=True) as directory:
+    with pytest.raises(OSError, match="No space"), new_directory(out, is_ours, force=True) as directory:
         (directory / "new").write_text("2")
     assert names(out) == [MARKER]
     assert names(tmp_path) == ["out"]
 
 
 def test_what_a_killed_run_left_is_swept_up_and_a_live_one_is_left_alone(tmp_path) -> None:
-    fill(tmp_path / ".out.partial-999999999")
-    fill(tmp_path / ".out.partial-1")  # lives as long as the system
-    with new_directory(tmp_path / "out", MARKER) as directory:
-        (directory / "fresh").write_text("2")
-    assert names(tmp_path) == [".out.partial-1", "out"]
+    name = "out [1]"  # as a pattern it would match nothing
+    fill(tmp_path / f".{name}.partial-dead")
+    with new_directory(tmp_path / name, is_ours) as first:
+        (first / "a").write_text("1")
+        program = f"""
+from pathlib import Path
+from medusa_runtime.files import new_directory
+with new_directory({str(tmp_path / name)!r}, lambda _: False) as second:
+    print(sorted(entry.name for entry in Path({str(tmp_path)!r}).iterdir()) == sorted([{first.name!r}, second.name]))
+    second.rename({str(tmp_path / "elsewhere")!r})
+    second.mkdir()
+    (second / "b").write_text("2")
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout == "True\n"
+        assert names(tmp_path / name) == ["b"]
+        with pytest.raises(OptionError, match="exists"), new_directory(tmp_path / name, is_ours):
+            pass
+        shutil.rmtree(tmp_path / name)
+    assert names(tmp_path / name) == ["a"]
+    assert names(tmp_path) == ["elsewhere", name]
+
+
+def test_an_output_that_appears_during_the_work_is_kept(tmp_path) -> None:
+    with pytest.raises(OptionError, match="exists"), new_directory(tmp_path / "out", is_ours):
+        fill(tmp_path / "out", "thesis.txt")
+    assert names(tmp_path / "out") == ["thesis.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_run_killed_while_replacing_had_moved_away_is_put_back(tmp_path) -> None:
+    fill(tmp_path / ".out.replaced")
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "out", is_ours):
+        raise ZeroDivisionError
+    assert names(tmp_path / "out") == [MARKER]
+    assert names(tmp_path) == ["out"]
 
 
 def test_an_existing_output_is_refused(tmp_path) -> None:
     with pytest.raises(OptionError, match="--force"):
-        require_new(fill(tmp_path / "out"), MARKER)
+        require_new(fill(tmp_path / "out"), is_ours)
 
 
-@pytest.mark.parametrize("kind", ["other files", "a file", "an input", "a parent of an input", "here", "above here"])
-def test_force_never_removes_what_is_not_an_earlier_output(kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("other files", "no earlier output of this command"),
+        ("files beside ours", "no earlier output of this command"),
+        ("a file", "is not a directory"),
+        ("an input", "holds .*out, so it cannot be replaced"),
+        ("a parent of an input", "holds .*model, so it cannot be replaced"),
+        ("here", "so it cannot be replaced"),
+        ("above here", "so it cannot be replaced"),
+    ],
+)
+def test_force_never_removes_what_is_not_an_earlier_output(
+    kind: str, message: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, inputs = tmp_path / "out", ()
     if kind == "a file":
         out.write_text("thesis")
     else:
         fill(out, "thesis.txt" if kind == "other files" else MARKER)
+    if kind == "files beside ours":
+        (out / "thesis.txt").write_text("old")
     if kind == "an input":
         inputs = (out,)
     if kind == "a parent of an input":
@@ -98,27 +151,27 @@ def test_force_never_removes_what_is_not_an_earlier_output(kind: str, tmp_path, 
         (out / "sub").mkdir()
         monkeypatch.chdir(out / "sub")
         out = Path("..")
-    with pytest.raises(OptionError), new_directory(out, MARKER, force=True, inputs=inputs):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OptionError, match=message), new_directory(out, is_ours, force=True, inputs=inputs):
         pass
-    kept = tmp_path / "out"
-    assert kept.read_text() == "thesis" if kept.is_file() else names(kept)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_link_is_followed_and_a_dangling_one_refused(tmp_path) -> None:
     (tmp_path / "link").symlink_to(fill(tmp_path / "out"))
-    with new_directory(tmp_path / "link", MARKER, force=True) as directory:
+    with new_directory(tmp_path / "link", is_ours, force=True) as directory:
         (directory / "new").write_text("2")
     assert names(tmp_path / "out") == ["new"]
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OptionError, match="symbolic link to nothing"):
-        require_new(tmp_path / "dangling", MARKER)
+        require_new(tmp_path / "dangling", is_ours)
 
 
 def test_an_output_that_cannot_be_written_is_found_out_before_the_work(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "out", Path("/proc/nowhere/out")):
         with pytest.raises(OptionError, match="cannot be written"):
-            require_new(path, MARKER)
+            require_new(path, is_ours)
 
 
 def test_a_file_is_written_whole(tmp_path) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medusa_runtime import BundleError, Manifest
-from medusa_runtime.manifest import file_facts
+from medusa_runtime.manifest import file_facts, is_bundle
 from tests.support.fake_backend import fake_manifest
 
 
@@ -26,7 +26,20 @@ def test_a_manifest_reads_back_as_it_was_written(bundle) -> None:
     manifest.save(bundle)
     assert Manifest.load(bundle) == manifest
     assert manifest.mismatches(bundle) == []
-    assert [path.name for path in bundle.iterdir() if path.suffix == ".tmp"] == []
+    assert {path.name for path in bundle.iterdir()} == {"manifest.json", *manifest.files}
+
+
+def test_only_a_whole_bundle_of_the_kind_and_nothing_else_may_be_replaced(bundle, tmp_path) -> None:
+    assert is_bundle(bundle, "onnx")
+    (bundle / "validation.json").write_text("{}")
+    assert is_bundle(bundle, "onnx")
+    assert not is_bundle(bundle, "tensorrt")
+    (bundle / "thesis.txt").write_text("")
+    assert not is_bundle(bundle, "onnx")
+    for text in ("{}", "[]", "{", '{"kind": "onnx", "files": {}}'):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "manifest.json").write_text(text)
+        assert not is_bundle(tmp_path / "other", "onnx")
 
 
 def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
@@ -41,7 +54,7 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
         (lambda data: data | {"precision": "fp8"}, "precision"),
         (lambda data: data | {"surprise": 1}, "surprise"),
         (lambda data: data | {"graphs": {}}, "graphs: heads, step is missing"),
-        (lambda data: data | {"files": {}}, "files: chat.json, heads.onnx, step.onnx, tokenizer.json is missing"),
+        (lambda data: data | {"files": {}}, "files: chat.json, heads.onnx, step.onnx, tokenizer.json, weights.bin is missing"),
         (lambda data: data | {"files": data["files"] | {"../x": {"size": 1, "sha256": ""}}}, "'../x' is not a plain file name"),
         (lambda data: {key: value for key, value in data.items() if key != "model"}, "model: Field required"),
         (lambda _: [1, 2], "schema version None"),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from medusa_runtime import BundleError, OptionError
 from medusa_runtime.text import TextCodec, TextStream
 from tests.support.models import CHAT_TEMPLATE, tokenizer
 
+BYTES_AND_WORDS = ["<0x0A>", "<0xE6>", "<0x97>", "<0xA5>", "<0xF0>", "▁a", "▁", "b", "日"]
 TEXT = "a naïve café costs 3€ — 日本語, Ελληνικά, 👩🏽‍🚀 and a tab\tand\nlines"
 
 
@@ -75,6 +79,23 @@ def test_streamed_pieces_make_up_the_text(bundle, size) -> None:
     pieces = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
     assert "".join(pieces) + stream.finish() == TEXT
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+@given(st.lists(st.sampled_from(BYTES_AND_WORDS), max_size=12), st.integers(1, 4))
+def test_bytes_as_tokens_never_stop_a_stream(tokens, size) -> None:
+    """The byte-fallback tokenizers of Llama 2 and its kin, on any sequence, even of bytes that form no character."""
+    vocabulary = {token: index for index, token in enumerate(BYTES_AND_WORDS)}
+    core = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    codec = TextCodec.__new__(TextCodec)
+    codec.tokenizer = core
+    ids = [vocabulary[token] for token in tokens]
+    stream = TextStream(codec)
+    text = "".join(stream.push(ids[start : start + size]) for start in range(0, len(ids), size)) + stream.finish()
+    whole = codec.decode(ids)
+    assert text.count("b") == whole.count("b") == tokens.count("b")
+    if "\N{REPLACEMENT CHARACTER}" not in whole:
+        assert text == whole
 
 
 def test_an_answer_cut_inside_a_character_says_so_only_at_its_end(bundle) -> None:

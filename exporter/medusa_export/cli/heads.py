@@ -40,7 +40,7 @@ def init(
     from medusa_heads.modules import MedusaHeads
     from medusa_runtime.files import require_new
 
-    require_new(output, native.WEIGHTS_NAME, force=force, inputs=(model,))
+    require_new(output, native.is_alone, force=force, inputs=(model,))
     backbone = load_backbone(model, trust_remote_code=trust_remote_code)
     config = HeadsConfig(
         base_model=backbone.facts.name,

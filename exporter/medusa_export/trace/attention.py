@@ -1,4 +1,4 @@
-"""How a traced decoder attends: the standard ``Attention`` and ``TensorScatter`` operators not the model's own kernels.
+"""How a traced decoder attends: the standard ``Attention`` and ``TensorScatter`` operators, not its own kernels.
 
 Transformers lets a model's attention be replaced by name. Ours emits the ONNX operator itself, so no model code is
 copied and every architecture that goes through the attention interface can be traced.

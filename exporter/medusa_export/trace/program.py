@@ -28,6 +28,7 @@ from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step import StepModule
 from medusa_heads.modules import MedusaHeads
+from medusa_runtime.errors import first_line
 
 STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
 STEP_OUTPUTS = ("greedy_ids", "hidden", "logits")
@@ -148,9 +149,7 @@ def _export(
                 verbose=False,
             )
         except Exception as error:  # the exporter wraps whatever a model's code raises
-            cause = error.__cause__ or error
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise unsupported(what, reason) from error
+            raise unsupported(what, first_line(error.__cause__ or error)) from error
     assert program is not None
     return program.model
 

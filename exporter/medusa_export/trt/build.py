@@ -19,7 +19,6 @@ from medusa_runtime.errors import ExportError, OptionError
 from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import (
     HEADS,
-    MANIFEST_NAME,
     STEP,
     EngineFacts,
     FileFacts,
@@ -28,6 +27,7 @@ from medusa_runtime.manifest import (
     Manifest,
     TensorFacts,
     ValidationFacts,
+    is_bundle,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 
@@ -52,7 +52,7 @@ def build_engines(options: EngineOptions) -> Manifest:
         BackendError: the flavour needs a GPU and there is none.
         ExportError: TensorRT cannot build a graph, or what it built does not keep the contract.
     """
-    require_new(options.output, MANIFEST_NAME, force=options.force, inputs=(options.bundle,))
+    require_new(options.output, _is_engine_bundle, force=options.force, inputs=(options.bundle,))
     source = load_source(options.bundle)
     limits = engine_limits(options, source)
     assert limits.capacity is not None
@@ -62,10 +62,14 @@ def build_engines(options: EngineOptions) -> Manifest:
         raise OptionError("--compute-capability is '7.5', which has no bf16; export the bundle with --dtype fp16")
     with stage("check the bundle"):
         source.require_intact(options.bundle)
-    with new_directory(options.output, MANIFEST_NAME, force=options.force, inputs=(options.bundle,)) as directory:
+    with new_directory(options.output, _is_engine_bundle, force=options.force, inputs=(options.bundle,)) as directory:
         manifest = _fill(directory, _Job(options, source, limits, limits.capacity, tensorrt, capabilities))
         manifest.save(directory)
     return manifest
+
+
+def _is_engine_bundle(path: Path) -> bool:
+    return is_bundle(path, "tensorrt")
 
 
 def _fill(directory: Path, job: _Job) -> Manifest:

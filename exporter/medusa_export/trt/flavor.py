@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+from medusa_runtime.errors import BackendError, MissingExtraError, OptionError, first_line
 
 Flavor = Literal["rtx", "tensorrt"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
@@ -73,7 +73,7 @@ class TensorRT:
             raise MissingExtraError("cuda-core", "trt") from error
         except Exception as error:  # cuda-core's errors have no common base but this
             raise BackendError(
-                f"TensorRT builds for the GPU it runs on, and finds none here ({_first_line(error)}); "
+                f"TensorRT builds for the GPU it runs on, and finds none here ({first_line(error)}); "
                 "build on the target machine, or use --flavor rtx"
             ) from error
         return [f"{major}.{minor}"]
@@ -107,7 +107,3 @@ def _dotted(member: str) -> str:
 
 def _member(capability: str) -> str:
     return "SM" + capability.replace(".", "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from medusa_runtime.manifest import Precision, Provenance, ValidationFacts
-
-REPORT_NAME = "validation.json"
+from medusa_runtime.manifest import REPORT_NAME, Precision, Provenance, ValidationFacts
 
 
-class Tolerance(BaseModel):
+class _Model(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # an infinite difference is told as one
+
+
+class Tolerance(_Model):
     """How far a bundle may be from the reference, which runs in fp32 on the weights as the bundle stores them."""
 
     max_abs: float  # of a logit
@@ -28,7 +30,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
 }
 
 
-class LogitsDifference(BaseModel):
+class LogitsDifference(_Model):
     """The largest differences between two sets of logits rows."""
 
     what: str
@@ -42,7 +44,7 @@ class LogitsDifference(BaseModel):
         return self.max_abs <= tolerance.max_abs and self.max_kl <= tolerance.max_kl
 
 
-class Divergence(BaseModel):
+class Divergence(_Model):
     """A place where two decodings choose different tokens."""
 
     position: int  # in the answer
@@ -53,7 +55,7 @@ class Divergence(BaseModel):
     margin: float
 
 
-class GreedyComparison(BaseModel):
+class GreedyComparison(_Model):
     """Greedy decoding of one prompt, three ways."""
 
     prompt: str
@@ -68,7 +70,7 @@ class GreedyComparison(BaseModel):
         return all(divergence.margin <= tolerance.tie_margin for divergence in found)
 
 
-class ValidationReport(BaseModel, ser_json_inf_nan="strings"):
+class ValidationReport(_Model):
     """All that `medusa-export validate` compares. Kept as `validation.json` in the bundle."""
 
     status: Literal["passed", "failed"] = "failed"

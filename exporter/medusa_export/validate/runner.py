@@ -18,6 +18,7 @@ from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
 from medusa_runtime.backends import Backend, open_backend
 from medusa_runtime.decoding import draft_tokens
+from medusa_runtime.errors import BundleError, first_line
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.tree import CandidateTree, IntArray
 
@@ -32,10 +33,13 @@ def runnable_bundle(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Ma
         yield bundle, manifest, []
         return
     with TemporaryDirectory(prefix="medusa-export-") as scratch:
-        models = {facts.file: ir.load(bundle / facts.file) for facts in manifest.graphs.values()}
-        for model in models.values():
-            Upcast()(model)
-        write_weights(models.values(), Path(scratch))
+        try:
+            models = {facts.file: ir.load(bundle / facts.file) for facts in manifest.graphs.values()}
+            for model in models.values():
+                Upcast()(model)
+            write_weights(models.values(), Path(scratch))
+        except Exception as error:  # damaged files make the readers fail in any way
+            raise BundleError(f"the graphs of {bundle} cannot be read: {first_line(error)}") from error
         for file, model in models.items():
             ir.save(model, Path(scratch) / file)
         yield Path(scratch), manifest.model_copy(update={"precision": "fp32"}), [BF16_NOTE]

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medusa_export.export import require_matching
 from medusa_export.progress import console, stage
 from medusa_export.provenance import provenance
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.prompts import PROMPTS
 from medusa_export.validate.report import (
-    REPORT_NAME,
     TOLERANCES,
     GreedyComparison,
     LogitsDifference,
@@ -21,9 +21,11 @@ from medusa_export.validate.report import (
 )
 from medusa_export.validate.runner import BundleSide, ReferenceSide, runnable_bundle
 from medusa_heads.formats import load_heads
+from medusa_heads.modules import MedusaHeads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
 from medusa_runtime.errors import BundleError, MedusaError, OptionError, ValidationMismatchError
 from medusa_runtime.files import write_whole
+from medusa_runtime.manifest import REPORT_NAME
 from medusa_runtime.text import TextCodec
 
 DEFAULT_NEW_TOKENS = 48
@@ -95,23 +97,47 @@ def validate(
     with stage(f"load {reference} in PyTorch"):
         torch_side = ReferenceSide.load(reference, manifest, trust_remote_code=trust_remote_code)
     _require_same_model(manifest, torch_side)
-    with stage("compare"), runnable_bundle(bundle, manifest) as (runnable, runnable_manifest, notes):
-        report.notes += notes
+    given = _matching_heads(heads, manifest, torch_side) if heads is not None else None
+    with stage("compare"):
         try:
-            side = BundleSide(runnable, runnable_manifest, report.backend)
             codec = TextCodec(bundle)
-            tree = CandidateTree.from_json(manifest.tree)
             new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
-            encoded = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in prompts]
-            for text, prompt_ids in zip(prompts, encoded, strict=True):
-                _compare_logits(report, text, prompt_ids, side, torch_side, tree.pruned(new_tokens - 1))
-                report.greedy.append(_compare_greedy(text, prompt_ids, side, torch_side, new_tokens))
-            if heads is not None:
-                report.head_log_probs = _compare_heads(encoded[0], side, torch_side, heads)
+            longest = manifest.limits.max_seq_len - new_tokens
+            encoded = {text: codec.encode(text)[:longest] for text in prompts}
+            with runnable_bundle(bundle, manifest) as (runnable, runnable_manifest, notes):
+                report.notes += notes
+                side = BundleSide(runnable, runnable_manifest, report.backend)
+                _compare(report, encoded, new_tokens, side, torch_side, given)
+        except OptionError:  # the prompts' fault, not the bundle's
+            raise
         except MedusaError as error:  # a bundle that does not run has failed
             report.errors.append(str(error))
     report.conclude()
     return report
+
+
+def _compare(
+    report: ValidationReport,
+    prompts: dict[str, list[int]],
+    new_tokens: int,
+    side: BundleSide,
+    torch_side: ReferenceSide,
+    heads: MedusaHeads | None,
+) -> None:
+    tree = CandidateTree.from_json(side.backend.manifest.tree).pruned(new_tokens - 1)
+    for text, prompt_ids in prompts.items():
+        _compare_logits(report, text, prompt_ids, side, torch_side, tree)
+        report.greedy.append(_compare_greedy(text, prompt_ids, side, torch_side, new_tokens))
+    if heads is not None:
+        report.head_log_probs = _compare_heads(next(iter(prompts.values())), side, torch_side, heads)
+
+
+def _matching_heads(path: Path, manifest: Manifest, reference: ReferenceSide) -> MedusaHeads:
+    heads = load_heads(path)
+    require_matching(heads, reference.backbone, path)
+    if heads.digest() != manifest.heads.sha256:
+        raise OptionError(f"the heads in {path} are not those that the bundle was made from; export it again with them")
+    return heads
 
 
 def _require_same_model(manifest: Manifest, reference: ReferenceSide) -> None:
@@ -166,11 +192,11 @@ def _compare_greedy(
     )
 
 
-def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, path: Path) -> LogitsDifference:
+def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, heads: MedusaHeads) -> LogitsDifference:
     """The heads' log-probabilities, over the candidates the bundle names. Each row is a head's."""
     side.prompt_logits(prompt_ids)
     found = side.backend.propose(np.array([len(prompt_ids) - 1]))
-    heads = load_heads(path).to(torch_side.backbone.dtype)
+    heads = heads.to(torch_side.backbone.dtype)
     with torch.no_grad():
         logits = heads(torch_side.hidden(prompt_ids), torch_side.backbone.model.get_output_embeddings())  # [1, K, V]
         reference = logits.log_softmax(-1).numpy()[0]

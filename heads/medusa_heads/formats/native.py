@@ -24,6 +24,11 @@ def matches(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in FILES)
 
 
+def is_alone(path: Path) -> bool:
+    """Whether a directory holds heads of this format and nothing else, so that it may be replaced by others."""
+    return matches(path) and {entry.name for entry in path.iterdir()} <= set(FILES)
+
+
 def save(heads: MedusaHeads, path: str | Path, *, force: bool = False) -> None:
     """Write heads into a new directory, whole or not at all.
 
@@ -31,7 +36,7 @@ def save(heads: MedusaHeads, path: str | Path, *, force: bool = False) -> None:
         OptionError: the directory exists and may not be replaced.
         CheckpointError: it cannot be written.
     """
-    with new_directory(path, WEIGHTS_NAME, force=force) as directory:
+    with new_directory(path, is_alone, force=force) as directory:
         (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n")
         tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
         try:

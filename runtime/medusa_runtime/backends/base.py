@@ -46,6 +46,11 @@ class Backend(Protocol):
         """Slots a sequence has in the cache now."""
         ...
 
+    @property
+    def epoch(self) -> int:
+        """How often the cache was started anew: who finds another number than before has lost it to somebody else."""
+        ...
+
     def reset(self, batch_size: int, capacity: int) -> None:
         """Start anew with an empty cache for so many sequences, of at least `capacity` slots each; it may shrink.
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
-from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
+from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
 from medusa_runtime.manifest import HEADS, STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
@@ -47,6 +47,7 @@ class OrtCpuBackend:
         self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
         _require_contract(self._step_session, manifest, STEP)
         _require_contract(self._heads_session, manifest, HEADS)
+        self.epoch = 0
         self._binding = self._step_session.io_binding()
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._cache = self._new_cache(batch_size=0, capacity=0)
@@ -62,6 +63,7 @@ class OrtCpuBackend:
         A cache that a longer request left behind shrinks: attention costs what is allocated. Otherwise it is cleared: slots
         beyond a sequence's length weigh nothing in attention, but nothing times the NaN of an earlier request is NaN.
         """
+        self.epoch += 1
         if (batch_size, _bucket(capacity)) == (self._cache.shape[2], self.capacity):
             self._cache[...] = 0
             return
@@ -105,7 +107,7 @@ class OrtCpuBackend:
         try:
             self._step_session.run_with_iobinding(binding)
         except Exception as error:  # as for opening
-            raise BackendError(f"ONNX Runtime cannot run the step: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
         finally:
             if with_logits:  # what is bound is filled at every step: forget it again
                 self._bind_cache()
@@ -163,15 +165,11 @@ def _open(path: Path, num_threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base but this
-        raise BackendError(f"ONNX Runtime cannot open {path}: {_first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
 
 
 def _bucket(capacity: int) -> int:
     return -(-capacity // CAPACITY_BUCKET) * CAPACITY_BUCKET
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str) -> None:
@@ -185,3 +183,5 @@ def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: s
     for have, want in itertools.zip_longest(found, expected):
         if have != want:
             raise BackendError(f"{facts.file} has the input {have}, the manifest says {want}; export the bundle again")
+    if missing := {tensor.name for tensor in facts.outputs} - {tensor.name for tensor in session.get_outputs()}:
+        raise BackendError(f"{facts.file} lacks the output {min(missing)}; export the bundle again")
