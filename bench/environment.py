@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("medusa-export", "onnxruntime", "torch", "transformers", "numpy", "onnxscript")
+PACKAGES = ("medusa-export", "onnxruntime", "torch", "transformers", "numpy", "onnxscript", "tensorrt-rtx-cu13")
 
 
 def environment() -> dict[str, Any]:

@@ -60,7 +60,11 @@ def step(backend: Backend, tokens: int) -> float:
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(model: str, heads: Path, output: Path | None) -> None:
     """Export MODEL with HEADS four ways and time a step of each."""
-    result = environment() | {"unit": "ms, median", "step_by_tokens": {}}
+    result = environment() | {
+        "unit": "ms, median",
+        "heads": json.loads((heads / "config.json").read_text()),
+        "step_by_tokens": {},
+    }
     with tempfile.TemporaryDirectory() as scratch:
         backends = {
             name: export_variant(model, heads, Path(scratch) / name.replace(" ", "_"), left_out)

@@ -22,10 +22,11 @@ import onnxruntime as ort
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment
 
-from medusa_runtime import Manifest
+from medusa_runtime import DecodingStats, Manifest, MedusaLM
 from medusa_runtime.backends import Backend, open_backend
 
 REPEATS = 15
+PROMPT = "Explain in three sentences why the sky is blue."
 
 
 def medians(**sides: Callable[[], Any]) -> dict[str, float]:
@@ -78,11 +79,13 @@ def main(bundle: Path, output: Path | None) -> None:
     )
     result = environment() | {
         "precision": manifest.precision,
+        "heads": manifest.heads.model_dump(),
         "unit": "ms, median",
         "step_by_tokens": by_tokens,
         "step_by_capacity": by_capacity,
         "commit_three_tokens": commit,
         "threads": threads(bundle, manifest),
+        "loop": loop(bundle),
     }
     text = json.dumps(result, indent=2)
     click.echo(text)
@@ -112,6 +115,23 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
         run = step(backend, 16, 128)
         found[name] = medians(step=run, heads=lambda backend=backend: backend.propose(np.zeros(1, np.int64)))
     return found
+
+
+def loop(bundle: Path) -> dict[str, dict[str, float]]:
+    """Whole generations, with and without Medusa in turn: medians of tokens per second and of what is not the engine."""
+    lm = MedusaLM.from_bundle(bundle)
+    found: dict[str, list[DecodingStats]] = {"medusa": [], "plain": []}
+    for _ in range(5):
+        for name, runs in found.items():
+            runs.append(lm.generate(PROMPT, 96, medusa=name == "medusa", ignore_eos=True).stats)
+    return {
+        name: {
+            "tokens_per_second": round(float(np.median([run.tokens_per_second for run in runs])), 1),
+            "tokens_per_step": round(runs[0].tokens_per_step, 3),
+            "host_share": round(float(np.median([1 - run.engine_seconds / run.decode_seconds for run in runs])), 4),
+        }
+        for name, runs in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
-CAPACITY_BUCKET = 256  # slots the cache grows by: attention over a portable graph costs what is allocated
+CAPACITY_BUCKET = 64  # slots the cache grows by at least: attention over a portable graph costs what is allocated
 
 
 class OrtCpuBackend:
@@ -64,17 +64,17 @@ class OrtCpuBackend:
         beyond a sequence's length weigh nothing in attention, but nothing times the NaN of an earlier request is NaN.
         """
         self.epoch += 1
-        if (batch_size, _bucket(capacity)) == (self._cache.shape[2], self.capacity):
+        if (batch_size, bucket(capacity)) == (self._cache.shape[2], self.capacity):
             self._cache[...] = 0
             return
-        self._cache = self._new_cache(batch_size, _bucket(capacity))
+        self._cache = self._new_cache(batch_size, bucket(capacity))
         self._bind_cache()
 
     def reserve(self, batch_size: int, capacity: int) -> None:
         """See `Backend.reserve`. The cache grows in buckets; what is cached is kept."""
         if batch_size == self._cache.shape[2] and capacity <= self.capacity:
             return
-        grown = self._new_cache(batch_size, _bucket(max(capacity, self.capacity)))
+        grown = self._new_cache(batch_size, bucket(max(capacity, self.capacity)))
         kept = min(batch_size, self._cache.shape[2])
         grown[:, :, :kept, :, : self.capacity] = self._cache[:, :, :kept]
         self._cache = grown
@@ -158,8 +158,8 @@ def _num_cores() -> int:
 def _open(path: Path, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads or _num_cores()
-    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 85 ms
-    # where they now take 47 (docs/decisions/0002-threads-of-two-sessions.md).
+    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 86 ms
+    # where they now take 46 (docs/decisions/0002-threads-of-two-sessions.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
     try:
@@ -168,8 +168,13 @@ def _open(path: Path, num_threads: int) -> ort.InferenceSession:
         raise BackendError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
 
 
-def _bucket(capacity: int) -> int:
-    return -(-capacity // CAPACITY_BUCKET) * CAPACITY_BUCKET
+def bucket(capacity: int) -> int:
+    """The capacity to allocate: up to the next multiple of 64 slots, or of an eighth of the largest power of two within.
+
+    So at most an eighth is unused, and growing copies little beside the steps between (docs/decisions/0008-cache-growth.md).
+    """
+    step = max(CAPACITY_BUCKET, 1 << max(capacity.bit_length() - 4, 0))
+    return -(-capacity // step) * step
 
 
 def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str) -> None:
