@@ -5,7 +5,6 @@ python bench/cache_growth.py BUNDLE [-o bench/results/cache_growth.json]
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import environment
+from environment import environment, publish
 
 from medusa_runtime import MedusaLM
 from medusa_runtime.backends import ort_cpu
@@ -47,10 +46,7 @@ def main(bundle: Path, output: Path | None) -> None:
         result["policies"][f"{length} prompt of {stats.num_prompt_tokens} tokens"] = {
             name: round(float(np.median(found)), 2) for name, found in times.items()
         }
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if output:
-        output.write_text(text + "\n")
+    publish(result, output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import environment
+from environment import environment, publish
 
 from medusa_runtime import Manifest
 
@@ -53,10 +53,7 @@ def build(bundle: Path) -> dict[str, Any]:
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(bundles: tuple[Path, ...], output: Path | None) -> None:
     """Build engines from each BUNDLE with the default limits."""
-    text = json.dumps(environment() | {"builds": [build(bundle) for bundle in bundles]}, indent=2)
-    click.echo(text)
-    if output:
-        output.write_text(text + "\n")
+    publish(environment() | {"builds": [build(bundle) for bundle in bundles]}, output)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import click
 
 PACKAGES = ("medusa-export", "onnxruntime", "torch", "transformers", "numpy", "onnxscript", "tensorrt-rtx-cu13")
 
@@ -27,6 +30,14 @@ def environment() -> dict[str, Any]:
         "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def publish(result: dict[str, Any], output: Path | None) -> None:
+    """Print a result as JSON, and keep it where that is asked for."""
+    text = json.dumps(result, indent=2)
+    click.echo(text)
+    if output:
+        output.write_text(text + "\n")
 
 
 def _cpu() -> str:

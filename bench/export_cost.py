@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import environment
+from environment import environment, publish
 
 PROGRAM = """
 import json, resource, sys, time
@@ -56,10 +56,7 @@ def main(model: str, heads: str, precision: str, runs: int, output: Path | None)
         "median_seconds": statistics.median(run["import_seconds"] + run["export_seconds"] for run in found),
         "median_peak_over_weights": statistics.median(run["peak_bytes"] / run["weights_bytes"] for run in found),
     }
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if output:
-        output.write_text(text + "\n")
+    publish(result, output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import environment
+from environment import environment, publish
 
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_runtime import Backend, Manifest
@@ -73,10 +73,7 @@ def main(model: str, heads: Path, output: Path | None) -> None:
         for tokens in (1, 16, 64):
             times = [[step(backend, tokens) for backend in backends.values()] for _ in range(REPEATS)]
             result["step_by_tokens"][tokens] = dict(zip(VARIANTS, np.median(times[3:], axis=0).round(2).tolist(), strict=True))
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if output:
-        output.write_text(text + "\n")
+    publish(result, output)
 
 
 if __name__ == "__main__":

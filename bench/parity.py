@@ -17,7 +17,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import environment
+from environment import environment, publish
 
 from medusa_export.checkpoint import load_backbone
 from medusa_export.validate.compare import first_divergence
@@ -84,10 +84,7 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
         "num_beyond_a_near_tie": len(bad),
         "rows": rows,
     }
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if output:
-        output.write_text(text + "\n")
+    publish(result, output)
     sys.exit(3 if bad else 0)
 
 

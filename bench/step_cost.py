@@ -7,7 +7,6 @@ Every comparison is interleaved in one process, so that drift of the machine hit
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import environment
+from environment import environment, publish
 
 from medusa_runtime import DecodingStats, Manifest, MedusaLM
 from medusa_runtime.backends import Backend, open_backend
@@ -87,10 +86,7 @@ def main(bundle: Path, output: Path | None) -> None:
         "threads": threads(bundle, manifest),
         "loop": loop(bundle),
     }
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if output:
-        output.write_text(text + "\n")
+    publish(result, output)
 
 
 def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
