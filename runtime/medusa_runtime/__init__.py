@@ -1,7 +1,7 @@
 """Run a Medusa bundle: LLM decoding of several tokens a step, without PyTorch.
 
 >>> from medusa_runtime import MedusaLM
->>> lm = MedusaLM.from_bundle("build/smollm2-135m-instruct-fp32")
+>>> lm = MedusaLM.from_bundle("build/fp32")
 >>> lm.generate("What is the capital of France?", max_new_tokens=32).text
 """
 
