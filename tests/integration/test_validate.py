@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from medusa_export.validate import validate_and_record
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.report import TOLERANCES
+from medusa_export.validate.runner import ReferenceSide
 from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import load_heads, save_heads
 from medusa_heads.modules import MedusaHeads
@@ -111,6 +113,18 @@ def test_a_reference_of_another_shape_is_refused(bundle: Path, make_model: Make)
     with pytest.raises(OptionError, match="architecture Qwen2ForCausalLM, the bundle LlamaForCausalLM"):
         validate_and_record(bundle, str(make_model("qwen2")), prompts=PROMPTS)
     assert Manifest.load(bundle).validation.status == "not run"
+
+
+def test_a_reference_that_is_off_at_first_is_given_time_to_settle(make_model: Make, bundle: Path, monkeypatch) -> None:
+    side = ReferenceSide.load(str(make_model()), Manifest.load(bundle))
+    passes = iter([0.01, 0.0, 0.0])
+    monkeypatch.setattr(side, "logits", lambda _: np.full((1, 3), next(passes)))
+    side.settle()
+    assert list(passes) == []
+    never = itertools.count()
+    monkeypatch.setattr(side, "logits", lambda _: np.full((1, 3), float(next(never))))
+    with pytest.raises(CheckpointError, match="there is no reference"):
+        side.settle()
 
 
 def test_logits_that_are_not_finite_never_pass_and_are_told() -> None:

@@ -18,11 +18,12 @@ from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
 from medusa_runtime.backends import Backend, open_backend
 from medusa_runtime.decoding import draft_tokens
-from medusa_runtime.errors import BundleError, first_line
+from medusa_runtime.errors import BundleError, CheckpointError, first_line
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.tree import CandidateTree, IntArray
 
 Rows = npt.NDArray[np.floating]
+SETTLE_TOKENS, SETTLE_ROUNDS = 32, 5
 BF16_NOTE = "ONNX Runtime has no bfloat16 kernels for the CPU: the graph ran in float32 on the bundle's bfloat16 weights"
 
 
@@ -102,7 +103,27 @@ class ReferenceSide:
         backbone = load_backbone(source, manifest.precision, trust_remote_code=trust_remote_code)
         backbone.model.float()
         backbone.dtype = torch.float32
-        return cls(backbone)
+        reference = cls(backbone)
+        reference.settle()
+        return reference
+
+    def settle(self) -> None:
+        """Run until PyTorch agrees with itself.
+
+        Its very first forward pass in a process is off by up to 0.01 in a logit now and then; all later ones are alike
+        (docs/decisions/0006-validation-by-one-forward-pass.md).
+
+        Raises:
+            CheckpointError: it never does.
+        """
+        token_ids = [token % self.backbone.facts.vocab_size for token in range(min(SETTLE_TOKENS, self.backbone.max_seq_len))]
+        before = self.logits(token_ids).copy()
+        for _ in range(SETTLE_ROUNDS):
+            after = self.logits(token_ids).copy()
+            if np.array_equal(before, after):
+                return
+            before = after
+        raise CheckpointError(f"PyTorch gives other logits for {self.backbone.source} at every pass; there is no reference")
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> Rows:
