@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa_export.progress import byte_stage, console, stage
+from medusa_export.progress import byte_stage, note, stage
 from medusa_runtime.errors import CheckpointError, OptionError
 from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import sha256_of
@@ -63,7 +63,7 @@ def fetch(name: str, directory: Path | None = None) -> Path:
         raise OptionError(f"there is no model {name!r} to fetch; there are: {', '.join(MODELS)}")
     target = (directory or cache_directory()) / name
     if (target / "config.json").is_file():
-        console.print(f"  {name} was fetched before", markup=False)
+        note(f"{name} was fetched before")
         return target
     from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
 
@@ -78,6 +78,7 @@ def fetch(name: str, directory: Path | None = None) -> Path:
             with new_directory(target, lambda _: False) as output:
                 backbone.model.save_pretrained(output)
                 load_tokenizer(str(gguf)).save_pretrained(output)
+    note(f"licence of {name}: {MODELS[name].license}")
     return target
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 
-from medusa_export.validate import validate_and_record
+from medusa_export.validate import record, validate
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
-from medusa_export.validate.report import TOLERANCES
+from medusa_export.validate.report import TOLERANCES, ValidationReport
 from medusa_export.validate.runner import ReferenceSide
 from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import load_heads, save_heads
@@ -25,6 +25,13 @@ from medusa_runtime.manifest import FileFacts, sha256_of
 
 Make = Callable[..., Path]
 PROMPTS = ("a small model learns",)
+
+
+def validate_and_record(bundle: Path, reference: str, **options) -> ValidationReport:
+    """What the command does."""
+    report = validate(bundle, reference, **options)
+    record(bundle, report)
+    return report
 
 
 @pytest.fixture

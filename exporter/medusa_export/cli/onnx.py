@@ -32,7 +32,9 @@ def command(model: str, output: Path, *, validate: bool, **options: Any) -> None
     export_bundle(ExportOptions(model=model, output=output, **options))
     note(f"wrote {output}")
     if validate:
-        from medusa_export.validate import validate_and_record
+        from medusa_export.validate import record
+        from medusa_export.validate import validate as compare
 
-        validate_and_record(output, model, heads=options["heads"], trust_remote_code=options["trust_remote_code"])
+        report = compare(output, model, heads=options["heads"], trust_remote_code=options["trust_remote_code"])
+        record(output, report)
     click.echo(output)

@@ -29,10 +29,10 @@ def command(
 
     The report is kept as validation.json in the bundle. Exit code 3 when it is out of tolerance.
     """
-    from medusa_export.validate import PROMPTS, validate_and_record
+    from medusa_export.validate import PROMPTS, record, validate
 
     lines = [line for line in prompts.read_text().splitlines() if line.strip()] if prompts else PROMPTS
-    validate_and_record(
+    report = validate(
         bundle,
         reference,
         heads=heads,
@@ -40,3 +40,4 @@ def command(
         max_new_tokens=max_new_tokens,
         trust_remote_code=trust_remote_code,
     )
+    record(bundle, report)

@@ -32,41 +32,6 @@ DEFAULT_NEW_TOKENS = 48
 BACKEND = "ort-cpu"
 
 
-def validate_and_record(
-    bundle: Path,
-    reference: str,
-    *,
-    heads: Path | None = None,
-    prompts: Sequence[str] = PROMPTS,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    trust_remote_code: bool = False,
-) -> ValidationReport:
-    """Validate a bundle, show and keep the report, and mark the bundle with the outcome.
-
-    Raises:
-        ValidationMismatchError: it is out of tolerance.
-        BundleError: it is no ONNX bundle.
-        CheckpointError: the reference cannot be loaded.
-    """
-    report = validate(
-        bundle,
-        reference,
-        heads=heads,
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        trust_remote_code=trust_remote_code,
-    )
-    write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
-    manifest = Manifest.load(bundle)
-    manifest.validation = report.facts()
-    manifest.save(bundle)
-    report.show(console)
-    if report.status == "failed":
-        failed = ", ".join(manifest.validation.summary["failed_checks"])
-        raise ValidationMismatchError(f"{bundle} is marked as failed ({failed}); details are in {bundle / REPORT_NAME}")
-    return report
-
-
 def validate(
     bundle: Path,
     reference: str,
@@ -78,7 +43,12 @@ def validate(
 ) -> ValidationReport:
     """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
 
-    In a bundle whose limit is short, prompts are cut and answers shortened to fit it.
+    In a bundle whose limit is short, prompts are cut and answers shortened to fit it. Nothing is written: see `record`.
+
+    Raises:
+        BundleError: it is no ONNX bundle.
+        CheckpointError: the reference or the heads cannot be loaded.
+        OptionError: the reference or the heads are not those of the bundle, or a prompt cannot be used.
     """
     manifest = Manifest.load(bundle)
     if manifest.kind != "onnx":
@@ -114,6 +84,22 @@ def validate(
             report.errors.append(str(error))
     report.conclude()
     return report
+
+
+def record(bundle: Path, report: ValidationReport) -> None:
+    """Keep a report in its bundle, mark the bundle with the outcome, and show it.
+
+    Raises:
+        ValidationMismatchError: it is out of tolerance.
+    """
+    write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+    manifest = Manifest.load(bundle)
+    manifest.validation = report.facts()
+    manifest.save(bundle)
+    report.show(console)
+    if report.status == "failed":
+        failed = ", ".join(manifest.validation.summary["failed_checks"])
+        raise ValidationMismatchError(f"{bundle} is marked as failed ({failed}); details are in {bundle / REPORT_NAME}")
 
 
 def _compare(
