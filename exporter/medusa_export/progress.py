@@ -7,9 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 console = Console(stderr=True, highlight=False)
+NEWS_SECONDS = 60  # between two lines of progress where there is no terminal
 
 
 def note(text: str) -> None:
@@ -43,3 +52,34 @@ def byte_stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task(name, total=total)
         yield lambda done: bar.advance(task, done)
     note(f"{name}: {total / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def count_stage(name: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int, int, int], None]]:
+    """A stage of things to count, with a rate and the time left.
+
+    Yields a function that is told how many things are done, how many of those were done before, and how much (of `unit`) was
+    made in this run. A terminal shows a bar, a log gets a line a minute.
+    """
+    started = last = time.perf_counter()
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total, news="")
+
+        def tell(done: int, before: int, made: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            seconds, new = now - started, done - before
+            news = f"{made / seconds:.0f} {unit}/s, {_duration(seconds * (total - done) / new) if new else '?'} left"
+            bar.update(task, completed=done, news=news)
+            if not console.is_terminal and now - last > NEWS_SECONDS:
+                last = now
+                note(f"{name}: {done} of {total}, {news}")
+
+        yield tell
+    note(f"{name}: {_duration(time.perf_counter() - started)}")
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

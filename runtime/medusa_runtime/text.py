@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -15,6 +15,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict  # pydantic reads it, and knows the one in typing from Python 3.12 on only
 
 from medusa_runtime.errors import BundleError, OptionError, first_line
 

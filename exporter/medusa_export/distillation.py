@@ -1,0 +1,175 @@
+"""`medusa-export distill`: who answers, what is asked, and what is told meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medusa_export.progress import count_stage, note, stage
+from medusa_export.provenance import provenance
+from medusa_heads.distill import loop
+from medusa_heads.distill.answerer import Answerer, Codec
+from medusa_heads.distill.prompts import Conversation, read_prompts, select, self_prompted
+from medusa_heads.distill.store import AnswerStore, DataFacts, Settings
+from medusa_heads.vocabulary import vocabulary_digest
+from medusa_runtime.errors import MedusaError, OptionError
+from medusa_runtime.manifest import MANIFEST_NAME
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What `medusa-export distill` is asked for; the command's help tells what each means."""
+
+    model: str
+    output: Path
+    prompts: tuple[Path, ...] = ()
+    self_prompts: int = 0
+    mix: dict[str, int] = field(default_factory=dict)
+    limit: int | None = None
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 1024
+    temperature: float = 0.0
+    prompt_temperature: float = 0.8
+    seed: int = 0
+    backend: str = "auto"
+    base_url: str | None = None
+    served_model: str | None = None
+    batch_size: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class _Model:
+    answerer: Answerer
+    codec: Codec
+    tokenizer: str  # digest
+    dtype: str
+
+
+def distill(options: DistillOptions) -> str:
+    """Make training data, or go on making it. Returns a line that tells what there is now.
+
+    Raises:
+        OptionError: an option cannot be used, a prompt is bad, or the output was begun with other settings.
+        CheckpointError, BundleError: the model cannot be loaded.
+        MedusaError: no prompt could be answered.
+    """
+    backend = _backend(options)
+    conversations = _conversations(options)
+    with stage(f"load {options.model}"):
+        model = _OPENERS[backend](options)
+    settings = Settings(
+        model=Path(options.model).name if Path(options.model).exists() else options.model,
+        tokenizer=model.tokenizer,
+        backend=backend,
+        dtype=model.dtype,
+        prompts=loop.digest(conversations),
+        prompt_temperature=options.prompt_temperature,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        max_prompt_tokens=options.max_prompt_tokens,
+    )
+    sources = Counter(conversation.source for conversation in conversations)
+    facts = DataFacts(settings=settings, provenance=provenance(), sources=dict(sorted(sources.items())))
+    answer_options = loop.AnswerOptions(
+        options.max_new_tokens, options.max_prompt_tokens, options.temperature, options.prompt_temperature, options.seed
+    )
+    with AnswerStore(options.output, facts) as store:
+        progress = _run(loop.distill(conversations, model.answerer, model.codec, store, answer_options))
+        if progress.skipped:
+            note(f"{progress.skipped} not answered: prompts that are too long, or the model's own that came to nothing")
+        if not store.rows:
+            raise MedusaError("no prompt was answered: all of them are too long, or the model wrote none")
+        return f"{options.output}: {len(store.rows)} answers, {store.num_tokens} tokens"
+
+
+def _run(steps: Iterator[loop.Progress]) -> loop.Progress:
+    progress = next(steps)
+    with count_stage("answers", progress.total) as tell:
+        for progress in steps:
+            tell(progress.done + progress.skipped, progress.resumed, progress.new_tokens)
+    return progress
+
+
+def _conversations(options: DistillOptions) -> list[Conversation]:
+    found = [conversation for path in options.prompts for conversation in read_prompts(path)]
+    if not found and not options.self_prompts:
+        raise OptionError("there is nothing to ask: give --prompts FILE, --self-prompts N, or both")
+    if options.mix and not found:
+        raise OptionError("--mix chooses among --prompts, and there are none")
+    if len({conversation.key for conversation in found}) < len(found):
+        raise OptionError("two of the files of --prompts have the same name; rename one")
+    chosen = select(found, mix=options.mix, seed=options.seed) if found else []
+    return select([*chosen, *self_prompted(options.self_prompts)], limit=options.limit, seed=options.seed)
+
+
+def _backend(options: DistillOptions) -> str:
+    guess = "endpoint" if options.base_url else "bundle" if (Path(options.model) / MANIFEST_NAME).is_file() else "transformers"
+    backend = guess if options.backend == "auto" else options.backend
+    if (backend == "endpoint") != bool(options.base_url):
+        raise OptionError("--base-url belongs to --backend endpoint, and the other way round")
+    if backend == "bundle" and guess != "bundle":
+        raise OptionError(f"--backend bundle takes an exported bundle; {options.model} is none")
+    if backend == "bundle" and (options.temperature or options.self_prompts):
+        raise OptionError("a bundle decodes greedily: no --temperature and no --self-prompts with it")
+    if backend == "endpoint" and options.self_prompts:
+        raise OptionError("an endpoint cannot be asked to write the user's words; use --self-prompts with transformers")
+    return backend
+
+
+def _open_transformers(options: DistillOptions) -> _Model:
+    import torch  # noqa: PLC0415 - a bundle needs none
+
+    from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
+    from medusa_export.devices import fast_precision, torch_device  # noqa: PLC0415
+    from medusa_heads.distill import slots  # noqa: PLC0415
+    from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch_device(options.device)
+    dtype = fast_precision(device) if options.dtype == "auto" else options.dtype
+    slots.register()
+    codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
+    backbone = load_backbone(
+        options.model,
+        dtype,  # type: ignore[arg-type] # click has checked it
+        attention=slots.ATTENTION_NAME,
+        trust_remote_code=options.trust_remote_code,
+    )
+    _require_room(options, backbone.max_seq_len)
+    decoder = slots.SlotDecoder(
+        backbone.model.to(device),
+        backbone.layer_types,
+        backbone.sliding_window,
+        backbone.facts.eos_token_ids,
+        options.batch_size or 64,
+    )
+    return _Model(decoder, codec, codec.digest, dtype)
+
+
+def _open_bundle(options: DistillOptions) -> _Model:
+    from medusa_heads.distill.bundle import BundleAnswerer  # noqa: PLC0415
+    from medusa_runtime import MedusaLM  # noqa: PLC0415
+
+    lm = MedusaLM.from_bundle(options.model, num_threads=options.threads)
+    manifest = lm.engine.backend.manifest
+    _require_room(options, manifest.limits.max_seq_len)
+    digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())
+    return _Model(BundleAnswerer(lm.engine, options.batch_size or 8), lm.codec, digest, manifest.precision)
+
+
+def _require_room(options: DistillOptions, max_seq_len: int) -> None:
+    if (asked := options.max_prompt_tokens + options.max_new_tokens) > max_seq_len:
+        raise OptionError(
+            f"--max-prompt-tokens and --max-new-tokens make {asked} together, the model takes {max_seq_len}; lower one"
+        )
+
+
+_OPENERS = {"transformers": _open_transformers, "bundle": _open_bundle}

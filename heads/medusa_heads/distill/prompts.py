@@ -1,0 +1,152 @@
+"""Prompts to answer: read from files, checked row by row, chosen and put in order."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from medusa_runtime.errors import OptionError
+from medusa_runtime.text import Message
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+FORMS = '{"prompt": "…"}, {"turns": ["…", …]} or {"messages": [{"role": "user", "content": "…"}, …]}'
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the model is asked. Answers that came with it are left out: the model gives its own."""
+
+    key: str  # one of its own in a run, the same in each run
+    turns: tuple[tuple[Message, ...], ...]  # what is said before each of the model's answers; none: it asks itself
+    source: str = ""
+
+
+def read_prompts(path: str | Path) -> list[Conversation]:
+    """Read conversations from JSON lines, or prompts from a text file, one a line.
+
+    A row is one of `FORMS`, with an optional `source`. Turns of the assistant are replaced by the model's own answers.
+
+    Raises:
+        OptionError: the file cannot be read, is empty, or has a bad row; the message gives its number.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text().split("\n")  # not splitlines: JSON may hold other line separators
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+    as_json = path.suffix in {".jsonl", ".json"}
+    conversations = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}, row {number}"
+            row = _parse(line, where) if as_json else {"prompt": line.strip()}
+            conversations.append(Conversation(f"{path.stem}-{number}", _turns(row, where), _text(row, "source", where, "")))
+    if not conversations:
+        raise OptionError(f"{path} holds no prompts")
+    return conversations
+
+
+def self_prompted(count: int) -> list[Conversation]:
+    """Conversations in which the model also writes the user's turn.
+
+    Given its chat template up to where the user's words begin, an instruction-tuned model goes on with a question of the kind
+    it was tuned on. Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing".
+    """
+    return [Conversation(f"self-{index}", (), "self") for index in range(count)]
+
+
+def select(
+    conversations: Sequence[Conversation], *, mix: Mapping[str, int] | None = None, limit: int | None = None, seed: int = 0
+) -> list[Conversation]:
+    """A random choice, in random order; the same for the same arguments.
+
+    Args:
+        conversations: what there is.
+        mix: how many to take of a source at most. Names may hold ``*``, the first that fits counts, and sources that no name
+            fits are left out. None takes all.
+        limit: how many to take in all, at most.
+        seed: of the choice and the order.
+
+    Raises:
+        OptionError: nothing is left, or a name of the mix fits no source.
+    """
+    shuffled = list(conversations)
+    random.Random(seed).shuffle(shuffled)  # noqa: S311 - no secret
+    if mix:
+        left = dict.fromkeys({c.source for c in conversations}, 0)
+        for pattern in reversed(mix):
+            fitting = [source for source in left if fnmatchcase(source, pattern)]
+            if not fitting:
+                raise OptionError(f"no prompt has a source {pattern!r}; there are: {', '.join(sorted(left)) or 'none'}")
+            left |= dict.fromkeys(fitting, mix[pattern])
+        kept = []
+        for conversation in shuffled:
+            if left[conversation.source] > 0:
+                left[conversation.source] -= 1
+                kept.append(conversation)
+        shuffled = kept
+    chosen = shuffled[:limit]
+    if not chosen:
+        raise OptionError("the mix and the limit leave no prompt")
+    return chosen
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise OptionError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise OptionError(f"{where} is not an object; a row is {FORMS}")
+    return row
+
+
+def _turns(row: dict[str, Any], where: str) -> tuple[tuple[Message, ...], ...]:
+    """What is said before each answer."""
+    if "messages" in row:
+        return _from_messages(row["messages"], where)
+    texts = [row["prompt"]] if "prompt" in row else row.get("turns")
+    if not isinstance(texts, list) or not texts:
+        raise OptionError(f"{where} holds no prompt; a row is {FORMS}")
+    return tuple((_message("user", text, where),) for text in texts)
+
+
+def _from_messages(messages: Any, where: str) -> tuple[tuple[Message, ...], ...]:
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise OptionError(f"{where}: messages is not a list of objects with role and content")
+    turns: list[tuple[Message, ...]] = []
+    said: list[Message] = []
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise OptionError(f"{where}: the role {message.get('role')!r} is none of {', '.join(sorted(ROLES))}")
+        if message["role"] == "assistant":
+            if said:
+                turns.append(tuple(said))
+            said = []
+        else:
+            said.append(_message(message["role"], message.get("content"), where))
+    if said:
+        turns.append(tuple(said))
+    if not any(message["role"] == "user" for turn in turns for message in turn):
+        raise OptionError(f"{where}: nothing is said by a user")
+    return tuple(turns)
+
+
+def _message(role: str, content: Any, where: str) -> Message:
+    if not isinstance(content, str) or not content.strip():
+        raise OptionError(f"{where}: a {role}'s turn is {content!r}, not text")
+    return {"role": role, "content": content}
+
+
+def _text(row: dict[str, Any], name: str, where: str, default: str) -> str:
+    value = row.get(name, default)
+    if not isinstance(value, str):
+        raise OptionError(f"{where}: {name} is {value!r}, not text")
+    return value

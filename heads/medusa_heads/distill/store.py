@@ -1,0 +1,160 @@
+"""Training data on disk: a directory with the answers, one JSON line each, and what made them.
+
+Answers are appended as they come, so an interrupted run loses at most the line it was writing, and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medusa_runtime.errors import OptionError
+from medusa_runtime.files import write_whole
+from medusa_runtime.manifest import Provenance
+from medusa_runtime.text import Message
+
+FACTS_NAME, ANSWERS_NAME = "data.json", "answers.jsonl"
+
+
+class Settings(BaseModel):
+    """What decides which answers a run gives. A run goes on only under the settings it began with."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="the model, as the user named it")
+    tokenizer: str = Field(description="SHA-256 of the tokenizer's vocabulary")
+    backend: str
+    dtype: str
+    prompts: str = Field(description="SHA-256 of the prompts chosen, in their order")
+    prompt_temperature: float = Field(description="at which the model writes prompts of its own")
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    max_prompt_tokens: int
+
+
+class DataFacts(BaseModel):
+    """`data.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = 1
+    settings: Settings
+    provenance: Provenance
+    sources: dict[str, int] = Field(default_factory=dict, description="prompts chosen of each source")
+
+
+class Row(BaseModel):
+    """One answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    source: str = ""
+    messages: list[Message] = Field(description="the conversation, ending with the answer")
+    prompt_token_ids: list[int]
+    response_token_ids: list[int] = Field(description="the end-of-sequence token included, where the answer ended by one")
+    finish_reason: str
+
+
+class AnswerStore:
+    """The directory of a run, open for appending. Use as a context manager.
+
+    Raises:
+        OptionError: the directory holds something else, or answers made under other settings, or another run writes to it.
+    """
+
+    def __init__(self, path: str | Path, facts: DataFacts) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise OptionError(f"{self.path} is being written by another run") from error
+        try:
+            self._require_same(facts)
+            self.rows = self._recover()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._file = (self.path / ANSWERS_NAME).open("a")
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        os.close(self._lock)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(row.response_token_ids) for row in self.rows.values())
+
+    def append(self, row: Row) -> None:
+        """Write a row, whole."""
+        self._file.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.rows[row.key] = row
+
+    def _require_same(self, facts: DataFacts) -> None:
+        place = self.path / FACTS_NAME
+        if not place.exists():
+            if any(self.path.iterdir()):
+                raise OptionError(f"{self.path} holds something else; choose another output")
+            write_whole(place, facts.model_dump_json(indent=2) + "\n")
+            return
+        before, now = read_facts(self.path).settings.model_dump(), facts.settings.model_dump()
+        changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+        if changed:
+            raise OptionError(f"{self.path} was begun with other settings ({'; '.join(changed)}); choose another output")
+
+    def _recover(self) -> dict[str, Row]:
+        """The rows there are. A last line that was cut short is removed."""
+        place = self.path / ANSWERS_NAME
+        if not place.exists():
+            return {}
+        data = place.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with place.open("r+b") as file:
+                file.truncate(len(whole))
+        return {row.key: row for row in read_rows(self.path)}
+
+
+def read_facts(path: str | Path) -> DataFacts:
+    """Read what a data directory says of itself.
+
+    Raises:
+        OptionError: it is none, or is damaged.
+    """
+    place = Path(path) / FACTS_NAME
+    try:
+        return DataFacts.model_validate_json(place.read_text())
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise OptionError(f"{path} is no data of `medusa-export distill`: {place.name} is missing or damaged") from error
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Read a data directory's answers.
+
+    Raises:
+        OptionError: a row is damaged; the message gives its number.
+    """
+    place = Path(path) / ANSWERS_NAME
+    with place.open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield Row.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise OptionError(f"{place}, row {number}: {where or 'row'}: {first['msg']}") from error
+
