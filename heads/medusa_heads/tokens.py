@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from medusa_heads.vocabulary import vocabulary_digest
@@ -33,19 +33,37 @@ class CheckpointCodec:
         Raises:
             OptionError: the template refuses them.
         """
-        try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError) as error:
-            raise OptionError(f"the chat template refuses {prompt!r:.80}: {first_line(error)}") from error
+        return self.text_ids(self._render(prompt, add_generation_prompt=True))
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of text as it is."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def opening(self) -> list[int]:
         """Token ids of a conversation up to where the user's first words begin."""
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+        text = self._render([{"role": "user", "content": MARK}])
         if text.count(MARK) != 1:
             raise OptionError("the chat template does not give the user's words as they are, so the model cannot prompt itself")
-        return list(self.tokenizer(text[: text.index(MARK)], add_special_tokens=False).input_ids)
+        return self.text_ids(text[: text.index(MARK)])
+
+    def closing(self) -> int | None:
+        """The special token that the chat template puts behind an answer, else the tokenizer's end-of-sequence token."""
+        text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
+        after = self.text_ids(text.partition(MARK)[2])[:1]
+        known = self.tokenizer.added_tokens_decoder
+        if after and after[0] in known and known[after[0]].special:
+            return after[0]
+        end: int | None = self.tokenizer.eos_token_id
+        return end
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        conversation: Any = list(messages)
+        try:
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # the template is a program from elsewhere: it may fail in any way
+            raise OptionError(f"the chat template refuses {messages!r:.80}: {first_line(error)}") from error
+        return str(text)

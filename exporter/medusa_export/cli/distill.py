@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,50 @@ from medusa_export.cli.options import threads_option, trust_remote_code_option
     help="A file of prompts: JSON lines (prompt, turns or messages), or text with one a line. May be given several times.",
 )
 @click.option("--self-prompts", type=click.IntRange(min=0), default=0, help="Prompts that the model writes itself.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The data's directory; an interrupted run goes on there.")
-@click.option("--mix", multiple=True, metavar="SOURCE=N", help="Take at most N prompts of this source, and none of those not named; * fits any letters.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The data's directory; an interrupted run goes on there.",
+)
+@click.option(
+    "--mix",
+    multiple=True,
+    metavar="SOURCE=N",
+    help="Take at most N prompts of this source, and none of those not named; * fits any letters.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Take at most so many prompts, at random.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 32768), default=256, show_default=True, help="Of an answer.")
-@click.option("--max-prompt-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longer prompts are skipped.")
+@click.option(
+    "--max-prompt-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longer prompts are skipped."
+)
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True, help="Of answers; 0 is greedy.")
-@click.option("--prompt-temperature", type=click.FloatRange(0, 5, min_open=True), default=0.8, show_default=True, help="Of the model's own prompts.")
+@click.option(
+    "--prompt-temperature",
+    type=click.FloatRange(0, 5, min_open=True),
+    default=0.8,
+    show_default=True,
+    help="Of the model's own prompts.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--backend", type=click.Choice(["auto", "transformers", "bundle", "endpoint"]), default="auto", show_default=True, help="Who answers: PyTorch, a bundle with Medusa, or an OpenAI-compatible endpoint.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "transformers", "bundle", "endpoint"]),
+    default="auto",
+    show_default=True,
+    help="Who answers: PyTorch, a bundle with Medusa, or an OpenAI-compatible endpoint.",
+)
 @click.option("--base-url", help="The endpoint, such as http://localhost:8000/v1; MODEL then gives the tokenizer.")
 @click.option("--served-model", help="The endpoint's name for the model. [default: MODEL]")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="Answers made side by side. [default: 64; bundle: 8]")
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True, help="Of the weights, for transformers. auto: bf16 where the hardware multiplies it, else fp32.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights, for transformers. auto: bf16 where the hardware multiplies it, else fp32.",
+)
 @click.option("--device", default="auto", show_default=True, help="For transformers: auto, cpu, cuda, cuda:1 …")
 @threads_option
 @trust_remote_code_option
@@ -48,8 +80,7 @@ def command(mix: tuple[str, ...], prompts: tuple[Path, ...], **options: Any) -> 
 def _parse_mix(mix: tuple[str, ...]) -> dict[str, int]:
     parsed = {}
     for entry in mix:
-        source, _, count = entry.rpartition("=")
-        if not source or not count.isdecimal() or not int(count):
+        if not (found := re.fullmatch(r"(.+)=0*([1-9][0-9]{0,8})", entry, re.DOTALL)):
             raise click.BadParameter(f"{entry!r} is not SOURCE=N, with N at least 1", param_hint="--mix")
-        parsed[source] = int(count)
+        parsed[found[1]] = int(found[2])
     return parsed

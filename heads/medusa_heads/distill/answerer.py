@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,9 +31,12 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """A backend. `next_request` gives None while there is nothing to do, which a later answer may change."""
+    """A backend. `next_request` gives None while there is nothing to do, which a later answer may change.
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Iterator[Answer]: ...
+    Closing the generator gives up what is under way.
+    """
+
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]: ...
 
 
 class Codec(Protocol):

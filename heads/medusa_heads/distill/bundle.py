@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 
 from medusa_heads.distill.answerer import Answer, Request
 from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import OptionError
+from medusa_runtime.text import Message, TextCodec
+
+
+class BundleCodec:
+    """Messages to token ids and back, by a bundle's own tokenizer and chat template.
+
+    Raises:
+        OptionError: the bundle has no chat template.
+    """
+
+    def __init__(self, text: TextCodec) -> None:
+        self.text = text
+        if not text.has_chat_template:
+            raise OptionError(
+                "this bundle has no chat template, so it cannot be asked anything; take an instruction-tuned model's"
+            )
+
+    def encode(self, prompt: Sequence[Message]) -> list[int]:
+        """Token ids of messages through the chat template, up to where the answer starts."""
+        return self.text.encode(prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.text.decode(token_ids)
+
+    def opening(self) -> list[int]:
+        """Refuse: prompts of the model's own need a temperature."""
+        raise OptionError("a bundle decodes greedily, so its model cannot prompt itself")
 
 
 class BundleAnswerer:
@@ -21,7 +49,7 @@ class BundleAnswerer:
         self.engine = engine
         self.batch_size = batch_size
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Iterator[Answer]:
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
         """Answer until there is no request.
 
         Raises:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from medusa_heads.distill.answerer import Answer, Answerer, Codec, Request
 from medusa_heads.distill.prompts import Conversation
 from medusa_heads.distill.store import AnswerStore, Row
+from medusa_runtime.errors import OptionError
 from medusa_runtime.text import Message
 
 WINDOW = 1024  # conversations ordered by length among themselves, so that neighbours are alike and the whole stays mixed
@@ -73,7 +75,7 @@ def digest(conversations: Sequence[Conversation]) -> str:
 
 def distill(
     conversations: Sequence[Conversation], answerer: Answerer, codec: Codec, store: AnswerStore, options: AnswerOptions
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Have every turn of every conversation answered that is not in the store yet. Yields after each answer.
 
     Args:
@@ -82,23 +84,25 @@ def distill(
         codec: its tokenizer and chat template.
         store: where answers are kept.
         options: how answers are made.
+
+    Raises:
+        OptionError: the chat template refuses a conversation, or takes up all tokens of a prompt.
     """
     run = _Run(conversations, codec, store, options)
     yield run.progress
-    for answer in answerer.answers(run.next_request):
-        run.take(answer)
-        yield run.progress
+    with closing(answerer.answers(run.next_request)) as answers:
+        for answer in answers:
+            run.take(answer)
+            yield run.progress
     yield run.progress
 
 
 class _Run:
-    def __init__(
-        self, conversations: Sequence[Conversation], codec: Codec, store: AnswerStore, options: AnswerOptions
-    ) -> None:
+    def __init__(self, conversations: Sequence[Conversation], codec: Codec, store: AnswerStore, options: AnswerOptions) -> None:
         self.codec, self.store, self.options = codec, store, options
         talks = [_Talk(conversation) for conversation in conversations]
         self.progress = Progress(total=sum(talk.num_turns for talk in talks))
-        self.opening = codec.opening() if any(not conversation.turns for conversation in conversations) else []
+        self.opening = self._opening() if any(not conversation.turns for conversation in conversations) else []
         self.own_prompts = {row.messages[0]["content"] for row in store.rows.values() if row.source == "self"}
         self.asked: dict[str, _Talk] = {}  # requests under way
         self.follow_ups: deque[Request] = deque()
@@ -128,6 +132,16 @@ class _Run:
         if follow_up is not None:
             self.follow_ups.append(follow_up)
 
+    def _opening(self) -> list[int]:
+        opening = self.codec.opening()
+        if not 0 < len(opening) < self.options.max_prompt_tokens:
+            limit = self.options.max_prompt_tokens
+            raise OptionError(
+                f"the model cannot prompt itself: its chat template puts {len(opening)} tokens before the user's words, "
+                f"and it takes at least 1 and at most {limit - 1}, one less than --max-prompt-tokens"
+            )
+        return opening
+
     def _windows(self, talks: Sequence[_Talk]) -> Iterator[Request]:
         for start in range(0, len(talks), WINDOW):
             asked = [self._ask(talk) for talk in talks[start : start + WINDOW]]
@@ -153,11 +167,15 @@ class _Run:
 
     def _prompt_request(self, talk: _Talk) -> Request:
         temperature, seed = self.options.prompt_temperature, self._seed(key := talk.key + OWN_PROMPT)
+        max_new_tokens = min(OWN_PROMPT_TOKENS, self.options.max_prompt_tokens - len(self.opening))
         self.asked[key] = talk
-        return Request(key, (), tuple(self.opening), OWN_PROMPT_TOKENS, temperature, seed)
+        return Request(key, (), tuple(self.opening), max_new_tokens, temperature, seed)
 
     def _answer_request(self, talk: _Talk) -> Request | None:
-        prompt_ids = self.codec.encode(talk.messages)
+        try:
+            prompt_ids = self.codec.encode(talk.messages)
+        except OptionError as error:
+            raise OptionError(f"{talk.key}: {error}; leave this prompt out") from error
         if len(prompt_ids) > self.options.max_prompt_tokens:
             self.progress.skipped += talk.num_turns - talk.turn
             return None

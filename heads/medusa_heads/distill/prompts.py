@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from medusa_runtime.errors import OptionError
+from medusa_runtime.errors import OptionError, first_line
 from medusa_runtime.text import Message
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -36,18 +36,19 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     """
     path = Path(path)
     try:
-        lines = path.read_text().split("\n")  # not splitlines: JSON may hold other line separators
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON may hold other line separators
     except UnicodeDecodeError as error:
         raise OptionError(f"{path} is not UTF-8 text") from error
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
-    as_json = path.suffix in {".jsonl", ".json"}
+    as_json = path.suffix.lower() in {".jsonl", ".json"}
+    stem = path.stem.encode(errors="replace").decode()  # a file's name may be no text
     conversations = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}, row {number}"
             row = _parse(line, where) if as_json else {"prompt": line.strip()}
-            conversations.append(Conversation(f"{path.stem}-{number}", _turns(row, where), _text(row, "source", where, "")))
+            conversations.append(Conversation(f"{stem}-{number}", _turns(row, where), _text(row, "source", where, "")))
     if not conversations:
         raise OptionError(f"{path} holds no prompts")
     return conversations
@@ -81,10 +82,12 @@ def select(
     random.Random(seed).shuffle(shuffled)  # noqa: S311 - no secret
     if mix:
         left = dict.fromkeys({c.source for c in conversations}, 0)
-        for pattern in reversed(mix):
+        for pattern in reversed(list(mix)):
             fitting = [source for source in left if fnmatchcase(source, pattern)]
             if not fitting:
-                raise OptionError(f"no prompt has a source {pattern!r}; there are: {', '.join(sorted(left)) or 'none'}")
+                raise OptionError(
+                    f"no prompt has a source {pattern!r}; there are: {', '.join(sorted(filter(None, left))) or 'none'}"
+                )
             left |= dict.fromkeys(fitting, mix[pattern])
         kept = []
         for conversation in shuffled:
@@ -101,8 +104,8 @@ def select(
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise OptionError(f"{where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of too many digits
+        raise OptionError(f"{where} is not JSON ({first_line(error)}); a row is {FORMS}, in one line") from error
     if not isinstance(row, dict):
         raise OptionError(f"{where} is not an object; a row is {FORMS}")
     return row
@@ -124,15 +127,15 @@ def _from_messages(messages: Any, where: str) -> tuple[tuple[Message, ...], ...]
     turns: list[tuple[Message, ...]] = []
     said: list[Message] = []
     for message in messages:
-        if message.get("role") not in ROLES:
-            raise OptionError(f"{where}: the role {message.get('role')!r} is none of {', '.join(sorted(ROLES))}")
-        if message["role"] == "assistant":
-            if said:
-                turns.append(tuple(said))
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise OptionError(f"{where}: the role {role!r:.80} is none of {', '.join(sorted(ROLES))}")
+        if role != "assistant":
+            said.append(_message(role, message.get("content"), where))
+        elif any(before["role"] != "system" for before in said):  # else nothing is asked yet
+            turns.append(tuple(said))
             said = []
-        else:
-            said.append(_message(message["role"], message.get("content"), where))
-    if said:
+    if any(before["role"] != "system" for before in said):
         turns.append(tuple(said))
     if not any(message["role"] == "user" for turn in turns for message in turn):
         raise OptionError(f"{where}: nothing is said by a user")
@@ -140,13 +143,22 @@ def _from_messages(messages: Any, where: str) -> tuple[tuple[Message, ...], ...]
 
 
 def _message(role: str, content: Any, where: str) -> Message:
-    if not isinstance(content, str) or not content.strip():
-        raise OptionError(f"{where}: a {role}'s turn is {content!r}, not text")
+    if not isinstance(content, str) or not content.strip() or not _is_unicode(content):
+        raise OptionError(f"{where}: a {role}'s turn is {content!r:.80}, not text")
     return {"role": role, "content": content}
 
 
 def _text(row: dict[str, Any], name: str, where: str, default: str) -> str:
     value = row.get(name, default)
-    if not isinstance(value, str):
-        raise OptionError(f"{where}: {name} is {value!r}, not text")
+    if not isinstance(value, str) or not _is_unicode(value):
+        raise OptionError(f"{where}: {name} is {value!r:.80}, not text")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

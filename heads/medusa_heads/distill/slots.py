@@ -6,7 +6,7 @@ batching is for GPUs. Measured on a CPU in docs/decisions/0009-distillation.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from medusa_heads.distill.answerer import Answer, Request
-from medusa_runtime.errors import CheckpointError
+from medusa_runtime.errors import CapacityError, CheckpointError
 
 ATTENTION_NAME = "medusa_slots"
 HARMLESS = frozenset({"position_ids", "cache_position"})  # what attention is told beside its operands
@@ -73,8 +73,10 @@ class SlotCache:
         self.rows = torch.arange(num_slots)  # slots that the next forward pass is for
         self.capacity = 0  # S
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoding: write [B, Hkv, 1, D] behind each slot's entries. Prefill of fresh slots: keep, and attend to, the new alone."""
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoding: write [B, Hkv, 1, D] to each slot's entries. Prefill of fresh slots: keep and attend to the new alone."""
         keys, values = self._buffers(layer, key)
         rows, tokens = self.rows.to(key.device), key.shape[2]
         if tokens == 1:
@@ -139,9 +141,19 @@ class SlotDecoder:
         self.eos = frozenset(eos_token_ids)
         self.slots: list[_Slot | None] = [None] * num_slots
 
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
+        """Answer until there is no request and no slot is busy.
+
+        Raises:
+            CapacityError: the device's memory does not do for so many slots.
+        """
+        try:
+            yield from self._decode(next_request)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(f"{self.device} has no memory for {len(self.slots)} slots; lower --batch-size") from error
+
     @torch.inference_mode()
-    def answers(self, next_request: Callable[[], Request | None]) -> Iterator[Answer]:
-        """Answer until there is no request and no slot is busy."""
+    def _decode(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
         slots = self.slots = [None] * len(self.slots)
         cache = SlotCache(len(slots))
         next_ids = torch.zeros(len(slots), dtype=torch.int64)  # [B] decided, not in the cache yet
@@ -186,7 +198,7 @@ class SlotDecoder:
             self._prefill(cache, rows, [prompt[:-1] for prompt in prompts])
 
     def _prefill(self, cache: SlotCache, rows: torch.Tensor, prompts: list[tuple[int, ...]]) -> None:
-        tokens = max(2, max(map(len, prompts)))  # at least two, which is how the cache tells a prefill from a step
+        tokens = max(2, *map(len, prompts))  # at least two, which is how the cache tells a prefill from a step
         padded = torch.zeros(len(prompts), tokens, dtype=torch.int64)  # [b, T]; padding is overwritten later
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -66,27 +67,31 @@ class AnswerStore:
     """The directory of a run, open for appending. Use as a context manager.
 
     Raises:
-        OptionError: the directory holds something else, or answers made under other settings, or another run writes to it.
+        OptionError: the directory holds something else, or answers made under other settings, or another run writes to it; or
+            it is none.
     """
 
     def __init__(self, path: str | Path, facts: DataFacts) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise OptionError(f"{self.path} is not a directory; choose another output") from error
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise OptionError(f"{self.path} is being written by another run") from error
+            raise OptionError(f"{self.path} is being written by another run; wait for it, or choose another output") from error
         try:
             self._require_same(facts)
             self.rows = self._recover()
         except BaseException:
             os.close(self._lock)
             raise
-        self._file = (self.path / ANSWERS_NAME).open("a")
+        self._file = (self.path / ANSWERS_NAME).open("a", encoding="utf-8")
 
-    def __enter__(self) -> AnswerStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,16 +110,16 @@ class AnswerStore:
         self.rows[row.key] = row
 
     def _require_same(self, facts: DataFacts) -> None:
-        place = self.path / FACTS_NAME
-        if not place.exists():
-            if any(self.path.iterdir()):
-                raise OptionError(f"{self.path} holds something else; choose another output")
+        place, answers = self.path / FACTS_NAME, self.path / ANSWERS_NAME
+        if not place.exists() and any(path for path in self.path.iterdir() if not path.name.startswith(f".{FACTS_NAME}.")):
+            raise OptionError(f"{self.path} holds something else; choose another output")
+        before, now = read_facts(self.path).settings.model_dump() if place.exists() else {}, facts.settings.model_dump()
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed and before and answers.exists() and answers.stat().st_size:
+            told = "; ".join(f"{name} was {_short(before[name])}, is {_short(now[name])}" for name in changed)
+            raise OptionError(f"{self.path} was begun with other settings ({told}); choose another output")
+        if changed:  # no answer was made under the earlier ones
             write_whole(place, facts.model_dump_json(indent=2) + "\n")
-            return
-        before, now = read_facts(self.path).settings.model_dump(), facts.settings.model_dump()
-        changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
-        if changed:
-            raise OptionError(f"{self.path} was begun with other settings ({'; '.join(changed)}); choose another output")
 
     def _recover(self) -> dict[str, Row]:
         """The rows there are. A last line that was cut short is removed."""
@@ -127,6 +132,11 @@ class AnswerStore:
             with place.open("r+b") as file:
                 file.truncate(len(whole))
         return {row.key: row for row in read_rows(self.path)}
+
+
+def _short(value: object) -> object:
+    """A setting's value; of a digest, what tells it from another."""
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
 
 
 def read_facts(path: str | Path) -> DataFacts:
@@ -149,12 +159,11 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         OptionError: a row is damaged; the message gives its number.
     """
     place = Path(path) / ANSWERS_NAME
-    with place.open() as file:
+    with place.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield Row.model_validate_json(line)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"]))
-                raise OptionError(f"{place}, row {number}: {where or 'row'}: {first['msg']}") from error
-
+                raise OptionError(f"{place}, row {number}: {where or 'row'}: {first['msg']}; remove it") from error
