@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,14 +59,16 @@ def distill(options: DistillOptions) -> str:
     Raises:
         OptionError: an option cannot be used, a prompt is bad, or the output was begun with other settings.
         CheckpointError, BundleError: the model cannot be loaded.
+        EndpointError: the endpoint cannot be reached, or refuses a prompt.
         MedusaError: no prompt could be answered.
     """
     backend = _backend(options)
+    _require_meant(options, backend)
     conversations = _conversations(options)
     with stage(f"load {options.model}"):
         model = _OPENERS[backend](options)
     settings = Settings(
-        model=Path(options.model).name if Path(options.model).exists() else options.model,
+        model=_name(options.model),
         tokenizer=model.tokenizer,
         backend=backend,
         dtype=model.dtype,
@@ -81,7 +85,11 @@ def distill(options: DistillOptions) -> str:
         options.max_new_tokens, options.max_prompt_tokens, options.temperature, options.prompt_temperature, options.seed
     )
     with AnswerStore(options.output, facts) as store:
-        progress = _run(loop.distill(conversations, model.answerer, model.codec, store, answer_options))
+        try:
+            progress = _run(loop.distill(conversations, model.answerer, model.codec, store, answer_options))
+        except (KeyboardInterrupt, MedusaError):
+            note(f"{len(store.rows)} answers are kept in {options.output}; the same command goes on there")
+            raise
         if progress.skipped:
             note(f"{progress.skipped} not answered: prompts that are too long, or the model's own that came to nothing")
         if not store.rows:
@@ -89,9 +97,15 @@ def distill(options: DistillOptions) -> str:
         return f"{options.output}: {len(store.rows)} answers, {store.num_tokens} tokens"
 
 
-def _run(steps: Iterator[loop.Progress]) -> loop.Progress:
+def _name(model: str) -> str:
+    """A model's name, wherever its directory lies."""
+    path = Path(model)
+    return (path.name if path.name not in {"", ".."} else path.resolve().name) if path.exists() else model
+
+
+def _run(steps: Generator[loop.Progress, None, None]) -> loop.Progress:
     progress = next(steps)
-    with count_stage("answers", progress.total) as tell:
+    with count_stage("answers", progress.total) as tell, closing(steps):
         for progress in steps:
             tell(progress.done + progress.skipped, progress.resumed, progress.new_tokens)
     return progress
@@ -103,10 +117,12 @@ def _conversations(options: DistillOptions) -> list[Conversation]:
         raise OptionError("there is nothing to ask: give --prompts FILE, --self-prompts N, or both")
     if options.mix and not found:
         raise OptionError("--mix chooses among --prompts, and there are none")
-    if len({conversation.key for conversation in found}) < len(found):
-        raise OptionError("two of the files of --prompts have the same name; rename one")
+    own = self_prompted(options.self_prompts)
+    if repeated := [key for key, count in Counter(conversation.key for conversation in [*found, *own]).items() if count > 1]:
+        name = repeated[0].rpartition("-")[0]
+        raise OptionError(f"two sources of prompts have the name {name!r}, which answers are told apart by; rename a file")
     chosen = select(found, mix=options.mix, seed=options.seed) if found else []
-    return select([*chosen, *self_prompted(options.self_prompts)], limit=options.limit, seed=options.seed)
+    return select([*chosen, *own], limit=options.limit, seed=options.seed)
 
 
 def _backend(options: DistillOptions) -> str:
@@ -121,6 +137,17 @@ def _backend(options: DistillOptions) -> str:
     if backend == "endpoint" and options.self_prompts:
         raise OptionError("an endpoint cannot be asked to write the user's words; use --self-prompts with transformers")
     return backend
+
+
+def _require_meant(options: DistillOptions, backend: str) -> None:
+    """Refuse what would have no effect, or no meaning."""
+    if math.isnan(options.temperature) or math.isnan(options.prompt_temperature):
+        raise OptionError("a temperature is nan; give a number")
+    if options.served_model and backend != "endpoint":
+        raise OptionError("--served-model belongs to an endpoint; give its --base-url too")
+    for name, value in (("--dtype", options.dtype), ("--device", options.device)):
+        if value != "auto" and backend != "transformers":
+            raise OptionError(f"{name} belongs to --backend transformers; the backend is {backend}")
 
 
 def _open_transformers(options: DistillOptions) -> _Model:
@@ -145,7 +172,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
     )
     _require_room(options, backbone.max_seq_len)
     decoder = slots.SlotDecoder(
-        backbone.model.to(device),
+        backbone.model.to(device),  # type: ignore[arg-type] # its decorator hides the signature
         backbone.layer_types,
         backbone.sliding_window,
         backbone.facts.eos_token_ids,
@@ -155,14 +182,27 @@ def _open_transformers(options: DistillOptions) -> _Model:
 
 
 def _open_bundle(options: DistillOptions) -> _Model:
-    from medusa_heads.distill.bundle import BundleAnswerer  # noqa: PLC0415
+    from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec  # noqa: PLC0415
     from medusa_runtime import MedusaLM  # noqa: PLC0415
 
     lm = MedusaLM.from_bundle(options.model, num_threads=options.threads)
     manifest = lm.engine.backend.manifest
     _require_room(options, manifest.limits.max_seq_len)
     digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())
-    return _Model(BundleAnswerer(lm.engine, options.batch_size or 8), lm.codec, digest, manifest.precision)
+    batch_size = options.batch_size or min(8, manifest.limits.max_batch_size or 8)
+    return _Model(BundleAnswerer(lm.engine, batch_size), BundleCodec(lm.codec), digest, manifest.precision)
+
+
+def _open_endpoint(options: DistillOptions) -> _Model:
+    from medusa_export.checkpoint import load_tokenizer  # noqa: PLC0415
+    from medusa_heads.distill.endpoint import EndpointAnswerer  # noqa: PLC0415
+    from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
+
+    assert options.base_url  # an endpoint is one that has an address
+    codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
+    served_model, batch_size = options.served_model or options.model, options.batch_size or 64
+    answerer = EndpointAnswerer(options.base_url, served_model, codec.text_ids, codec.closing(), batch_size)
+    return _Model(answerer, codec, codec.digest, "unknown")
 
 
 def _require_room(options: DistillOptions, max_seq_len: int) -> None:
@@ -172,4 +212,4 @@ def _require_room(options: DistillOptions, max_seq_len: int) -> None:
         )
 
 
-_OPENERS = {"transformers": _open_transformers, "bundle": _open_bundle}
+_OPENERS = {"transformers": _open_transformers, "bundle": _open_bundle, "endpoint": _open_endpoint}

@@ -52,6 +52,10 @@ class BackendError(MedusaError):
     """A backend is unknown, is not installed, or cannot run this bundle."""
 
 
+class EndpointError(MedusaError):
+    """An endpoint that answers prompts cannot be reached, or refuses one."""
+
+
 class ValidationMismatchError(MedusaError):
     """A bundle's output differs from the reference by more than is tolerated."""
 

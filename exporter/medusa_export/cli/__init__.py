@@ -23,6 +23,7 @@ COMMANDS = {
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export",
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
+    "openai": "train",
 }  # fmt: skip
 
 

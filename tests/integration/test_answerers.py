@@ -1,0 +1,386 @@
+"""Who answers when data is made: slots on a Transformers model, a bundle, an endpoint."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_export.checkpoint import TESTED_ARCHITECTURES, Backbone, load_backbone, load_tokenizer
+from medusa_heads.distill import slots
+from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec
+from medusa_heads.distill.endpoint import EndpointAnswerer
+from medusa_heads.distill.slots import SlotDecoder
+from medusa_heads.tokens import CheckpointCodec
+from medusa_runtime import CapacityError, MedusaLM, OptionError
+from medusa_runtime.errors import CheckpointError, EndpointError
+from tests.support.chat_server import ChatServer, chat_server, completion, failure
+
+Make = Callable[..., Path]
+NEW_TOKENS = 16
+LENGTHS = (1, 5, 23, 2, 40, 9, 9, 31, 3, 17)  # of prompts; more than there are slots
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny products are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def prompts() -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(torch.randint(2, 320, (length,), generator=generator).tolist()) for length in LENGTHS]
+
+
+def requests(**settings) -> list[Request]:
+    return [Request(str(n), (), prompt, **({"max_new_tokens": NEW_TOKENS} | settings)) for n, prompt in enumerate(prompts())]
+
+
+def collect(answerer, wanted: Iterable[Request]) -> dict[str, Answer]:
+    waiting = iter(wanted)
+    answers = list(answerer.answers(lambda: next(waiting, None)))
+    by_key = {answer.request.key: answer for answer in answers}
+    assert len(by_key) == len(answers)
+    return by_key
+
+
+def tokens(answers: dict[str, Answer]) -> list[list[int]]:
+    return [answers[str(n)].token_ids for n in range(len(LENGTHS))]
+
+
+def slot_decoder(model: Path, num_slots: int = 3, eos: Iterable[int] = ()) -> SlotDecoder:
+    slots.register()
+    backbone = load_backbone(str(model), attention=slots.ATTENTION_NAME)
+    return SlotDecoder(backbone.model, backbone.layer_types, backbone.sliding_window, list(eos), num_slots)
+
+
+def generated(backbone: Backbone, prompt: tuple[int, ...]) -> list[int]:
+    """What Transformers' own greedy decoding gives."""
+    row = torch.tensor([prompt])
+    whole = backbone.model.generate(
+        row, attention_mask=torch.ones_like(row), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=1
+    )
+    return whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("model_type", TESTED_ARCHITECTURES)
+def test_slots_answer_as_generate_does(model_type, make_model: Make) -> None:
+    backbone = load_backbone(str(make_model(model_type)))
+    answers = collect(slot_decoder(make_model(model_type)), requests())
+    assert tokens(answers) == [generated(backbone, prompt) for prompt in prompts()]
+    assert {answer.finish_reason for answer in answers.values()} == {"length"}
+
+
+def test_an_answer_ends_with_its_end_of_sequence_token(make_model: Make) -> None:
+    whole = tokens(collect(slot_decoder(make_model()), requests()))
+    eos = {whole[0][4], whole[3][0]}
+    cut = [ids[: next((place for place, token in enumerate(ids) if token in eos), NEW_TOKENS) + 1] for ids in whole]
+    assert {1, NEW_TOKENS} < {len(ids) for ids in cut}  # some end at once, some never
+    answers = collect(slot_decoder(make_model(), eos=eos), requests())
+    assert tokens(answers) == cut
+    for answer in answers.values():
+        assert answer.finish_reason == ("stop" if answer.token_ids[-1] in eos else "length")
+
+
+def test_requests_that_follow_from_answers_are_answered(make_model: Make) -> None:
+    """A source that has nothing for a while, as when all conversations wait for their next turn."""
+    waiting, decoder = requests()[:1], slot_decoder(make_model())
+    num_answers = 0
+    for answer in decoder.answers(lambda: waiting.pop() if waiting else None):
+        num_answers += 1
+        if num_answers < 4:
+            waiting.append(Request(str(num_answers), (), (*answer.request.prompt_ids, *answer.token_ids), 5))
+    assert num_answers == 4
+
+
+def test_each_request_has_a_limit_of_its_own(make_model: Make) -> None:
+    whole = tokens(collect(slot_decoder(make_model()), requests()))
+    mixed = [Request(str(n), (), prompt, 1 + n) for n, prompt in enumerate(prompts())]
+    assert tokens(collect(slot_decoder(make_model()), mixed)) == [ids[: 1 + n] for n, ids in enumerate(whole)]
+
+
+def test_answers_at_a_temperature_do_not_depend_on_the_slots(make_model: Make) -> None:
+    def sampled(num_slots: int, first_seed: int = 0) -> list[list[int]]:
+        warm = [Request(r.key, (), r.prompt_ids, NEW_TOKENS, 0.9, first_seed + n) for n, r in enumerate(requests())]
+        return tokens(collect(slot_decoder(make_model(), num_slots), warm))
+
+    assert sampled(1) == sampled(3) == sampled(16)
+    assert sampled(3) != sampled(3, first_seed=100)
+    assert sampled(3) != tokens(collect(slot_decoder(make_model()), requests()))
+
+
+def test_sampling_follows_the_models_probabilities(make_model: Make) -> None:
+    """The first token over many seeds, against the softmax it is drawn from."""
+    prompt, temperature, count = prompts()[2], 0.5, 1000
+    backbone = load_backbone(str(make_model()))
+    with torch.inference_mode():
+        logits = backbone.model(torch.tensor([prompt])).logits[0, -1].double()
+    wanted = [Request(str(seed), (), prompt, 1, temperature, seed) for seed in range(count)]
+    drawn = torch.tensor([answer.token_ids[0] for answer in collect(slot_decoder(make_model(), 100), wanted).values()])
+    found = torch.bincount(drawn, minlength=len(logits)) / count
+    likely = logits.topk(6).indices
+
+    def distance(temperature: float) -> float:  # over the likely tokens
+        return float((found - torch.softmax(logits / temperature, -1))[likely].abs().sum())
+
+    assert distance(temperature) < 0.1
+    assert distance(1.0) > 0.2  # so it is told from another
+
+
+def test_greedy_and_warm_requests_run_side_by_side(make_model: Make) -> None:
+    cold = tokens(collect(slot_decoder(make_model()), requests()))
+    mixed = [Request(str(n), (), prompt, NEW_TOKENS, 1.5 * (n % 2), n) for n, prompt in enumerate(prompts())]
+    found = tokens(collect(slot_decoder(make_model()), mixed))
+    assert found[::2] == cold[::2]
+    assert found[1::2] != cold[1::2]
+
+
+def test_an_attention_that_takes_more_than_slots_give_is_refused() -> None:
+    operands = (
+        torch.zeros(1, 1, 1, 2),
+        torch.zeros(1, 1, 1, 2),
+        torch.zeros(1, 1, 1, 2),
+        torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    )
+    with pytest.raises(CheckpointError, match="cannot be decoded in slots: its attention takes s_aux"):
+        slots.slot_attention(torch.nn.Module(), *operands, s_aux=torch.zeros(1))
+
+
+def test_memory_that_does_not_do_is_told(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = slot_decoder(make_model())
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+    monkeypatch.setattr(decoder, "_step", fail)
+    with pytest.raises(CapacityError, match="cpu has no memory for 3 slots; lower --batch-size"):
+        collect(decoder, requests())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_bundle_answers_as_slots_do(batch_size, make_model: Make, make_bundle: Make) -> None:
+    engine = MedusaLM.from_bundle(make_bundle()).engine
+    eos = engine.backend.manifest.model.eos_token_ids
+    assert eos
+    by_bundle = collect(BundleAnswerer(engine, batch_size), requests())
+    by_slots = collect(slot_decoder(make_model(), eos=eos), requests())
+    assert by_bundle == by_slots
+
+
+def test_a_bundle_knows_no_temperature(make_bundle: Make) -> None:
+    lm = MedusaLM.from_bundle(make_bundle())
+    with pytest.raises(OptionError, match="0: a bundle decodes greedily"):
+        collect(BundleAnswerer(lm.engine), requests(temperature=0.5))
+    with pytest.raises(OptionError, match="cannot prompt itself"):
+        BundleCodec(lm.codec).opening()
+
+
+def test_both_codecs_make_the_same_of_messages(make_model: Make, make_bundle: Make) -> None:
+    of_bundle = BundleCodec(MedusaLM.from_bundle(make_bundle()).codec)
+    of_checkpoint = CheckpointCodec(load_tokenizer(str(make_model())))
+    messages = [{"role": "user", "content": "a fox , a dog !"}, {"role": "assistant", "content": "no ."}]
+    ids = of_checkpoint.encode(messages)
+    assert ids == of_bundle.encode(messages)
+    assert of_checkpoint.decode(ids) == of_bundle.decode(ids) == "a fox , a dog !no ."
+    assert of_checkpoint.decode(of_checkpoint.opening()) == ""
+    assert ids[: len(of_checkpoint.opening())] == of_checkpoint.opening()
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"),
+    [
+        ("{% for m in messages %}<|user|>{{ m['content'] }}<|end|>\n{% endfor %}", "<|end|>"),
+        ("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "</s>"),  # none of the template's: the tokenizer's
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "</s>"),
+    ],
+)
+def test_the_template_tells_what_ends_an_answer(template, closing, make_model: Make) -> None:
+    tokenizer = load_tokenizer(str(make_model()))
+    tokenizer.chat_template = template
+    assert CheckpointCodec(tokenizer).closing() == tokenizer.convert_tokens_to_ids(closing)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no') }}", "{{ messages[0]['content'] + 3 }}", "{{ messages[0].content.nothing.at_all }}", "{% if %}"],
+)
+def test_a_template_may_fail_in_any_way(template, make_model: Make) -> None:
+    tokenizer = load_tokenizer(str(make_model()))
+    tokenizer.chat_template = template
+    codec = CheckpointCodec(tokenizer)
+    for ask in (codec.opening, codec.closing, lambda: codec.encode([{"role": "user", "content": "why?"}])):
+        with pytest.raises(OptionError, match="the chat template refuses"):
+            ask()
+
+
+# Endpoints
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+def words(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+
+def asks(count: int, **settings) -> list[Request]:
+    messages = [({"role": "user", "content": str(n)},) for n in range(count)]
+    return [Request(str(n), m, (1,), **({"max_new_tokens": 8} | settings)) for n, m in enumerate(messages)]
+
+
+def endpoint(server: ChatServer, batch_size: int = 4, eos: int | None = 0, max_retries: int = 0) -> EndpointAnswerer:
+    return EndpointAnswerer(server.url, "tiny", words, eos, batch_size, max_retries)
+
+
+def echo(body) -> tuple[int, object]:
+    return completion(f"7 {body['messages'][-1]['content']}")
+
+
+def test_an_endpoint_is_asked_as_the_request_says() -> None:
+    with chat_server(echo) as server:
+        answers = collect(endpoint(server), asks(1, temperature=0.5, seed=4_000_000_000))
+    assert server.asked == [
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "0"}],
+            "max_tokens": 8,
+            "temperature": 0.5,
+            "seed": 4_000_000_000,
+        }
+    ]
+    assert (answers["0"].token_ids, answers["0"].finish_reason) == ([7, 0, 0], "stop")
+
+
+@pytest.mark.parametrize(
+    ("reply", "eos", "token_ids", "finish_reason"),
+    [
+        (completion("1 2 3"), 9, [1, 2, 3, 9], "stop"),
+        (completion("1 2 3"), None, [1, 2, 3], "stop"),
+        (completion("1 2 3", "length"), 9, [1, 2, 3], "length"),
+        (completion("1 2 3 4 5 6 7"), 9, [1, 2, 3, 4, 5, 6, 7, 9], "stop"),
+        (completion("1 2 3 4 5 6 7 8"), 9, [1, 2, 3, 4, 5, 6, 7, 8], "length"),  # no room for the end
+        (completion("1 2 3 4 5 6 7 8 10", "length"), 9, [1, 2, 3, 4, 5, 6, 7, 8], "length"),
+        (completion(None), 9, [9], "stop"),
+    ],
+)
+def test_text_becomes_token_ids(reply, eos, token_ids, finish_reason) -> None:
+    with chat_server(lambda _: reply) as server:
+        [answer] = collect(endpoint(server, eos=eos), asks(1)).values()
+    assert (answer.token_ids, answer.finish_reason) == (token_ids, finish_reason)
+
+
+def test_as_many_requests_are_under_way_as_are_wanted() -> None:
+    together = threading.Barrier(4)
+
+    def reply(body) -> tuple[int, object]:
+        together.wait(timeout=30)  # goes on only when four are there
+        return echo(body)
+
+    with chat_server(reply) as server:
+        answers = collect(endpoint(server, batch_size=4), asks(12))
+    assert {key: answer.token_ids for key, answer in answers.items()} == {str(n): [7, n, 0] for n in range(12)}
+    assert server.most == 4
+
+
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with chat_server(echo) as server:
+        collect(endpoint(server), asks(1))
+        monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+        collect(endpoint(server), asks(1))
+    assert server.keys == {"Bearer none", "Bearer secret"}
+    monkeypatch.setenv("OPENAI_API_KEY", "geheim-ü")
+    with pytest.raises(OptionError, match="OPENAI_API_KEY holds other characters than a key can have"):
+        EndpointAnswerer("http://localhost/v1", "tiny", words, 0)
+
+
+def test_an_endpoint_that_is_busy_is_asked_again() -> None:
+    with chat_server(lambda body: failure(503, "loading") if len(server.asked) == 1 else echo(body)) as server:
+        answers = collect(endpoint(server, max_retries=1), asks(1))
+    assert len(server.asked) == 2
+    assert answers["0"].token_ids == [7, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (
+            failure(401, "Incorrect key"),
+            "refuses 0 (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a key that it takes",
+        ),
+        (
+            failure(404, "The model `tiny` does not exist."),
+            "404, The model `tiny` does not exist.; check --base-url, which mostly",
+        ),
+        (failure(400, "maximum context\nlength is 8"), "400, maximum context length is 8; lower --max-prompt-tokens"),
+        (failure(500, "broken"), "500, broken; run the same command again later"),
+        (failure(429, "slow down"), "429, slow down; run the same command again later"),
+        ((422, {"detail": [{"msg": "bad"}]}), "422, [{'msg': 'bad'}]; leave this prompt out"),
+        ((404, "<html>" + "x" * 1000), "404, <html>xxxx"),
+        ((500, ""), "500, Internal Server Error; run"),
+        ((200, "<html>hello</html>"), "answers otherwise than OpenAI's API (<html>hello</html>); check --base-url"),
+        ((200, {"hello": "there"}), "answers otherwise than OpenAI's API"),
+        ((200, {"choices": []}), "answers otherwise than OpenAI's API"),
+        ((200, []), "answers otherwise than OpenAI's API"),
+    ],
+)
+def test_an_endpoint_that_fails_is_told_in_one_line(reply, message) -> None:
+    with chat_server(lambda _: reply) as server, pytest.raises(EndpointError) as caught:
+        collect(endpoint(server), asks(3))
+    assert str(caught.value).startswith(server.url)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 500
+
+
+def test_an_endpoint_that_is_not_there_is_told_in_one_line() -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        with pytest.raises(EndpointError, match=rf"^{url} cannot be reached \(.*\); start the server, or check --base-url$"):
+            collect(EndpointAnswerer(url, "tiny", words, 0, max_retries=0), asks(3))
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1", "http://a b"]
+)
+def test_an_address_that_is_none_is_refused_at_once(url) -> None:
+    with pytest.raises(OptionError, match="it must be like http://localhost:8000/v1"):
+        EndpointAnswerer(url, "tiny", words, 0)
+
+
+def test_answers_before_a_failure_are_given_out() -> None:
+    with chat_server(lambda body: failure(400, "no") if body["messages"][0]["content"] == "5" else echo(body)) as server:
+        waiting, given = iter(asks(8)), []
+        with pytest.raises(EndpointError, match="refuses 5 "):
+            given.extend(answer.request.key for answer in endpoint(server, 1).answers(lambda: next(waiting, None)))
+    assert given == ["0", "1", "2", "3", "4"]
+
+
+def test_closing_gives_up_what_is_under_way() -> None:
+    release = threading.Event()
+
+    def reply(body) -> tuple[int, object]:
+        if body["messages"][0]["content"] != "0":
+            release.wait(timeout=30)
+        return echo(body)
+
+    with chat_server(reply) as server:
+        waiting = iter(asks(9))
+        answers = endpoint(server, 3).answers(lambda: next(waiting, None))
+        assert next(answers).request.key == "0"
+        answers.close()  # returns though two requests have no answer yet
+        release.set()
+    assert len(server.asked) <= 3

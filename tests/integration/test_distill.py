@@ -1,0 +1,265 @@
+"""`medusa-export distill` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from medusa_export.cli import main
+from medusa_heads.distill import endpoint
+from medusa_heads.distill.store import AnswerStore, Row, read_facts, read_rows
+from tests.support.chat_server import chat_server, completion, failure
+
+Make = Callable[..., Path]
+SHORT = ("--max-new-tokens", 6, "--max-prompt-tokens", 100, "--threads", 1, "--dtype", "fp32")
+BUNDLE_SHORT = SHORT[:-2]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No proxies, no key, and PyTorch's threads as they were."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"the fox says {n}", "source": "fox"} for n in range(5)]
+    rows += [{"turns": [f"a dog {n}", "and then"], "source": "dog"} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+NUM_ANSWERS = 5 + 3 * 2
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, ["distill", *(str(word) for word in words)])
+
+
+def rows_of(path: Path) -> dict[str, Row]:
+    rows = list(read_rows(path))
+    assert len({row.key for row in rows}) == len(rows)
+    return {row.key: row for row in rows}
+
+
+def fails(result: Result, exit_code: int, message: str) -> None:
+    """One line of ours, or Click's usage and one line; before it only what stages tell."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    *before, last = result.stderr.splitlines()
+    assert last.startswith("Error: ")
+    assert message in last
+    assert [line for line in before if line and not line.startswith(("  ", "Usage: ", "Try "))] == []
+
+
+def test_prompts_become_data(make_model: Make, prompts: Path, tmp_path: Path) -> None:
+    result = run(make_model(), "--prompts", prompts, "-o", tmp_path / "data", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(tmp_path / "data")
+    num_tokens = sum(len(row.response_token_ids) for row in rows.values())
+    assert result.stdout == f"{tmp_path / 'data'}: {NUM_ANSWERS} answers, {num_tokens} tokens\n"
+    assert sorted(rows) == sorted([f"prompts-{n}.0" for n in range(1, 9)] + [f"prompts-{n}.1" for n in range(6, 9)])
+    assert rows["prompts-6.1"].messages[:2] == rows["prompts-6.0"].messages
+    facts = read_facts(tmp_path / "data")
+    assert (facts.settings.backend, facts.settings.dtype, facts.settings.model) == ("transformers", "fp32", make_model().name)
+    assert facts.sources == {"dog": 3, "fox": 5}
+
+    again = run(make_model(), "--prompts", prompts, "-o", tmp_path / "data", *SHORT)
+    assert again.stdout == result.stdout
+    assert rows_of(tmp_path / "data") == rows
+
+
+@pytest.mark.parametrize("own", [0, 4])
+def test_an_interrupted_run_goes_on(own, make_model: Make, prompts: Path, tmp_path: Path, monkeypatch) -> None:
+    words = (make_model(), "--prompts", prompts, "--self-prompts", own, "--batch-size", 3, *SHORT, "--temperature", 0.7)
+    whole = run(*words, "-o", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
+    append = AnswerStore.append
+
+    def interrupted_after(count: int) -> Callable[[AnswerStore, Row], None]:
+        def appended(store: AnswerStore, row: Row) -> None:
+            if len(store.rows) == count:
+                raise KeyboardInterrupt
+            append(store, row)
+
+        return appended
+
+    for count in (0, 4, 9):
+        monkeypatch.setattr(AnswerStore, "append", interrupted_after(count))
+        stopped = run(*words, "-o", tmp_path / "pieces")
+        assert (stopped.exit_code, stopped.stdout) == (1, "")
+        assert f"  {count} answers are kept in {tmp_path / 'pieces'}; the same command goes on there" in stopped.stderr
+        assert stopped.stderr.endswith("Aborted!\n")
+    monkeypatch.setattr(AnswerStore, "append", append)
+    with (tmp_path / "pieces" / "answers.jsonl").open("a") as file:
+        file.write('{"key": "prompts-1')  # the line that a killed run was writing
+    assert run(*words, "-o", tmp_path / "pieces").exit_code == 0
+    assert rows_of(tmp_path / "pieces") == rows_of(tmp_path / "whole")
+
+
+def test_a_choice_of_prompts(make_model: Make, prompts: Path, tmp_path: Path) -> None:
+    words = (make_model(), "--prompts", prompts, *SHORT)
+    assert run(*words, "-o", tmp_path / "mix", "--mix", "fox=2", "--mix", "d*=1").exit_code == 0
+    assert sorted(row.source for row in rows_of(tmp_path / "mix").values()) == ["dog", "dog", "fox", "fox"]
+    assert run(*words, "-o", tmp_path / "limit", "--limit", 3).exit_code == 0
+    assert len({key.partition(".")[0] for key in rows_of(tmp_path / "limit")}) == 3
+
+
+def test_a_bundle_answers_as_its_model_does(make_model: Make, make_bundle: Make, prompts: Path, tmp_path: Path) -> None:
+    assert run(make_model(), "--prompts", prompts, "-o", tmp_path / "model", *SHORT).exit_code == 0
+    result = run(make_bundle(), "--prompts", prompts, "-o", tmp_path / "bundle", *BUNDLE_SHORT, "--batch-size", 4)
+    assert result.exit_code == 0, result.stderr
+    assert rows_of(tmp_path / "bundle") == rows_of(tmp_path / "model")
+    assert read_facts(tmp_path / "bundle").settings.backend == "bundle"
+
+
+def test_an_endpoint_answers(make_model: Make, prompts: Path, tmp_path: Path) -> None:
+    with chat_server(lambda body: completion(f"you said {body['messages'][-1]['content']}")) as server:
+        words = ("--base-url", server.url, "--served-model", "tiny", "--max-new-tokens", 40)
+        result = run(make_model(), "--prompts", prompts, "-o", tmp_path / "data", *words)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(tmp_path / "data")
+    assert len(rows) == NUM_ANSWERS
+    assert rows["prompts-6.1"].messages[-1]["content"] == "you said and then"
+    assert rows["prompts-6.1"].messages[1]["content"] == "you said a dog 0"
+    assert {body["model"] for body in server.asked} == {"tiny"}
+    settings = read_facts(tmp_path / "data").settings
+    assert (settings.backend, settings.dtype) == ("endpoint", "unknown")
+
+
+def test_an_endpoint_that_fails_midway_loses_nothing(make_model: Make, prompts: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_RETRIES", 0)
+    words = (make_model(), "--prompts", prompts, "-o", tmp_path / "data", "--batch-size", 2, *SHORT[:4])
+    with chat_server(lambda _: completion("yes") if len(server.asked) <= 5 else failure(401, "expired")) as server:
+        fails(run(*words, "--base-url", server.url), 1, "401, expired; set OPENAI_API_KEY to a key that it takes")
+    kept = rows_of(tmp_path / "data")
+    assert len(kept) == 5
+    with chat_server(lambda _: completion("yes")) as server:
+        result = run(*words, "--base-url", server.url)
+    assert result.exit_code == 0, result.stderr
+    assert len(server.asked) == NUM_ANSWERS - 5
+    assert kept.items() < rows_of(tmp_path / "data").items()
+    fails(run(*words[:3], "-o", tmp_path / "none", "--base-url", server.url), 1, f"{server.url} cannot be reached (")
+
+
+def test_other_settings_are_refused(make_model: Make, prompts: Path, tmp_path: Path) -> None:
+    words = (make_model(), "--prompts", prompts, "-o", tmp_path / "data", *SHORT)
+    assert run(*words).exit_code == 0
+    before = rows_of(tmp_path / "data")
+    fails(
+        run(*words, "--max-new-tokens", 7), 2, "begun with other settings (max_new_tokens was 6, is 7); choose another output"
+    )
+    fails(run(*words, "--temperature", 0.5), 2, "(temperature was 0.0, is 0.5)")
+    fails(run(*words, "--limit", 3), 2, "(prompts was ")
+    assert rows_of(tmp_path / "data") == before
+
+
+def test_prompts_that_are_all_too_long_are_an_error(make_model: Make, prompts: Path, tmp_path: Path) -> None:
+    words = (make_model(), "--prompts", prompts, "-o", tmp_path / "data", *SHORT)
+    fails(run(*words, "--max-prompt-tokens", 3), 1, "no prompt was answered: all of them are too long")
+    result = run(*words, "--max-prompt-tokens", 25)  # settings that gave nothing bind nobody
+    assert result.exit_code == 0, result.stderr
+    assert "not answered: prompts that are too long" in result.stderr
+    assert 0 < len(rows_of(tmp_path / "data")) < NUM_ANSWERS
+
+
+def test_a_missing_extra_is_named(make_model: Make, prompts: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "medusa_heads.distill.endpoint")
+    monkeypatch.setitem(sys.modules, "openai", None)  # importing it now fails as if it were not there
+    result = run(make_model(), "--prompts", prompts, "-o", tmp_path / "data", "--base-url", "http://localhost/v1")
+    fails(result, 1, "openai is not installed; install it with: pip install 'medusa-export[train]'")
+
+
+FILES = {
+    "bad.jsonl": '{"prompt": "good"}\n{"prompt": 3}\n',
+    "empty.txt": "\n\n",
+    "self.txt": "one\ntwo\n",
+    "again/prompts.jsonl": '{"prompt": "good"}\n',
+    "other/thesis.txt": "years of work",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "message"),
+    [
+        ("{model} -o {new}", 2, "there is nothing to ask: give --prompts FILE, --self-prompts N, or both"),
+        ("{model} -o {new} --prompts {files}/bad.jsonl", 2, "bad.jsonl, row 2: a user's turn is 3, not text"),
+        ("{model} -o {new} --prompts {files}/empty.txt", 2, "empty.txt holds no prompts"),
+        ("{model} -o {new} --prompts {files}/none.txt", 2, "none.txt cannot be read: No such file"),
+        ("{model} -o {new} --prompts {p} --mix poems=3", 2, "no prompt has a source 'poems'; there are: dog, fox"),
+        ("{model} -o {new} --prompts {p} --mix fox", 2, "'fox' is not SOURCE=N, with N at least 1"),
+        ("{model} -o {new} --prompts {p} --mix fox=0", 2, "'fox=0' is not SOURCE=N"),
+        ("{model} -o {new} --prompts {p} --mix =3", 2, "'=3' is not SOURCE=N"),
+        ("{model} -o {new} --self-prompts 3 --mix fox=3", 2, "--mix chooses among --prompts, and there are none"),
+        ("{model} -o {new} --prompts {p} --prompts {files}/again/prompts.jsonl", 2, "have the name 'prompts'"),
+        ("{model} -o {new} --prompts {files}/self.txt --self-prompts 3", 2, "two sources of prompts have the name 'self'"),
+        ("{model} -o {files}/other --prompts {p} --max-prompt-tokens 50 --max-new-tokens 5", 2, "holds something else; choose"),
+        (
+            "{model} -o {p} --prompts {p} --max-prompt-tokens 50 --max-new-tokens 5",
+            2,
+            "is not a directory; choose another output",
+        ),
+        ("{model} -o {new} --prompts {p}", 2, "make 1280 together, the model takes 256; lower one"),
+        ("{model} -o {new} --prompts {p} --temperature 9", 2, "Invalid value for '--temperature'"),
+        ("{model} -o {new} --prompts {p} --temperature nan", 2, "a temperature is nan; give a number"),
+        ("{model} -o {new} --prompts {p} --device tpu", 2, "--device tpu: there is no such device here"),
+        ("{model} -o {new} --prompts {p} --backend bundle", 2, "is none"),
+        ("{model} -o {new} --prompts {p} --backend endpoint", 2, "--base-url belongs to --backend endpoint"),
+        ("{model} -o {new} --prompts {p} --backend transformers --base-url http://x/v1", 2, "--base-url belongs to --backend"),
+        (
+            "{model} -o {new} --prompts {p} --served-model x",
+            2,
+            "--served-model belongs to an endpoint; give its --base-url too",
+        ),
+        ("{model} -o {new} --prompts {p} --base-url localhost:8000", 2, "it must be like http://localhost:8000/v1"),
+        (
+            "{model} -o {new} --self-prompts 3 --base-url http://x/v1",
+            2,
+            "an endpoint cannot be asked to write the user's words",
+        ),
+        ("{model} -o {new} --prompts {p} --base-url http://x/v1 --dtype fp16", 2, "--dtype belongs to --backend transformers"),
+        ("{bundle} -o {new} --prompts {p} --temperature 0.5", 2, "a bundle decodes greedily: no --temperature"),
+        ("{bundle} -o {new} --self-prompts 3", 2, "a bundle decodes greedily"),
+        (
+            "{bundle} -o {new} --prompts {p} --device cpu",
+            2,
+            "--device belongs to --backend transformers; the backend is bundle",
+        ),
+        ("{bundle} -o {new} --prompts {p}", 2, "make 1280 together, the model takes 256; lower one"),
+        ("/nowhere -o {new} --prompts {p}", 1, "there is no tokenizer '/nowhere'"),
+        ("{silent} -o {new} --prompts {p}", 2, "this model has no chat template, so it cannot be asked anything"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    words, exit_code, message, make_model: Make, make_bundle: Make, prompts: Path, tmp_path: Path
+) -> None:
+    files = tmp_path / "files"
+    for name, text in FILES.items():
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / name).write_text(text)
+    places = {"model": make_model(), "files": files, "p": prompts, "new": tmp_path / "new"}
+    if "{bundle}" in words:
+        places["bundle"] = make_bundle()
+    if "{silent}" in words:
+        from tests.support.models import tokenizer
+
+        wordless = tokenizer()
+        wordless.chat_template = None
+        wordless.save_pretrained(tmp_path / "silent")
+        (tmp_path / "silent" / "config.json").write_bytes((make_model() / "config.json").read_bytes())
+        places["silent"] = tmp_path / "silent"
+    fails(run(*words.format(**places).split()), exit_code, message)
+    assert not (tmp_path / "new").exists()
+    assert (files / "other" / "thesis.txt").read_text() == "years of work"
