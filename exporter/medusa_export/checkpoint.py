@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ TESTED_ARCHITECTURES = (
     "gpt_neox", "starcoder2", "stablelm", "cohere2",
 )  # fmt: skip
 MAX_REASON = 300  # characters of another library's message
+ADAPTER_CONFIG = "adapter_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -114,21 +116,32 @@ class Backbone:
 
 
 def load_backbone(
-    source: str, precision: Precision = "fp32", *, attention: str = "eager", trust_remote_code: bool = False
+    source: str,
+    precision: Precision = "fp32",
+    *,
+    attention: str = "eager",
+    trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
     Args:
-        source: a directory, a hub id, or a GGUF file (whose weights are dequantised).
+        source: a directory, a hub id, or a GGUF file (whose weights are dequantised). A directory with an adapter (LoRA) gives
+            the model it was made for, the adapter merged into it.
         precision: what the weights are cast to.
         attention: a name that Transformers' attention interface knows.
         trust_remote_code: run code that comes with the checkpoint.
+        quantization: a configuration of Transformers', to load the weights quantised, on the device it works on.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
         ExportError: the architecture knows no attention of that name.
     """
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
     place, options = _resolve(source)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     dtype = DTYPES[precision]
     _quiet()
     try:
@@ -147,8 +160,30 @@ def load_backbone(
         raise CheckpointError(_reason(source, error)) from error
     _require_complete(source, loaded)
     _require_plain_positions(source, model.config.get_text_config())
-    _forget_quantization(model)
+    if quantization is None:
+        _forget_quantization(model)
     return Backbone(source, model.eval(), dtype)
+
+
+def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone:
+    """The model that an adapter was made for, with the adapter merged into it before any cast."""
+    from peft import PeftModel  # noqa: PLC0415 - the train extra
+
+    base = load_backbone(_adapter_base(source), "fp32", **options)
+    try:
+        model: Any = PeftModel.from_pretrained(base.model, source).merge_and_unload()
+    except Exception as error:  # as for a model
+        raise CheckpointError(_reason(source, error, "adapter")) from error
+    return Backbone(source, model.to(DTYPES[precision]).eval(), DTYPES[precision])
+
+
+def _adapter_base(source: str) -> str:
+    place = Path(source) / ADAPTER_CONFIG
+    try:
+        base = json.loads(place.read_text())["base_model_name_or_path"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{place} is damaged: it does not name the model it was made for") from error
+    return str(base)
 
 
 def _require_complete(source: str, loaded: dict[str, Any]) -> None:
@@ -185,6 +220,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     Raises:
         CheckpointError: it has none, or none that the runtime can read.
     """
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        source = _adapter_base(source)
     place, options = _resolve(source)
     options.pop("quantization_config", None)
     _quiet()

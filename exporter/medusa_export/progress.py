@@ -55,29 +55,41 @@ def byte_stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def count_stage(name: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int, int, int], None]]:
+def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Callable[..., None]]:
     """A stage of things to count, with a rate and the time left.
 
-    Yields a function that is told how many things are done, how many of those were done before, and how much (of `unit`) was
-    made in this run. A terminal shows a bar, a log gets a line a minute.
+    Yields a function that is told how many things are done, how many of those were done before, how much (of `unit`) was
+    made in this run, and the total where it was not known. A terminal shows a bar, a log gets a line a minute.
     """
-    started = last = time.perf_counter()
+    started = last = 0.0
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total, news="")
 
-        def tell(done: int, before: int, made: int) -> None:
-            nonlocal last
+        def tell(done: int, before: int, made: int, whole: int = total) -> None:
+            nonlocal last, started
             now = time.perf_counter()
-            seconds, new = now - started, done - before
-            news = f"{made / seconds:.0f} {unit}/s, {_duration(seconds * (total - done) / new) if new else '?'} left"
-            bar.update(task, completed=done, news=news)
+            started, last = started or now, last or now
+            seconds, new = max(1e-9, now - started), done - before
+            news = f"{made / seconds:.0f} {unit}/s, {_duration(seconds * (whole - done) / new) if new else '?'} left"
+            bar.update(task, completed=done, total=whole, news=news)
             if not console.is_terminal and now - last > NEWS_SECONDS:
                 last = now
-                note(f"{name}: {done} of {total}, {news}")
+                note(f"{name}: {done} of {whole}, {news}")
 
         yield tell
-    note(f"{name}: {_duration(time.perf_counter() - started)}")
+    if started:
+        note(f"{name}: {_duration(time.perf_counter() - started)}")
+
+
+@contextmanager
+def quiet(silent: bool = True) -> Iterator[None]:
+    """Tell nothing, as processes other than the main one do."""
+    before, console.quiet = console.quiet, silent
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ class CheckpointCodec:
         if not tokenizer.chat_template:
             raise OptionError("this model has no chat template, so it cannot be asked anything; take an instruction-tuned one")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the vocabulary."""
         return vocabulary_digest(self.tokenizer.get_vocab())
@@ -38,6 +39,21 @@ class CheckpointCodec:
     def text_ids(self, text: str) -> list[int]:
         """Token ids of text as it is."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def answer_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the last message, the assistant's, up to the end-of-sequence token that the template puts after it."""
+        before = self.tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
+        whole = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+        if not whole.startswith(before):
+            raise OptionError("the chat template rewrites what came before an answer; give response_token_ids with the data")
+        ids = list(self.tokenizer(whole[len(before) :], add_special_tokens=False).input_ids)
+        eos = self.tokenizer.eos_token_id
+        return ids[: ids.index(eos) + 1] if eos in ids else ids
 
     def opening(self) -> list[int]:
         """Token ids of a conversation up to where the user's first words begin."""

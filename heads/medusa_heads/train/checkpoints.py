@@ -1,0 +1,99 @@
+"""The work directory of a run: its log, its last checkpoint, and the settings that it may be resumed under."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from medusa_runtime.errors import OptionError
+from medusa_runtime.files import write_whole
+
+RUN_NAME, LOG_NAME, CHECKPOINT, PLACE_NAME = "run.json", "log.jsonl", "checkpoint", "place.json"
+
+
+class WorkDirectory:
+    """Of one run. Only the main process writes, but for the shards that accelerate has every process write.
+
+    Raises:
+        OptionError: it holds something else, or a run with other settings.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], accelerator: Accelerator) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        self._check(identity)
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        if accelerator.is_main_process and not (path / RUN_NAME).exists():
+            path.mkdir(parents=True, exist_ok=True)
+            write_whole(path / RUN_NAME, json.dumps(identity, indent=2) + "\n")
+        accelerator.wait_for_everyone()
+
+    def log(self, **entry: Any) -> None:
+        """Append a line to the log."""
+        if self.accelerator.is_main_process:
+            with (self.path / LOG_NAME).open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The log's lines."""
+        place = self.path / LOG_NAME
+        return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+    def save(self, stage: str, step: int) -> None:
+        """Keep where a stage stands after `step` steps, in place of the checkpoint before."""
+        fresh, last = self.path / f"{CHECKPOINT}.new", self.path / CHECKPOINT
+        if self.accelerator.is_main_process:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (fresh / PLACE_NAME).write_text(json.dumps({"stage": stage, "step": step}))
+            old = self.path / f"{CHECKPOINT}.old"
+            if last.exists():
+                last.rename(old)
+            fresh.rename(last)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, stage: str) -> int:
+        """Load the checkpoint if it is of that stage. Returns how many of its steps are done.
+
+        Log lines of steps that will be done again are removed.
+        """
+        last = self.path / CHECKPOINT
+        old = self.path / f"{CHECKPOINT}.old"
+        if not last.exists() and old.exists():  # stopped between two renames
+            last = old
+        place: dict[str, Any] = json.loads((last / PLACE_NAME).read_text()) if last.exists() else {"stage": None}
+        step = 0
+        if place["stage"] == stage:
+            self.accelerator.load_state(str(last))
+            step = place["step"]
+        if self.accelerator.is_main_process:
+            kept = [entry for entry in self.entries() if entry.get("stage") != stage or entry["step"] <= step]
+            if self.entries() != kept:
+                write_whole(self.path / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        place = self.path / RUN_NAME
+        if not place.exists():
+            if self.path.exists() and any(entry.name != "hidden" for entry in self.path.iterdir()):
+                raise OptionError(f"{self.path} holds something else; choose another --work")
+            return
+        try:
+            before = json.loads(place.read_text())
+        except json.JSONDecodeError as error:
+            raise OptionError(f"{place} is damaged; remove {self.path} to begin again") from error
+        changed = [f"{name} was {before.get(name)}, is {now}" for name, now in identity.items() if before.get(name) != now]
+        if changed:
+            raise OptionError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}); "
+                "go on with those, choose another --work, or remove it"
+            )

@@ -1,0 +1,121 @@
+"""Conversations as training takes them: token ids, and where the answer begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa_heads.distill.store import FACTS_NAME, read_facts, read_rows
+from medusa_heads.tokens import CheckpointCodec
+from medusa_runtime.errors import OptionError
+
+ALIKE_ROWS = 8  # of a file that does not name its tokenizer: so many answers must spell what their messages say
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer with what led to it."""
+
+    key: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # [R], R ≥ 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def read_examples(paths: Sequence[str | Path], codec: CheckpointCodec, *, max_length: int) -> list[Example]:
+    """Read training data: directories of `medusa-export distill`, or files of JSON lines.
+
+    A line has `messages`, ending with the assistant's, and may have `response_token_ids` (the answer's own ids) and
+    `prompt_token_ids`; what is missing is made with the tokenizer and its chat template.
+
+    Args:
+        paths: read in this order.
+        codec: the model's tokenizer.
+        max_length: answers are cut where a conversation grows longer; what has no answer left is dropped.
+
+    Raises:
+        OptionError: nothing is there, a row is damaged (its number is told), or it was made with another tokenizer.
+    """
+    examples = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise OptionError(f"there is no data at {path}; make some with: medusa-export distill")
+        found = _from_directory(path, codec) if path.is_dir() else _from_file(path, codec)
+        for example in found:
+            room = max_length - len(example.prompt_ids)
+            if example.prompt_ids and example.response_ids and room > 0:
+                examples.append(Example(example.key, example.prompt_ids, example.response_ids[:room]))
+    if not examples:
+        raise OptionError(f"no answers to learn from in {', '.join(map(str, paths))}")
+    return examples
+
+
+def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and those held out: decided by each one's prompt alone, so the same in every run on any data."""
+    training, kept = [], []
+    for example in examples:
+        place = zlib.crc32(repr(example.prompt_ids).encode()) / 2**32
+        (kept if place < held_out else training).append(example)
+    return training, kept
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over examples in their order."""
+    whole = hashlib.sha256()
+    for example in examples:
+        whole.update(repr((example.prompt_ids, example.response_ids)).encode())
+    return whole.hexdigest()
+
+
+def _from_directory(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
+    if not (path / FACTS_NAME).is_file():
+        raise OptionError(f"{path} is no data of `medusa-export distill`: it has no {FACTS_NAME}")
+    if read_facts(path).settings.tokenizer != codec.digest:
+        raise OptionError(f"{path} was made with another tokenizer; distil it again with this model")
+    for row in read_rows(path):
+        yield Example(row.key, tuple(row.prompt_token_ids), tuple(row.response_token_ids))
+
+
+def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
+    try:
+        lines = path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not UTF-8 text") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}, row {number}"
+            yield _example(_parse(line, where), where, f"{path.stem}-{number}", codec, check=number <= ALIKE_ROWS)
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise OptionError(f"{where} is not JSON: {error}") from error
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(message, dict) for message in messages):
+        raise OptionError(f"{where} has no messages that end with an answer")
+    if messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
+        raise OptionError(f"{where}: the last message is not an answer of the assistant")
+    return row
+
+
+def _example(row: dict[str, Any], where: str, key: str, codec: CheckpointCodec, *, check: bool) -> Example:
+    messages, limit = row["messages"], codec.vocab_size
+    prompt_ids = row.get("prompt_token_ids") or codec.encode(messages[:-1])
+    response_ids = row.get("response_token_ids") or codec.answer_ids(messages)
+    for name, ids in (("prompt_token_ids", prompt_ids), ("response_token_ids", response_ids)):
+        if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < limit for token in ids):
+            raise OptionError(f"{where}: {name} is not a list of token ids below {limit}")
+    if check and codec.decode(response_ids).strip() != messages[-1]["content"].strip():
+        raise OptionError(f"{where}: its token ids do not spell its answer; it was made with another tokenizer")
+    return Example(key, tuple(prompt_ids), tuple(response_ids))

@@ -1,0 +1,139 @@
+"""The frozen backbone's last hidden states, computed once and kept on disk: heads then train without running the backbone.
+
+Of an answer r[0..R) the rows are those that r is read off: row n comes from the position before r[n], so that the backbone's own
+guess there is r[n], and head k (from 0) is to guess r[n + k + 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from medusa_heads.train.examples import Example, digest
+from medusa_runtime.errors import MedusaError
+from medusa_runtime.files import write_whole
+
+FACTS_NAME, ROWS_NAME, DONE_NAME = "hidden.json", "hidden.npy", "done.npy"
+FORWARD_TOKENS = 4096  # padding included, in one forward pass
+
+
+class HiddenStates:
+    """Rows of many answers, one after another.
+
+    Attributes:
+        rows: float16, on disk. [P, C]
+        next_ids: the backbone's next token at each row: the answers, one after another. [P]
+        ends: for each row, where the rows of its answer end. [P]
+        starts: where each answer's rows begin. [E]
+    """
+
+    def __init__(self, rows: npt.NDArray[np.float16], examples: Sequence[Example]) -> None:
+        lengths = np.array([len(example.response_ids) for example in examples])
+        self.rows = rows
+        self.next_ids = np.fromiter((t for e in examples for t in e.response_ids), np.int64, lengths.sum())
+        self.ends = np.repeat(np.cumsum(lengths), lengths)
+        self.starts = np.cumsum(lengths) - lengths
+
+    def targets(self, index: npt.NDArray[np.int64], num_heads: int) -> npt.NDArray[np.int64]:
+        """What each head is to guess at the rows of that index, -1 where the answer is over. [N] -> [N, K]"""
+        wanted = index[:, None] + 1 + np.arange(num_heads)  # [N, K]
+        inside = wanted < self.ends[index][:, None]
+        return np.where(inside, self.next_ids[np.where(inside, wanted, 0)], -1)
+
+
+def backbone_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over the names and values of all parameters and buffers that are saved."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def cached_hidden_states(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    directory: Path,
+    *,
+    identity: str,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    tell: Callable[[int], None] = lambda _: None,
+) -> HiddenStates:
+    """The examples' hidden states, from the directory where they are there already; what is missing is computed.
+
+    Args:
+        model: the backbone, in inference mode.
+        examples: what to run.
+        directory: where they are kept; an interrupted run goes on. Rows of other examples or another model are replaced.
+        identity: the digest of the backbone.
+        rank: of this process among `world` that share the work and the directory.
+        world: how many they are.
+        barrier: waits for all of them.
+        tell: is told how many more answer tokens are done.
+
+    Raises:
+        MedusaError: a hidden state is not a finite float16 number.
+    """
+    shape = (sum(len(example.response_ids) for example in examples), model.config.get_text_config().hidden_size)
+    if rank == 0:
+        _prepare(directory, {"backbone": identity, "dtype": str(model.dtype), "data": digest(examples)}, shape, len(examples))
+    barrier()
+    rows = np.lib.format.open_memmap(directory / ROWS_NAME, "r+")
+    done = np.lib.format.open_memmap(directory / DONE_NAME, "r+")
+    states = HiddenStates(rows, examples)
+    tell(sum(len(examples[place].response_ids) for place in np.flatnonzero(done)))
+    missing = sorted(
+        (place for place in range(rank, len(examples), world) if not done[place]), key=lambda p: examples[p].num_tokens
+    )
+    while missing:
+        size = max(1, FORWARD_TOKENS // examples[missing[-1]].num_tokens)
+        group, missing = missing[-size:], missing[:-size]
+        hidden = response_states(model, [examples[place] for place in group])
+        for place, found in zip(group, hidden, strict=True):
+            values = found.to(torch.float16).cpu().numpy()
+            if not np.isfinite(values).all():
+                raise MedusaError("the backbone's hidden states do not fit float16; it cannot be trained on")
+            rows[states.starts[place] :][: len(values)] = values
+            done[place] = True
+        tell(sum(len(examples[place].response_ids) for place in group))
+    rows.flush()
+    barrier()
+    return HiddenStates(np.lib.format.open_memmap(directory / ROWS_NAME, "r"), examples)
+
+
+@torch.no_grad()
+def response_states(model: PreTrainedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
+    """The rows of some answers, by one forward pass. Returns a tensor [R, C] for each."""
+    tokens = pad_right([[*example.prompt_ids, *example.response_ids[:-1]] for example in examples]).to(model.device)  # [B, T]
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, C]; causal: padding changes nothing
+    first = [len(example.prompt_ids) - 1 for example in examples]
+    return [row[at:][: len(e.response_ids)] for row, at, e in zip(hidden, first, examples, strict=True)]
+
+
+def pad_right(sequences: Sequence[Sequence[int]], fill: int = 0) -> torch.Tensor:
+    """Sequences as rows of one tensor. [B, T]"""
+    padded = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return padded
+
+
+def _prepare(directory: Path, facts: dict[str, str], shape: tuple[int, int], num_examples: int) -> None:
+    """Make empty files unless those there are of the same run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    place = directory / FACTS_NAME
+    if place.exists() and json.loads(place.read_text()) == facts:
+        return
+    place.unlink(missing_ok=True)
+    np.lib.format.open_memmap(directory / ROWS_NAME, "w+", np.float16, shape).flush()
+    np.lib.format.open_memmap(directory / DONE_NAME, "w+", np.bool_, (num_examples,)).flush()
+    write_whole(place, json.dumps(facts, indent=2) + "\n")

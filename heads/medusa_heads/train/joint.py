@@ -1,0 +1,174 @@
+"""Medusa-2's second stage: heads and backbone learn together, the backbone to stay what it was.
+
+Source: Cai et al., "Medusa", sections 2.2.2 (a warm-up of the heads, another learning rate for the backbone) and 2.3.2 (for
+self-distilled data, the KL divergence from the original model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.nn import functional as F  # noqa: N812 - as everybody names it
+from transformers import PreTrainedModel
+
+from medusa_heads.modules import MedusaHeads
+from medusa_heads.train import batches
+from medusa_heads.train.checkpoints import WorkDirectory
+from medusa_heads.train.examples import Example
+from medusa_heads.train.fit import News, Stage, fit
+from medusa_heads.train.hidden import HiddenStates, cached_hidden_states, pad_right, response_states
+from medusa_heads.train.objective import JointObjective, LmHead
+from medusa_heads.train.schedule import weight_factor
+from medusa_heads.train.settings import TrainSettings
+
+PERPLEXITY_ROWS = 512  # whose logits are held at once
+
+
+@dataclass(frozen=True)
+class JointResult:
+    """What both became."""
+
+    state: dict[str, torch.Tensor]  # of the objective: heads.…
+    model: PreTrainedModel  # the backbone as it is now, fp32 on the CPU; an adapter merged into it
+    adapter: PeftModel | None  # around that model, where only an adapter learned
+
+    def save(self, directory: Path, mode: Literal["merged", "adapter"]) -> None:
+        """Write the backbone as a checkpoint; or only its adapter, where there is one."""
+        if self.adapter is not None and mode == "adapter":
+            self.adapter.save_pretrained(directory)
+        else:
+            (self.adapter.merge_and_unload() if self.adapter is not None else self.model).save_pretrained(directory)
+
+    def hidden_states(self, examples: Sequence[Example], directory: Path, identity: str) -> HiddenStates:
+        """Answers' hidden states as the backbone gives them now."""
+        return cached_hidden_states(self.model, examples, directory, identity=identity)
+
+
+def train_jointly(
+    backbone: PreTrainedModel,
+    reload: Callable[[], PreTrainedModel],
+    heads: MedusaHeads,
+    lm_head: LmHead,
+    examples: Sequence[Example],
+    states: HiddenStates,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    work: WorkDirectory,
+    tell: Callable[[News], None],
+) -> JointResult:
+    """Train heads and backbone together; see `medusa_heads.train.run.train`.
+
+    Args:
+        backbone: the original, in fp32; it is changed.
+        reload: gives the original again.
+        heads: as the first stage left them.
+        lm_head: the original's, for the tokens that count.
+        examples: what to learn from.
+        states: the original's hidden states of them.
+        settings: how.
+        accelerator: the processes that share the work.
+        work: log and checkpoints.
+        tell: told after every step.
+    """
+    output = backbone.get_output_embeddings()
+    original = LmHead(output.weight.to(lm_head.weight.dtype), getattr(output, "bias", None))
+    learner: Any = _with_adapter(backbone, settings) if settings.backbone == "lora" else backbone.train()
+    objective = JointObjective(learner, heads, lm_head, original, settings.loss_decay, settings.backbone_loss)
+    slow = settings.learning_rate / settings.heads_rate_multiple
+    lengths = [example.num_tokens - 1 for example in examples]
+    stage = Stage(
+        name="joint",
+        objective=objective,
+        groups=[
+            {"params": list(heads.parameters()), "lr": settings.learning_rate},
+            {"params": [p for p in learner.parameters() if p.requires_grad], "lr": slow},
+        ],
+        epochs=settings.epochs,
+        batches=lambda epoch: batches.sequence_batches(lengths, settings.batch_tokens, settings.seed, epoch),
+        load=_Loader(examples, states, settings, heads.config.num_heads, accelerator.device),
+    )
+    state = accelerator.get_state_dict(fit(stage, accelerator, work, settings, tell))
+    if not accelerator.is_main_process:
+        return JointResult(state, backbone, None)
+    return _result(state, reload(), settings)
+
+
+def _with_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type] # it takes any number
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",  # peft leaves the LM head out
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+class _Loader:
+    """Makes the tensors of a batch of whole conversations."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        states: HiddenStates,
+        settings: TrainSettings,
+        num_heads: int,
+        device: torch.device,
+    ) -> None:
+        self.examples, self.states, self.settings = examples, states, settings
+        self.num_heads, self.device = num_heads, device
+
+    def __call__(self, batch: batches.IntArray, step: int, num_steps: int) -> tuple[tuple[Any, ...], int]:
+        chosen = [self.examples[place] for place in batch]
+        tokens = pad_right([[*example.prompt_ids, *example.response_ids[:-1]] for example in chosen])  # [B, T]
+        places, rows = [], []
+        for line, (place, example) in enumerate(zip(batch, chosen, strict=True)):
+            count = len(example.response_ids)
+            places.append(line * tokens.shape[1] + len(example.prompt_ids) - 1 + np.arange(count))
+            rows.append(self.states.starts[place] + np.arange(count))
+        index = np.concatenate(rows)  # [N]
+        weight = self.settings.heads_loss_weight * weight_factor(step, num_steps, self.settings.heads_loss_schedule)
+        arrays = (
+            np.concatenate(places),
+            self.states.next_ids[index],
+            self.states.targets(index, self.num_heads),
+            np.asarray(self.states.rows[index]),
+        )
+        tensors = (tokens, *(torch.from_numpy(array) for array in arrays))
+        return (*(tensor.to(self.device) for tensor in tensors), weight), len(index)
+
+
+def _result(state: dict[str, torch.Tensor], fresh: PreTrainedModel, settings: TrainSettings) -> JointResult:
+    """Put what the backbone learned into a fresh copy of it."""
+    learned = {
+        name.removeprefix("backbone."): tensor.float().cpu() for name, tensor in state.items() if name.startswith("backbone.")
+    }
+    if settings.backbone == "full":
+        fresh.load_state_dict(learned, strict=False)  # tied weights are listed once
+        return JointResult(state, fresh.eval(), None)
+    adapter = _with_adapter(fresh, settings)
+    set_peft_model_state_dict(adapter, get_peft_model_state_dict(adapter, state_dict=learned))
+    adapter.merge_adapter()
+    return JointResult(state, adapter.get_base_model().eval(), adapter)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, examples: Sequence[Example]) -> float:
+    """Of answers, given what led to them, over all their tokens."""
+    total, count = 0.0, 0
+    lm_head = model.get_output_embeddings()
+    for example in examples:
+        [hidden] = response_states(model, [example])  # [R, C]
+        wanted = torch.tensor(example.response_ids, device=hidden.device)
+        for start in range(0, len(hidden), PERPLEXITY_ROWS):
+            logits = lm_head(hidden[start : start + PERPLEXITY_ROWS]).float()
+            total += float(F.cross_entropy(logits, wanted[start : start + PERPLEXITY_ROWS], reduction="sum"))
+        count += len(example.response_ids)
+    return float(np.exp(total / max(1, count)))

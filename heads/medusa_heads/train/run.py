@@ -1,0 +1,270 @@
+"""A whole run: data, the backbone's hidden states, heads alone, then for Medusa-2 heads and backbone together."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from medusa_heads.config import HeadsConfig
+from medusa_heads.evaluate import Evaluation, accuracies, evaluate, target_ranks
+from medusa_heads.formats import load_heads, native
+from medusa_heads.modules import MedusaHeads
+from medusa_heads.train import batches
+from medusa_heads.train.checkpoints import WorkDirectory
+from medusa_heads.train.examples import Example, digest, split
+from medusa_heads.train.fit import News, Stage, fit
+from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidden_states
+from medusa_heads.train.joint import JointResult, perplexity, train_jointly
+from medusa_heads.train.objective import HeadsObjective, LmHead
+from medusa_heads.train.settings import TrainSettings
+from medusa_runtime.errors import CheckpointError, MedusaError, OptionError
+
+LOG_ROWS = 4096  # held-out rows that the log's accuracies are taken from
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that heads are made for."""
+
+    name: str
+    model: PreTrainedModel  # in inference mode, on its device
+    reload: Callable[[], PreTrainedModel]  # the same again, in fp32 on the CPU
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told how a run goes."""
+
+    cached: Callable[[int, int], None] = lambda *_: None  # answer tokens whose hidden states are there, and how many will be
+    step: Callable[[News], None] = lambda *_: None
+    note: Callable[[str], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made."""
+
+    heads: MedusaHeads
+    evaluation: Evaluation | None  # none without held-out answers
+    joint: JointResult | None  # medusa-2
+    facts: dict[str, Any]  # for the run's file
+
+
+def train(
+    source: Source,
+    examples: list[Example],
+    settings: TrainSettings,
+    work_path: Path,
+    hidden_path: Path,
+    accelerator: Accelerator,
+    listener: Listener,
+) -> TrainResult | None:
+    """Train heads, or go on training them.
+
+    Args:
+        source: the model.
+        examples: its answers.
+        settings: how.
+        work_path: where checkpoints and the log are.
+        hidden_path: where hidden states are kept.
+        accelerator: the processes that share the work.
+        listener: who is told.
+
+    Returns:
+        What was made; none on processes other than the main one.
+
+    Raises:
+        OptionError: the data is too little, or `work_path` holds a run with other settings.
+        CheckpointError: the heads to start from do not fit the model.
+        MedusaError: the loss or a hidden state is not finite, or the backbone changed under Medusa-1.
+    """
+    training, held_out = split(examples, settings.held_out)
+    if not training:
+        raise OptionError("all conversations are held out; lower --held-out or use more data")
+    identity = backbone_digest(source.model)
+    work = WorkDirectory(work_path, _identity(settings, identity, training, held_out, accelerator), accelerator)
+
+    states = _hidden_states(source, training, hidden_path / "train", identity, accelerator, listener)
+    held_states = (
+        _hidden_states(source, held_out, hidden_path / "held-out", identity, accelerator, listener) if held_out else None
+    )
+    heads = _new_heads(source, settings)
+    output = source.model.get_output_embeddings()
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    lm_head = LmHead(output.weight.to(dtype), _bias(output, dtype), _kept_tokens(states, settings, len(output.weight)))
+    if lm_head.token_ids is not None:
+        listener.note(f"the loss counts {len(lm_head.token_ids)} of {len(output.weight)} tokens")
+
+    heads_first = settings.epochs if settings.method == "medusa-1" else settings.heads_first
+    if heads_first:
+        stage = _heads_stage(heads, lm_head, states, settings, heads_first, accelerator.device)
+        log = _AccuracyLog(work, source, held_states, listener) if held_states is not None else lambda *_: None
+        objective = fit(stage, accelerator, work, settings, listener.step, log)
+        _take(heads, accelerator.get_state_dict(objective))
+        _forget(accelerator)
+    joint = None
+    if settings.method == "medusa-2":
+        joint = train_jointly(
+            source.model, source.reload, heads, lm_head, training, states, settings, accelerator, work, listener.step
+        )
+        _take(heads, joint.state)
+    elif backbone_digest(source.model) != identity:
+        raise MedusaError("the backbone's weights changed while its heads were trained; this must not happen")
+    if not accelerator.is_main_process:
+        return None
+
+    heads = heads.cpu().eval().to(native.DTYPES[settings.heads_dtype])
+    evaluation = None
+    if held_states is not None:
+        final = joint.model if joint else source.model
+        if joint:
+            held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(final))
+        judged = copy.deepcopy(heads).to(final.device, final.dtype)
+        evaluation = evaluate(judged, final.get_output_embeddings(), held_states, digest=heads.digest(), data=digest(held_out))
+    facts: dict[str, Any] = {
+        "backbone_sha256": identity,
+        "backbone_unchanged": settings.method == "medusa-1",
+        "answers": {"training": len(training), "held_out": len(held_out)},
+        "tokens": {"training": len(states.next_ids), "held_out": sum(len(e.response_ids) for e in held_out)},
+        "data_sha256": digest(examples),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    if joint and held_out:
+        facts["perplexity"] = {"original": perplexity(source.reload(), held_out), "trained": perplexity(joint.model, held_out)}
+    return TrainResult(heads, evaluation, joint, facts)
+
+
+def _identity(
+    settings: TrainSettings, backbone: str, training: list[Example], held_out: list[Example], accelerator: Accelerator
+) -> dict[str, Any]:
+    """What a run may be resumed under: all that decides its result."""
+    free = {"checkpoint_every", "log_every", "heads_dtype", "save_backbone"}
+    data = {"backbone": backbone, "data": digest([*training, *held_out]), "processes": accelerator.num_processes}
+    return data | settings.model_dump(exclude=free) | {"mixed_precision": accelerator.mixed_precision}
+
+
+def _hidden_states(
+    source: Source, examples: list[Example], directory: Path, identity: str, accelerator: Accelerator, listener: Listener
+) -> HiddenStates:
+    total, done = sum(len(example.response_ids) for example in examples), 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        listener.cached(done, total)
+
+    return cached_hidden_states(
+        source.model,
+        examples,
+        directory,
+        identity=identity,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        barrier=accelerator.wait_for_everyone,
+        tell=tell,
+    )
+
+
+def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
+    config = source.model.config.get_text_config()
+    wanted = HeadsConfig(
+        base_model=source.name,
+        num_heads=settings.num_heads,
+        num_layers=settings.num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        shared_lm_head=not settings.own_lm_head,
+    )
+    if settings.start_from is None:
+        heads = MedusaHeads(wanted)
+        heads.start_from(source.model.get_output_embeddings())
+        return heads
+    heads = load_heads(settings.start_from).float()
+    for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "shared_lm_head"):
+        found, asked = getattr(heads.config, name), getattr(wanted, name)
+        if found != asked:
+            raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, this run needs {asked}")
+    return heads
+
+
+def _kept_tokens(states: HiddenStates, settings: TrainSettings, vocab_size: int) -> torch.Tensor | None:
+    if settings.min_token_count == 1:
+        return None
+    counts = Counter(states.next_ids.tolist())
+    kept = sorted(token for token, count in counts.items() if count >= settings.min_token_count and token < vocab_size)
+    if not kept:
+        raise OptionError(f"no token occurs {settings.min_token_count} times in the data; lower --min-token-count")
+    return torch.tensor(kept)
+
+
+def _heads_stage(
+    heads: MedusaHeads,
+    lm_head: LmHead,
+    states: HiddenStates,
+    settings: TrainSettings,
+    epochs: float,
+    device: torch.device,
+) -> Stage:
+    def load(rows: batches.IntArray, *_: int) -> tuple[tuple[Any, ...], int]:
+        hidden = torch.from_numpy(np.asarray(states.rows[np.sort(rows)]))
+        targets = torch.from_numpy(states.targets(np.sort(rows), heads.config.num_heads))
+        return (hidden.to(device, lm_head.weight.dtype), targets.to(device)), len(rows)
+
+    return Stage(
+        name="heads",
+        objective=HeadsObjective(heads, lm_head, settings.loss_decay),
+        groups=[{"params": list(heads.parameters()), "lr": settings.learning_rate}],
+        epochs=epochs,
+        batches=lambda epoch: batches.row_batches(len(states.next_ids), settings.batch_tokens, settings.seed, epoch),
+        load=load,
+    )
+
+
+def _bias(output: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    bias = getattr(output, "bias", None)
+    return None if bias is None else bias.to(dtype)
+
+
+def _take(heads: MedusaHeads, state: dict[str, torch.Tensor]) -> None:
+    """Take the heads' weights out of an objective's."""
+    own = {name.removeprefix("heads."): tensor for name, tensor in state.items() if name.startswith("heads.")}
+    if own:  # with FSDP only the main process gets them
+        heads.load_state_dict(own)
+
+
+def _forget(accelerator: Accelerator) -> None:
+    """A stage is over: the next checkpoints are another's."""
+    accelerator.free_memory()
+    accelerator._custom_objects.clear()  # noqa: SLF001 - free_memory leaves them
+
+
+class _AccuracyLog:
+    """Writes the held-out accuracies after each epoch."""
+
+    def __init__(self, work: WorkDirectory, source: Source, states: HiddenStates, listener: Listener) -> None:
+        self.work, self.source, self.states, self.listener = work, source, states, listener
+        generator = np.random.default_rng(0)
+        self.rows = generator.permutation(len(states.next_ids))[:LOG_ROWS]
+
+    def __call__(self, objective: torch.nn.Module, step: int) -> None:
+        state = self.work.accelerator.get_state_dict(objective)
+        if not self.work.accelerator.is_main_process:
+            return
+        unwrapped = self.work.accelerator.unwrap_model(objective)
+        heads = MedusaHeads(unwrapped.heads.config).to(self.source.model.dtype)
+        _take(heads, state)
+        heads = heads.to(self.source.model.device)
+        accuracy = accuracies(target_ranks(heads, self.source.model.get_output_embeddings(), self.states, self.rows))
+        top1, top5 = accuracy[:, 0].round(4).tolist(), accuracy[:, :5].sum(1).round(4).tolist()
+        self.work.log(stage="heads", step=step, held_out_top1=top1, held_out_top5=top5)
+        self.listener.note(f"step {step}: held-out top-1 of the heads {top1}")
