@@ -14,7 +14,7 @@ from medusa_export.provenance import provenance
 from medusa_heads.distill import loop
 from medusa_heads.distill.answerer import Answerer, Codec
 from medusa_heads.distill.prompts import Conversation, read_prompts, select, self_prompted
-from medusa_heads.distill.store import AnswerStore, DataFacts, Settings
+from medusa_heads.distill.store import AnswerStore, DataFacts, Settings, require_place
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.errors import MedusaError, OptionError
 from medusa_runtime.manifest import MANIFEST_NAME
@@ -65,6 +65,7 @@ def distill(options: DistillOptions) -> str:
     backend = _backend(options)
     _require_meant(options, backend)
     conversations = _conversations(options)
+    require_place(options.output)
     with stage(f"load {options.model}"):
         model = _OPENERS[backend](options)
     settings = Settings(
@@ -88,7 +89,8 @@ def distill(options: DistillOptions) -> str:
         try:
             progress = _run(loop.distill(conversations, model.answerer, model.codec, store, answer_options))
         except (KeyboardInterrupt, MedusaError):
-            note(f"{len(store.rows)} answers are kept in {options.output}; the same command goes on there")
+            if store.rows:
+                note(f"{len(store.rows)} answers are kept in {options.output}; the same command goes on there")
             raise
         if progress.skipped:
             note(f"{progress.skipped} not answered: prompts that are too long, or the model's own that came to nothing")

@@ -135,6 +135,11 @@ def test_sampling_follows_the_models_probabilities(make_model: Make) -> None:
     assert distance(1.0) > 0.2  # so it is told from another
 
 
+def test_the_lowest_temperature_is_greedy(make_model: Make) -> None:
+    cold = tokens(collect(slot_decoder(make_model()), requests()))
+    assert tokens(collect(slot_decoder(make_model()), requests(temperature=1e-310))) == cold
+
+
 def test_greedy_and_warm_requests_run_side_by_side(make_model: Make) -> None:
     cold = tokens(collect(slot_decoder(make_model()), requests()))
     mixed = [Request(str(n), (), prompt, NEW_TOKENS, 1.5 * (n % 2), n) for n, prompt in enumerate(prompts())]

@@ -234,7 +234,8 @@ class SlotDecoder:
         for index in warm:
             slot = self.slots[index]
             assert slot is not None
-            cumulative = torch.softmax(logits[index].double() / slot.request.temperature, -1).cumsum(-1)
+            below = logits[index].double() - logits[index].max()  # at most 0, so that no temperature is too low to divide by
+            cumulative = torch.softmax(below / slot.request.temperature, -1).cumsum(-1)
             point = torch.tensor(slot.uniform.random(), dtype=torch.float64, device=self.device) * cumulative[-1]
             chosen[index] = int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))
         return chosen

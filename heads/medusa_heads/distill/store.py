@@ -73,10 +73,8 @@ class AnswerStore:
 
     def __init__(self, path: str | Path, facts: DataFacts) -> None:
         self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise OptionError(f"{self.path} is not a directory; choose another output") from error
+        require_place(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,8 +109,6 @@ class AnswerStore:
 
     def _require_same(self, facts: DataFacts) -> None:
         place, answers = self.path / FACTS_NAME, self.path / ANSWERS_NAME
-        if not place.exists() and any(path for path in self.path.iterdir() if not path.name.startswith(f".{FACTS_NAME}.")):
-            raise OptionError(f"{self.path} holds something else; choose another output")
         before, now = read_facts(self.path).settings.model_dump() if place.exists() else {}, facts.settings.model_dump()
         changed = [name for name in now if before.get(name) != now[name]]
         if changed and before and answers.exists() and answers.stat().st_size:
@@ -132,6 +128,20 @@ class AnswerStore:
             with place.open("r+b") as file:
                 file.truncate(len(whole))
         return {row.key: row for row in read_rows(self.path)}
+
+
+def require_place(path: Path) -> None:
+    """Check an output before the work that fills it: a new or empty directory, or one with data.
+
+    Raises:
+        OptionError: it is no directory, or holds something else.
+    """
+    standing = next(place for place in (path, *path.parents) if place.exists())
+    if not standing.is_dir():
+        raise OptionError(f"{standing} is not a directory; choose another output")
+    left = (place for place in path.glob("*") if not place.name.startswith(f".{FACTS_NAME}."))  # by a killed run
+    if not (path / FACTS_NAME).exists() and any(left):
+        raise OptionError(f"{path} holds something else; choose another output")
 
 
 def _short(value: object) -> object:
