@@ -47,11 +47,10 @@ class CheckpointCodec:
 
     def answer_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the last message, the assistant's, up to the end-of-sequence token that the template puts after it."""
-        before = self.tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+        before, whole = self._render(messages[:-1], add_generation_prompt=True), self._render(messages)
         if not whole.startswith(before):
             raise OptionError("the chat template rewrites what came before an answer; give response_token_ids with the data")
-        ids = list(self.tokenizer(whole[len(before) :], add_special_tokens=False).input_ids)
+        ids = self.text_ids(whole[len(before) :])
         eos = self.tokenizer.eos_token_id
         return ids[: ids.index(eos) + 1] if eos in ids else ids
 
