@@ -16,6 +16,7 @@ from medusa_export.progress import byte_stage, note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import trace_heads, trace_step
+from medusa_export.trees import tree_for
 from medusa_export.weights import total_bytes, write_weights
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
@@ -36,9 +37,8 @@ from medusa_runtime.manifest import (
     is_bundle,
 )
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
-from medusa_runtime.tree import prior_tree
+from medusa_runtime.tree import CandidateTree
 
-DEFAULT_TREE_NODES = 16
 MAX_OPSET = 25  # what the torch exporter and the backends have been tried with
 
 
@@ -53,6 +53,8 @@ class ExportOptions:
     opset: int = attention.MIN_OPSET
     max_seq_len: int | None = None
     head_top_k: int = 10
+    tree: Path | None = None
+    tree_nodes: int = 16
     force: bool = False
     trust_remote_code: bool = False
 
@@ -84,6 +86,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
     head_facts = _head_facts(options.head_top_k, heads)  # before the trace casts the heads
+    tree = _tree(options, head_facts)
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note)
     with stage("trace the heads"):
@@ -98,12 +101,20 @@ def export_bundle(options: ExportOptions) -> Manifest:
             opset=options.opset,
             limits=limits,
             graphs={name: graph_facts(model, f"{name}.onnx") for name, model in graphs.items()},
-            tree=prior_tree(heads.config.num_heads, options.head_top_k, DEFAULT_TREE_NODES).to_json(),
+            tree=tree.to_json(),
             files=files,
             provenance=provenance(),
         )
         manifest.save(directory)
     return manifest
+
+
+def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
+    if options.tree is None:
+        return tree_for(options.heads, heads.sha256, heads.num_heads, options.head_top_k, options.tree_nodes)
+    tree = CandidateTree.from_file(options.tree)
+    tree.check_fits(heads.num_heads, options.head_top_k)
+    return tree
 
 
 def _is_onnx_bundle(path: Path) -> bool:

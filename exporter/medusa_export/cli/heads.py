@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.cli.options import force_option, trust_remote_code_option
+from medusa_export.cli.options import force_option, threads_option, trust_remote_code_option
+
+if TYPE_CHECKING:
+    from medusa_heads.evaluate import Evaluation
 
 
 @click.group("heads")
 def command() -> None:
-    """Make and inspect Medusa heads."""
+    """Make, inspect and evaluate Medusa heads."""
 
 
 @command.command("init")
@@ -54,6 +58,79 @@ def init(
     heads.start_from(backbone.model.get_output_embeddings())
     save_heads(heads, output, force=force)
     click.echo(output)
+
+
+@command.command("evaluate")
+@click.argument("heads", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The model the heads were made for; after medusa-2, the one trained with them.")
+@click.option(
+    "--data", required=True, multiple=True, type=click.Path(path_type=Path), help="The model's answers, as `train` takes them."
+)
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Only what training with this --held-out kept. [default: all]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many answers.")
+@click.option(
+    "--tree",
+    "trees",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A tree to judge, as JSON. May be given several times.",
+)
+@click.option("--nodes", multiple=True, type=click.IntRange(2, 1024), help="Sizes of trees to search. [default: 4 8 16 32 64]")
+@click.option("--hidden", type=click.Path(path_type=Path), help="Keep hidden states here, for another evaluation.")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON to this file, whole or not at all.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the accuracies into this PNG.")
+@threads_option
+@trust_remote_code_option
+def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tuple[int, ...], **options: Any) -> None:
+    """Tell how often HEADS are right on held-out answers, and the tokens per step that this makes for trees.
+
+    A row of the table is a head; head 1 guesses the token after the next. Beside heads as `evaluation.json`, the output is what
+    `medusa-export onnx` takes the bundle's tree from.
+    """
+    from medusa_export.evaluation import EvaluateOptions
+    from medusa_export.evaluation import evaluate as judge
+    from medusa_heads.evaluate import TREE_NODES
+    from medusa_runtime.errors import OptionError
+    from medusa_runtime.files import write_whole
+
+    for target in filter(None, (output, plot)):
+        if not target.absolute().parent.is_dir():
+            raise OptionError(f"{target} cannot be written: there is no directory {target.parent}")
+    if plot:
+        from medusa_export.plots import accuracy_curves
+    result = judge(EvaluateOptions(nodes=nodes or TREE_NODES, **options))
+    if output:
+        write_whole(output, result.model_dump_json(indent=1) + "\n")
+    if plot:
+        accuracy_curves(result.model_dump(), plot)
+    if as_json:
+        click.echo(result.model_dump_json(indent=1))
+    else:
+        _print_evaluation(result)
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"{result.answers} answers, {result.tokens} tokens")
+    ranks = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    accuracy = Table("head", *(f"top-{rank}" for rank in ranks))
+    for k in range(len(result.accuracy)):
+        accuracy.add_row(str(k + 1), *(f"{result.top(k, rank):.3f}" for rank in ranks))
+    console.print(accuracy)
+    trees = Table("tree nodes", "tokens/step", "if heads were independent")
+    for tree in result.trees:
+        trees.add_row(str(tree.nodes), f"{tree.tokens_per_step:.3f}", f"{tree.expected:.3f}")
+    console.print(trees)
 
 
 @command.command("inspect")
