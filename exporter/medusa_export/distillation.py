@@ -30,6 +30,7 @@ class DistillOptions:
     self_prompts: int = 0
     mix: dict[str, int] = field(default_factory=dict)
     limit: int | None = None
+    max_tokens: int | None = None
     max_new_tokens: int = 256
     max_prompt_tokens: int = 1024
     temperature: float = 0.0
@@ -87,7 +88,8 @@ def distill(options: DistillOptions) -> str:
     )
     with AnswerStore(options.output, facts) as store:
         try:
-            progress = _run(loop.distill(conversations, model.answerer, model.codec, store, answer_options))
+            steps = loop.distill(conversations, model.answerer, model.codec, store, answer_options)
+            progress = _run(steps, store, options.max_tokens)
         except (KeyboardInterrupt, MedusaError):
             if store.rows:
                 note(f"{len(store.rows)} answers are kept in {options.output}; the same command goes on there")
@@ -105,11 +107,14 @@ def _name(model: str) -> str:
     return (path.name if path.name not in {"", ".."} else path.resolve().name) if path.exists() else model
 
 
-def _run(steps: Generator[loop.Progress, None, None]) -> loop.Progress:
-    progress = next(steps)
-    with count_stage("answers", progress.total) as tell, closing(steps):
+def _run(steps: Generator[loop.Progress, None, None], store: AnswerStore, max_tokens: int | None) -> loop.Progress:
+    """Answer until all is answered, or the store holds enough tokens: that many can be gone on from."""
+    with count_stage("answers") as tell, closing(steps):
         for progress in steps:
-            tell(progress.done + progress.skipped, progress.resumed, progress.new_tokens)
+            tell(progress.done + progress.skipped, progress.resumed, progress.new_tokens, progress.total)
+            if max_tokens is not None and store.num_tokens >= max_tokens:
+                note(f"stopped at {store.num_tokens} tokens; a higher --max-tokens goes on")
+                break
     return progress
 
 

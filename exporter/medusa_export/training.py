@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import BitsAndBytesConfig
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.devices import fast_precision, torch_device
@@ -19,8 +20,9 @@ from medusa_export.provenance import provenance
 from medusa_heads.formats import native, save_heads
 from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train.checkpoints import LOG_NAME
-from medusa_heads.train.examples import read_examples
+from medusa_heads.train.examples import Example, read_examples
 from medusa_heads.train.fit import News
+from medusa_heads.train.overlap import WORDS, Overlap
 from medusa_heads.train.run import Listener, Source, TrainResult
 from medusa_heads.train.run import train as run
 from medusa_heads.train.settings import TrainSettings
@@ -39,6 +41,7 @@ class TrainOptions:
     settings: TrainSettings
     work: Path | None = None
     hidden: Path | None = None
+    exclude: tuple[Path, ...] = ()
     device: str = "auto"
     threads: int = 0
     plot: bool = False
@@ -64,16 +67,31 @@ def train(options: TrainOptions) -> bool:
     accelerator = _accelerator(options)
     with quiet(not accelerator.is_main_process):
         codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
-        examples = read_examples(options.data, codec, max_length=settings.max_length)
+        examples, excluded = _examples(options, codec)
         note(f"{len(examples)} answers, {sum(len(example.response_ids) for example in examples)} tokens")
         with stage(f"load {options.model}"):
             backbone = _load(options, accelerator.device)
-        source = Source(backbone.facts.name, backbone.model, lambda: load_backbone(options.model).model)
+        source = Source(backbone.facts.name, backbone.model, lambda: _reload(options))
         result = _run(source, examples, options, work, accelerator)
     if result is None:
         return False
-    _write(result, options, work)
+    _write(result, options, work, excluded)
     return True
+
+
+def _examples(options: TrainOptions, codec: CheckpointCodec) -> tuple[list[Example], int]:
+    """What to learn from, and how many answers were left out because they share words with texts to be kept out."""
+    examples = read_examples(options.data, codec, max_length=options.settings.max_length)
+    if not options.exclude:
+        return examples, 0
+    overlap = Overlap(options.exclude)
+    kept = [example for example in examples if not overlap.found_in(codec.decode((*example.prompt_ids, *example.response_ids)))]
+    note(
+        f"{len(examples) - len(kept)} answers share {WORDS} words in a row with {', '.join(map(str, options.exclude))}: left out"
+    )
+    if not kept:
+        raise OptionError("every answer is excluded by --exclude; no data is left")
+    return kept, len(examples) - len(kept)
 
 
 def _require_sensible(options: TrainOptions) -> None:
@@ -86,13 +104,18 @@ def _require_sensible(options: TrainOptions) -> None:
 
 def _accelerator(options: TrainOptions) -> Accelerator:
     device = torch_device(options.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # which accelerate then takes
     precision = options.settings.mixed_precision
     if precision == "auto":
         precision = "bf16" if fast_precision(device) == "bf16" else "no"
+    if precision == "fp16" and device.type == "cpu":
+        raise OptionError("--mixed-precision fp16 needs a GPU; use bf16 or no")
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=options.settings.gradient_accumulation,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they never change
     )
 
 
@@ -121,14 +144,19 @@ def _load(options: TrainOptions, device: torch.device) -> Backbone:
     return backbone
 
 
+def _reload(options: TrainOptions) -> PreTrainedModel:
+    return load_backbone(options.model, attention="sdpa", trust_remote_code=options.trust_remote_code).model
+
+
 def _run(
     source: Source, examples: list[Any], options: TrainOptions, work: Path, accelerator: Accelerator
 ) -> TrainResult | None:
     with count_stage("hidden states", 1) as tell_cached, count_stage("steps", 1) as tell_step:
-        first: dict[str, int] = {}
+        first: dict[str, int] = {}  # what was done when this process began
 
         def cached(done: int, total: int) -> None:
-            tell_cached(done, 0, done, total)
+            before = first.setdefault(f"{total} tokens", done)
+            tell_cached(done, before, done - before, total)
 
         def step(news: News) -> None:
             before = first.setdefault(news.stage, news.step - 1)
@@ -138,12 +166,13 @@ def _run(
         return run(source, examples, options.settings, work, options.hidden or work / "hidden", accelerator, listener)
 
 
-def _write(result: TrainResult, options: TrainOptions, work: Path) -> None:
+def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int) -> None:
     settings = options.settings
     facts: dict[str, Any] = {
         "provenance": provenance().model_dump(),
         "settings": settings.model_dump(),
         "data": [str(path) for path in options.data],
+        "overlap": {"words": WORDS, "files": [path.name for path in options.exclude], "answers_left_out": excluded},
         **result.facts,
     }
 

@@ -34,6 +34,9 @@ from medusa_export.cli.options import threads_option, trust_remote_code_option
     help="Take at most N prompts of this source, and none of those not named; * fits any letters.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Take at most so many prompts, at random.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Stop once the data holds so many tokens; a higher number goes on."
+)
 @click.option("--max-new-tokens", type=click.IntRange(1, 32768), default=256, show_default=True, help="Of an answer.")
 @click.option(
     "--max-prompt-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longer prompts are skipped."

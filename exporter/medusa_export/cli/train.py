@@ -28,6 +28,12 @@ from medusa_heads.train.settings import TrainSettings
 @click.option(
     "--hidden", type=click.Path(path_type=Path), help="Hidden states, kept for later runs. [default: in the work directory]"
 )
+@click.option(
+    "--exclude",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Texts to evaluate on: answers that share 13 words in a row with them, or their prompts, are left out.",
+)
 @click.option("--plot", is_flag=True, help="Draw the curves into the output.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 … With several processes: auto.")
 @options_from(TrainSettings)
@@ -40,6 +46,7 @@ def command(
     output: Path,
     work: Path | None,
     hidden: Path | None,
+    exclude: tuple[Path, ...],
     device: str,
     threads: int,
     *,
@@ -50,13 +57,24 @@ def command(
 ) -> None:
     """Train Medusa heads for MODEL on its own answers.
 
-    Several processes share the work under `accelerate launch -m medusa_export train …`. A run that was stopped goes on under the
-    same command.
+    Several processes share the work under `accelerate launch -m medusa_export train …`. A run that was stopped goes on under
+    the same command.
     """
     from medusa_export.training import TrainOptions, train
 
     options = TrainOptions(
-        model, data, output, parse(TrainSettings, settings), work, hidden, device, threads, plot, force, trust_remote_code
+        model,
+        data,
+        output,
+        parse(TrainSettings, settings),
+        work,
+        hidden,
+        exclude,
+        device,
+        threads,
+        plot,
+        force,
+        trust_remote_code,
     )
     if train(options):
         click.echo(output)

@@ -84,6 +84,7 @@ class AnswerStore:
         try:
             self._require_same(facts)
             self.rows = self._recover()
+            self.num_tokens = sum(len(row.response_token_ids) for row in self.rows.values())  # of all answers
         except BaseException:
             os.close(self._lock)
             raise
@@ -96,16 +97,12 @@ class AnswerStore:
         self._file.close()
         os.close(self._lock)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(len(row.response_token_ids) for row in self.rows.values())
-
     def append(self, row: Row) -> None:
         """Write a row, whole."""
         self._file.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
         self._file.flush()
         self.rows[row.key] = row
+        self.num_tokens += len(row.response_token_ids)
 
     def _require_same(self, facts: DataFacts) -> None:
         place, answers = self.path / FACTS_NAME, self.path / ANSWERS_NAME
