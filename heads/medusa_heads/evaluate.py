@@ -71,8 +71,11 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
         hidden = torch.from_numpy(np.asarray(states.rows[part])).to(parameter.device, parameter.dtype)  # [n, C]
         for k, head in enumerate(heads.heads):
             logits = (head.lm_head or lm_head)(head(hidden))  # [n, V]
-            right = logits.gather(1, targets[:, k : k + 1].clamp(min=0))
-            rank = (logits > right).sum(1).clamp(max=TOP_K).masked_fill(targets[:, k] < 0, NOT_VALID)
+            target = targets[:, k : k + 1].clamp(min=0)
+            right = logits.gather(1, target)
+            before = torch.arange(logits.shape[1], device=logits.device) < target  # of equals, the first comes first
+            better = (logits > right) | ((logits == right) & before)  # [n, V]
+            rank = better.sum(1).clamp(max=TOP_K).masked_fill(targets[:, k] < 0, NOT_VALID)
             ranks[start : start + ROWS, k] = rank.cpu().numpy()
     return ranks
 

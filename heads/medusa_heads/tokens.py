@@ -46,13 +46,12 @@ class CheckpointCodec:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def answer_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the last message, the assistant's, up to the end-of-sequence token that the template puts after it."""
+        """Token ids of the last message, the assistant's, with the special token that the template puts behind it."""
         before, whole = self._render(messages[:-1], add_generation_prompt=True), self._render(messages)
         if not whole.startswith(before):
             raise OptionError("the chat template rewrites what came before an answer; give response_token_ids with the data")
-        ids = self.text_ids(whole[len(before) :])
-        eos = self.tokenizer.eos_token_id
-        return ids[: ids.index(eos) + 1] if eos in ids else ids
+        ids, end = self.text_ids(whole[len(before) :]), self.closing()
+        return ids[: ids.index(end) + 1] if end in ids else ids
 
     def opening(self) -> list[int]:
         """Token ids of a conversation up to where the user's first words begin."""

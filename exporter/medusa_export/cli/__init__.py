@@ -24,7 +24,7 @@ COMMANDS = {
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export",
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
-    "openai": "train",
+    "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
 }  # fmt: skip
 
 

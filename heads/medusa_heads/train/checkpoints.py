@@ -39,9 +39,16 @@ class WorkDirectory:
                 file.write(json.dumps(entry) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
-        """The log's lines."""
+        """The log's lines, but for one that a killed run was writing."""
         place = self.path / LOG_NAME
-        return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        lines = place.read_text().split("\n")[:-1] if place.exists() else []
+        return [json.loads(line) for line in lines]
+
+    @property
+    def stage(self) -> str | None:
+        """That the checkpoint is of; none where there is none."""
+        place = self._last() / PLACE_NAME
+        return str(json.loads(place.read_text())["stage"]) if place.exists() else None
 
     def save(self, stage: str, step: int) -> None:
         """Keep where a stage stands after `step` steps, in place of the checkpoint before."""
@@ -55,6 +62,7 @@ class WorkDirectory:
             (fresh / PLACE_NAME).write_text(json.dumps({"stage": stage, "step": step}))
             old = self.path / f"{CHECKPOINT}.old"
             if last.exists():
+                shutil.rmtree(old, ignore_errors=True)  # a run was killed before it did
                 last.rename(old)
             fresh.rename(last)
             shutil.rmtree(old, ignore_errors=True)
@@ -65,21 +73,21 @@ class WorkDirectory:
 
         Log lines of steps that will be done again are removed.
         """
-        last = self.path / CHECKPOINT
-        old = self.path / f"{CHECKPOINT}.old"
-        if not last.exists() and old.exists():  # stopped between two renames
-            last = old
-        place: dict[str, Any] = json.loads((last / PLACE_NAME).read_text()) if last.exists() else {"stage": None}
         step = 0
-        if place["stage"] == stage:
+        if self.stage == stage:
+            last = self._last()
             self.accelerator.load_state(str(last))
-            step = place["step"]
+            step = int(json.loads((last / PLACE_NAME).read_text())["step"])
         if self.accelerator.is_main_process:
-            kept = [entry for entry in self.entries() if entry.get("stage") != stage or entry["step"] <= step]
-            if self.entries() != kept:
-                write_whole(self.path / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept))
+            kept = [entry for entry in self.entries() if entry["stage"] != stage or entry["step"] <= step]
+            write_whole(self.path / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.accelerator.wait_for_everyone()
         return step
+
+    def _last(self) -> Path:
+        """The last checkpoint; the one before it where a run was killed between two renames."""
+        last, old = self.path / CHECKPOINT, self.path / f"{CHECKPOINT}.old"
+        return old if old.exists() and not last.exists() else last
 
     def _check(self, identity: dict[str, Any]) -> None:
         place = self.path / RUN_NAME
@@ -88,8 +96,8 @@ class WorkDirectory:
                 raise OptionError(f"{self.path} holds something else; choose another --work")
             return
         try:
-            before = json.loads(place.read_text())
-        except json.JSONDecodeError as error:
+            before = dict(json.loads(place.read_text()))
+        except (UnicodeDecodeError, ValueError, TypeError) as error:
             raise OptionError(f"{place} is damaged; remove {self.path} to begin again") from error
         changed = [f"{name} was {before.get(name)}, is {now}" for name, now in identity.items() if before.get(name) != now]
         if changed:

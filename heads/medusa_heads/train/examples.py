@@ -111,11 +111,14 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 def _example(row: dict[str, Any], where: str, key: str, codec: CheckpointCodec, *, check: bool) -> Example:
     messages, limit = row["messages"], codec.vocab_size
-    prompt_ids = row.get("prompt_token_ids") or codec.encode(messages[:-1])
-    response_ids = row.get("response_token_ids") or codec.answer_ids(messages)
+    try:
+        prompt_ids = row.get("prompt_token_ids") or codec.encode(messages[:-1])
+        response_ids = row.get("response_token_ids") or codec.answer_ids(messages)
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from error
     for name, ids in (("prompt_token_ids", prompt_ids), ("response_token_ids", response_ids)):
-        if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < limit for token in ids):
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < limit for token in ids):
             raise OptionError(f"{where}: {name} is not a list of token ids below {limit}")
-    if check and codec.decode(response_ids).strip() != messages[-1]["content"].strip():
+    if check and "response_token_ids" in row and codec.decode(response_ids).strip() != messages[-1]["content"].strip():
         raise OptionError(f"{where}: its token ids do not spell its answer; it was made with another tokenizer")
     return Example(key, tuple(prompt_ids), tuple(response_ids))

@@ -47,7 +47,7 @@ class News:
     stage: str
     step: int  # done
     num_steps: int
-    tokens: int  # answer tokens taken since the loop began, on all processes
+    tokens: int  # answer tokens taken since this process began the stage, on all processes
     loss: float
 
 
@@ -63,7 +63,7 @@ def fit(
 
     Raises:
         OptionError: there is less data than one step takes.
-        MedusaError: the loss is no finite number. The last checkpoint stays.
+        MedusaError: the loss or its gradient is not finite. The last checkpoint stays.
     """
     share, accumulation = accelerator.num_processes, settings.gradient_accumulation
     batches, epoch = stage.batches(0), 0
@@ -81,81 +81,97 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup)
     )
-    accelerator.register_for_checkpointing(scheduler)
+    meter = _Meter(accelerator)
+    accelerator.register_for_checkpointing(scheduler, meter)
     first = work.resume(stage.name)
     objective.train()
-    meter = _Meter(accelerator)
     for step in range(first, num_steps):
         if epoch != step // steps_per_epoch:
             epoch = step // steps_per_epoch
             batches = stage.batches(epoch)
         place = step % steps_per_epoch * accumulation * share + accelerator.process_index
         for part in range(accumulation):
-            inputs, num_tokens = stage.load(batches[place + part * share], step, num_steps)
+            batch = batches[(place + part * share) % len(batches)]  # another epoch may have made fewer
+            inputs, num_tokens = stage.load(batch, step, num_steps)
             with accelerator.accumulate(objective):
                 losses: Losses = objective(*inputs)
                 accelerator.backward(losses.total)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(objective.parameters(), settings.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(objective.parameters(), settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             meter.add(losses, num_tokens)
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
         done = step + 1
-        loss = meter.read()
-        if not math.isfinite(loss):
+        loss = meter.end_step()
+        if not math.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):  # a scaler skips such steps
             raise MedusaError(_not_finite(stage.name, done, loss, work, settings))
-        tell(News(stage.name, done, num_steps, meter.tokens, loss))
+        tell(News(stage.name, done, num_steps, meter.tokens_here, loss))
         if done % settings.log_every == 0 or done == num_steps:
             work.log(stage=stage.name, step=done, epoch=round(done / steps_per_epoch, 4), learning_rate=rate, **meter.entry())
         if done % steps_per_epoch == 0 or done == num_steps:
             objective.eval()
             after_epoch(objective, done)
             objective.train()
-        if done % settings.checkpoint_every == 0 and done < num_steps:
+        if done % settings.checkpoint_every == 0 or done == num_steps:
             work.save(stage.name, done)
     objective.eval()
     return objective
 
 
 class _Meter:
-    """Means since the last line of the log, over all processes."""
+    """Means since the last line of the log, over all processes. A part of the checkpoints, so that the log goes on as well."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.tokens = 0
         self.started = time.perf_counter()
-        self._reset()
+        self.tokens = self.tokens_before = self.steps = 0
+        self.has_backbone = False
+        self.parts: list[torch.Tensor] = []  # of this step, on this process
+        self.sums = torch.zeros(0)  # over steps: the loss, the backbone's, each head's
 
     def add(self, losses: Losses, num_tokens: int) -> None:
-        backbone = losses.total.new_zeros(1) if losses.backbone is None else losses.backbone.reshape(1)
-        self.latest = torch.cat([losses.total.detach().reshape(1).float(), backbone.float(), losses.heads.float()])
-        self.sums = self.latest if self.sums is None else self.sums + self.latest
-        self.parts += 1
-        self.tokens += num_tokens * self.accelerator.num_processes
+        """Count a part of a step."""
         self.has_backbone = losses.backbone is not None
+        backbone = losses.total.new_zeros(()) if losses.backbone is None else losses.backbone
+        numbers = [losses.total.detach(), backbone, *losses.heads, losses.total.new_tensor(num_tokens)]
+        self.parts.append(torch.stack([number.float() for number in numbers]))
 
-    def read(self) -> float:
-        """The last part's loss, meaned over the processes: all of them see the same, and stop together."""
-        return float(self.accelerator.reduce(self.latest, "mean")[0])
+    def end_step(self) -> float:
+        """The step's loss, meaned over the processes: all of them see the same, and stop together."""
+        own = torch.stack(self.parts)  # [parts, 2 + K + 1]
+        shared: torch.Tensor = self.accelerator.reduce(torch.cat([own[:, :-1].mean(0), own[:, -1:].sum(0)]), "sum")
+        means = shared[:-1].double().cpu() / self.accelerator.num_processes
+        self.tokens += int(shared[-1])
+        self.sums = self.sums + means if self.steps else means
+        self.steps += 1
+        self.parts = []
+        return float(means[0])
+
+    @property
+    def tokens_here(self) -> int:
+        """Since this process began the stage."""
+        return self.tokens - self.tokens_before
 
     def entry(self) -> dict[str, Any]:
-        assert self.sums is not None  # something was added
-        mean = self.accelerator.reduce(self.sums / self.parts, "mean").tolist()
-        entry = {"loss": mean[0], "head_losses": [round(value, 5) for value in mean[2:]]}
-        if self.has_backbone:
-            entry["backbone_loss"] = mean[1]
-        seconds = time.perf_counter() - self.started
-        self._reset()
-        return entry | {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 1)}
+        """What a line of the log says; a new one begins."""
+        loss, backbone, *heads = (round(value, 6) for value in (self.sums / self.steps).tolist())
+        self.steps = 0
+        entry = {"loss": loss, "head_losses": heads} | ({"backbone_loss": backbone} if self.has_backbone else {})
+        rate = self.tokens_here / (time.perf_counter() - self.started)
+        return entry | {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
 
-    def _reset(self) -> None:
-        self.sums: torch.Tensor | None = None
-        self.parts = 0
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "steps": self.steps, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens = self.tokens_before = state["tokens"]
+        self.steps, self.sums = state["steps"], state["sums"]
 
 
 def _not_finite(stage: str, step: int, loss: float, work: WorkDirectory, settings: TrainSettings) -> str:
     kept = (step - 1) // settings.checkpoint_every * settings.checkpoint_every
     place = f"the checkpoint after step {kept} stays in {work.path}" if kept else "there is no checkpoint yet"
-    return f"the loss is {loss} at step {step} of {stage}; {place}. Lower --learning-rate, or use --mixed-precision no"
+    found = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    return f"{found} at step {step} of {stage}; {place}. Lower --learning-rate, or use --mixed-precision no"

@@ -32,10 +32,11 @@ class HiddenStates:
         next_ids: the backbone's next token at each row: the answers, one after another. [P]
         ends: for each row, where the rows of its answer end. [P]
         starts: where each answer's rows begin. [E]
+        lengths: how many rows each answer has. [E]
     """
 
     def __init__(self, rows: npt.NDArray[np.float16], examples: Sequence[Example]) -> None:
-        lengths = np.array([len(example.response_ids) for example in examples])
+        self.lengths = lengths = np.array([len(example.response_ids) for example in examples])
         self.rows = rows
         self.next_ids = np.fromiter((t for e in examples for t in e.response_ids), np.int64, lengths.sum())
         self.ends = np.repeat(np.cumsum(lengths), lengths)
@@ -53,7 +54,7 @@ def backbone_digest(model: PreTrainedModel) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -78,7 +79,7 @@ def cached_hidden_states(
         rank: of this process among `world` that share the work and the directory.
         world: how many they are.
         barrier: waits for all of them.
-        tell: is told how many more answer tokens are done.
+        tell: is told how many answer tokens are done, by all processes.
 
     Raises:
         MedusaError: a hidden state is not a finite float16 number.
@@ -90,7 +91,8 @@ def cached_hidden_states(
     rows = np.lib.format.open_memmap(directory / ROWS_NAME, "r+")
     done = np.lib.format.open_memmap(directory / DONE_NAME, "r+")
     states = HiddenStates(rows, examples)
-    tell(sum(len(examples[place].response_ids) for place in np.flatnonzero(done)))
+    lengths = states.lengths
+    tell(int(lengths[done].sum()))
     missing = sorted(
         (place for place in range(rank, len(examples), world) if not done[place]), key=lambda p: examples[p].num_tokens
     )
@@ -104,7 +106,7 @@ def cached_hidden_states(
                 raise MedusaError("the backbone's hidden states do not fit float16; it cannot be trained on")
             rows[states.starts[place] :][: len(values)] = values
             done[place] = True
-        tell(sum(len(examples[place].response_ids) for place in group))
+        tell(int(lengths[done].sum()))
     rows.flush()
     barrier()
     return HiddenStates(np.lib.format.open_memmap(directory / ROWS_NAME, "r"), examples)
@@ -131,7 +133,7 @@ def _prepare(directory: Path, facts: dict[str, str], shape: tuple[int, int], num
     """Make empty files unless those there are of the same run."""
     directory.mkdir(parents=True, exist_ok=True)
     place = directory / FACTS_NAME
-    if place.exists() and json.loads(place.read_text()) == facts:
+    if (directory / ROWS_NAME).exists() and place.exists() and json.loads(place.read_text()) == facts:
         return
     place.unlink(missing_ok=True)
     np.lib.format.open_memmap(directory / ROWS_NAME, "w+", np.float16, shape).flush()

@@ -28,6 +28,7 @@ from medusa_heads.train.objective import JointObjective, LmHead
 from medusa_heads.train.schedule import weight_factor
 from medusa_heads.train.settings import TrainSettings
 
+JOINT = "joint"  # the stage's name
 PERPLEXITY_ROWS = 512  # whose logits are held at once
 
 
@@ -84,7 +85,7 @@ def train_jointly(
     slow = settings.learning_rate / settings.heads_rate_multiple
     lengths = [example.num_tokens - 1 for example in examples]
     stage = Stage(
-        name="joint",
+        name=JOINT,
         objective=objective,
         groups=[
             {"params": list(heads.parameters()), "lr": settings.learning_rate},

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel
 
 from medusa_heads.config import HeadsConfig
@@ -23,7 +24,7 @@ from medusa_heads.train.checkpoints import WorkDirectory
 from medusa_heads.train.examples import Example, digest, split
 from medusa_heads.train.fit import News, Stage, fit
 from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidden_states
-from medusa_heads.train.joint import JointResult, perplexity, train_jointly
+from medusa_heads.train.joint import JOINT, JointResult, perplexity, train_jointly
 from medusa_heads.train.objective import HeadsObjective, LmHead
 from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import CheckpointError, MedusaError, OptionError
@@ -104,32 +105,36 @@ def train(
     if lm_head.token_ids is not None:
         listener.note(f"the loss counts {len(lm_head.token_ids)} of {len(output.weight)} tokens")
 
+    set_seed(settings.seed)
     heads_first = settings.epochs if settings.method == "medusa-1" else settings.heads_first
-    if heads_first:
-        stage = _heads_stage(heads, lm_head, states, settings, heads_first, accelerator.device)
+    if heads_first and work.stage != JOINT:  # else they are done, and the joint stage's checkpoint has them
+        stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, heads_first, accelerator.device)
         log = _AccuracyLog(work, source, held_states, listener) if held_states is not None else lambda *_: None
         objective = fit(stage, accelerator, work, settings, listener.step, log)
-        _take(heads, accelerator.get_state_dict(objective))
+        _take(heads, broadcast_object_list([accelerator.get_state_dict(objective)])[0])  # sharded, only the main process has it
         _forget(accelerator)
     joint = None
     if settings.method == "medusa-2":
         joint = train_jointly(
             source.model, source.reload, heads, lm_head, training, states, settings, accelerator, work, listener.step
         )
-        _take(heads, joint.state)
+        _forget(accelerator)
     elif backbone_digest(source.model) != identity:
         raise MedusaError("the backbone's weights changed while its heads were trained; this must not happen")
     if not accelerator.is_main_process:
         return None
 
+    if joint:
+        _take(heads, joint.state)
     heads = heads.cpu().eval().to(native.DTYPES[settings.heads_dtype])
     evaluation = None
     if held_states is not None:
         final = joint.model if joint else source.model
         if joint:
             held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(final))
-        judged = copy.deepcopy(heads).to(final.device, final.dtype)
-        evaluation = evaluate(judged, final.get_output_embeddings(), held_states, digest=heads.digest(), data=digest(held_out))
+        output = final.get_output_embeddings()
+        judged = copy.deepcopy(heads).to(output.weight.device, output.weight.dtype)
+        evaluation = evaluate(judged, output, held_states, digest=heads.digest(), data=digest(held_out))
     facts: dict[str, Any] = {
         "backbone_sha256": identity,
         "backbone_unchanged": settings.method == "medusa-1",
@@ -140,7 +145,8 @@ def train(
         "mixed_precision": accelerator.mixed_precision,
     }
     if joint and held_out:
-        facts["perplexity"] = {"original": perplexity(source.reload(), held_out), "trained": perplexity(joint.model, held_out)}
+        original = source.reload().to(accelerator.device)
+        facts["perplexity"] = {"original": perplexity(original, held_out), "trained": perplexity(joint.model, held_out)}
     return TrainResult(heads, evaluation, joint, facts)
 
 
@@ -156,13 +162,7 @@ def _identity(
 def _hidden_states(
     source: Source, examples: list[Example], directory: Path, identity: str, accelerator: Accelerator, listener: Listener
 ) -> HiddenStates:
-    total, done = sum(len(example.response_ids) for example in examples), 0
-
-    def tell(more: int) -> None:
-        nonlocal done
-        done += more
-        listener.cached(done, total)
-
+    total = sum(len(example.response_ids) for example in examples)
     return cached_hidden_states(
         source.model,
         examples,
@@ -171,7 +171,7 @@ def _hidden_states(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         barrier=accelerator.wait_for_everyone,
-        tell=tell,
+        tell=lambda done: listener.cached(done, total),
     )
 
 
@@ -194,6 +194,7 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
         found, asked = getattr(heads.config, name), getattr(wanted, name)
         if found != asked:
             raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, this run needs {asked}")
+    heads.config = wanted  # they may have been made for another model of this shape
     return heads
 
 
@@ -237,9 +238,7 @@ def _bias(output: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
 
 def _take(heads: MedusaHeads, state: dict[str, torch.Tensor]) -> None:
     """Take the heads' weights out of an objective's."""
-    own = {name.removeprefix("heads."): tensor for name, tensor in state.items() if name.startswith("heads.")}
-    if own:  # with FSDP only the main process gets them
-        heads.load_state_dict(own)
+    heads.load_state_dict({name.removeprefix("heads."): value for name, value in state.items() if name.startswith("heads.")})
 
 
 def _forget(accelerator: Accelerator) -> None:
@@ -260,11 +259,11 @@ class _AccuracyLog:
         state = self.work.accelerator.get_state_dict(objective)
         if not self.work.accelerator.is_main_process:
             return
-        unwrapped = self.work.accelerator.unwrap_model(objective)
-        heads = MedusaHeads(unwrapped.heads.config).to(self.source.model.dtype)
+        output = self.source.model.get_output_embeddings()
+        heads = MedusaHeads(self.work.accelerator.unwrap_model(objective).heads.config)
         _take(heads, state)
-        heads = heads.to(self.source.model.device)
-        accuracy = accuracies(target_ranks(heads, self.source.model.get_output_embeddings(), self.states, self.rows))
+        heads = heads.to(output.weight.device, output.weight.dtype)
+        accuracy = accuracies(target_ranks(heads, output, self.states, self.rows))
         top1, top5 = accuracy[:, 0].round(4).tolist(), accuracy[:, :5].sum(1).round(4).tolist()
         self.work.log(stage="heads", step=step, held_out_top1=top1, held_out_top5=top5)
         self.listener.note(f"step {step}: held-out top-1 of the heads {top1}")
