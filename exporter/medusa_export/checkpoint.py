@@ -138,6 +138,8 @@ def load_backbone(
         ExportError: the architecture knows no attention of that name.
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
+        if quantization is not None:
+            raise CheckpointError(f"{source} is an adapter, which cannot be loaded quantised; merge it into its model first")
         return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
     place, options = _resolve(source)
     if quantization is not None:
@@ -181,9 +183,11 @@ def _adapter_base(source: str) -> str:
     place = Path(source) / ADAPTER_CONFIG
     try:
         base = json.loads(place.read_text())["base_model_name_or_path"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{place} is damaged: it does not name the model it was made for") from error
-    return str(base)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise CheckpointError(f"{place} is damaged: it does not name the model it was made for")
+    return base
 
 
 def _require_complete(source: str, loaded: dict[str, Any]) -> None:
@@ -221,7 +225,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
         CheckpointError: it has none, or none that the runtime can read.
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
-        source = _adapter_base(source)
+        return load_tokenizer(_adapter_base(source), trust_remote_code=trust_remote_code)
     place, options = _resolve(source)
     options.pop("quantization_config", None)
     _quiet()

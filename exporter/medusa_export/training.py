@@ -58,7 +58,6 @@ def train(options: TrainOptions) -> bool:
         MedusaError: the loss is no finite number.
         MissingExtraError: an option needs a package that is not installed.
     """
-    settings = options.settings
     require_new(options.output, native.is_alone, force=options.force, inputs=(options.model, *options.data))
     _require_sensible(options)
     if options.threads:
@@ -86,9 +85,8 @@ def _examples(options: TrainOptions, codec: CheckpointCodec) -> tuple[list[Examp
         return examples, 0
     overlap = Overlap(options.exclude)
     kept = [example for example in examples if not overlap.found_in(codec.decode((*example.prompt_ids, *example.response_ids)))]
-    note(
-        f"{len(examples) - len(kept)} answers share {WORDS} words in a row with {', '.join(map(str, options.exclude))}: left out"
-    )
+    places = ", ".join(map(str, options.exclude))
+    note(f"{len(examples) - len(kept)} answers share {WORDS} words in a row with {places}: left out")
     if not kept:
         raise OptionError("every answer is excluded by --exclude; no data is left")
     return kept, len(examples) - len(kept)
@@ -98,13 +96,15 @@ def _require_sensible(options: TrainOptions) -> None:
     settings = options.settings
     if settings.method == "medusa-2" and settings.load_in_4bit:
         raise OptionError("--load-in-4bit is for medusa-1: medusa-2 trains the backbone's own weights")
+    if settings.backbone == "full" and settings.save_backbone == "adapter":
+        raise OptionError("--save-backbone adapter needs --backbone lora: a backbone that learns in full has no adapter")
     if options.plot:
         from medusa_export import plots  # noqa: F401, PLC0415 - to find out now, not after the work
 
 
 def _accelerator(options: TrainOptions) -> Accelerator:
     device = torch_device(options.device)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # which accelerate then takes
     precision = options.settings.mixed_precision
     if precision == "auto":
@@ -140,7 +140,7 @@ def _load(options: TrainOptions, device: torch.device) -> Backbone:
     if settings.max_length > backbone.max_seq_len:
         raise OptionError(f"--max-length is {settings.max_length}, the model takes {backbone.max_seq_len}; lower it")
     if not settings.load_in_4bit:  # which is on its device already
-        backbone.model.to(device)
+        backbone.model.to(device)  # type: ignore[arg-type] # Transformers wraps it untyped
     return backbone
 
 
@@ -149,7 +149,7 @@ def _reload(options: TrainOptions) -> PreTrainedModel:
 
 
 def _run(
-    source: Source, examples: list[Any], options: TrainOptions, work: Path, accelerator: Accelerator
+    source: Source, examples: list[Example], options: TrainOptions, work: Path, accelerator: Accelerator
 ) -> TrainResult | None:
     with count_stage("hidden states", 1) as tell_cached, count_stage("steps", 1) as tell_step:
         first: dict[str, int] = {}  # what was done when this process began
@@ -180,7 +180,11 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
         if result.evaluation is not None:
             (directory / native.EVALUATION_NAME).write_text(result.evaluation.model_dump_json(indent=1) + "\n")
         if result.joint is not None:
-            result.joint.save(directory / settings.save_backbone, settings.save_backbone)
+            place = directory / settings.save_backbone
+            base = Path(options.model)
+            result.joint.save(place, settings.save_backbone, str(base.resolve()) if base.exists() else options.model)
+            if settings.save_backbone == "merged":  # a checkpoint of its own
+                load_tokenizer(options.model, trust_remote_code=options.trust_remote_code).save_pretrained(place)
         shutil.copy(work / LOG_NAME, directory / native.LOG_NAME)
         (directory / native.RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n")
         if options.plot:

@@ -83,7 +83,8 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
 def accuracies(ranks: IntArray) -> npt.NDArray[np.float64]:
     """How often each rank of each head is the right one, among its valid rows. [n, K] -> [K, TOP_K]"""
     counts = np.stack([np.bincount(column[column >= 0], minlength=TOP_K + 1)[:TOP_K] for column in ranks.T])
-    return counts / np.maximum(1, (ranks >= 0).sum(0))[:, None]
+    shares: npt.NDArray[np.float64] = counts / np.maximum(1, (ranks >= 0).sum(0))[:, None]
+    return shares
 
 
 def best_tree(ranks: IntArray, num_nodes: int) -> CandidateTree:
@@ -125,10 +126,10 @@ def accepted_drafts(ranks: IntArray, tree: CandidateTree) -> IntArray:
     for (parent, rank), node in children.items():
         if rank < TOP_K:
             lookup[parent, rank] = node
-    node, accepted = np.zeros(len(ranks), np.int64), np.zeros(len(ranks), np.int64)
+    reached, accepted = np.zeros(len(ranks), np.int64), np.zeros(len(ranks), np.int64)
     for depth in range(min(tree.depth, ranks.shape[1])):
-        node = np.where(node >= 0, lookup[node, ranks[:, depth]], -1)  # -1 as a rank is the last column
-        accepted += node >= 0
+        reached = np.where(reached >= 0, lookup[reached, ranks[:, depth]], -1)  # -1 as a rank is the last column
+        accepted += reached >= 0
     return accepted
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": "Compare a bundle with the PyTorch model.",
     "trt": "Build TensorRT engines from an ONNX bundle.",
     "generate": "Decode a prompt with a bundle.",
+    "recipes": "Run all steps for a model with one command.",
 }
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export",

@@ -59,10 +59,11 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def _click_type(kind: Any, field: FieldInfo) -> click.ParamType | type:
+def _click_type(kind: Any, field: FieldInfo) -> click.ParamType[Any] | type:
     if get_origin(kind) is Literal:
         return click.Choice(list(get_args(kind)))
-    least = most = None
+    least: Any = None
+    most: Any = None
     open_least = open_most = False
     for bound in field.metadata:
         match bound:

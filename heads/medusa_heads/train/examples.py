@@ -61,7 +61,8 @@ def read_examples(paths: Sequence[str | Path], codec: CheckpointCodec, *, max_le
 
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
     """Those to train on, and those held out: decided by each one's prompt alone, so the same in every run on any data."""
-    training, kept = [], []
+    training: list[Example] = []
+    kept: list[Example] = []
     for example in examples:
         place = zlib.crc32(repr(example.prompt_ids).encode()) / 2**32
         (kept if place < held_out else training).append(example)
@@ -98,10 +99,12 @@ def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row: Any = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise OptionError(f"{where} is not JSON: {error}") from error
-    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        raise OptionError(f"{where} is no object")
+    messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(message, dict) for message in messages):
         raise OptionError(f"{where} has no messages that end with an answer")
     if messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -117,7 +117,7 @@ def fit(
         if done % settings.checkpoint_every == 0 or done == num_steps:
             work.save(stage.name, done)
     objective.eval()
-    return objective
+    return cast("torch.nn.Module", objective)
 
 
 class _Meter:

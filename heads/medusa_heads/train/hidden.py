@@ -1,7 +1,7 @@
 """The frozen backbone's last hidden states, computed once and kept on disk: heads then train without running the backbone.
 
-Of an answer r[0..R) the rows are those that r is read off: row n comes from the position before r[n], so that the backbone's own
-guess there is r[n], and head k (from 0) is to guess r[n + k + 1].
+Of an answer r[0..R) the rows are those that r is read off: row n comes from the position before r[n], so that the backbone's
+own guess there is r[n], and head k (from 0) is to guess r[n + k + 1].
 """
 
 from __future__ import annotations

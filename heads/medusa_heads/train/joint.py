@@ -6,6 +6,7 @@ self-distilled data, the KL divergence from the original model).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ from medusa_heads.train.checkpoints import WorkDirectory
 from medusa_heads.train.examples import Example
 from medusa_heads.train.fit import News, Stage, fit
 from medusa_heads.train.hidden import HiddenStates, cached_hidden_states, pad_right, response_states
-from medusa_heads.train.objective import JointObjective, LmHead
+from medusa_heads.train.objective import JointObjective, LmHead, lm_head_of
 from medusa_heads.train.schedule import weight_factor
 from medusa_heads.train.settings import TrainSettings
 
@@ -37,15 +38,21 @@ class JointResult:
     """What both became."""
 
     state: dict[str, torch.Tensor]  # of the objective: heads.…
-    model: PreTrainedModel  # the backbone as it is now, fp32 on the CPU; an adapter merged into it
+    model: PreTrainedModel  # the backbone as it is now, in fp32; an adapter merged into it
     adapter: PeftModel | None  # around that model, where only an adapter learned
 
-    def save(self, directory: Path, mode: Literal["merged", "adapter"]) -> None:
-        """Write the backbone as a checkpoint; or only its adapter, where there is one."""
-        if self.adapter is not None and mode == "adapter":
-            self.adapter.save_pretrained(directory)
+    def save(self, directory: Path, mode: Literal["merged", "adapter"], base: str) -> None:
+        """Write the backbone as a checkpoint, or only its adapter, which names the `base` it belongs to.
+
+        Call it last: the adapter's layers are taken out of the model.
+        """
+        if self.adapter is None:
+            self.model.save_pretrained(directory)
+        elif mode == "merged":
+            self.adapter.unload().save_pretrained(directory)  # what was merged stays
         else:
-            (self.adapter.merge_and_unload() if self.adapter is not None else self.model).save_pretrained(directory)
+            self.adapter.peft_config["default"].base_model_name_or_path = base
+            self.adapter.save_pretrained(str(directory), save_embedding_layers=False)
 
     def hidden_states(self, examples: Sequence[Example], directory: Path, identity: str) -> HiddenStates:
         """Answers' hidden states as the backbone gives them now."""
@@ -78,10 +85,10 @@ def train_jointly(
         work: log and checkpoints.
         tell: told after every step.
     """
-    output = backbone.get_output_embeddings()
-    original = LmHead(output.weight.to(lm_head.weight.dtype), getattr(output, "bias", None))
-    learner: Any = _with_adapter(backbone, settings) if settings.backbone == "lora" else backbone.train()
-    objective = JointObjective(learner, heads, lm_head, original, settings.loss_decay, settings.backbone_loss)
+    original = lm_head_of(backbone, lm_head.weight.dtype)
+    if settings.backbone == "lora":
+        _with_adapter(backbone, settings)  # its layers are now the backbone's
+    objective = JointObjective(backbone, heads, lm_head, original, settings.loss_decay, settings.backbone_loss)
     slow = settings.learning_rate / settings.heads_rate_multiple
     lengths = [example.num_tokens - 1 for example in examples]
     stage = Stage(
@@ -89,7 +96,7 @@ def train_jointly(
         objective=objective,
         groups=[
             {"params": list(heads.parameters()), "lr": settings.learning_rate},
-            {"params": [p for p in learner.parameters() if p.requires_grad], "lr": slow},
+            {"params": [p for p in backbone.parameters() if p.requires_grad], "lr": slow},
         ],
         epochs=settings.epochs,
         batches=lambda epoch: batches.sequence_batches(lengths, settings.batch_tokens, settings.seed, epoch),
@@ -98,7 +105,7 @@ def train_jointly(
     state = accelerator.get_state_dict(fit(stage, accelerator, work, settings, tell))
     if not accelerator.is_main_process:
         return JointResult(state, backbone, None)
-    return _result(state, reload(), settings)
+    return _result(state, reload().to(accelerator.device), settings)
 
 
 def _with_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
@@ -109,7 +116,9 @@ def _with_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear",  # peft leaves the LM head out
     )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft asks of Transformers, and what it finds out about GPT-2's layers
+        return get_peft_model(model, config)
 
 
 class _Loader:
@@ -148,16 +157,13 @@ class _Loader:
 
 def _result(state: dict[str, torch.Tensor], fresh: PreTrainedModel, settings: TrainSettings) -> JointResult:
     """Put what the backbone learned into a fresh copy of it."""
-    learned = {
-        name.removeprefix("backbone."): tensor.float().cpu() for name, tensor in state.items() if name.startswith("backbone.")
-    }
-    if settings.backbone == "full":
-        fresh.load_state_dict(learned, strict=False)  # tied weights are listed once
-        return JointResult(state, fresh.eval(), None)
-    adapter = _with_adapter(fresh, settings)
-    set_peft_model_state_dict(adapter, get_peft_model_state_dict(adapter, state_dict=learned))
-    adapter.merge_adapter()
-    return JointResult(state, adapter.get_base_model().eval(), adapter)
+    adapter = _with_adapter(fresh, settings) if settings.backbone == "lora" else None
+    learned = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    strange = fresh.load_state_dict(learned, strict=False).unexpected_keys  # not strict, as tied weights may be there once
+    assert not strange, strange
+    if adapter is not None:
+        adapter.merge_adapter()
+    return JointResult(state, fresh.eval(), adapter)
 
 
 @torch.no_grad()

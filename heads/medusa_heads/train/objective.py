@@ -1,16 +1,18 @@
 """What is minimised. Each objective is a module whose forward pass gives the losses of one batch.
 
-Source: Cai et al., "Medusa", section 2.2: Medusa-1 is the sum over heads k of decay^k · CE(head k, token t + k + 2); Medusa-2 adds
-the backbone's own loss, which for self-distilled data is the KL divergence from the original model (section 2.3.2).
+Source: Cai et al., "Medusa", section 2.2: Medusa-1 is the sum over heads k of decay^k · CE(head k, token t + k + 2); Medusa-2
+adds the backbone's own loss, which for self-distilled data is the KL divergence from the original model (section 2.3.2).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from medusa_heads.modules import MedusaHeads
 
@@ -18,8 +20,7 @@ IGNORED = -100  # what cross_entropy passes over
 KL_ROWS = 256  # whose logits over the whole vocabulary, of both models, are held at once
 
 
-@dataclass
-class Losses:
+class Losses(NamedTuple):  # and no dataclass: FSDP finds the tensors in a tuple alone
     """Of one batch."""
 
     total: torch.Tensor  # what is minimised
@@ -36,22 +37,37 @@ class LmHead(nn.Module):
         token_ids: the V' tokens that count, none for all. Other targets are left out.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    token_ids: torch.Tensor | None
+    index: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None = None) -> None:
         super().__init__()
-        kept = slice(None) if token_ids is None else token_ids
-        self.register_buffer("weight", weight.detach()[kept].clone(), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach()[kept].clone(), persistent=False)
         index = torch.arange(len(weight))
         if token_ids is not None:
             index = torch.full((len(weight),), IGNORED)
             index[token_ids] = torch.arange(len(token_ids))
         self.register_buffer("token_ids", token_ids, persistent=False)
         self.register_buffer("index", index, persistent=False)
+        self.register_buffer("weight", self.kept(weight.detach()).clone(), persistent=False)
+        self.register_buffer("bias", None if bias is None else self.kept(bias.detach()).clone(), persistent=False)
+
+    def kept(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of the tokens that count. [V, …] -> [V', …]"""
+        return rows if self.token_ids is None else rows[self.token_ids]
 
     def places(self, targets: torch.Tensor) -> torch.Tensor:
         """Where among the tokens that count the targets are; IGNORED for others and for -1. Any shape."""
         found: torch.Tensor = self.index[targets.clamp(min=0)]
         return found.masked_fill(targets < 0, IGNORED)
+
+
+def lm_head_of(model: PreTrainedModel, dtype: torch.dtype, token_ids: torch.Tensor | None = None) -> LmHead:
+    """A copy of a model's LM head in some precision, for the tokens that count."""
+    output: Any = model.get_output_embeddings()
+    bias = getattr(output, "bias", None)
+    return LmHead(output.weight.to(dtype), None if bias is None else bias.to(dtype), token_ids)
 
 
 class HeadsObjective(nn.Module):
@@ -70,16 +86,26 @@ class HeadsObjective(nn.Module):
         return Losses((losses * weights).sum(), losses.detach())
 
 
-def heads_losses(heads: MedusaHeads, lm_head: LmHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each head over its valid targets. [N, C], [N, K] -> [K]"""
+def heads_losses(
+    heads: MedusaHeads, lm_head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, learning: Any = None
+) -> torch.Tensor:
+    """Mean cross-entropy of each head over its valid targets. [N, C], [N, K] -> [K]
+
+    Args:
+        heads: what learns.
+        lm_head: the tokens that count, and the LM head of heads that have none.
+        hidden: what the heads read.
+        targets: what they are to guess, -1 where there is nothing.
+        learning: the backbone's LM head where it learns as well; it then takes the place of `lm_head`'s weights.
+    """
     places = lm_head.places(targets)  # [N, K]
+    shared = (lm_head.weight, lm_head.bias)
+    if learning is not None:
+        shared = (lm_head.kept(learning.weight), None if learning.bias is None else lm_head.kept(learning.bias))
     losses = []
     for k, head in enumerate(heads.heads):
-        weight, bias = lm_head.weight, lm_head.bias
-        if head.lm_head is not None:
-            weight, bias = head.lm_head.weight, None
-            weight = weight if lm_head.token_ids is None else weight[lm_head.token_ids]
-        logits = F.linear(head(hidden), weight.to(hidden.dtype), bias)  # [N, V']
+        weight, bias = shared if head.lm_head is None else (lm_head.kept(head.lm_head.weight), None)
+        logits = F.linear(head(hidden), weight, bias)  # [N, V']
         total = F.cross_entropy(logits, places[:, k], ignore_index=IGNORED, reduction="sum")
         losses.append(total / (places[:, k] != IGNORED).sum().clamp(min=1))  # a batch may have no target for the last heads
     return torch.stack(losses)
@@ -89,19 +115,19 @@ class JointObjective(nn.Module):
     """Medusa-2: the heads' loss beside the backbone's own, on token sequences.
 
     Args:
-        backbone: what learns; a causal LM, maybe with an adapter.
+        backbone: what learns; an adapter's layers may be in it.
         heads: what learns with it.
-        lm_head: the original's, for the tokens that count in the heads' loss, where heads share it.
+        lm_head: the original's, for the tokens that count in the heads' loss.
         original: the original's LM head, all of it; the KL's reference is read off it.
         decay: head k counts decay^k.
         backbone_loss: ``kl`` or ``ce``.
     """
 
     def __init__(
-        self, backbone: nn.Module, heads: MedusaHeads, lm_head: LmHead, original: LmHead, decay: float, backbone_loss: str
+        self, backbone: PreTrainedModel, heads: MedusaHeads, lm_head: LmHead, original: LmHead, decay: float, backbone_loss: str
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.heads = heads
         self.lm_head = lm_head
         self.original = original
@@ -118,29 +144,32 @@ class JointObjective(nn.Module):
         heads_weight: float,
     ) -> Losses:
         """Losses of a batch of sequences."""
-        output = self.backbone(input_ids=tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        hidden = output.hidden_states[-1].flatten(0, 1)[rows]  # [N, C], after the final norm
-        losses = heads_losses(self.heads, self.lm_head, hidden, targets)
+        states = self.backbone.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, C]
+        hidden = states.flatten(0, 1)[rows]  # [N, C]
+        output = self.backbone.get_output_embeddings()
+        losses = heads_losses(self.heads, self.lm_head, hidden, targets, output if output.weight.requires_grad else None)
         weights = self.decay ** torch.arange(len(losses), device=losses.device)
-        backbone = self._backbone_loss(hidden, next_ids, reference)
+        backbone = self._backbone_loss(output, hidden, next_ids, reference)
         return Losses(backbone + heads_weight * (losses * weights).sum(), losses.detach(), backbone.detach())
 
-    def _backbone_loss(self, hidden: torch.Tensor, next_ids: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        lm_head = self.backbone.get_output_embeddings()
+    def _backbone_loss(
+        self, lm_head: nn.Module, hidden: torch.Tensor, next_ids: torch.Tensor, reference: torch.Tensor
+    ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), KL_ROWS):
             part = slice(start, start + KL_ROWS)
-            total = total + torch.utils.checkpoint.checkpoint(
-                self._part_loss, hidden[part], lm_head, next_ids[part], reference[part], use_reentrant=False
+            total = total + checkpoint(
+                self._part_loss, lm_head, hidden[part], next_ids[part], reference[part], use_reentrant=False
             )
         return total / len(hidden)
 
     def _part_loss(
-        self, hidden: torch.Tensor, lm_head: nn.Module, next_ids: torch.Tensor, reference: torch.Tensor
+        self, lm_head: nn.Module, hidden: torch.Tensor, next_ids: torch.Tensor, reference: torch.Tensor
     ) -> torch.Tensor:
         logits = lm_head(hidden).float()  # [n, V]
         if self.backbone_loss == "ce":
             return F.cross_entropy(logits, next_ids, reduction="sum")
         with torch.no_grad():
-            wanted = F.linear(reference.to(hidden.dtype), self.original.weight.to(hidden.dtype), self.original.bias).float()
+            weight = self.original.weight
+            wanted = F.linear(reference.to(weight.dtype), weight, self.original.bias).float()
         return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)

@@ -25,7 +25,7 @@ from medusa_heads.train.examples import Example, digest, split
 from medusa_heads.train.fit import News, Stage, fit
 from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidden_states
 from medusa_heads.train.joint import JOINT, JointResult, perplexity, train_jointly
-from medusa_heads.train.objective import HeadsObjective, LmHead
+from medusa_heads.train.objective import HeadsObjective, LmHead, lm_head_of
 from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import CheckpointError, MedusaError, OptionError
 
@@ -93,25 +93,19 @@ def train(
         raise OptionError("all conversations are held out; lower --held-out or use more data")
     identity = backbone_digest(source.model)
     work = WorkDirectory(work_path, _identity(settings, identity, training, held_out, accelerator), accelerator)
-
     states = _hidden_states(source, training, hidden_path / "train", identity, accelerator, listener)
-    held_states = (
-        _hidden_states(source, held_out, hidden_path / "held-out", identity, accelerator, listener) if held_out else None
-    )
-    heads = _new_heads(source, settings)
-    output = source.model.get_output_embeddings()
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    lm_head = LmHead(output.weight.to(dtype), _bias(output, dtype), _kept_tokens(states, settings, len(output.weight)))
-    if lm_head.token_ids is not None:
-        listener.note(f"the loss counts {len(lm_head.token_ids)} of {len(output.weight)} tokens")
+    held_states = None
+    if held_out:
+        held_states = _hidden_states(source, held_out, hidden_path / "held-out", identity, accelerator, listener)
 
     set_seed(settings.seed)
-    heads_first = settings.epochs if settings.method == "medusa-1" else settings.heads_first
-    if heads_first and work.stage != JOINT:  # else they are done, and the joint stage's checkpoint has them
-        stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, heads_first, accelerator.device)
-        log = _AccuracyLog(work, source, held_states, listener) if held_states is not None else lambda *_: None
-        objective = fit(stage, accelerator, work, settings, listener.step, log)
-        _take(heads, broadcast_object_list([accelerator.get_state_dict(objective)])[0])  # sharded, only the main process has it
+    heads = _new_heads(source, settings)
+    lm_head = _lm_head(source, states, settings, accelerator, listener)
+    epochs = settings.epochs if settings.method == "medusa-1" else settings.heads_first
+    if epochs and work.stage != JOINT:  # else they are done, and the joint stage's checkpoint has them
+        stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, epochs, accelerator.device)
+        log = _AccuracyLog(heads.config, work, source, held_states, listener) if held_states is not None else lambda *_: None
+        heads.load_state_dict(_learned(fit(stage, accelerator, work, settings, listener.step, log), accelerator))
         _forget(accelerator)
     joint = None
     if settings.method == "medusa-2":
@@ -125,16 +119,11 @@ def train(
         return None
 
     if joint:
-        _take(heads, joint.state)
+        heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
+        heads.load_state_dict(_of_heads(joint.state))
     heads = heads.cpu().eval().to(native.DTYPES[settings.heads_dtype])
-    evaluation = None
-    if held_states is not None:
-        final = joint.model if joint else source.model
-        if joint:
-            held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(final))
-        output = final.get_output_embeddings()
-        judged = copy.deepcopy(heads).to(output.weight.device, output.weight.dtype)
-        evaluation = evaluate(judged, output, held_states, digest=heads.digest(), data=digest(held_out))
+    if joint and held_out:
+        held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(joint.model))
     facts: dict[str, Any] = {
         "backbone_sha256": identity,
         "backbone_unchanged": settings.method == "medusa-1",
@@ -145,9 +134,20 @@ def train(
         "mixed_precision": accelerator.mixed_precision,
     }
     if joint and held_out:
-        original = source.reload().to(accelerator.device)
-        facts["perplexity"] = {"original": perplexity(original, held_out), "trained": perplexity(joint.model, held_out)}
+        original: Any = source.reload()
+        first, last = perplexity(original.to(accelerator.device), held_out), perplexity(joint.model, held_out)
+        facts["perplexity"] = {"original": first, "trained": last}
+    evaluation = _evaluation(heads, joint.model if joint else source.model, held_states, digest(held_out))
     return TrainResult(heads, evaluation, joint, facts)
+
+
+def _evaluation(heads: MedusaHeads, model: PreTrainedModel, states: HiddenStates | None, data: str) -> Evaluation | None:
+    """As the heads will be kept, but in the precision of the model."""
+    if states is None:
+        return None
+    output: Any = model.get_output_embeddings()
+    judged = copy.deepcopy(heads).to(output.weight.device, output.weight.dtype)
+    return evaluate(judged, output, states, digest=heads.digest(), data=data)
 
 
 def _identity(
@@ -198,6 +198,17 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
     return heads
 
 
+def _lm_head(
+    source: Source, states: HiddenStates, settings: TrainSettings, accelerator: Accelerator, listener: Listener
+) -> LmHead:
+    """In the precision that products will have."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    lm_head = lm_head_of(source.model, dtype, _kept_tokens(states, settings, source.model.config.get_text_config().vocab_size))
+    if lm_head.token_ids is not None:
+        listener.note(f"the loss counts {len(lm_head.token_ids)} of {len(lm_head.index)} tokens")
+    return lm_head
+
+
 def _kept_tokens(states: HiddenStates, settings: TrainSettings, vocab_size: int) -> torch.Tensor | None:
     if settings.min_token_count == 1:
         return None
@@ -231,14 +242,16 @@ def _heads_stage(
     )
 
 
-def _bias(output: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
-    bias = getattr(output, "bias", None)
-    return None if bias is None else bias.to(dtype)
+def _of_heads(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The heads' weights among an objective's."""
+    return {name.removeprefix("heads."): value.cpu() for name, value in state.items() if name.startswith("heads.")}
 
 
-def _take(heads: MedusaHeads, state: dict[str, torch.Tensor]) -> None:
-    """Take the heads' weights out of an objective's."""
-    heads.load_state_dict({name.removeprefix("heads."): value for name, value in state.items() if name.startswith("heads.")})
+def _learned(objective: torch.nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The heads' weights, on every process; of a sharded objective only the main one has them at first."""
+    own = _of_heads(accelerator.get_state_dict(objective))
+    state: dict[str, torch.Tensor] = broadcast_object_list([own])[0]
+    return state
 
 
 def _forget(accelerator: Accelerator) -> None:
@@ -250,18 +263,20 @@ def _forget(accelerator: Accelerator) -> None:
 class _AccuracyLog:
     """Writes the held-out accuracies after each epoch."""
 
-    def __init__(self, work: WorkDirectory, source: Source, states: HiddenStates, listener: Listener) -> None:
-        self.work, self.source, self.states, self.listener = work, source, states, listener
+    def __init__(
+        self, config: HeadsConfig, work: WorkDirectory, source: Source, states: HiddenStates, listener: Listener
+    ) -> None:
+        self.config, self.work, self.source, self.states, self.listener = config, work, source, states, listener
         generator = np.random.default_rng(0)
         self.rows = generator.permutation(len(states.next_ids))[:LOG_ROWS]
 
     def __call__(self, objective: torch.nn.Module, step: int) -> None:
-        state = self.work.accelerator.get_state_dict(objective)
+        state = _of_heads(self.work.accelerator.get_state_dict(objective))
         if not self.work.accelerator.is_main_process:
             return
-        output = self.source.model.get_output_embeddings()
-        heads = MedusaHeads(self.work.accelerator.unwrap_model(objective).heads.config)
-        _take(heads, state)
+        output: Any = self.source.model.get_output_embeddings()
+        heads = MedusaHeads(self.config)
+        heads.load_state_dict(state)
         heads = heads.to(output.weight.device, output.weight.dtype)
         accuracy = accuracies(target_ranks(heads, output, self.states, self.rows))
         top1, top5 = accuracy[:, 0].round(4).tolist(), accuracy[:, :5].sum(1).round(4).tolist()
