@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
@@ -111,12 +112,16 @@ def _accelerator(options: TrainOptions) -> Accelerator:
         precision = "bf16" if fast_precision(device) == "bf16" else "no"
     if precision == "fp16" and device.type == "cpu":
         raise OptionError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    return Accelerator(
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process needs the weights, for its share of hidden states
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=options.settings.gradient_accumulation,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they never change
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        raise OptionError("FSDP is supported on GPUs, with --fsdp_version 2; use that, or --multi_gpu instead of --use_fsdp")
+    return accelerator
 
 
 def _load(options: TrainOptions, device: torch.device) -> Backbone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -75,9 +76,11 @@ def fit(
         )
     num_steps = min(settings.max_steps or math.inf, math.ceil(stage.epochs * steps_per_epoch))
     assert isinstance(num_steps, int)
-    objective, optimizer = accelerator.prepare(
-        stage.objective, torch.optim.AdamW(stage.groups, weight_decay=settings.weight_decay)
-    )
+    optimizer = torch.optim.AdamW(stage.groups, weight_decay=settings.weight_decay)
+    _shard_own_layers(accelerator, stage.objective)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of how accelerate calls PyTorch
+        objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup)
     )
@@ -118,6 +121,14 @@ def fit(
             work.save(stage.name, done)
     objective.eval()
     return cast("torch.nn.Module", objective)
+
+
+def _shard_own_layers(accelerator: Accelerator, objective: torch.nn.Module) -> None:
+    """Under FSDP: what is sharded one by one are this objective's layers, not those of the stage before."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.auto_wrap_policy is not None:
+        plugin.auto_wrap_policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)  # as it was given
+        plugin.transformer_cls_names_to_wrap = sorted(getattr(objective, "layers", ()))
 
 
 class _Meter:

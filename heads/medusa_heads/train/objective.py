@@ -134,6 +134,12 @@ class JointObjective(nn.Module):
         self.decay = decay
         self.backbone_loss = backbone_loss
 
+    @property
+    def layers(self) -> set[str]:
+        """The classes of the backbone's layers, by which it is sharded."""
+        names: Any = self.backbone._no_split_modules  # noqa: SLF001 - where Transformers says it
+        return set(names or ()) & {type(module).__name__ for module in self.backbone.modules()}
+
     def forward(
         self,
         tokens: torch.Tensor,  # [B, T]
