@@ -192,8 +192,8 @@ def _train(job: Job) -> Step:
             return "nothing was held out"
         found = Evaluation.model_validate_json(place.read_text())
         right = ", ".join(f"{100 * found.top(head, 1):.1f}%" for head in range(len(found.accuracy)))
-        trees = ", ".join(f"{tree.tokens_per_step:.2f} ({tree.nodes})" for tree in found.trees)
-        return f"held-out top-1 of the heads {right}; tokens/step (with so many nodes) {trees}"
+        trees = {tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees}  # few answers: few sizes
+        return f"held-out top-1 of the heads {right}; tokens/step by tree nodes {', '.join(trees.values())}"
 
     def start_over(changed: set[str]) -> None:
         place = job.work / RUN_NAME  # names all settings that decide what the heads become
