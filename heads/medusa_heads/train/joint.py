@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
 from transformers import PreTrainedModel
@@ -86,6 +87,7 @@ def train_jointly(
         tell: told after every step.
     """
     original = lm_head_of(backbone, lm_head.weight.dtype)
+    set_seed(settings.seed)  # what an adapter starts with, and dropout
     if settings.backbone == "lora":
         _with_adapter(backbone, settings)  # its layers are now the backbone's
     objective = JointObjective(backbone, heads, lm_head, original, settings.loss_decay, settings.backbone_loss)

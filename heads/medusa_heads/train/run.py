@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from medusa_heads.config import HeadsConfig
@@ -98,7 +98,6 @@ def train(
     if held_out:
         held_states = _hidden_states(source, held_out, hidden_path / "held-out", identity, accelerator, listener)
 
-    set_seed(settings.seed)
     heads = _new_heads(source, settings)
     lm_head = _lm_head(source, states, settings, accelerator, listener)
     epochs = settings.epochs if settings.method == "medusa-1" else settings.heads_first
