@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,7 @@ def load_backbone(
         source: a directory, a hub id, or a GGUF file (whose weights are dequantised). A directory with an adapter (LoRA) gives
             the model it was made for, the adapter merged into it.
         precision: what the weights are cast to.
-        attention: a name that Transformers' attention interface knows.
+        attention: a name that Transformers' attention interface knows; where an architecture lacks sdpa, it is eager.
         trust_remote_code: run code that comes with the checkpoint.
         quantization: a configuration of Transformers', to load the weights quantised, on the device it works on.
 
@@ -157,6 +158,8 @@ def load_backbone(
             **options,
         )
     except Exception as error:  # a damaged checkpoint makes the library fail in any way
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the architecture has the eager one alone
+            return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
         if attention not in {"eager", "sdpa"} and attention in str(error):  # it was looked up in a table of the class's own
             raise unsupported(source) from error
         raise CheckpointError(_reason(source, error)) from error
@@ -173,7 +176,9 @@ def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone
 
     base = load_backbone(_adapter_base(source), "fp32", **options)
     try:
-        model: Any = PeftModel.from_pretrained(base.model, source).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's calls of Transformers
+            model: Any = PeftModel.from_pretrained(base.model, source).merge_and_unload()
     except Exception as error:  # as for a model
         raise CheckpointError(_reason(source, error, "adapter")) from error
     return Backbone(source, model.to(DTYPES[precision]).eval(), DTYPES[precision])

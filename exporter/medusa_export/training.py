@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ def _accelerator(options: TrainOptions) -> Accelerator:
         precision = "bf16" if fast_precision(device) == "bf16" else "no"
     if precision == "fp16" and device.type == "cpu":
         raise OptionError("--mixed-precision fp16 needs a GPU; use bf16 or no")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of tied weights at every checkpoint
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process needs the weights, for its share of hidden states
     accelerator = Accelerator(
         cpu=device.type == "cpu",

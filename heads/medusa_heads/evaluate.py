@@ -73,9 +73,10 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
             logits = (head.lm_head or lm_head)(head(hidden))  # [n, V]
             target = targets[:, k : k + 1].clamp(min=0)
             right = logits.gather(1, target)
-            before = torch.arange(logits.shape[1], device=logits.device) < target  # of equals, the first comes first
-            better = (logits > right) | ((logits == right) & before)  # [n, V]
-            rank = better.sum(1).clamp(max=TOP_K).masked_fill(targets[:, k] < 0, NOT_VALID)
+            after = torch.arange(logits.shape[1], device=logits.device) > target  # of equals, the first comes first
+            worse = (logits < right) | ((logits == right) & after)  # [n, V], false for what is no number
+            rank = logits.shape[1] - 1 - worse.sum(1)
+            rank = rank.clamp(max=TOP_K).masked_fill(targets[:, k] < 0, NOT_VALID)
             ranks[start : start + ROWS, k] = rank.cpu().numpy()
     return ranks
 

@@ -103,6 +103,14 @@ def test_of_equal_logits_the_first_comes_first() -> None:
     assert (ranks == np.where(targets < 0, NOT_VALID, np.minimum(targets, TOP_K))).all()
 
 
+def test_what_is_no_number_is_never_right() -> None:
+    heads, lm_head, states = judged()
+    nn.init.constant_(heads.heads[1].blocks[0].linear.bias, torch.nan)
+    ranks = target_ranks(heads, lm_head, states)
+    assert set(ranks[:, 1].tolist()) == {NOT_VALID, TOP_K}
+    assert (ranks[:, 0] < TOP_K).any()
+
+
 @given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
 def test_accuracies_are_shares_of_the_valid_rows(lengths, num_heads, seed) -> None:
     ranks = ranks_of(lengths, num_heads, seed)

@@ -342,7 +342,7 @@ def test_the_joint_loss_equals_a_plain_computation(backbone, learns, monkeypatch
     some = lm_head_of(backbone, torch.float32, torch.tensor([11, 12, 13, 31, 32]))
     kl = JointObjective(backbone, heads, some, original, 0.8, "kl")
     start = kl(*inputs)
-    assert 0 <= float(start.backbone) < 1e-5  # nothing has changed yet, but that float16 rounds
+    assert 0 <= start.backbone.item() < 1e-5  # nothing has changed yet, but that float16 rounds
     torch.testing.assert_close(
         start.heads, heads_losses(heads, some, torch.cat(response_states(backbone, examples)), inputs[3])
     )
@@ -359,7 +359,7 @@ def test_the_joint_loss_equals_a_plain_computation(backbone, learns, monkeypatch
         p = F.linear(inputs[4].float(), original.weight).log_softmax(-1)
         naive = (p.exp() * (p - q)).sum(-1).mean()
         torch.testing.assert_close(found.backbone, naive, rtol=1e-4, atol=1e-6)
-        assert float(naive) > 1e-3
+        assert naive.item() > 1e-3
         now = lm_head_of(backbone, torch.float32, some.token_ids)
         losses = heads_losses(heads, now if learns else some, hidden, inputs[3])  # a head reads the LM head that learns
         torch.testing.assert_close(found.heads, losses.detach())

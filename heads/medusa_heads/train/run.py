@@ -120,7 +120,7 @@ def train(
     if joint:
         heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
         heads.load_state_dict(_of_heads(joint.state))
-    heads = heads.cpu().eval().to(native.DTYPES[settings.heads_dtype])
+    heads = _as_kept(heads.cpu().eval(), settings)
     if joint and held_out:
         held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(joint.model))
     facts: dict[str, Any] = {
@@ -138,6 +138,13 @@ def train(
         facts["perplexity"] = {"original": first, "trained": last}
     evaluation = _evaluation(heads, joint.model if joint else source.model, held_states, digest(held_out))
     return TrainResult(heads, evaluation, joint, facts)
+
+
+def _as_kept(heads: MedusaHeads, settings: TrainSettings) -> MedusaHeads:
+    kept = heads.to(native.DTYPES[settings.heads_dtype])
+    if not all(parameter.isfinite().all() for parameter in kept.parameters()):
+        raise MedusaError(f"the heads' weights do not fit {settings.heads_dtype}; use another --heads-dtype")
+    return kept
 
 
 def _evaluation(heads: MedusaHeads, model: PreTrainedModel, states: HiddenStates | None, data: str) -> Evaluation | None:
