@@ -20,6 +20,7 @@ from medusa_runtime.manifest import Manifest
 
 Make = Callable[..., Path]
 NUM_ANSWERS = 6
+BY_HEART = "--epochs 30 --batch-tokens 32 --held-out 0 --num-heads 3 --heads-dtype fp32 --mixed-precision no --max-length 110"
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,7 @@ def test_replayed_tokens_per_step_are_the_runtimes(make_bundle: Make, make_model
     heads = tmp_path / "heads"
     trained = CliRunner().invoke(
         main,
-        ["train", str(make_model()), "--data", str(data), "-o", str(heads), "--epochs", "30", "--batch-tokens", "32"]
-        + ["--held-out", "0", "--num-heads", "3", "--heads-dtype", "fp32", "--mixed-precision", "no", "--max-length", "110"],
+        ["train", str(make_model()), "--data", str(data), "-o", str(heads), *BY_HEART.split()],
     )
     assert trained.exit_code == 0, trained.output
     result = run(heads, "--model", make_model(), "--data", data, "--dtype", "fp32", "--json", "--tree", path, "--limit", 1)

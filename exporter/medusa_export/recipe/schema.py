@@ -50,6 +50,7 @@ class Recipe(BaseModel):
     heads: Path | None = Field(default=None, description="heads to export, where none are trained")
     distill: dict[str, Any] | None = Field(default=None, description="as `medusa-export distill`")
     data: tuple[Path, ...] = Field(default=(), description="further data to train on")
+    exclude: tuple[Path, ...] = Field(default=(), description="texts to evaluate on: answers that share 13 words with them go")
     train: dict[str, Any] | None = Field(default=None, description="as `medusa-export train`")
     onnx: dict[str, Any] | None = Field(default=None, description="as `medusa-export onnx`")
     validation: dict[str, Any] | None = Field(default=None, alias="validate", description="as `medusa-export validate`")
@@ -178,6 +179,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "train: there is nothing to train on; give distill, or data"
     if recipe.train is None and recipe.data:
         yield "data: nothing is trained on it; give train, or leave it out"
+    if recipe.train is None and recipe.exclude:
+        yield "exclude: nothing is trained; give train, or leave it out"
     if recipe.train is not None and recipe.heads is not None:
         yield "heads: train makes them; leave it out, or give train.start_from"
     if recipe.train is None and recipe.onnx is None and recipe.heads is not None:

@@ -169,7 +169,9 @@ def _train(job: Job) -> Step:
     settings = TrainSettings.model_validate(job.recipe.train)
     data = {"the data": job.data} if job.recipe.distill is not None else {}
     data |= {f"the data in {path}": job.located(path) for path in job.recipe.data}
+    exclude = tuple(job.located(path) for path in job.recipe.exclude)
     inputs = {"the model": job.model} | {name: str(path) for name, path in data.items()}
+    inputs |= {f"the texts in {path}": str(path) for path in exclude}
     if settings.start_from is not None:
         inputs["the heads to start from"] = start = str(job.located(Path(settings.start_from)))
         settings = settings.model_copy(update={"start_from": start})
@@ -180,6 +182,7 @@ def _train(job: Job) -> Step:
         settings=settings,
         work=job.work,
         hidden=job.output / "hidden",
+        exclude=exclude,
         device=job.device or "auto",
         threads=job.threads,
         force=True,
