@@ -1,18 +1,17 @@
 #!/bin/sh
-# `make demo`: the whole path on the real model. What exists already is neither fetched nor exported again.
+# `make demo`: the whole path on the real model, with the trained heads in recipes/heads. What exists is not made again.
 set -eu
 : "${BIN:=.venv/bin}" "${MODEL:=smollm2-135m-instruct}" "${BUNDLE:=build/smollm2-135m-instruct-fp32}"
+: "${HEADS:=recipes/heads/$MODEL}"
 : "${PROMPT:=Explain in three sentences why the sky is blue.}"
 run="$BIN/medusa-export"
 
 echo "== fetch $MODEL"
 model=$("$run" fetch "$MODEL")
-if ! grep -qs '"status": "passed"' "$BUNDLE/manifest.json"; then  # none yet, or interrupted before it was validated
-    heads="$BUNDLE-heads"
-    echo "== make untrained heads: the output is right with any heads, but only trained ones save steps"
-    "$run" heads init "$model" -o "$heads" --num-heads 4 --force
-    echo "== export, and validate against PyTorch"
-    "$run" onnx "$model" --heads "$heads" -o "$BUNDLE" --force
+digest=$(sed -n 's/^ *"heads": "\([0-9a-f]*\)".*/\1/p' "$HEADS/evaluation.json")
+if ! grep -qs '"status": "passed"' "$BUNDLE/manifest.json" || ! grep -qs "$digest" "$BUNDLE/manifest.json"; then
+    echo "== export with the heads in $HEADS, and validate against PyTorch"
+    "$run" onnx "$model" --heads "$HEADS" -o "$BUNDLE" --force
 fi
 echo "== Medusa decoding: $PROMPT"
 "$run" generate "$BUNDLE" -p "$PROMPT"

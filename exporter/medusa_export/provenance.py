@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,15 +14,18 @@ PACKAGES = (
     "medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13",
     "tensorrt-cu13",
 )  # fmt: skip
+FOLDERS = re.compile(
+    r"(?<![\w.:/])/(?:[^/\s,=\[\]{}'\"]+/)+"
+)  # of absolute paths: they tell of the machine, not of the artifact
 
 
 def provenance() -> Provenance:
-    """The command that runs now, with the versions of what it may have used."""
+    """The command that runs now, absolute paths cut to their last part, with the versions of what it may have used."""
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    command = [Path(sys.argv[0]).name, *(FOLDERS.sub("", word) for word in sys.argv[1:])]
     return Provenance(command=command, versions=versions, created=datetime.now(UTC).isoformat(timespec="seconds"))

@@ -178,7 +178,7 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
     facts: dict[str, Any] = {
         "provenance": provenance().model_dump(),
         "settings": settings.model_dump(),
-        "data": [str(path) for path in options.data],
+        "data": [path.name for path in options.data],
         "overlap": {"words": WORDS, "files": [path.name for path in options.exclude], "answers_left_out": excluded},
         **result.facts,
     }
