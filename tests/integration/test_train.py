@@ -29,6 +29,7 @@ from medusa_heads.train.hidden import backbone_digest, cached_hidden_states, res
 from medusa_heads.train.objective import Losses
 from medusa_heads.train.run import Listener, Source, TrainResult, train
 from medusa_heads.train.settings import TrainSettings
+from tests.support.gguf_file import write_gguf
 from tests.support.models import tokenizer
 
 Make = Callable[..., Path]
@@ -141,6 +142,17 @@ def test_heads_learn_and_say_how_they_were_made(make_model: Make, data: Path, tm
     assert facts["tokens"]["held_out"] == found.tokens
     assert facts["settings"]["learning_rate"] == 0.01
     assert (tmp_path / "heads" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("method", ["medusa-1", "medusa-2"])
+def test_training_in_bf16_goes_as_in_fp32(method: str, make_model: Make, data: Path, tmp_path: Path) -> None:
+    words = (make_model(), "--data", data, *SHORT, "--log-every", 1, "--method", method, "--learning-rate", 0.003)
+    works(run(*words, "-o", tmp_path / "fp32"))
+    works(run(*words, "-o", tmp_path / "bf16", "--mixed-precision", "bf16", "--backbone-dtype", "bf16", "--plot"))
+    for stage in {entry["stage"] for entry in entries(tmp_path / "fp32")}:
+        assert losses(tmp_path / "bf16", stage) == pytest.approx(losses(tmp_path / "fp32", stage), rel=0.05)
+    assert json.loads((tmp_path / "bf16" / "run.json").read_text())["mixed_precision"] == "bf16"
+    assert (tmp_path / "bf16" / "curves.png").stat().st_size > 10_000
 
 
 def prepared(make_model: Make, data: Path, **settings: Any) -> tuple[Source, list[Example], TrainSettings]:
@@ -491,3 +503,21 @@ def test_medusa_2_makes_a_model_that_exports(saved, make_model: Make, data: Path
     assert exported.exit_code == 0, exported.output
     assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["validation"]["status"] == "passed"
     works(run(make_model(), "--data", data, "-o", "heads", *SHORT, "--force"))  # such heads may be replaced
+
+
+@pytest.mark.parametrize("saved", ["merged", "adapter"])
+def test_the_model_may_be_a_gguf_file(saved, make_model: Make, data: Path, tmp_path: Path, monkeypatch) -> None:
+    place = write_gguf(make_model(), tmp_path / "gguf" / "tiny.gguf")
+    (tmp_path / "gguf" / "other.gguf").touch()  # so that the directory alone would not say which
+    monkeypatch.chdir(tmp_path)
+    words = ("--method", "medusa-2", "--save-backbone", saved, "--epochs", 1)
+    works(run("gguf/tiny.gguf", "--data", data, "-o", "heads", *SHORT, *words))
+    monkeypatch.chdir("/")
+    output = str(tmp_path / "heads" / saved)
+    examples = read_examples([data], CheckpointCodec(load_tokenizer(output)), max_length=128)[:2]
+    [learned, *_], [original, *_] = (response_states(load_backbone(source).model, examples) for source in (output, str(place)))
+    assert (learned - original).abs().max() > 1e-3
+    assert (learned - original).abs().mean() < original.abs().mean()
+    if saved == "adapter":
+        config = json.loads((tmp_path / "heads" / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(place.resolve())

@@ -57,8 +57,8 @@ def command(
 ) -> None:
     """Train Medusa heads for MODEL on its own answers.
 
-    Several processes share the work under `accelerate launch -m medusa_export train …`. A run that was stopped goes on under
-    the same command.
+    Several processes share the work: `accelerate launch --num_processes 2 -m medusa_export train …`; on CPUs, that takes
+    --multi_gpu all the same. A run that was stopped goes on under the same command.
     """
     from medusa_export.training import TrainOptions, train
 
