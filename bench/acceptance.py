@@ -3,7 +3,7 @@
     python bench/acceptance.py BUNDLE --prompts FILE.jsonl [--tree-nodes 16 --tree-nodes 64] [-o bench/results/acceptance.json]
 
 FILE.jsonl has a `prompt`, or the `turns` of MT-bench (the first is asked), and maybe a `category`, in each row. Trees come from
-`evaluation.json` beside the heads (--heads) or from files (--tree). Decoding is greedy: the tokens are the same under every tree.
+`evaluation.json` beside the heads (--heads) or from files (--tree). Decoding is greedy: every tree gives the same tokens.
 """
 
 from __future__ import annotations

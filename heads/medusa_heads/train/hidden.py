@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -136,6 +137,14 @@ def _prepare(directory: Path, facts: dict[str, str], shape: tuple[int, int], num
     if (directory / ROWS_NAME).exists() and place.exists() and json.loads(place.read_text()) == facts:
         return
     place.unlink(missing_ok=True)
-    np.lib.format.open_memmap(directory / ROWS_NAME, "w+", np.float16, shape).flush()
-    np.lib.format.open_memmap(directory / DONE_NAME, "w+", np.bool_, (num_examples,)).flush()
+    _allocate(directory / ROWS_NAME, np.float16, shape)
+    _allocate(directory / DONE_NAME, np.bool_, (num_examples,))
     write_whole(place, json.dumps(facts, indent=2) + "\n")
+
+
+def _allocate(place: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """An array of zeros on disk, all of it there now: a full disk is an error here, and would kill the process later."""
+    np.lib.format.open_memmap(place, "w+", dtype, shape).flush()
+    if hasattr(os, "posix_fallocate"):  # not on every system
+        with place.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, place.stat().st_size)
