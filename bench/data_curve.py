@@ -2,7 +2,7 @@
 
     python bench/data_curve.py MODEL --data DATA … --hidden DIR --judge ANSWERS [--part 0.25 …] [-o bench/results/x.json]
 
-DATA, --exclude and the settings are those of a finished `medusa-export train`, whose hidden states are in DIR; they are not computed
+DATA, --exclude and the settings are those of a finished `medusa-export train`, whose hidden states are in DIR and not computed
 again. ANSWERS is what `medusa-export distill` made of prompts to judge on, at which every part's heads are compared, under
 trees searched on the held-out answers.
 """
