@@ -17,7 +17,7 @@ from medusa_heads.distill.prompts import Conversation, read_prompts, select, sel
 from medusa_heads.distill.store import AnswerStore, DataFacts, Settings, require_place
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.manifest import MANIFEST_NAME
+from medusa_runtime.manifest import MANIFEST_NAME, WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class _Model:
     answerer: Answerer
     codec: Codec
     tokenizer: str  # digest
+    weights: str  # digest, or what an endpoint calls the model
     dtype: str
 
 
@@ -72,6 +73,7 @@ def distill(options: DistillOptions) -> str:
     settings = Settings(
         model=_name(options.model),
         tokenizer=model.tokenizer,
+        weights=model.weights,
         backend=backend,
         dtype=model.dtype,
         prompts=loop.digest(conversations),
@@ -90,7 +92,7 @@ def distill(options: DistillOptions) -> str:
         try:
             steps = loop.distill(conversations, model.answerer, model.codec, store, answer_options)
             progress = _run(steps, store, options.max_tokens)
-        except (KeyboardInterrupt, MedusaError):
+        except (KeyboardInterrupt, MedusaError, OSError):
             if store.rows:
                 note(f"{len(store.rows)} answers are kept in {options.output}; the same command goes on there")
             raise
@@ -164,6 +166,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
     from medusa_export.devices import fast_precision, torch_device  # noqa: PLC0415
     from medusa_heads.distill import slots  # noqa: PLC0415
     from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
+    from medusa_heads.train.hidden import backbone_digest  # noqa: PLC0415
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -178,6 +181,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
         trust_remote_code=options.trust_remote_code,
     )
     _require_room(options, backbone.max_seq_len)
+    weights = backbone_digest(backbone.model)
     decoder = slots.SlotDecoder(
         backbone.model.to(device),  # type: ignore[arg-type] # its decorator hides the signature
         backbone.layer_types,
@@ -185,7 +189,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
         backbone.facts.eos_token_ids,
         options.batch_size or 64,
     )
-    return _Model(decoder, codec, codec.digest, dtype)
+    return _Model(decoder, codec, codec.digest, weights, dtype)
 
 
 def _open_bundle(options: DistillOptions) -> _Model:
@@ -197,7 +201,8 @@ def _open_bundle(options: DistillOptions) -> _Model:
     _require_room(options, manifest.limits.max_seq_len)
     digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())
     batch_size = options.batch_size or min(8, manifest.limits.max_batch_size or 8)
-    return _Model(BundleAnswerer(lm.engine, batch_size), BundleCodec(lm.codec), digest, manifest.precision)
+    weights = manifest.files[WEIGHTS_NAME].sha256
+    return _Model(BundleAnswerer(lm.engine, batch_size), BundleCodec(lm.codec), digest, weights, manifest.precision)
 
 
 def _open_endpoint(options: DistillOptions) -> _Model:
@@ -209,7 +214,7 @@ def _open_endpoint(options: DistillOptions) -> _Model:
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
     served_model, batch_size = options.served_model or options.model, options.batch_size or 64
     answerer = EndpointAnswerer(options.base_url, served_model, codec.text_ids, codec.closing(), batch_size)
-    return _Model(answerer, codec, codec.digest, "unknown")
+    return _Model(answerer, codec, codec.digest, served_model, "unknown")
 
 
 def _require_room(options: DistillOptions, max_seq_len: int) -> None:

@@ -71,6 +71,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
             trust_remote_code=options.trust_remote_code,
         )
     require_matching(heads, backbone, options.heads)
+    if options.max_length > backbone.max_seq_len:
+        raise OptionError(f"--max-length is {options.max_length}, the model takes {backbone.max_seq_len}; lower it")
     model = backbone.model
     model.to(device)  # type: ignore[arg-type] # PreTrainedModel's own wrapper has lost torch's signature
     with _hidden_directory(options) as directory, count_stage("hidden states") as tell:
@@ -106,11 +108,6 @@ def _hidden_directory(options: EvaluateOptions) -> Iterator[Path]:
 
 
 def _states(model: PreTrainedModel, examples: list[Example], directory: Path, tell: Callable[..., None]) -> HiddenStates:
-    total, done = sum(len(example.response_ids) for example in examples), 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        tell(done, 0, done, total)
-
-    return cached_hidden_states(model, examples, directory, identity=backbone_digest(model), tell=count)
+    total = sum(len(example.response_ids) for example in examples)
+    identity = backbone_digest(model)
+    return cached_hidden_states(model, examples, directory, identity=identity, tell=lambda done: tell(done, 0, done, total))

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
@@ -28,8 +30,8 @@ from medusa_heads.train.overlap import WORDS, Overlap
 from medusa_heads.train.run import Listener, Source, TrainResult
 from medusa_heads.train.run import train as run
 from medusa_heads.train.settings import TrainSettings
-from medusa_runtime.errors import MissingExtraError, OptionError
-from medusa_runtime.files import require_new
+from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError, first_line
+from medusa_runtime.files import alone_in, require_new
 from medusa_runtime.manifest import Precision
 
 
@@ -100,8 +102,20 @@ def _require_sensible(options: TrainOptions) -> None:
         raise OptionError("--load-in-4bit is for medusa-1: medusa-2 trains the backbone's own weights")
     if settings.backbone == "full" and settings.save_backbone == "adapter":
         raise OptionError("--save-backbone adapter needs --backbone lora: a backbone that learns in full has no adapter")
+    if ignored := _ignored(settings):
+        raise OptionError(f"--{ignored[0].replace('_', '-')} changes nothing with these settings; leave it out")
     if options.plot:
         from medusa_export import plots  # noqa: F401, PLC0415 - to find out now, not after the work
+
+
+def _ignored(settings: TrainSettings) -> list[str]:
+    """Settings that are not at their default, though what they are for is not asked for."""
+    joint = {name for name, field in TrainSettings.model_fields.items() if (field.description or "").startswith("medusa-2")}
+    without_effect = {"medusa-1": joint, "medusa-2": {"backbone_dtype"}}[settings.method]
+    if settings.backbone == "full":
+        without_effect |= {name for name in joint if name.startswith("lora")}
+    default = TrainSettings()
+    return sorted(name for name in without_effect if getattr(settings, name) != getattr(default, name))
 
 
 def _accelerator(options: TrainOptions) -> Accelerator:
@@ -169,15 +183,19 @@ def _run(
             before = first.setdefault(news.stage, news.step - 1)
             tell_step(news.step, before, news.tokens, news.num_steps)
 
-        listener = Listener(cached, step, note)
-        return run(source, examples, options.settings, work, options.hidden or work / "hidden", accelerator, listener)
+        listener, hidden = Listener(cached, step, note), options.hidden or work / "hidden"
+        with ExitStack() as directories:
+            if accelerator.is_main_process:
+                directories.enter_context(alone_in(work))
+                directories.enter_context(alone_in(hidden))
+            return run(source, examples, options.settings, work, hidden, accelerator, listener)
 
 
 def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int) -> None:
     settings = options.settings
     facts: dict[str, Any] = {
         "provenance": provenance().model_dump(),
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump() | {"start_from": Path(settings.start_from).name if settings.start_from else None},
         "data": [path.name for path in options.data],
         "overlap": {"words": WORDS, "files": [path.name for path in options.exclude], "answers_left_out": excluded},
         **result.facts,
@@ -189,7 +207,10 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
         if result.joint is not None:
             place = directory / settings.save_backbone
             base = Path(options.model)
-            result.joint.save(place, settings.save_backbone, str(base.resolve()) if base.exists() else options.model)
+            try:
+                result.joint.save(place, settings.save_backbone, str(base.resolve()) if base.exists() else options.model)
+            except (RuntimeError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+                raise MedusaError(f"{options.output} cannot be written: {first_line(error)}") from error
             if settings.save_backbone == "merged":  # a checkpoint of its own
                 load_tokenizer(options.model, trust_remote_code=options.trust_remote_code).save_pretrained(place)
         shutil.copy(work / LOG_NAME, directory / native.LOG_NAME)

@@ -12,7 +12,7 @@ from medusa_runtime.tree import CandidateTree, prior_tree
 
 
 def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nodes: int) -> CandidateTree:
-    """The tree a bundle starts with: the best of about that size by the heads' own evaluation, else one for heads not known.
+    """The tree a bundle starts with: the best of that size by the heads' own evaluation, else one for heads not known.
 
     Args:
         heads_path: where the heads are.
@@ -30,11 +30,11 @@ def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nod
             evaluation = Evaluation.model_validate_json(place.read_text())
         except ValueError as error:
             raise CheckpointError(f"{place} is damaged; make it again with: medusa-export heads evaluate") from error
-        trees = [CandidateTree.from_json(result.tree) for result in evaluation.trees if result.nodes == num_nodes]
+        fitting = [result for result in evaluation.trees if result.nodes == num_nodes and max(result.tree["ranks"]) < top_k]
         if evaluation.heads != digest_:
             note(f"{place} is of other heads and not used; make it again with: medusa-export heads evaluate")
-        elif trees and trees[0].top_k <= top_k:
-            return trees[0]
+        elif fitting:
+            return CandidateTree.from_json(max(fitting, key=lambda result: result.tokens_per_step).tree)
         else:
             note(
                 f"{place} has no tree of {num_nodes} nodes within the best {top_k} of a head: a tree for unknown heads is used"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -206,13 +205,3 @@ def evaluate(
         accuracy=accuracy.tolist(),
         trees=[result(tree) for tree in (*trees, *(best_tree(ranks[searched], count) for count in nodes))],
     )
-
-
-def plain(evaluation: Evaluation) -> dict[str, Any]:
-    """The few numbers that a log line holds."""
-    heads = range(len(evaluation.accuracy))
-    return {
-        "top1": [round(evaluation.top(k, 1), 4) for k in heads],
-        "top5": [round(evaluation.top(k, 5), 4) for k in heads],
-        "tokens_per_step": {str(tree.nodes): round(tree.tokens_per_step, 3) for tree in evaluation.trees},
-    }

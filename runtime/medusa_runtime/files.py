@@ -85,6 +85,24 @@ def new_directory(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Make a directory where there is none, and keep other processes that ask for the same out of it meanwhile.
+
+    Raises:
+        OptionError: one is in it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
+    if lock is None and sys.platform != "win32":  # which has no such locks
+        raise OptionError(f"{path} is in use by another run; wait for it, or choose another directory")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -398,10 +398,10 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model: Make, data: Path, tm
     failed = run(*words, "--force")
     fails(failed, 1, "the loss is nan at step ")
     step = int(failed.stderr.split("nan at step ")[1].split()[0])
-    assert "Lower --learning-rate" in failed.stderr
-    if step > 1:
-        assert f"the checkpoint after step {step - 1} stays in {tmp_path / 'work'}" in failed.stderr
-        assert json.loads((tmp_path / "work" / "checkpoint" / "place.json").read_text())["step"] == step - 1
+    assert "with a lower --learning-rate" in failed.stderr
+    assert step > 1  # else there would be no checkpoint to keep
+    assert f"the checkpoint after step {step - 1} of heads stays in {tmp_path / 'work'}" in failed.stderr
+    assert json.loads((tmp_path / "work" / "checkpoint" / "place.json").read_text())["step"] == step - 1
     assert load_heads(tmp_path / "heads").config.num_heads == 2  # the heads before are still there
     np.save(tmp_path / "hidden" / "train" / "hidden.npy", good)
     works(run(*words, "--force"))  # and it can go on
@@ -409,7 +409,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model: Make, data: Path, tm
 
 def test_a_rate_that_is_too_high_stops_the_run(make_model: Make, data: Path, tmp_path: Path) -> None:
     words = (make_model(), "--data", data, "-o", tmp_path / "heads", *SHORT)
-    fails(run(*words, "--learning-rate", 1e37), 1, "there is no checkpoint yet. Lower --learning-rate")
+    fails(run(*words, "--learning-rate", 1e37), 1, "there is no checkpoint yet. Begin again with a lower --learning-rate")
     shutil.rmtree(tmp_path / "heads.work")
     fails(run(*words, "--learning-rate", 1e6), 1, "the heads' weights do not fit fp16; use another --heads-dtype")
     assert not (tmp_path / "heads").exists()

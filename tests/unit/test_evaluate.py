@@ -21,7 +21,6 @@ from medusa_heads.evaluate import (
     best_tree,
     evaluate,
     expected_tokens,
-    plain,
     replay,
     target_ranks,
 )
@@ -212,7 +211,6 @@ def test_trees_are_searched_and_judged_on_different_answers() -> None:
         assert result.tokens_per_step == replay(ranks[others], [0, 1], tree)
         assert result.expected == expected_tokens(accuracies(ranks), tree)
     assert found.trees[1].tokens_per_step == 1
-    assert plain(found)["top1"] == [round(found.top(k, 1), 4) for k in range(3)]
 
 
 def test_a_single_answer_is_searched_and_judged() -> None:

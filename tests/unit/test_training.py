@@ -165,7 +165,9 @@ def store(path: Path, tokenizer_digest: str) -> Path:
 
 
 def test_distilled_data_is_read_and_that_of_another_tokenizer_refused(codec, tmp_path: Path) -> None:
-    assert read_examples([store(tmp_path / "own", codec.digest)], codec, max_length=100) == [Example("p-1", (3, 4), (5, 6, 7))]
+    assert read_examples([store(tmp_path / "own", codec.digest)], codec, max_length=100) == [
+        Example("p-1", (3, 4), (5, 6, 7), "who?")
+    ]
     with pytest.raises(OptionError, match="was made with another tokenizer; distil it again"):
         read_examples([store(tmp_path / "other", "a" * 64)], codec, max_length=100)
 
@@ -177,7 +179,7 @@ def test_several_sources_are_read_in_their_order(codec, tmp_path: Path) -> None:
 
 def test_answers_are_cut_at_the_longest_length_and_dropped_where_nothing_is_left(codec, tmp_path: Path) -> None:
     path = store(tmp_path / "own", codec.digest)
-    assert read_examples([path], codec, max_length=4) == [Example("p-1", (3, 4), (5, 6))]
+    assert read_examples([path], codec, max_length=4) == [Example("p-1", (3, 4), (5, 6), "who?")]
     with pytest.raises(OptionError, match="no answers to learn from"):
         read_examples([path], codec, max_length=2)
 
@@ -251,6 +253,14 @@ def test_the_split_takes_about_the_part_asked_for() -> None:
     assert split(examples, 0.0)[1] == []
 
 
+def test_turns_of_one_conversation_stay_together() -> None:
+    first = [Example(f"{n}.0", (n, 1), (n,), opening=f"question {n}") for n in range(200)]
+    later = [Example(f"{n}.1", (n, 1, n, 5), (n,), opening=f"question {n}") for n in range(200)]
+    training, kept = split([*first, *later], 0.3)
+    assert {e.opening for e in training}.isdisjoint({e.opening for e in kept})
+    assert len(kept) == 2 * len({e.opening for e in kept}) > 0
+
+
 def test_the_digest_knows_every_token_and_the_order() -> None:
     one, two = Example("a", (1, 2), (3,)), Example("b", (1,), (2, 3))
     assert len({digest(found) for found in ([one], [two], [one, two], [two, one], [Example("a", (1, 2), (4,))])}) == 5
@@ -294,7 +304,7 @@ def test_losses_of_the_heads_equal_a_plain_computation(shared, kept, with_bias) 
         assert found[k].item() == pytest.approx(np.mean(losses) if losses else 0, abs=1e-4)
 
     total, told, _ = HeadsObjective(heads, lm_head, 0.5)(hidden, targets)
-    torch.testing.assert_close(total, found[0] + 0.5 * found[1] + 0.25 * found[2])
+    torch.testing.assert_close(total, 0.5 * found[0] + 0.25 * found[1] + 0.125 * found[2])
     assert not told.requires_grad
     total.backward()
     assert all(parameter.grad is not None for parameter in heads.parameters())  # also of the idle head: DDP waits for it
@@ -363,7 +373,7 @@ def test_the_joint_loss_equals_a_plain_computation(backbone, learns, monkeypatch
         now = lm_head_of(backbone, torch.float32, some.token_ids)
         losses = heads_losses(heads, now if learns else some, hidden, inputs[3])  # a head reads the LM head that learns
         torch.testing.assert_close(found.heads, losses.detach())
-        torch.testing.assert_close(found.total, found.backbone + 0.2 * (losses[0] + 0.8 * losses[1]))
+        torch.testing.assert_close(found.total, found.backbone + 0.2 * (0.8 * losses[0] + 0.64 * losses[1]))
 
         ce = JointObjective(backbone, heads, some, original, 0.8, "ce")(*inputs)
         answers = torch.tensor([token for example in examples for token in example.response_ids])

@@ -73,6 +73,13 @@ def init(
 )
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many answers.")
 @click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Longer conversations are cut, as in training.",
+)
+@click.option(
     "--tree",
     "trees",
     multiple=True,
@@ -105,6 +112,9 @@ def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tu
             raise OptionError(f"{target} cannot be written: there is no directory {target.parent}")
     if plot:
         from medusa_export.plots import accuracy_curves
+
+        if plot.suffix.lower() != ".png":
+            raise OptionError(f"--plot {plot}: the plot is a PNG; give it a name that ends in .png")
     result = judge(EvaluateOptions(nodes=nodes or TREE_NODES, **options))
     if output:
         write_whole(output, result.model_dump_json(indent=1) + "\n")

@@ -26,7 +26,9 @@ from medusa_heads.train.settings import TrainSettings
     "--work", type=click.Path(path_type=Path), help="Checkpoints and log; a stopped run goes on there. [default: OUTPUT.work]"
 )
 @click.option(
-    "--hidden", type=click.Path(path_type=Path), help="Hidden states, kept for later runs. [default: in the work directory]"
+    "--hidden",
+    type=click.Path(path_type=Path),
+    help="Keep hidden states here, for later runs. [default: kept until heads are made]",
 )
 @click.option(
     "--exclude",

@@ -79,11 +79,11 @@ def _do(step: Step, state: RunState, output: Path, *, force: bool) -> _Outcome:
     if before and not changes and not force and Path(step.output).exists():
         note("done before")
         return _Outcome(step, before.seconds, is_new=False)
+    if changes:
+        note(f"again, since {'; '.join(changes.values())}")
+    if changes or force:  # forced, also one that was interrupted: it may be bound to other settings
+        step.start_over(set(changes))
     if before:
-        if changes:
-            note(f"again, since {'; '.join(changes.values())}")
-        if changes or force:
-            step.start_over(set(changes))
         del state.steps[step.name]
         state.save(output)
     started = time.perf_counter()

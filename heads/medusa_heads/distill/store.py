@@ -29,6 +29,7 @@ class Settings(BaseModel):
 
     model: str = Field(description="the model, as the user named it")
     tokenizer: str = Field(description="SHA-256 of the tokenizer's vocabulary")
+    weights: str = Field(default="", description="SHA-256 of the weights that answered, or what the endpoint calls the model")
     backend: str
     dtype: str
     prompts: str = Field(description="SHA-256 of the prompts chosen, in their order")

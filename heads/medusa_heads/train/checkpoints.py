@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
-from medusa_runtime.errors import OptionError
+from medusa_runtime.errors import MedusaError, OptionError, first_line
 from medusa_runtime.files import write_whole
 
 RUN_NAME, LOG_NAME, CHECKPOINT, PLACE_NAME = "run.json", "log.jsonl", "checkpoint", "place.json"
@@ -50,13 +51,25 @@ class WorkDirectory:
         place = self._last() / PLACE_NAME
         return str(json.loads(place.read_text())["stage"]) if place.exists() else None
 
+    @property
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        place = self._last() / PLACE_NAME
+        if not place.exists():
+            return "there is no checkpoint yet"
+        found = json.loads(place.read_text())
+        return f"the checkpoint after step {found['step']} of {found['stage']} stays in {self.path}"
+
     def save(self, stage: str, step: int) -> None:
         """Keep where a stage stands after `step` steps, in place of the checkpoint before."""
         fresh, last = self.path / f"{CHECKPOINT}.new", self.path / CHECKPOINT
         if self.accelerator.is_main_process:
             shutil.rmtree(fresh, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(fresh))
+        try:
+            self.accelerator.save_state(str(fresh))
+        except (RuntimeError, SafetensorError, OSError) as error:  # torch and safetensors tell of a full disk each in its way
+            raise MedusaError(f"{fresh} cannot be written: {first_line(error)}; {self.kept}") from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (fresh / PLACE_NAME).write_text(json.dumps({"stage": stage, "step": step}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -24,6 +25,7 @@ class Example:
     key: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # [R], R ≥ 1
+    opening: str = ""  # what the user said first: turns of one conversation share it
 
     @property
     def num_tokens(self) -> int:
@@ -34,8 +36,9 @@ class Example:
 def read_examples(paths: Sequence[str | Path], codec: CheckpointCodec, *, max_length: int) -> list[Example]:
     """Read training data: directories of `medusa-export distill`, or files of JSON lines.
 
-    A line has `messages`, ending with the assistant's, and may have `response_token_ids` (the answer's own ids) and
-    `prompt_token_ids`; what is missing is made with the tokenizer and its chat template.
+    A line has `messages`, ending with the assistant's (the answer learned from; earlier ones only lead to it), and may have
+    `response_token_ids` (the answer's own ids) and `prompt_token_ids`; what is missing is made with the tokenizer and its chat
+    template.
 
     Args:
         paths: read in this order.
@@ -53,18 +56,18 @@ def read_examples(paths: Sequence[str | Path], codec: CheckpointCodec, *, max_le
         for example in found:
             room = max_length - len(example.prompt_ids)
             if example.prompt_ids and example.response_ids and room > 0:
-                examples.append(Example(example.key, example.prompt_ids, example.response_ids[:room]))
+                examples.append(dataclasses.replace(example, response_ids=example.response_ids[:room]))
     if not examples:
         raise OptionError(f"no answers to learn from in {', '.join(map(str, paths))}")
     return examples
 
 
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
-    """Those to train on, and those held out: decided by each one's prompt alone, so the same in every run on any data."""
+    """Those to train on, and those held out: decided by what the user said first, so the same in every run on any data."""
     training: list[Example] = []
     kept: list[Example] = []
     for example in examples:
-        place = zlib.crc32(repr(example.prompt_ids).encode()) / 2**32
+        place = zlib.crc32((example.opening or repr(example.prompt_ids)).encode()) / 2**32
         (kept if place < held_out else training).append(example)
     return training, kept
 
@@ -83,7 +86,7 @@ def _from_directory(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
     if read_facts(path).settings.tokenizer != codec.digest:
         raise OptionError(f"{path} was made with another tokenizer; distil it again with this model")
     for row in read_rows(path):
-        yield Example(row.key, tuple(row.prompt_token_ids), tuple(row.response_token_ids))
+        yield Example(row.key, tuple(row.prompt_token_ids), tuple(row.response_token_ids), _opening(row.messages))
 
 
 def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
@@ -100,7 +103,7 @@ def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number may be too long to be read
         raise OptionError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise OptionError(f"{where} is no object")
@@ -124,4 +127,8 @@ def _example(row: dict[str, Any], where: str, key: str, codec: CheckpointCodec, 
             raise OptionError(f"{where}: {name} is not a list of token ids below {limit}")
     if check and "response_token_ids" in row and codec.decode(response_ids).strip() != messages[-1]["content"].strip():
         raise OptionError(f"{where}: its token ids do not spell its answer; it was made with another tokenizer")
-    return Example(key, tuple(prompt_ids), tuple(response_ids))
+    return Example(key, tuple(prompt_ids), tuple(response_ids), _opening(messages))
+
+
+def _opening(messages: Sequence[Any]) -> str:
+    return next((str(message.get("content")) for message in messages if message.get("role") == "user"), "")

@@ -109,7 +109,7 @@ def fit(
         done = step + 1
         loss = meter.end_step()
         if not math.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):  # a scaler skips such steps
-            raise MedusaError(_not_finite(stage.name, done, loss, work, settings))
+            raise MedusaError(_not_finite(stage.name, done, loss, work))
         tell(News(stage.name, done, num_steps, meter.tokens_here, loss))
         if done % settings.log_every == 0 or done == num_steps:
             work.log(stage=stage.name, step=done, epoch=round(done / steps_per_epoch, 4), learning_rate=rate, **meter.entry())
@@ -181,8 +181,9 @@ class _Meter:
         self.steps, self.sums = state["steps"], state["sums"]
 
 
-def _not_finite(stage: str, step: int, loss: float, work: WorkDirectory, settings: TrainSettings) -> str:
-    kept = (step - 1) // settings.checkpoint_every * settings.checkpoint_every
-    place = f"the checkpoint after step {kept} stays in {work.path}" if kept else "there is no checkpoint yet"
+def _not_finite(stage: str, step: int, loss: float, work: WorkDirectory) -> str:
     found = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-    return f"{found} at step {step} of {stage}; {place}. Lower --learning-rate, or use --mixed-precision no"
+    return (
+        f"{found} at step {step} of {stage}; {work.kept}. Begin again with a lower --learning-rate or --mixed-precision no, "
+        "and another --work; --hidden keeps the hidden states"
+    )

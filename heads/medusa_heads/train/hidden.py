@@ -106,9 +106,10 @@ def cached_hidden_states(
             if not np.isfinite(values).all():
                 raise MedusaError("the backbone's hidden states do not fit float16; it cannot be trained on")
             rows[states.starts[place] :][: len(values)] = values
-            done[place] = True
+        rows.flush()  # before they are said to be done
+        done[group] = True
         tell(int(lengths[done].sum()))
-    rows.flush()
+    done.flush()
     barrier()
     return HiddenStates(np.lib.format.open_memmap(directory / ROWS_NAME, "r"), examples)
 

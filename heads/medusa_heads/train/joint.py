@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
 from transformers import PreTrainedModel
 
+from medusa_heads.logits import shaped_logits
 from medusa_heads.modules import MedusaHeads
 from medusa_heads.train import batches
 from medusa_heads.train.checkpoints import WorkDirectory
@@ -172,12 +173,12 @@ def _result(state: dict[str, torch.Tensor], fresh: PreTrainedModel, settings: Tr
 def perplexity(model: PreTrainedModel, examples: Sequence[Example]) -> float:
     """Of answers, given what led to them, over all their tokens."""
     total, count = 0.0, 0
-    lm_head = model.get_output_embeddings()
+    lm_head, config = model.get_output_embeddings(), model.config.get_text_config()
     for example in examples:
         [hidden] = response_states(model, [example])  # [R, C]
         wanted = torch.tensor(example.response_ids, device=hidden.device)
         for start in range(0, len(hidden), PERPLEXITY_ROWS):
-            logits = lm_head(hidden[start : start + PERPLEXITY_ROWS]).float()
+            logits = shaped_logits(lm_head(hidden[start : start + PERPLEXITY_ROWS]).float(), config)
             total += float(F.cross_entropy(logits, wanted[start : start + PERPLEXITY_ROWS], reduction="sum"))
         count += len(example.response_ids)
     return float(np.exp(total / max(1, count)))

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - as everybody names it
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from medusa_heads.logits import shaped_logits
 from medusa_heads.modules import MedusaHeads
 
 IGNORED = -100  # what cross_entropy passes over
@@ -82,8 +83,7 @@ class HeadsObjective(nn.Module):
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> Losses:
         """Losses of rows [N, C] whose heads are to guess `targets` [N, K], -1 where nothing is to be guessed."""
         losses = heads_losses(self.heads, self.lm_head, hidden, targets)
-        weights = self.decay ** torch.arange(len(losses), device=losses.device)
-        return Losses((losses * weights).sum(), losses.detach())
+        return Losses(weighted(losses, self.decay), losses.detach())
 
 
 def heads_losses(
@@ -109,6 +109,11 @@ def heads_losses(
         total = F.cross_entropy(logits, places[:, k], ignore_index=IGNORED, reduction="sum")
         losses.append(total / (places[:, k] != IGNORED).sum().clamp(min=1))  # a batch may have no target for the last heads
     return torch.stack(losses)
+
+
+def weighted(losses: torch.Tensor, decay: float) -> torch.Tensor:
+    """The heads' losses as one number: the k-th head, from 1, counts decay^k. [K] -> []"""
+    return (losses * decay ** torch.arange(1, len(losses) + 1, device=losses.device)).sum()
 
 
 class JointObjective(nn.Module):
@@ -154,9 +159,8 @@ class JointObjective(nn.Module):
         hidden = states.flatten(0, 1)[rows]  # [N, C]
         output = self.backbone.get_output_embeddings()
         losses = heads_losses(self.heads, self.lm_head, hidden, targets, output if output.weight.requires_grad else None)
-        weights = self.decay ** torch.arange(len(losses), device=losses.device)
         backbone = self._backbone_loss(output, hidden, next_ids, reference)
-        return Losses(backbone + heads_weight * (losses * weights).sum(), losses.detach(), backbone.detach())
+        return Losses(backbone + heads_weight * weighted(losses, self.decay), losses.detach(), backbone.detach())
 
     def _backbone_loss(
         self, lm_head: nn.Module, hidden: torch.Tensor, next_ids: torch.Tensor, reference: torch.Tensor
@@ -172,10 +176,11 @@ class JointObjective(nn.Module):
     def _part_loss(
         self, lm_head: nn.Module, hidden: torch.Tensor, next_ids: torch.Tensor, reference: torch.Tensor
     ) -> torch.Tensor:
-        logits = lm_head(hidden).float()  # [n, V]
+        config = self.backbone.config.get_text_config()
+        logits = shaped_logits(lm_head(hidden).float(), config)  # [n, V]
         if self.backbone_loss == "ce":
             return F.cross_entropy(logits, next_ids, reduction="sum")
         with torch.no_grad():
             weight = self.original.weight
-            wanted = F.linear(reference.to(weight.dtype), weight, self.original.bias).float()
+            wanted = shaped_logits(F.linear(reference.to(weight.dtype), weight, self.original.bias).float(), config)
         return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,51 +94,100 @@ def train(
         raise OptionError("all conversations are held out; lower --held-out or use more data")
     identity = backbone_digest(source.model)
     work = WorkDirectory(work_path, _identity(settings, identity, training, held_out, accelerator), accelerator)
-    states = _hidden_states(source, training, hidden_path / "train", identity, accelerator, listener)
-    held_states = None
-    if held_out:
-        held_states = _hidden_states(source, held_out, hidden_path / "held-out", identity, accelerator, listener)
-
-    heads = _new_heads(source, settings)
-    lm_head = _lm_head(source, states, settings, accelerator, listener)
-    epochs = settings.epochs if settings.method == "medusa-1" else settings.heads_first
-    if epochs and work.stage != JOINT:  # else they are done, and the joint stage's checkpoint has them
-        stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, epochs, accelerator.device)
-        log = _AccuracyLog(heads.config, work, source, held_states, listener) if held_states is not None else lambda *_: None
-        heads.load_state_dict(_learned(fit(stage, accelerator, work, settings, listener.step, log), accelerator))
-        _forget(accelerator)
-    joint = None
-    if settings.method == "medusa-2":
-        joint = train_jointly(
-            source.model, source.reload, heads, lm_head, training, states, settings, accelerator, work, listener.step
-        )
-        _forget(accelerator)
-    elif backbone_digest(source.model) != identity:
+    run = _Run(source, settings, hidden_path, identity, accelerator, work, listener)
+    states = run.hidden_states(training, "train")
+    held_states = run.hidden_states(held_out, "held-out") if held_out else None
+    heads = run.train_heads(states, held_states)
+    joint = run.train_jointly(heads, training, states) if settings.method == "medusa-2" else None
+    if joint is None and backbone_digest(source.model) != identity:
         raise MedusaError("the backbone's weights changed while its heads were trained; this must not happen")
     if not accelerator.is_main_process:
         return None
-
-    if joint:
-        heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
-        heads.load_state_dict(_of_heads(joint.state))
-    heads = _as_kept(heads.cpu().eval(), settings)
-    if joint and held_out:
-        held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(joint.model))
     facts: dict[str, Any] = {
         "backbone_sha256": identity,
-        "backbone_unchanged": settings.method == "medusa-1",
+        "backbone_unchanged": joint is None,
         "answers": {"training": len(training), "held_out": len(held_out)},
         "tokens": {"training": len(states.next_ids), "held_out": sum(len(e.response_ids) for e in held_out)},
         "data_sha256": digest(examples),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-    if joint and held_out:
+    if joint is None:
+        heads = _as_kept(heads.cpu().eval(), settings)
+        return TrainResult(heads, _evaluation(heads, source.model, held_states, digest(held_out)), None, facts)
+    heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
+    heads.load_state_dict(_of_heads(joint.state))
+    heads = _as_kept(heads.eval(), settings)
+    if held_out:
+        held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(joint.model))
         original: Any = source.reload()
         first, last = perplexity(original.to(accelerator.device), held_out), perplexity(joint.model, held_out)
         facts["perplexity"] = {"original": first, "trained": last}
-    evaluation = _evaluation(heads, joint.model if joint else source.model, held_states, digest(held_out))
-    return TrainResult(heads, evaluation, joint, facts)
+    return TrainResult(heads, _evaluation(heads, joint.model, held_states, digest(held_out)), joint, facts)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of a run share."""
+
+    source: Source
+    settings: TrainSettings
+    hidden_path: Path
+    identity: str  # digest of the backbone
+    accelerator: Accelerator
+    work: WorkDirectory
+    listener: Listener
+
+    def hidden_states(self, examples: list[Example], name: str) -> HiddenStates:
+        """The backbone's, as it runs now; for Medusa-2 as it will run while it learns."""
+        accelerator, total = self.accelerator, sum(len(example.response_ids) for example in examples)
+        learns = self.settings.method == "medusa-2"
+        with accelerator.autocast() if learns else nullcontext():
+            return cached_hidden_states(
+                self.source.model,
+                examples,
+                self.hidden_path / name,
+                identity=f"{self.identity} {accelerator.mixed_precision}" if learns else self.identity,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                barrier=accelerator.wait_for_everyone,
+                tell=lambda done: self.listener.cached(done, total),
+            )
+
+    def train_heads(self, states: HiddenStates, held_states: HiddenStates | None) -> MedusaHeads:
+        """The heads alone: all of Medusa-1, the first stage of Medusa-2."""
+        settings, heads = self.settings, _new_heads(self.source, self.settings)
+        epochs = settings.epochs if settings.method == "medusa-1" else settings.heads_first
+        if not epochs or self.work.stage == JOINT:  # they are done, and the joint stage's checkpoint has them
+            return heads
+        lm_head = _lm_head(self.source, states, settings, self.accelerator, self.listener)
+        stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, epochs, self.accelerator.device)
+        log: Callable[[torch.nn.Module, int], None] = lambda *_: None  # noqa: E731 - nothing is held out
+        if held_states is not None:
+            log = _AccuracyLog(heads.config, self.work, self.source, held_states, self.listener)
+        objective = fit(stage, self.accelerator, self.work, settings, self.listener.step, log)
+        heads.load_state_dict(_learned(objective, self.accelerator))
+        _forget(self.accelerator)
+        return heads
+
+    def train_jointly(self, heads: MedusaHeads, training: list[Example], states: HiddenStates) -> JointResult:
+        """Medusa-2's second stage."""
+        source, accelerator = self.source, self.accelerator
+        lm_head = _lm_head(source, states, self.settings, accelerator, self.listener)
+        joint = train_jointly(
+            source.model,
+            source.reload,
+            heads,
+            lm_head,
+            training,
+            states,
+            self.settings,
+            accelerator,
+            self.work,
+            self.listener.step,
+        )
+        _forget(accelerator)
+        return joint
 
 
 def _as_kept(heads: MedusaHeads, settings: TrainSettings) -> MedusaHeads:
@@ -163,22 +213,6 @@ def _identity(
     free = {"checkpoint_every", "log_every", "heads_dtype", "save_backbone"}
     data = {"backbone": backbone, "data": digest([*training, *held_out]), "processes": accelerator.num_processes}
     return data | settings.model_dump(exclude=free) | {"mixed_precision": accelerator.mixed_precision}
-
-
-def _hidden_states(
-    source: Source, examples: list[Example], directory: Path, identity: str, accelerator: Accelerator, listener: Listener
-) -> HiddenStates:
-    total = sum(len(example.response_ids) for example in examples)
-    return cached_hidden_states(
-        source.model,
-        examples,
-        directory,
-        identity=identity,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        barrier=accelerator.wait_for_everyone,
-        tell=lambda done: listener.cached(done, total),
-    )
 
 
 def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:

@@ -12,7 +12,7 @@ Method = Literal["medusa-1", "medusa-2"]
 class TrainSettings(BaseModel):
     """Settings of `medusa-export train`, but for what it reads and where it writes."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     method: Method = Field(default="medusa-1", description="medusa-1: heads alone. medusa-2: heads and backbone")
     num_heads: int = Field(default=4, ge=1, le=32, description="heads to make")
@@ -29,16 +29,14 @@ class TrainSettings(BaseModel):
     warmup: float = Field(default=0.02, ge=0, lt=1, description="part of the steps in which the rate rises to its height")
     weight_decay: float = Field(default=0.0, ge=0, description="of the optimizer, AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are cut")
-    loss_decay: float = Field(default=0.8, gt=0, le=1, description="head k counts this to the power of k, from 0")
+    loss_decay: float = Field(default=0.8, gt=0, le=1, description="the k-th head counts this to the power of k")
     min_token_count: int = Field(
-        default=3,
-        ge=1,
-        description="tokens rarer than this in the data are left out of the loss, which makes it cheaper; 1 for none",
+        default=1, ge=1, description="tokens rarer than this in the data are left out of the loss, which makes it cheaper"
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         default="auto", description="of products. auto: bf16 where the hardware multiplies it"
     )
-    seed: int = Field(default=0, description="of the data's order and of what starts random")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the data's order and of what starts random")
 
     held_out: float = Field(default=0.02, ge=0, lt=1, description="part of the conversations kept for evaluation")
     max_length: int = Field(default=2048, ge=2, description="longer conversations are cut")
