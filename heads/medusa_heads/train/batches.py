@@ -10,9 +10,21 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
-def row_batches(num_rows: int, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
-    """Rows in random order, in batches of one size; what is left over is left out this time."""
-    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+def row_batches(num_rows: int, batch_size: int, seed: int, epoch: int, block: int = 1) -> list[IntArray]:
+    """Rows in random order, in batches of one size; what is left over is left out this time.
+
+    Args:
+        num_rows: there are.
+        batch_size: rows of a batch.
+        seed: of the order.
+        epoch: from 0; each has an order of its own.
+        block: so many neighbours stay together.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    shift = int(generator.integers(block)) if block > 1 else 0  # so that blocks differ between epochs
+    starts = generator.permutation(-(-(num_rows + shift) // block)) * block - shift
+    order = (starts[:, None] + np.arange(block)).ravel()
+    order = order[(order >= 0) & (order < num_rows)]
     size = min(batch_size, num_rows)
     return [order[start : start + size] for start in range(0, num_rows - size + 1, size)]
 

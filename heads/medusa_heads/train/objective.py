@@ -58,6 +58,11 @@ class LmHead(nn.Module):
         """The rows of the tokens that count. [V, …] -> [V', …]"""
         return rows if self.token_ids is None else rows[self.token_ids]
 
+    def of(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias that a head's logits come from: its own, or these."""
+        own: Any = head.lm_head
+        return (self.weight, self.bias) if own is None else (self.kept(own.weight), None)
+
     def places(self, targets: torch.Tensor) -> torch.Tensor:
         """Where among the tokens that count the targets are; IGNORED for others and for -1. Any shape."""
         found: torch.Tensor = self.index[targets.clamp(min=0)]
@@ -74,16 +79,41 @@ def lm_head_of(model: PreTrainedModel, dtype: torch.dtype, token_ids: torch.Tens
 class HeadsObjective(nn.Module):
     """Medusa-1: the heads' loss on given hidden states."""
 
-    def __init__(self, heads: MedusaHeads, lm_head: LmHead, decay: float) -> None:
+    def __init__(self, heads: MedusaHeads, lm_head: LmHead, decay: float, soft_targets: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.lm_head = lm_head
         self.decay = decay
+        self.soft_targets = soft_targets
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> Losses:
-        """Losses of rows [N, C] whose heads are to guess `targets` [N, K], -1 where nothing is to be guessed."""
-        losses = heads_losses(self.heads, self.lm_head, hidden, targets)
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [N, C]
+        targets: torch.Tensor,  # [N, K] what the heads are to guess, -1 where there is nothing
+        ahead: torch.Tensor | None = None,  # [U, C] the backbone's states that targets are read off, for soft targets
+        places: torch.Tensor | None = None,  # [N, K] which of them each target is read off
+    ) -> Losses:
+        """Losses of a batch of rows."""
+        if ahead is None or places is None:
+            losses = heads_losses(self.heads, self.lm_head, hidden, targets)
+        else:
+            losses = self._soft_losses(hidden, targets, ahead, places)
         return Losses(weighted(losses, self.decay), losses.detach())
+
+    def _soft_losses(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ahead: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """As `heads_losses`, but part of each target is the distribution that the backbone has there. [K]"""
+        with torch.no_grad():
+            backbone = F.linear(ahead, self.lm_head.weight, self.lm_head.bias).softmax(-1)  # [U, V']
+        tokens, losses = self.lm_head.places(targets), []  # [N, K]
+        for k, head in enumerate(self.heads.heads):
+            known = (tokens[:, k] != IGNORED).nonzero().flatten()  # [n]
+            wanted = backbone[places[known, k]] * self.soft_targets  # [n, V']
+            wanted[torch.arange(len(known)), tokens[known, k]] += 1 - self.soft_targets
+            logits = F.linear(head(hidden[known]), *self.lm_head.of(head))  # [n, V']
+            losses.append(F.cross_entropy(logits, wanted, reduction="sum") / max(1, len(known)))
+        return torch.stack(losses)
 
 
 def heads_losses(

@@ -30,6 +30,7 @@ from medusa_heads.train.objective import HeadsObjective, LmHead, lm_head_of
 from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import CheckpointError, MedusaError, OptionError
 
+SOFT_BLOCK = 32  # neighbouring rows that stay together, so that what is read ahead is shared
 LOG_ROWS = 4096  # held-out rows that the log's accuracies are taken from
 
 
@@ -267,17 +268,26 @@ def _heads_stage(
     epochs: float,
     device: torch.device,
 ) -> Stage:
+    num_heads, block = heads.config.num_heads, SOFT_BLOCK if settings.soft_targets else 1
+
+    def on_device(index: batches.IntArray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(states.rows[index])).to(device, lm_head.weight.dtype)
+
     def load(rows: batches.IntArray, *_: int) -> tuple[tuple[Any, ...], int]:
-        hidden = torch.from_numpy(np.asarray(states.rows[np.sort(rows)]))
-        targets = torch.from_numpy(states.targets(np.sort(rows), heads.config.num_heads))
-        return (hidden.to(device, lm_head.weight.dtype), targets.to(device)), len(rows)
+        index = np.sort(rows)
+        targets = torch.from_numpy(states.targets(index, num_heads)).to(device)
+        if not settings.soft_targets:
+            return (on_device(index), targets), len(rows)
+        last = len(states.next_ids) - 1
+        ahead, places = np.unique(np.minimum(index[:, None] + 1 + np.arange(num_heads), last), return_inverse=True)
+        return (on_device(index), targets, on_device(ahead), torch.from_numpy(places).to(device)), len(rows)
 
     return Stage(
         name="heads",
-        objective=HeadsObjective(heads, lm_head, settings.loss_decay),
+        objective=HeadsObjective(heads, lm_head, settings.loss_decay, settings.soft_targets),
         groups=[{"params": list(heads.parameters()), "lr": settings.learning_rate}],
         epochs=epochs,
-        batches=lambda epoch: batches.row_batches(len(states.next_ids), settings.batch_tokens, settings.seed, epoch),
+        batches=lambda epoch: batches.row_batches(len(states.next_ids), settings.batch_tokens, settings.seed, epoch, block),
         load=load,
     )
 

@@ -30,6 +30,12 @@ class TrainSettings(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="of the optimizer, AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are cut")
     loss_decay: float = Field(default=0.8, gt=0, le=1, description="the k-th head counts this to the power of k")
+    soft_targets: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="medusa-1: part of a head's target that is the backbone's distribution there, the rest being its token alone",
+    )
     min_token_count: int = Field(
         default=1, ge=1, description="tokens rarer than this in the data are left out of the loss, which makes it cheaper"
     )
