@@ -441,3 +441,47 @@ def test_a_run_killed_between_two_renames_has_its_checkpoint(tmp_path: Path) -> 
     work.save("heads", 8)
     assert work.resume("heads") == 8
     assert sorted(path.name for path in work.path.iterdir()) == ["checkpoint", "log.jsonl", "run.json"]
+
+
+# --- soft targets
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 3))
+def test_blocks_keep_neighbours_together_and_take_every_row_once(num_rows, block, epoch) -> None:
+    [order] = row_batches(num_rows, num_rows, 0, epoch, block)
+    assert sorted(order) == list(range(num_rows))
+    breaks = int((np.diff(order) != 1).sum())
+    assert breaks <= -(-num_rows // block)  # a block more than fit, where they begin shifted
+    assert (row_batches(num_rows, num_rows, 0, epoch, block)[0] == order).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("part", [0.25, 1.0])
+def test_soft_targets_equal_a_plain_computation(shared, part) -> None:
+    heads, weight, bias = random_heads(shared=shared), torch.randn(V, C), torch.randn(V)
+    kept = [0, 3, 4, 7, 11, 12]
+    lm_head = LmHead(weight, bias, torch.tensor(kept))
+    hidden, ahead = torch.randn(N, C), torch.randn(N + K, C)
+    targets, places = torch.randint(-1, V, (N, K)), torch.randint(0, N + K, (N, K))
+    targets[:, 2] = -1  # a head that nothing is asked of
+    total, told, _ = HeadsObjective(heads, lm_head, 0.5, part)(hidden, targets, ahead, places)
+    for k, head in enumerate(heads.heads):
+        matrix, offset = (weight, bias) if shared else (head.lm_head.weight, torch.zeros(V))
+        losses = []
+        for row, target, place in zip(hidden, targets[:, k].tolist(), places[:, k], strict=True):
+            if target in kept:
+                wanted = part * (weight[kept] @ ahead[place] + bias[kept]).softmax(0)
+                wanted[kept.index(target)] += 1 - part
+                losses.append(-(wanted * (matrix[kept] @ head(row[None])[0] + offset[kept]).log_softmax(0)).sum().item())
+        assert told[k].item() == pytest.approx(np.mean(losses) if losses else 0, abs=1e-4)
+    torch.testing.assert_close(total.detach(), 0.5 * told[0] + 0.25 * told[1] + 0.125 * told[2])
+    total.backward()
+    assert all(parameter.grad is not None for parameter in heads.parameters())
+
+
+def test_soft_targets_of_no_weight_are_the_tokens_alone() -> None:
+    heads, lm_head = random_heads(shared=True), LmHead(torch.randn(V, C), None)
+    hidden, targets = torch.randn(N, C), torch.randint(-1, V, (N, K))
+    hard = HeadsObjective(heads, lm_head, 0.8)(hidden, targets)
+    soft = HeadsObjective(heads, lm_head, 0.8, 0.0)(hidden, targets, torch.randn(3, C), torch.zeros(N, K, dtype=torch.int64))
+    torch.testing.assert_close(soft, hard)
