@@ -111,7 +111,10 @@ def _require_sensible(options: TrainOptions) -> None:
 def _ignored(settings: TrainSettings) -> list[str]:
     """Settings that are not at their default, though what they are for is not asked for."""
     joint = {name for name, field in TrainSettings.model_fields.items() if (field.description or "").startswith("medusa-2")}
-    without_effect = {"medusa-1": joint, "medusa-2": {"backbone_dtype"}}[settings.method]
+    alone = {"soft_targets"} if settings.heads_first == 0 else set()
+    if settings.backbone_dtype != "fp32":  # in which a backbone that learns is kept
+        alone.add("backbone_dtype")
+    without_effect = joint if settings.method == "medusa-1" else alone
     if settings.backbone == "full":
         without_effect |= {name for name in joint if name.startswith("lora")}
     default = TrainSettings()

@@ -34,7 +34,7 @@ class TrainSettings(BaseModel):
         default=0.0,
         ge=0,
         le=1,
-        description="medusa-1: part of a head's target that is the backbone's distribution there, the rest being its token alone",
+        description="part of a head's target that is the backbone's distribution there, the rest being its token; heads alone",
     )
     min_token_count: int = Field(
         default=1, ge=1, description="tokens rarer than this in the data are left out of the loss, which makes it cheaper"
