@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from click.testing import CliRunner, Result
 
 from medusa_export.checkpoint import load_backbone
 from medusa_export.cli import main
+from medusa_export.recipe import library
 from medusa_export.trt.flavor import TensorRT
 from medusa_export.validate.compare import first_divergence
+from medusa_heads.evaluate import Evaluation
+from medusa_heads.formats import load_heads
 from medusa_runtime import CandidateTree, Manifest, MedusaLM
 
 pytestmark = pytest.mark.e2e
@@ -39,24 +43,44 @@ def model() -> str:
 
 
 @pytest.fixture(scope="module")
-def heads(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("real") / "heads"
-    run("heads", "init", model, "-o", path, "--num-heads", 4)
-    return path
+def heads() -> Path:
+    """Those that come with the project."""
+    return library.folder() / "heads" / "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
-def bundle(model: str, heads: Path) -> Path:
-    path = heads.parent / "fp32"
+def bundle(model: str, heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("real") / "fp32"
     run("onnx", model, "--heads", heads, "-o", path)
     return path
+
+
+def test_the_heads_that_come_along_are_what_their_files_say(heads: Path) -> None:
+    loaded, evaluation = load_heads(heads), Evaluation.model_validate_json((heads / "evaluation.json").read_text())
+    assert loaded.config.num_heads >= 4
+    assert (heads / "heads.safetensors").stat().st_size <= 8_000_000
+    assert evaluation.heads == loaded.digest()
+    facts = json.loads((heads / "run.json").read_text())
+    assert facts["backbone_unchanged"] is True
+    assert facts["tokens"]["held_out"] == evaluation.tokens
+    assert "MT-bench" in (heads / "README.md").read_text()
+
+
+def test_the_heads_that_come_along_save_steps(bundle: Path, heads: Path) -> None:
+    lm = MedusaLM.from_bundle(bundle)
+    trees = Evaluation.model_validate_json((heads / "evaluation.json").read_text()).trees
+    [best] = [tree.tree for tree in trees if tree.nodes == 16]
+    assert lm.engine.tree == CandidateTree.from_json(best)
+    results = [lm.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    steps, tokens = (sum(getattr(r.stats, name) for r in results) for name in ("num_steps", "num_decoded_tokens"))
+    assert tokens / steps > 1.5  # heads that were never trained give 1.15
 
 
 def test_the_exported_bundle_is_validated(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     assert manifest.validation.status == "passed"
     assert manifest.validation.summary["max_abs"] < 1e-3
-    assert manifest.files["weights.bin"].size < 545_000_000  # 134.5 million parameters and the heads, once
+    assert manifest.files["weights.bin"].size < 560_000_000  # 134.5 million parameters and the heads, 4 million, once
 
 
 def test_medusa_gives_what_transformers_generate_gives(bundle: Path, model: str) -> None:
