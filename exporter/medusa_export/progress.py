@@ -61,14 +61,14 @@ def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Cal
     Yields a function that is told how many things are done, how many of those were done before, how much (of `unit`) was
     made in this run, and the total where it was not known. A terminal shows a bar, a log gets a line a minute.
     """
-    started = last = 0.0
+    started = last = ended = 0.0
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total, news="")
 
         def tell(done: int, before: int, made: int, whole: int = total) -> None:
-            nonlocal last, started
-            now = time.perf_counter()
+            nonlocal started, last, ended
+            ended = now = time.perf_counter()
             started, last = started or now, last or now
             seconds, new = max(1e-9, now - started), done - before
             news = f"{made / seconds:.0f} {unit}/s, {_duration(seconds * (whole - done) / new) if new else '?'} left"
@@ -79,7 +79,7 @@ def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Cal
 
         yield tell
     if started:
-        note(f"{name}: {_duration(time.perf_counter() - started)}")
+        note(f"{name}: {_duration(ended - started)}")
 
 
 @contextmanager
