@@ -6,7 +6,7 @@ PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet -c constrai
 
 MODEL  := smollm2-135m-instruct
 BUNDLE ?= build/$(MODEL)-fp32
-PROMPT ?= Explain in three sentences why the sky is blue.
+PROMPT ?= Write a Python function that reverses a string.
 export BIN MODEL BUNDLE PROMPT
 
 .PHONY: demo test lint clean

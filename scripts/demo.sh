@@ -3,7 +3,7 @@
 set -eu
 : "${BIN:=.venv/bin}" "${MODEL:=smollm2-135m-instruct}" "${BUNDLE:=build/smollm2-135m-instruct-fp32}"
 : "${HEADS:=recipes/heads/$MODEL}"
-: "${PROMPT:=Explain in three sentences why the sky is blue.}"
+: "${PROMPT:=Write a Python function that reverses a string.}"
 run="$BIN/medusa-export"
 
 echo "== fetch $MODEL"
