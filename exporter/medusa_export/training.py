@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -132,6 +133,8 @@ def _accelerator(options: TrainOptions) -> Accelerator:
         raise OptionError("--mixed-precision fp16 needs a GPU; use bf16 or no")
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of tied weights at every checkpoint
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process needs the weights, for its share of hidden states
+    AcceleratorState._reset_state()  # noqa: SLF001 - an earlier run in this process may have had another precision
+    GradientState._reset_state()  # noqa: SLF001
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
