@@ -323,7 +323,7 @@ def test_an_endpoint_that_is_busy_is_asked_again() -> None:
     [
         (
             failure(401, "Incorrect key"),
-            "refuses 0 (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a key that it takes",
+            " (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a key that it takes",
         ),
         (
             failure(404, "The model `tiny` does not exist."),
