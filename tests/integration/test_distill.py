@@ -15,6 +15,7 @@ from medusa_export.cli import main
 from medusa_heads.distill import endpoint
 from medusa_heads.distill.store import AnswerStore, Row, read_facts, read_rows
 from tests.support.chat_server import chat_server, completion, failure
+from tests.support.cli import fails
 
 Make = Callable[..., Path]
 SHORT = ("--max-new-tokens", 6, "--max-prompt-tokens", 100, "--threads", 1, "--dtype", "fp32")
@@ -52,16 +53,6 @@ def rows_of(path: Path) -> dict[str, Row]:
     rows = list(read_rows(path))
     assert len({row.key for row in rows}) == len(rows)
     return {row.key: row for row in rows}
-
-
-def fails(result: Result, exit_code: int, message: str) -> None:
-    """One line of ours, or Click's usage and one line; before it only what stages tell."""
-    assert result.exit_code == exit_code, result.output
-    assert result.stdout == ""
-    *before, last = result.stderr.splitlines()
-    assert last.startswith("Error: ")
-    assert message in last
-    assert [line for line in before if line and not line.startswith(("  ", "Usage: ", "Try "))] == []
 
 
 def test_prompts_become_data(make_model: Make, prompts: Path, tmp_path: Path) -> None:

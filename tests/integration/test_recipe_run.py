@@ -296,7 +296,7 @@ def test_an_output_of_something_else_is_left_alone(recipe: Path, done: Path, tmp
         busy = run(recipe, "-o", done)
     assert (busy.exit_code, busy.stderr) == (
         2,
-        f"Error: {done} is used by another run; wait for it, or choose another --output\n",
+        f"Error: {done} is in use by another run; wait for it, or choose another directory\n",
     )
     output = copy_of(done, tmp_path / "damaged")
     (output / STATE_NAME).write_text("{")

@@ -29,6 +29,7 @@ from medusa_heads.train.hidden import backbone_digest, cached_hidden_states, res
 from medusa_heads.train.objective import Losses
 from medusa_heads.train.run import Listener, Source, TrainResult, train
 from medusa_heads.train.settings import TrainSettings
+from tests.support.cli import fails
 from tests.support.gguf_file import write_gguf
 from tests.support.models import tokenizer
 
@@ -70,16 +71,6 @@ def run(*words: object) -> Result:
 
 def works(result: Result) -> None:
     assert result.exit_code == 0, result.output
-
-
-def fails(result: Result, exit_code: int, message: str) -> None:
-    """One line of ours, or Click's usage and one line; before it only what stages tell."""
-    assert result.exit_code == exit_code, result.output
-    assert result.stdout == ""
-    *before, last = result.stderr.splitlines()
-    assert last.startswith("Error: ")
-    assert message in last
-    assert [line for line in before if line and not line.startswith(("  ", "Usage: ", "Try "))] == []
 
 
 def entries(path: Path, *, timed: bool = False) -> list[dict[str, Any]]:

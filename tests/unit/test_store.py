@@ -106,7 +106,7 @@ def test_settings_that_gave_no_answer_may_be_changed(tmp_path: Path) -> None:
 
 
 def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
-    with AnswerStore(tmp_path, facts()), pytest.raises(OptionError, match="is being written by another run"):
+    with AnswerStore(tmp_path, facts()), pytest.raises(OptionError, match="is in use by another run"):
         AnswerStore(tmp_path, facts())
     with AnswerStore(tmp_path, facts()):
         pass

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medusa_heads.distill.store import ANSWERS_NAME
 from medusa_heads.formats import native
 from medusa_runtime.errors import OptionError
-from medusa_runtime.files import write_whole
+from medusa_runtime.files import alone_in, write_whole
 from medusa_runtime.manifest import MANIFEST_NAME, Manifest, Provenance, sha256_of
 
 STATE_NAME = "recipe.json"
@@ -58,15 +56,8 @@ def opened(output: Path, recipe: str) -> Iterator[RunState]:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise OptionError(f"{output} is not a directory; choose another --output") from error
-    lock = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OptionError(f"{output} is used by another run; wait for it, or choose another --output") from error
+    with alone_in(output):
         yield _read(output, recipe)
-    finally:
-        os.close(lock)
 
 
 def fingerprint(place: str) -> str:

@@ -5,17 +5,16 @@ Answers are appended as they come, so an interrupted run loses at most the line 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medusa_runtime.errors import OptionError
-from medusa_runtime.files import write_whole
+from medusa_runtime.files import alone_in, write_whole
 from medusa_runtime.manifest import Provenance
 from medusa_runtime.text import Message
 
@@ -75,28 +74,19 @@ class AnswerStore:
     def __init__(self, path: str | Path, facts: DataFacts) -> None:
         self.path = Path(path)
         require_place(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise OptionError(f"{self.path} is being written by another run; wait for it, or choose another output") from error
-        try:
+        with ExitStack() as held:
+            held.enter_context(alone_in(self.path))
             self._require_same(facts)
             self.rows = self._recover()
             self.num_tokens = sum(len(row.response_token_ids) for row in self.rows.values())  # of all answers
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._file = (self.path / ANSWERS_NAME).open("a", encoding="utf-8")
+            self._file = held.enter_context((self.path / ANSWERS_NAME).open("a", encoding="utf-8"))
+            self._held = held.pop_all()  # until the store is closed
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        os.close(self._lock)
+        self._held.close()
 
     def append(self, row: Row) -> None:
         """Write a row, whole."""

@@ -134,7 +134,7 @@ def heads_losses(
         shared = (lm_head.kept(learning.weight), None if learning.bias is None else lm_head.kept(learning.bias))
     losses = []
     for k, head in enumerate(heads.heads):
-        weight, bias = shared if head.lm_head is None else (lm_head.kept(head.lm_head.weight), None)
+        weight, bias = shared if head.lm_head is None else lm_head.of(head)
         logits = F.linear(head(hidden), weight, bias)  # [N, V']
         total = F.cross_entropy(logits, places[:, k], ignore_index=IGNORED, reduction="sum")
         losses.append(total / (places[:, k] != IGNORED).sum().clamp(min=1))  # a batch may have no target for the last heads
