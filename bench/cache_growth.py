@@ -41,7 +41,7 @@ def main(bundle: Path, output: Path | None) -> None:
         for _ in range(ROUNDS):
             for name, policy in POLICIES.items():
                 with mock.patch.object(ort_cpu, "bucket", policy):
-                    stats = lm.generate(prompt, NEW_TOKENS, ignore_eos=True).stats
+                    stats = lm.generate(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True).stats
                 times[name].append(1e3 * stats.decode_seconds / stats.num_steps)
         result["policies"][f"{length} prompt of {stats.num_prompt_tokens} tokens"] = {
             name: round(float(np.median(found)), 2) for name, found in times.items()

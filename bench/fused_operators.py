@@ -37,7 +37,7 @@ def export_variant(model: str, heads: Path, output: Path, left_out: tuple[str, .
             patches.enter_context(mock.patch(f"medusa_export.trace.program.{name}"))
         manifest = export_bundle(ExportOptions(model, heads, output))
     backend = open_backend(output, Manifest.load(output))
-    backend.reserve(1, 256)
+    backend.resize(1, 256)
     assert manifest.precision == "fp32"
     return backend
 

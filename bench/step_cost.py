@@ -59,7 +59,7 @@ def main(bundle: Path, output: Path | None) -> None:
     backends: dict[int, Backend] = {}
     for capacity in (256, 512, 1024, 2048):
         backends[capacity] = open_backend(bundle, manifest)
-        backends[capacity].reserve(1, capacity)
+        backends[capacity].resize(1, capacity)
     small = backends[256]
 
     by_tokens = {
@@ -107,7 +107,7 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
             opened = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             setattr(backend, f"_{session}_session", opened)
         backend._binding = backend._step_session.io_binding()
-        backend.reserve(1, 256)
+        backend.resize(1, 256)
         run = step(backend, 16, 128)
         found[name] = medians(step=run, heads=lambda backend=backend: backend.propose(np.zeros(1, np.int64)))
     return found
@@ -119,7 +119,7 @@ def loop(bundle: Path) -> dict[str, dict[str, float]]:
     found: dict[str, list[DecodingStats]] = {"medusa": [], "plain": []}
     for _ in range(5):
         for name, runs in found.items():
-            runs.append(lm.generate(PROMPT, 96, medusa=name == "medusa", ignore_eos=True).stats)
+            runs.append(lm.generate(PROMPT, max_new_tokens=96, medusa=name == "medusa", ignore_eos=True).stats)
     return {
         name: {
             "tokens_per_second": round(float(np.median([run.tokens_per_second for run in runs])), 1),

@@ -141,8 +141,8 @@ def _backend(options: DistillOptions) -> str:
         raise OptionError("--base-url belongs to --backend endpoint, and the other way round")
     if backend == "bundle" and guess != "bundle":
         raise OptionError(f"--backend bundle takes an exported bundle; {options.model} is none")
-    if backend == "bundle" and (options.temperature or options.self_prompts):
-        raise OptionError("a bundle decodes greedily: no --temperature and no --self-prompts with it")
+    if backend == "bundle" and options.self_prompts:
+        raise OptionError("a bundle's model cannot prompt itself: no --self-prompts with it; take its checkpoint")
     if backend == "endpoint" and options.self_prompts:
         raise OptionError("an endpoint cannot be asked to write the user's words; use --self-prompts with transformers")
     return backend
@@ -194,15 +194,17 @@ def _open_transformers(options: DistillOptions) -> _Model:
 
 def _open_bundle(options: DistillOptions) -> _Model:
     from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec  # noqa: PLC0415
-    from medusa_runtime import MedusaLM  # noqa: PLC0415
+    from medusa_runtime import Manifest, MedusaLM  # noqa: PLC0415
 
-    lm = MedusaLM.from_bundle(options.model, num_threads=options.threads)
+    limit = Manifest.load(options.model).limits.max_batch_size
+    lm = MedusaLM.from_bundle(
+        options.model, max_batch_size=options.batch_size or min(8, limit or 8), num_threads=options.threads
+    )
     manifest = lm.engine.backend.manifest
     _require_room(options, manifest.limits.max_seq_len)
     digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())
-    batch_size = options.batch_size or min(8, manifest.limits.max_batch_size or 8)
     weights = manifest.files[WEIGHTS_NAME].sha256
-    return _Model(BundleAnswerer(lm.engine, batch_size), BundleCodec(lm.codec), digest, weights, manifest.precision)
+    return _Model(BundleAnswerer(lm.engine), BundleCodec(lm.codec), digest, weights, manifest.precision)
 
 
 def _open_endpoint(options: DistillOptions) -> _Model:

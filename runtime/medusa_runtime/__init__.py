@@ -1,4 +1,4 @@
-"""Run a Medusa bundle: LLM decoding of several tokens a step, without PyTorch.
+"""Run a Medusa bundle: LLM decoding of several tokens a step, many requests at once, without PyTorch.
 
 >>> from medusa_runtime import MedusaLM
 >>> lm = MedusaLM.from_bundle("build/fp32")
@@ -6,21 +6,28 @@
 """
 
 from medusa_runtime.backends import BACKENDS, Backend
-from medusa_runtime.engine import DecodingEngine, DecodingStats, SequenceStep
+from medusa_runtime.budget import StepCosts
+from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import (
     BackendError,
     BundleError,
     CapacityError,
+    ClosedError,
     MedusaError,
     MissingExtraError,
     OptionError,
-    StaleStreamError,
+    QueueFullError,
+    RequestError,
     TreeError,
 )
-from medusa_runtime.lm import GenerationChunk, GenerationResult, MedusaLM
+from medusa_runtime.lm import MedusaLM
 from medusa_runtime.manifest import Manifest
+from medusa_runtime.options import DecodingOptions, GenerationOptions
+from medusa_runtime.sequence import Sequence, SequenceStep, TokenLogprob
+from medusa_runtime.service import Choice, GenerationChunk, GenerationResult, Handle, ServiceStats
+from medusa_runtime.stats import DecodingStats
 from medusa_runtime.text import Message
-from medusa_runtime.tree import CandidateTree, most_likely_tree, prior_tree
+from medusa_runtime.tree import CandidateTree, DynamicTree, most_likely_tree, prior_tree
 
 __all__ = [
     "BACKENDS",
@@ -29,18 +36,29 @@ __all__ = [
     "BundleError",
     "CandidateTree",
     "CapacityError",
+    "Choice",
+    "ClosedError",
     "DecodingEngine",
+    "DecodingOptions",
     "DecodingStats",
+    "DynamicTree",
     "GenerationChunk",
+    "GenerationOptions",
     "GenerationResult",
+    "Handle",
     "Manifest",
     "MedusaError",
     "MedusaLM",
     "Message",
     "MissingExtraError",
     "OptionError",
+    "QueueFullError",
+    "RequestError",
+    "Sequence",
     "SequenceStep",
-    "StaleStreamError",
+    "ServiceStats",
+    "StepCosts",
+    "TokenLogprob",
     "TreeError",
     "most_likely_tree",
     "prior_tree",

@@ -1,277 +1,407 @@
-"""The decoding loop on token ids: propose, verify, accept, commit. It knows nothing of text."""
+"""The decoding loop on token ids: propose, verify, accept, commit, for many sequences at once. It knows nothing of text."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from medusa_runtime.acceptance import Accepted, accept_greedy
 from medusa_runtime.backends.base import Backend
-from medusa_runtime.decoding import accept_greedy, draft_tokens
-from medusa_runtime.errors import CapacityError, OptionError, StaleStreamError
-from medusa_runtime.tree import CandidateTree, IntArray
+from medusa_runtime.budget import DraftBudget, StepCosts, likeliest
+from medusa_runtime.drafts import Draft, DraftBatch, candidates_for
+from medusa_runtime.errors import CapacityError, OptionError
+from medusa_runtime.options import DecodingOptions
+from medusa_runtime.sampling import Guide
+from medusa_runtime.sequence import FinishReason, Rows, Sequence, SequenceStep
+from medusa_runtime.slots import SlotPool
+from medusa_runtime.stats import DecodingStats
+from medusa_runtime.tree import CandidateTree, DynamicTree, IntArray
 
-FinishReason = Literal["stop", "length"]
-PREFILL_CHUNK = 512  # prompt tokens a step takes where the bundle sets no limit
-
-
-@dataclass
-class DecodingStats:
-    """Counts and seconds of one generation, over all its sequences."""
-
-    num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0  # all that was given out, the prefill's first tokens included
-    num_decoded_tokens: int = 0  # those that verification steps gave
-    num_steps: int = 0  # verification steps, counted for each sequence that took part
-    num_draft_tokens: int = 0  # drafts verified
-    num_accepted_tokens: int = 0  # drafts accepted and given out
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    engine_seconds: float = 0.0  # the part of decode_seconds spent in the backend's step and heads
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens a verification step gave a sequence on average: the acceptance length, bonus token included."""
-        return self.num_decoded_tokens / self.num_steps if self.num_steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoded tokens over decoding time, prefill and the token it gives left out."""
-        return self.num_decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class SequenceStep:
-    """What one step decided for one sequence."""
-
-    sequence: int
-    token_ids: list[int]  # in order; what follows an end-of-sequence token or the limit is cut
-    num_accepted: int  # drafts among them
-    finish_reason: FinishReason | None = None
-
-
-@dataclass
-class _Sequence:
-    prompt_ids: list[int]
-    remaining: int
-    finish_reason: FinishReason | None = None
-
-
-@dataclass
-class _State:
-    """Where B sequences stand between two steps."""
-
-    lengths: IntArray  # [B] entries in the cache
-    root_ids: IntArray  # [B] decided, not in the cache yet
-    head_ids: IntArray | None = None  # [B, K, M] candidates for what follows the root
+DEFAULT_NEW_TOKENS = 256
+PREFILL_CHUNK = 512  # prompt tokens a step takes where the bundle sets no limit and nobody waits
+SHARED_PREFILL_CHUNK = 64  # and where other sequences wait for their next tokens
 
 
 class DecodingEngine:
-    """Greedy decoding of token ids on a backend, several tokens a step.
+    """Decodes token ids on a backend, several tokens a step and several sequences at a time.
+
+    Sequences join and leave between steps. A step reads a chunk of the oldest prompt, then verifies the drafts of all
+    sequences that decode in one forward pass. One thread at a time may use an engine.
 
     Args:
-        backend: where the graphs run.
-        tree: the candidate tree; none for the one the bundle names.
+        backend: where the graphs run. Its cache is the engine's alone.
+        tree: which continuations are verified; none for the tree the bundle names.
+        max_batch_size: sequences decoded at a time, each with a slot in the cache; more wait in the order they came.
+        costs: what steps cost here. With it the trees shrink, and grow again, as the load and the heads' own
+            probabilities make it pay; without it they always have their full size.
+        reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
 
     Raises:
+        OptionError: max_batch_size is below 1.
         TreeError: the tree is deeper or wider than the bundle's heads.
-        CapacityError: the tree has more nodes than the bundle's engines take.
+        CapacityError: the tree has more nodes, or the batch more sequences, than the bundle's engines take.
     """
 
-    def __init__(self, backend: Backend, tree: CandidateTree | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        tree: CandidateTree | DynamicTree | None = None,
+        *,
+        max_batch_size: int = 8,
+        costs: StepCosts | None = None,
+        reuse_prefixes: bool = True,
+    ) -> None:
+        if max_batch_size < 1:
+            raise OptionError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        largest = backend.manifest.limits.max_batch_size
+        if largest is not None and max_batch_size > largest:
+            raise CapacityError(f"max_batch_size is {max_batch_size}, the bundle takes {largest}")
         self.backend = backend
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         self.check_tree(self.tree)
+        self.stats = DecodingStats()  # of all sequences there were; its seconds are the engine's own, not their sum
+        self._slots = SlotPool(backend, max_batch_size, reuse_prefixes=reuse_prefixes)
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: Sequence | None = None
+        self._budget = DraftBudget(costs) if costs is not None else None
+        self._numbers = itertools.count()
 
-    def check_tree(self, tree: CandidateTree) -> None:
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences decoded at a time."""
+        return self._slots.num_slots
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """Sequences that have a slot."""
+        return self._slots.num_active
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self.num_active
+
+    def check_tree(self, tree: CandidateTree | DynamicTree) -> None:
         """Raise where the bundle cannot verify the tree."""
         heads, limits = self.backend.manifest.heads, self.backend.manifest.limits
-        tree.check_fits(heads.num_heads, heads.top_k)
+        if isinstance(tree, CandidateTree):
+            tree.check_fits(heads.num_heads, heads.top_k)
         if limits.max_tree_nodes is not None and tree.num_nodes > limits.max_tree_nodes:
             raise CapacityError(
                 f"the tree has {tree.num_nodes} nodes, the engine takes {limits.max_tree_nodes}; "
                 f"rebuild it with --max-tree-nodes {tree.num_nodes}"
             )
 
-    def check_request(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """Refuse what cannot be decoded to its end, before any work.
+    def check_request(self, prompt_ids: Tokens[int], options: DecodingOptions) -> int:
+        """Refuse what cannot be decoded to its end, before any work. Returns how many new tokens there may be.
 
         Raises:
-            OptionError: there is no prompt, a prompt is empty or holds an id outside the vocabulary, or
-                max_new_tokens is below 1.
-            CapacityError: a prompt with its answer is longer than the bundle allows, or there are too many prompts.
+            OptionError: the prompt is empty, or it or an option names an id outside the vocabulary.
+            CapacityError: the prompt with its answer is longer than the bundle allows.
+            TreeError: the options' tree does not fit the heads.
         """
-        limits, vocab_size = self.backend.manifest.limits, self.backend.manifest.model.vocab_size
-        if max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        if not prompts:
-            raise OptionError("there is no prompt")
-        if limits.max_batch_size is not None and len(prompts) > limits.max_batch_size:
-            raise CapacityError(f"{len(prompts)} prompts at once, the bundle takes {limits.max_batch_size}")
-        for prompt in prompts:
-            if not prompt:
-                raise OptionError("the prompt is empty")
-            if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-                raise OptionError(f"the prompt holds a token id outside the vocabulary of {vocab_size}")
-            if len(prompt) + max_new_tokens > limits.max_seq_len:
-                raise CapacityError(
-                    f"the prompt has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, together more "
-                    f"than the bundle's {limits.max_seq_len}; shorten the prompt or lower max_new_tokens"
-                )
+        longest, vocab_size = self.backend.manifest.limits.max_seq_len, self.backend.manifest.model.vocab_size
+        if not prompt_ids:
+            raise OptionError("the prompt is empty")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+            raise OptionError(f"the prompt holds a token id outside the vocabulary of {vocab_size}")
+        for name, token_ids in (("logit_bias", options.logit_bias), ("stop_token_ids", options.stop_token_ids)):
+            if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
+                raise OptionError(f"{name} names the token {outside[0]}; the vocabulary has {vocab_size}")
+        if options.tree is not None:
+            self.check_tree(options.tree)
+        room = longest - len(prompt_ids)
+        wanted = options.max_new_tokens if options.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+        if wanted > room:
+            raise CapacityError(
+                f"the prompt has {len(prompt_ids)} tokens and {wanted} new ones were asked for, together more "
+                f"than the bundle's {longest}; shorten the prompt or lower max_new_tokens"
+            )
+        return wanted
+
+    def add(
+        self, prompt_ids: Tokens[int], options: DecodingOptions | None = None, *, guide: Guide | None = None, stream: int = 0
+    ) -> Sequence:
+        """Queue a prompt. What is decided for it comes from its `Sequence.take_steps`, after each `step`.
+
+        Args:
+            prompt_ids: token ids.
+            options: how it is decoded.
+            guide: what restricts its tokens.
+            stream: which of several answers to one request: each has random numbers of its own.
+
+        Raises:
+            OptionError, CapacityError, TreeError: at once; see `check_request`.
+        """
+        options = options or DecodingOptions()
+        max_new_tokens = self.check_request(prompt_ids, options)
+        model, heads = self.backend.manifest.model, self.backend.manifest.heads
+        tree = (options.tree or self.tree) if options.medusa else CandidateTree.root_only()
+        sequence = Sequence(
+            id=next(self._numbers),
+            prompt_ids=list(prompt_ids),
+            options=options,
+            max_new_tokens=max_new_tokens,
+            end_ids=frozenset([*options.stop_token_ids, *([] if options.ignore_eos else model.eos_token_ids)]),
+            candidates=candidates_for(tree, heads.num_heads, heads.top_k),
+            guide=guide,
+            stream=stream,
+        )
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
+        """End a sequence between two steps. Nothing happens where it has ended already."""
+        if not sequence.is_finished:
+            sequence.finish(reason)
+            self._drop(sequence)
+
+    def step(self) -> list[Sequence]:
+        """Verify a draft of every sequence that decodes, then read a chunk of the prompts. Returns the sequences with news.
+
+        What fails for one sequence ends it with finish reason "error", and no other.
+        """
+        return self._decode() + self._read_prompts()
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        prompts: Tokens[Tokens[int]],
+        max_new_tokens: int | None = None,
         *,
-        medusa: bool = True,
-        tree: CandidateTree | None = None,
-        eos_token_ids: Sequence[int] | None = None,
+        options: DecodingOptions | None = None,
         stats: DecodingStats | None = None,
+        **fields: Any,
     ) -> Iterator[list[SequenceStep]]:
-        """Decode B prompts side by side and yield, after each step, what it decided for the unfinished sequences.
-
-        The first yield comes from the prefill. Every sequence gets exactly the tokens that greedy decoding without
-        Medusa gives it.
+        """Decode prompts side by side and yield, after each step, what it decided for them. `sequence` counts the prompts.
 
         Args:
-            prompts: B lists of token ids.
-            max_new_tokens: a limit for each sequence, end-of-sequence token included.
-            medusa: False for plain autoregressive decoding.
-            tree: instead of the engine's own.
-            eos_token_ids: instead of the model's own; empty to go on to the limit.
+            prompts: lists of token ids.
+            max_new_tokens: a limit for each of them, end-of-sequence token included.
+            options: how they are decoded.
             stats: an object to count into.
+            **fields: fields of `DecodingOptions`, instead of those in `options`.
 
         Raises:
             OptionError, CapacityError, TreeError: at the call, before any work; see `check_request`.
-            StaleStreamError: on reading on after a later call has begun to decode: they share one cache.
         """
-        tree = (tree or self.tree) if medusa else CandidateTree.root_only()
-        self.check_tree(tree)
-        self.check_request(prompts, max_new_tokens)
-        eos = frozenset(self.backend.manifest.model.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        sequences = [_Sequence(list(prompt), max_new_tokens) for prompt in prompts]
-        return self._run(sequences, tree, eos, stats if stats is not None else DecodingStats())
+        if max_new_tokens is not None:
+            fields["max_new_tokens"] = max_new_tokens
+        options = DecodingOptions.of(options, **fields)
+        if not prompts:
+            raise OptionError("there is no prompt")
+        for prompt in prompts:
+            self.check_request(prompt, options)
+        return self._generate(prompts, options, stats if stats is not None else DecodingStats())
 
-    def _run(
-        self, sequences: list[_Sequence], tree: CandidateTree, eos: frozenset[int], stats: DecodingStats
+    def _generate(
+        self, prompts: Tokens[Tokens[int]], options: DecodingOptions, stats: DecodingStats
     ) -> Iterator[list[SequenceStep]]:
-        started = time.perf_counter()
-        state = self._prefill(sequences, tree, stats)
-        epoch = self.backend.epoch
-        steps = _emit(sequences, [[int(token)] for token in state.root_ids], eos)
-        stats.num_generated_tokens += len(steps)
-        stats.prefill_seconds += time.perf_counter() - started
-        yield steps
-        while remaining := max((s.remaining for s in sequences if s.finish_reason is None), default=0):
-            if epoch != self.backend.epoch:
-                raise StaleStreamError("another request has begun since: a backend serves one request at a time")
-            started = time.perf_counter()
-            decided = self._step(state, tree.pruned(remaining - 1), sequences, stats)
-            steps = _emit(sequences, decided, eos)
-            stats.num_steps += len(steps)
-            stats.num_decoded_tokens += (given := sum(len(step.token_ids) for step in steps))
-            stats.num_generated_tokens += given
-            stats.num_accepted_tokens += sum(step.num_accepted for step in steps)
-            stats.decode_seconds += time.perf_counter() - started
-            yield steps
+        sequences = [self.add(prompt, options) for prompt in prompts]
+        clock = _seconds(self.stats)
+        try:
+            while not all(sequence.is_finished for sequence in sequences):
+                self.step()
+                if steps := [
+                    dataclasses.replace(step, sequence=index)
+                    for index, sequence in enumerate(sequences)
+                    for step in sequence.take_steps()
+                ]:
+                    yield steps
+                for sequence in sequences:
+                    if sequence.error is not None:
+                        raise sequence.error
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+                stats.add(_counts(sequence.stats))
+            for name, seconds in _seconds(self.stats).items():  # of the batch, not the sum of what each sequence waited
+                setattr(stats, name, getattr(stats, name) + seconds - clock[name])
 
-    def _prefill(self, sequences: list[_Sequence], tree: CandidateTree, stats: DecodingStats) -> _State:
-        """Cache the prompts, chunk by chunk and all sequences side by side, and decide their first tokens.
+    def _read_prompts(self) -> list[Sequence]:
+        """Read as much of the waiting prompts as may delay those that decode, the oldest first.
 
-        A shorter prompt is padded: what padding writes lies beyond the sequence's length and is overwritten later.
+        A chunk costs a pass over the weights however short it is, so it is not cut to fill what is left of the room.
         """
-        prompt_lengths = np.array([len(s.prompt_ids) for s in sequences], np.int64)  # [B]
-        batch, longest = len(sequences), int(prompt_lengths.max())
-        chunk = self.backend.manifest.limits.max_prefill_tokens or PREFILL_CHUNK
-        padded = np.zeros((batch, longest), np.int64)
-        for row, sequence in zip(padded, sequences, strict=True):
-            row[: len(sequence.prompt_ids)] = sequence.prompt_ids
-        self.backend.reset(batch, self._capacity_for(longest))
-        state = _State(lengths=np.zeros(batch, np.int64), root_ids=np.zeros(batch, np.int64))
-        for start in range(0, longest, chunk):
-            tokens = padded[:, start : start + chunk]
-            width = tokens.shape[1]
-            valid = np.clip(prompt_lengths - start, 0, width)  # [B] how many of the chunk's tokens are the prompt's
-            rows = np.maximum(valid - 1, 0)
-            self._reserve(state.lengths, width)
-            output = self.backend.step(
-                np.ascontiguousarray(tokens),
-                self._positions(state.lengths, np.arange(width)),
-                np.repeat(np.tri(width, dtype=np.bool_)[None], batch, axis=0),
-                state.lengths,
-                rows[:, None],
-            )
-            ends = (valid > 0) & (start + width >= prompt_lengths)  # [B] the prompt ends in this chunk
-            state.root_ids = np.where(ends, output.greedy_ids[:, 0], state.root_ids)
-            if tree.depth and ends.any():
-                proposed = self.backend.propose(np.zeros(batch, np.int64)).token_ids
-                kept = proposed if state.head_ids is None else state.head_ids
-                state.head_ids = np.where(ends[:, None, None], proposed, kept)
-            state.lengths = state.lengths + valid
-        stats.num_prompt_tokens += int(prompt_lengths.sum())
-        return state
+        started, news = time.perf_counter(), []
+        most = self.backend.manifest.limits.max_prefill_tokens or PREFILL_CHUNK
+        if self._slots.num_decoding:
+            most = min(most, SHARED_PREFILL_CHUNK)
+        room = most
+        while room > 0 and (sequence := self._next_prompt()) is not None:
+            with _blame(sequence):
+                room -= self._read_chunk(sequence, most)
+            if sequence.is_finished:
+                self._drop(sequence)
+            if sequence.is_finished or sequence.token_ids:
+                news.append(sequence)
+        self.stats.prefill_seconds += time.perf_counter() - started
+        return news
 
-    def _step(self, state: _State, tree: CandidateTree, sequences: list[_Sequence], stats: DecodingStats) -> list[list[int]]:
-        """Propose, verify, accept, commit. Returns the tokens decided for each sequence."""
-        batch, nodes = len(sequences), tree.num_nodes
-        self._reserve(state.lengths, nodes)
-        tokens = draft_tokens(tree, state.root_ids, state.head_ids if tree.depth else None)  # [B, N]
+    def _next_prompt(self) -> Sequence | None:
+        """The sequence whose prompt is being read, or else the one that has waited longest, if there is a slot."""
+        if self._prefilling is None and self._waiting and self.num_active < self.max_batch_size:
+            self._prefilling = self._waiting.popleft()
+        return self._prefilling
 
+    def _read_chunk(self, sequence: Sequence, most: int) -> int:
+        """Cache a chunk of a prompt, and decide the first token where it was the last. Returns the chunk's size."""
+        if sequence.slot is None:
+            sequence.begin(self._slots.admit(sequence))
+        slot, start = sequence.slot, sequence.length
+        assert slot is not None
+        chunk = sequence.prompt_ids[start : start + most]
+        width, is_last = len(chunk), start + len(chunk) == len(sequence.prompt_ids)
+        self._slots.reserve(slot, [start], width)
+        output = self.backend.step(
+            np.array([chunk], np.int64),
+            start + np.arange(width)[None],
+            np.tri(width, dtype=np.bool_)[None],
+            np.array([start]),
+            np.array([[width - 1]]),
+            first_slot=slot,
+            with_logits=is_last and sequence.needs_logits,
+        )
+        self._slots.extend(sequence, chunk)
+        sequence.length += width
+        if is_last:
+            self._prefilling = None
+            self._slots.start_decoding(sequence)
+            sequence.decide_first(int(output.greedy_ids[0, 0]), None if output.logits is None else output.logits[0])
+            self._propose([sequence], np.zeros(1, np.int64))
+        return width
+
+    def _decode(self) -> list[Sequence]:
+        """One verification step of all sequences that decode."""
+        started = time.perf_counter()
+        decoding = self._slots.decoding
+        if not decoding:
+            return []
+        try:
+            self._verify(decoding)
+        except Exception as error:  # noqa: BLE001 - a step that fails ends those that were on it, and the engine goes on
+            for sequence in decoding:
+                sequence.finish("error", error)
+        for sequence in decoding:
+            if sequence.is_finished:
+                self._drop(sequence)
+        self.stats.decode_seconds += time.perf_counter() - started
+        return decoding
+
+    def _verify(self, decoding: list[Sequence]) -> None:
+        """Propose, verify, accept, commit."""
+        drafts = self._drafts(decoding)
+        batch = DraftBatch.of(drafts)
+        lengths = np.array([sequence.length for sequence in decoding], np.int64)
+        width = batch.tokens.shape[1]
+        if not self._make_room(decoding, lengths.tolist(), width):
+            return
         started = time.perf_counter()
         output = self.backend.step(
-            tokens,
-            self._positions(state.lengths, tree.depths),
-            np.repeat(tree.mask[None], batch, axis=0),
-            state.lengths,
-            np.repeat(np.arange(nodes)[None], batch, axis=0),
+            batch.tokens,
+            np.minimum(lengths[:, None] + batch.depths, self.backend.manifest.limits.max_seq_len - 1),  # what is beyond is cut
+            batch.mask,
+            lengths,
+            np.tile(np.arange(width), (len(decoding), 1)),
+            with_logits=any(sequence.needs_logits for sequence in decoding),
         )
-        stats.engine_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
 
-        paths = accept_greedy(tree, tokens, output.greedy_ids)
-        last = np.array([path[-1] for path in paths], np.int64)  # [B]
-        decided: list[list[int]] = []
-        for index, path in enumerate(paths):
-            bonus = int(output.greedy_ids[index, path[-1]])
-            decided.append([*tokens[index, path[1:]].tolist(), bonus])
-            if sequences[index].finish_reason is None:
-                self.backend.commit(index, int(state.lengths[index]), path)
-                state.lengths[index] += len(path)
-                state.root_ids[index] = bonus
-                stats.num_draft_tokens += nodes - 1
-        if tree.depth:
-            started = time.perf_counter()
-            state.head_ids = self.backend.propose(last).token_ids
-            stats.engine_seconds += time.perf_counter() - started
-        return decided
+        greedy = accept_greedy(batch, output.greedy_ids)
+        accepted = [Accepted([0], 0)] * len(decoding)
+        for row, sequence in enumerate(decoding):
+            with _blame(sequence):
+                logits = None if output.logits is None else output.logits[row]
+                accepted[row] = self._accept(sequence, drafts[row], greedy[row], logits)
+        if self._budget is None or self._budget.asks_heads(width, sum(len(one.nodes) - 1 for one in accepted)):
+            seconds += self._propose(decoding, np.array([one.nodes[-1] for one in accepted]))
+        else:
+            for sequence in decoding:
+                sequence.forget_heads()
+        for sequence in decoding:
+            sequence.stats.engine_seconds += seconds
+        self.stats.engine_seconds += seconds
 
-    def _positions(self, lengths: IntArray, depths: IntArray) -> IntArray:  # [B, T]
-        """Cache length plus depth; what lies beyond the limit is never given out, and must not pass a position table."""
-        positions: IntArray = np.minimum(lengths[:, None] + depths, self.backend.manifest.limits.max_seq_len - 1)
-        return positions
+    def _drafts(self, decoding: list[Sequence]) -> list[Draft]:
+        """What is verified of each sequence: its whole tree, or as much of it as pays."""
+        scores = [sequence.draft_scores() for sequence in decoding]
+        sizes = [min(sequence.candidates.num_nodes, len(score)) for sequence, score in zip(decoding, scores, strict=True)]
+        if self._budget is not None:
+            fixed = [size for sequence, size in zip(decoding, sizes, strict=True) if sequence.has_fixed_tree]
+            width = self._budget.width(
+                [likeliest(score, size) for score, size in zip(scores, sizes, strict=True)],
+                least=max(fixed, default=1),
+                capacity=self.backend.capacity,
+            )
+            sizes = [
+                size if sequence.has_fixed_tree else min(size, width) for sequence, size in zip(decoding, sizes, strict=True)
+            ]
+        return [sequence.draft(size, score) for sequence, size, score in zip(decoding, sizes, scores, strict=True)]
 
-    def _reserve(self, lengths: IntArray, new_tokens: int) -> None:
-        self.backend.reserve(len(lengths), self._capacity_for(int(lengths.max()) + new_tokens))
+    def _make_room(self, decoding: list[Sequence], lengths: list[int], width: int) -> bool:
+        """Reserve the step's entries; where there is no memory for them, end the longest sequence instead of all."""
+        try:
+            self._slots.reserve(0, lengths, width)
+        except CapacityError as error:
+            max(decoding, key=lambda sequence: sequence.length).finish("error", error)
+            return False
+        return True
 
-    def _capacity_for(self, slots: int) -> int:
-        return self.backend.manifest.limits.capacity or slots
+    def _accept(self, sequence: Sequence, draft: Draft, greedy: Accepted, logits: Rows | None) -> Accepted:
+        """Give out what a sequence's policy accepts, and move its entries to the front."""
+        assert sequence.slot is not None
+        accepted = greedy if logits is None or not sequence.needs_logits else sequence.verdict(draft, logits)
+        self.backend.commit(sequence.slot, sequence.length, np.array(accepted.nodes))
+        self._slots.extend(sequence, draft.tokens[accepted.nodes].tolist())
+        sequence.take(draft, accepted, logits)
+        return accepted
+
+    def _propose(self, sequences: list[Sequence], rows: IntArray) -> float:
+        """Have the heads guess what follows each sequence's root, where somebody wants to know. Returns the seconds it took."""
+        if all(sequence.is_finished or sequence.candidates.num_nodes == 1 for sequence in sequences):
+            return 0.0
+        started = time.perf_counter()
+        output = self.backend.propose(rows)
+        for row, sequence in enumerate(sequences):
+            sequence.head_ids, sequence.head_log_probs = output.token_ids[row], output.log_probs[row]
+        return time.perf_counter() - started
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Take a finished sequence out of the engine."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if self._prefilling is sequence:
+            self._prefilling = None
+        if sequence.slot is not None:
+            self._slots.release(sequence)
+        self.stats.add(_counts(sequence.stats))
 
 
-def _emit(sequences: list[_Sequence], decided: list[list[int]], eos: frozenset[int]) -> list[SequenceStep]:
-    """Cut what was decided at the end of the answer, and tell it for the sequences that were unfinished."""
-    steps = []
-    for index, (sequence, tokens) in enumerate(zip(sequences, decided, strict=True)):
-        if sequence.finish_reason is not None:
-            continue
-        kept = tokens[: sequence.remaining]
-        end = next((place for place, token in enumerate(kept) if token in eos), None)
-        if end is not None:
-            kept, sequence.finish_reason = kept[: end + 1], "stop"
-        elif len(kept) == sequence.remaining:
-            sequence.finish_reason = "length"
-        sequence.remaining -= len(kept)
-        steps.append(SequenceStep(index, kept, min(len(kept), len(tokens) - 1), sequence.finish_reason))
-    return steps
+@contextmanager
+def _blame(sequence: Sequence) -> Iterator[None]:
+    """What goes wrong here ends this sequence, and no other."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told to whom it concerns
+        sequence.finish("error", error)
+
+
+def _counts(stats: DecodingStats) -> DecodingStats:
+    """Statistics of a sequence without the seconds that it shared with others."""
+    return dataclasses.replace(stats, prefill_seconds=0.0, decode_seconds=0.0, engine_seconds=0.0)
+
+
+def _seconds(stats: DecodingStats) -> dict[str, float]:
+    return {name: getattr(stats, name) for name in ("prefill_seconds", "decode_seconds", "engine_seconds")}

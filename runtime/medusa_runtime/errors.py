@@ -38,8 +38,16 @@ class CapacityError(MedusaError):
     """A request needs more cache than the bundle or the engine allows."""
 
 
-class StaleStreamError(MedusaError):
-    """An answer was read on after another request had taken over its cache."""
+class QueueFullError(MedusaError):
+    """A service has as many requests as it may hold. Try again later, or on another one."""
+
+
+class ClosedError(MedusaError):
+    """A request was made of a service that is closed, or was under way when it closed."""
+
+
+class RequestError(MedusaError):
+    """A request failed while it was decoded; the others went on."""
 
 
 class TreeError(MedusaError):

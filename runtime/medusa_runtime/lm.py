@@ -1,51 +1,48 @@
-"""`MedusaLM`: what a service embeds. Text or messages in, text out, decoded several tokens a step."""
+"""`MedusaLM`: what a service embeds. Text or messages in, text out, decoded several tokens a step, many requests at once."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.engine import DecodingEngine, DecodingStats, FinishReason, SequenceStep
-from medusa_runtime.errors import BundleError
+from medusa_runtime.budget import StepCosts
+from medusa_runtime.engine import DecodingEngine
+from medusa_runtime.errors import BundleError, OptionError
 from medusa_runtime.manifest import Manifest
-from medusa_runtime.text import Prompt, TextCodec, TextStream
-from medusa_runtime.tree import CandidateTree
+from medusa_runtime.options import GenerationOptions
+from medusa_runtime.sampling import Guide
+from medusa_runtime.service import GenerationResult, Handle, Request, ServiceStats, Worker
+from medusa_runtime.text import Prompt, TextCodec
+from medusa_runtime.tree import CandidateTree, DynamicTree
 
-DEFAULT_NEW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """What one step added to the answer."""
-
-    text: str  # may be empty while a character is incomplete
-    token_ids: list[int]
-    num_accepted: int  # drafts accepted in this step
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A whole answer."""
-
-    text: str
-    token_ids: list[int]  # the end-of-sequence token included, where the answer ended by one
-    finish_reason: FinishReason
-    stats: DecodingStats
+if TYPE_CHECKING:
+    from medusa_runtime.grammar import GrammarCompiler
 
 
 class MedusaLM:
-    """A bundle, loaded and ready to answer.
+    """A bundle, loaded and ready to answer: from any number of threads and tasks, with continuous batching.
 
-    Use `from_bundle`. One object answers one request (or one batch) at a time.
+    Use `from_bundle`. Requests that are under way at once share the steps of one engine; each gets the tokens it would get
+    alone. Close it, or use it in a `with`; what is left open ends with the process.
+
+    Args:
+        engine: this object's alone.
+        codec: the bundle's text.
+        max_queue: answers that may wait for a slot; further requests are refused at once.
     """
 
-    def __init__(self, engine: DecodingEngine, codec: TextCodec) -> None:
+    def __init__(self, engine: DecodingEngine, codec: TextCodec, *, max_queue: int = 128) -> None:
+        if max_queue < 0:
+            raise OptionError(f"max_queue is {max_queue}; it must be at least 0")
         self.engine = engine
         self.codec = codec
+        self._worker = Worker(engine, codec, max_queue)
+        self._grammars: GrammarCompiler | None = None
+        self._close = weakref.finalize(self, self._worker.close)
+        self._close.atexit = False
 
     @classmethod
     def from_bundle(
@@ -53,7 +50,11 @@ class MedusaLM:
         path: str | Path,
         backend: str = "auto",
         *,
-        tree: CandidateTree | None = None,
+        tree: CandidateTree | DynamicTree | None = None,
+        max_batch_size: int = 8,
+        max_queue: int = 128,
+        costs: StepCosts | Literal["measure"] | None = None,
+        reuse_prefixes: bool = True,
         num_threads: int = 0,
         verify_files: bool = True,
         allow_failed: bool = False,
@@ -63,7 +64,12 @@ class MedusaLM:
         Args:
             path: the bundle's directory.
             backend: one of `medusa_runtime.BACKENDS`.
-            tree: the candidate tree; none for the one the bundle names.
+            tree: which continuations are verified; none for the tree the bundle names.
+            max_batch_size: answers decoded at a time.
+            max_queue: answers that may wait for a slot.
+            costs: what steps cost here, so that trees shrink where they do not pay; "measure" to find out now, which takes some
+                seconds. Without it, trees always have their full size.
+            reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
             num_threads: for a CPU backend; 0 for one a core.
             verify_files: compare every file with the manifest's digest first (about a second a gigabyte).
             allow_failed: load even a bundle whose validation failed.
@@ -72,6 +78,7 @@ class MedusaLM:
             BundleError: it is no bundle, it does not match its manifest, or its validation failed.
             BackendError, MissingExtraError: the backend cannot run it here.
             TreeError: the tree does not fit the bundle's heads.
+            OptionError, CapacityError: max_batch_size or max_queue is out of range.
         """
         manifest = Manifest.load(path)
         if manifest.validation.status == "failed" and not allow_failed:
@@ -82,111 +89,84 @@ class MedusaLM:
         if verify_files:
             manifest.require_intact(path)
         runner = open_backend(path, manifest, backend, num_threads=num_threads)
-        return cls(DecodingEngine(runner, tree), TextCodec(path))
+        if costs == "measure":
+            num_nodes = tree.num_nodes if tree is not None else len(manifest.tree["parents"])
+            costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=num_nodes)
+        engine = DecodingEngine(runner, tree, max_batch_size=max_batch_size, costs=costs, reuse_prefixes=reuse_prefixes)
+        return cls(engine, TextCodec(path), max_queue=max_queue)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        *,
-        medusa: bool = True,
-        tree: CandidateTree | None = None,
-        raw: bool = False,
-        ignore_eos: bool = False,
-    ) -> GenerationResult:
-        """Answer a prompt. Arguments and errors as for `stream`."""
-        stats = DecodingStats()
-        chunks = list(
-            self.stream(prompt, max_new_tokens, medusa=medusa, tree=tree, raw=raw, ignore_eos=ignore_eos, stats=stats)
-        )
-        finish_reason = chunks[-1].finish_reason
-        assert finish_reason is not None  # the last chunk of a stream always says why it is the last
-        return GenerationResult(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
-            finish_reason=finish_reason,
-            stats=stats,
-        )
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int | None = None,
-        *,
-        medusa: bool = True,
-        tree: CandidateTree | None = None,
-        raw: bool = False,
-        ignore_eos: bool = False,
-    ) -> list[GenerationResult]:
-        """Answer several prompts side by side, one forward pass a step for all of them.
-
-        Arguments and errors as for `stream`. The statistics are the batch's, and the same in each result.
-        """
-        stats = DecodingStats()
-        encoded = [self.codec.encode(prompt, raw=raw) for prompt in prompts]
-        steps = self._decode(encoded, max_new_tokens, medusa=medusa, tree=tree, ignore_eos=ignore_eos, stats=stats)
-        token_ids: list[list[int]] = [[] for _ in prompts]
-        texts, streams = [""] * len(prompts), [TextStream(self.codec) for _ in prompts]
-        reasons: list[FinishReason] = ["length"] * len(prompts)
-        for step in itertools.chain.from_iterable(steps):
-            token_ids[step.sequence] += step.token_ids
-            texts[step.sequence] += streams[step.sequence].push(step.token_ids)
-            if step.finish_reason is not None:
-                texts[step.sequence] += streams[step.sequence].finish()
-                reasons[step.sequence] = step.finish_reason
-        return [GenerationResult(text, ids, reason, stats) for text, ids, reason in zip(texts, token_ids, reasons, strict=True)]
-
-    def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        *,
-        medusa: bool = True,
-        tree: CandidateTree | None = None,
-        raw: bool = False,
-        ignore_eos: bool = False,
-        stats: DecodingStats | None = None,
-    ) -> Iterator[GenerationChunk]:
-        """Answer a prompt, one chunk a step.
+    def submit(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+        """Queue a request and return at once.
 
         Args:
             prompt: messages, or one user message as text.
-            max_new_tokens: at most so many tokens; none for 256, or what still fits after the prompt.
-            medusa: False for plain autoregressive decoding; the tokens are the same.
-            tree: a candidate tree for this request.
-            raw: take text as it is, without the chat template.
-            ignore_eos: go on to max_new_tokens.
-            stats: an object to count into.
+            options: how it is answered.
+            **fields: fields of `GenerationOptions`, instead of those in `options`.
+
+        Returns:
+            What gives the answer as it comes, or whole, and cancels it. A handle that is dropped cancels its request.
 
         Raises:
-            OptionError, CapacityError, TreeError: at the call, before any work.
-            StaleStreamError: on reading on after a later request has begun to decode.
+            OptionError, CapacityError, TreeError: the request cannot be answered; told before any work.
+            QueueFullError: there are too many requests.
+            ClosedError: this object is closed.
+            MissingExtraError: a structure is asked for, and the package for it is not installed.
         """
-        prompt_ids = self.codec.encode(prompt, raw=raw)
-        steps = self._decode([prompt_ids], max_new_tokens, medusa=medusa, tree=tree, ignore_eos=ignore_eos, stats=stats)
+        return self._submit([prompt], options, fields)[0]
 
-        def chunks() -> Iterator[GenerationChunk]:
-            stream = TextStream(self.codec)
-            for [step] in steps:
-                text = stream.push(step.token_ids)
-                if step.finish_reason is not None:
-                    text += stream.finish()
-                yield GenerationChunk(text, step.token_ids, step.num_accepted, step.finish_reason)
+    def generate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
+        """Answer a prompt. Arguments and errors as for `submit`, and those of `Handle.result`."""
+        return self.submit(prompt, options, **fields).result()
 
-        return chunks()
+    def generate_batch(
+        self, prompts: Sequence[Prompt], options: GenerationOptions | None = None, /, **fields: Any
+    ) -> list[GenerationResult]:
+        """Answer several prompts, all of them or none. Arguments and errors as for `generate`."""
+        if not prompts:
+            raise OptionError("there is no prompt")
+        return [handle.result() for handle in self._submit(prompts, options, fields)]
 
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int | None,
-        *,
-        medusa: bool,
-        tree: CandidateTree | None,
-        ignore_eos: bool,
-        stats: DecodingStats | None,
-    ) -> Iterator[list[SequenceStep]]:
-        if max_new_tokens is None:
-            room = self.engine.backend.manifest.limits.max_seq_len - max(map(len, prompts), default=0)
-            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-        eos_token_ids = () if ignore_eos else None
-        return self.engine.generate(prompts, max_new_tokens, medusa=medusa, tree=tree, eos_token_ids=eos_token_ids, stats=stats)
+    def stream(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+        """Answer a prompt, one chunk a step: iterate over what is returned. Arguments and errors as for `submit`."""
+        return self.submit(prompt, options, **fields)
+
+    async def agenerate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
+        """`generate` for asyncio. Cancelling the task cancels the request."""
+        return await self.submit(prompt, options, **fields).aresult()
+
+    def astream(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+        """`stream` for asyncio: iterate with `async for`. Leaving the loop cancels the request."""
+        return self.submit(prompt, options, **fields)
+
+    def stats(self) -> ServiceStats:
+        """What is under way now, and what was done since this object was made."""
+        return self._worker.stats()
+
+    def close(self) -> None:
+        """End all requests under way with `ClosedError`, and refuse new ones."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, prompts: Sequence[Prompt], options: GenerationOptions | None, fields: dict[str, Any]) -> list[Handle]:
+        options = GenerationOptions.of(options, **fields)
+        requests = []
+        for prompt in prompts:
+            prompt_ids = self.codec.encode(prompt, raw=options.raw)
+            self.engine.check_request(prompt_ids, options)
+            requests.append(Request(prompt_ids, options, [self._guide(options) for _ in range(options.n)]))
+        return self._worker.submit(requests)
+
+    def _guide(self, options: GenerationOptions) -> Guide | None:
+        if not options.structure:
+            return None
+        if self._grammars is None:
+            from medusa_runtime.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
+
+            model = self.engine.backend.manifest.model
+            self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)
+        return self._grammars.compile(options.structure)

@@ -169,3 +169,35 @@ class TextStream:
     def _held(self) -> str:
         given = self._codec.decode(self._window[: self._num_given])
         return self._codec.decode(self._window)[len(given) :]
+
+
+class StopStrings:
+    """Finds strings in text that comes in pieces, and holds back what may be the beginning of one.
+
+    Args:
+        stops: none of them empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Take a piece; return the text that is certain now, and whether a stop string follows it."""
+        text = self._held + piece
+        if found := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+            self._held = ""
+            return text[: min(found)], True
+        held = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """How many of the last characters are the first ones of a stop string."""
+        return next(size for size in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:size]))

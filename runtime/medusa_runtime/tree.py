@@ -26,6 +26,7 @@ from medusa_runtime.errors import TreeError
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
+MAX_TREE_NODES = 1024
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,24 @@ class CandidateTree:
                 f"the tree uses the best {self.top_k} tokens of a head, the bundle's heads give {top_k}; "
                 f"use a narrower tree or export with --head-top-k {self.top_k}"
             )
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree made anew at each step: the nodes that the heads' own probabilities make likeliest.
+
+    Args:
+        num_nodes: the root included.
+
+    Raises:
+        TreeError: not between 1 and 1,024 nodes.
+    """
+
+    num_nodes: int
+
+    def __post_init__(self) -> None:
+        if type(self.num_nodes) is not int or not 1 <= self.num_nodes <= MAX_TREE_NODES:
+            raise TreeError(f"a dynamic tree has 1 to {MAX_TREE_NODES} nodes; found {self.num_nodes!r}")
 
 
 def most_likely_tree(acceptance: FloatArray, num_nodes: int) -> CandidateTree:

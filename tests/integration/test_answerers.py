@@ -172,20 +172,25 @@ def test_memory_that_does_not_do_is_told(make_model: Make, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_bundle_answers_as_slots_do(batch_size, make_model: Make, make_bundle: Make) -> None:
-    engine = MedusaLM.from_bundle(make_bundle()).engine
+    engine = MedusaLM.from_bundle(make_bundle(), max_batch_size=batch_size).engine
     eos = engine.backend.manifest.model.eos_token_ids
     assert eos
-    by_bundle = collect(BundleAnswerer(engine, batch_size), requests())
+    by_bundle = collect(BundleAnswerer(engine), requests())
     by_slots = collect(slot_decoder(make_model(), eos=eos), requests())
     assert by_bundle == by_slots
 
 
-def test_a_bundle_knows_no_temperature(make_bundle: Make) -> None:
-    lm = MedusaLM.from_bundle(make_bundle())
-    with pytest.raises(OptionError, match="0: a bundle decodes greedily"):
-        collect(BundleAnswerer(lm.engine), requests(temperature=0.5))
+def test_a_bundle_samples_the_same_whatever_it_decodes_beside(make_bundle: Make) -> None:
+    alone = MedusaLM.from_bundle(make_bundle(), max_batch_size=1).engine
+    together = MedusaLM.from_bundle(make_bundle(), max_batch_size=4).engine
+    warm = collect(BundleAnswerer(together), requests(temperature=0.9))
+    assert warm == collect(BundleAnswerer(alone), requests(temperature=0.9))
+    assert warm != collect(BundleAnswerer(alone), requests())
+
+
+def test_a_bundle_does_not_prompt_itself(make_bundle: Make) -> None:
     with pytest.raises(OptionError, match="cannot prompt itself"):
-        BundleCodec(lm.codec).opening()
+        BundleCodec(MedusaLM.from_bundle(make_bundle()).codec).opening()
 
 
 def test_both_codecs_make_the_same_of_messages(make_model: Make, make_bundle: Make) -> None:

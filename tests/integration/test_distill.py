@@ -222,8 +222,7 @@ FILES = {
             "an endpoint cannot be asked to write the user's words",
         ),
         ("{model} -o {new} --prompts {p} --base-url http://x/v1 --dtype fp16", 2, "--dtype belongs to --backend transformers"),
-        ("{bundle} -o {new} --prompts {p} --temperature 0.5", 2, "a bundle decodes greedily: no --temperature"),
-        ("{bundle} -o {new} --self-prompts 3", 2, "a bundle decodes greedily"),
+        ("{bundle} -o {new} --self-prompts 3", 2, "a bundle's model cannot prompt itself"),
         (
             "{bundle} -o {new} --prompts {p} --device cpu",
             2,

@@ -19,7 +19,6 @@ from medusa_runtime import (
     Manifest,
     MedusaLM,
     OptionError,
-    StaleStreamError,
     TreeError,
 )
 from medusa_runtime.backends import open_backend
@@ -43,16 +42,16 @@ def lm(bundle: Path) -> MedusaLM:
     [[], [[0]], [[0, 0, 0]], [[r] for r in range(10)], [[a, b, c] for a in (0, 3) for b in (0, 1) for c in (0, 9)]],
 )
 def test_any_tree_gives_the_tokens_of_plain_decoding(lm: MedusaLM, choices) -> None:
-    plain = lm.generate(PROMPT, 60, medusa=False, ignore_eos=True)
-    medusa = lm.generate(PROMPT, 60, tree=CandidateTree.from_choices(choices), ignore_eos=True)
+    plain = lm.generate(PROMPT, max_new_tokens=60, medusa=False, ignore_eos=True)
+    medusa = lm.generate(PROMPT, max_new_tokens=60, tree=CandidateTree.from_choices(choices), ignore_eos=True)
     assert medusa.token_ids == plain.token_ids
     assert medusa.stats.num_steps <= plain.stats.num_steps == 59
     assert len(set(plain.token_ids)) > 5  # a model that repeats one token would prove little
 
 
 def test_streaming_gives_the_text_of_the_whole(lm: MedusaLM) -> None:
-    whole = lm.generate(PROMPT, 40)
-    chunks = list(lm.stream(PROMPT, 40))
+    whole = lm.generate(PROMPT, max_new_tokens=40)
+    chunks = list(lm.stream(PROMPT, max_new_tokens=40))
     assert "".join(chunk.text for chunk in chunks) == whole.text == lm.codec.decode(whole.token_ids)
     assert [token for chunk in chunks for token in chunk.token_ids] == whole.token_ids
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
@@ -60,28 +59,29 @@ def test_streaming_gives_the_text_of_the_whole(lm: MedusaLM) -> None:
     assert all(len(chunk.token_ids) == chunk.num_accepted + 1 for chunk in chunks[:-1])
 
 
-def test_a_request_is_the_same_whatever_ran_before(lm: MedusaLM) -> None:
-    first = lm.generate(PROMPT, 30).token_ids
-    lm.generate("over the lazy dog " * 9, 50)
-    stream = lm.stream("a small model", 50)
-    next(stream)
-    next(stream)  # left unfinished
-    assert lm.generate(PROMPT, 30).token_ids == first
-    with pytest.raises(StaleStreamError):
-        next(stream)
+def test_a_request_is_the_same_whatever_runs_before_and_beside_it(lm: MedusaLM) -> None:
+    first = lm.generate(PROMPT, max_new_tokens=30).token_ids
+    lm.generate("over the lazy dog " * 9, max_new_tokens=50)
+    stream = lm.stream("a small model", max_new_tokens=50, ignore_eos=True)
+    begun = [next(stream), next(stream)]
+    assert lm.generate(PROMPT, max_new_tokens=30).token_ids == first
+    whole = [token for chunk in [*begun, *stream] for token in chunk.token_ids]
+    assert whole == lm.generate("a small model", max_new_tokens=50, ignore_eos=True).token_ids
 
 
-def test_what_an_earlier_request_left_in_the_cache_cannot_reach_a_later_one(lm: MedusaLM) -> None:
-    first = lm.generate(PROMPT, 20).token_ids
-    lm.engine.backend._cache[...] = np.nan
-    assert lm.generate(PROMPT, 20).token_ids == first
+def test_what_an_earlier_request_left_in_the_cache_cannot_reach_a_later_one(bundle: Path) -> None:
+    lm = MedusaLM.from_bundle(bundle, max_batch_size=2, reuse_prefixes=False)
+    first = lm.generate(PROMPT, max_new_tokens=20).token_ids
+    lm.engine.backend._cache[:, :, :, :, :20] = np.nan  # what that request wrote
+    assert lm.generate(PROMPT, max_new_tokens=20).token_ids == first
+    assert lm.generate("a small model", max_new_tokens=20).token_ids  # in the other slot, which was never written
 
 
-def test_a_long_request_does_not_slow_later_ones(make_bundle: Callable[..., Path]) -> None:
-    lm = MedusaLM.from_bundle(make_bundle())
+def test_a_long_request_does_not_slow_later_ones(bundle: Path) -> None:
+    lm = MedusaLM.from_bundle(bundle)
     backend = lm.engine.backend
-    backend.reserve(1, 3 * CAPACITY_BUCKET)
-    assert lm.generate(PROMPT, 5).token_ids == lm.generate(PROMPT, 5).token_ids
+    backend.resize(8, 5 * CAPACITY_BUCKET)
+    assert lm.generate(PROMPT, max_new_tokens=5).token_ids == lm.generate(PROMPT, max_new_tokens=5).token_ids
     assert backend.capacity == CAPACITY_BUCKET
 
 
@@ -99,9 +99,9 @@ def test_a_batch_gives_each_prompt_its_own_answer(bundle: Path, lm: MedusaLM) ->
 def test_generate_batch_gives_what_generate_gives(bundle: Path) -> None:
     lm = MedusaLM.from_bundle(bundle)
     prompts = [PROMPT, "dog", [{"role": "user", "content": "a small model"}]]
-    batch = lm.generate_batch(prompts, 20)
+    batch = lm.generate_batch(prompts, max_new_tokens=20)
     for prompt, result in zip(prompts, batch, strict=True):
-        alone = lm.generate(prompt, 20)
+        alone = lm.generate(prompt, max_new_tokens=20)
         assert (result.text, result.token_ids, result.finish_reason) == (alone.text, alone.token_ids, alone.finish_reason)
     with pytest.raises(OptionError, match="no prompt"):
         lm.generate_batch([])
@@ -112,7 +112,7 @@ def test_the_cache_grows_in_buckets_and_keeps_what_it_holds(make_bundle: Callabl
     backend = open_backend(bundle, Manifest.load(bundle))
     engine = DecodingEngine(backend)
     assert backend.capacity == 0
-    backend.reserve(1, 10)
+    backend.resize(1, 10)
     assert backend.capacity == CAPACITY_BUCKET
     ids = np.arange(20, 40)[None]
 
@@ -123,9 +123,9 @@ def test_the_cache_grows_in_buckets_and_keeps_what_it_holds(make_bundle: Callabl
         rows = np.arange(count)[None]
         return backend.step(tokens, positions, mask, np.array([cached]), rows, with_logits=True).logits
 
-    whole = step(ids, 0)
+    whole = step(ids, 0).copy()
     step(ids[:, :12], 0)
-    backend.reserve(1, CAPACITY_BUCKET + 1)
+    backend.resize(1, CAPACITY_BUCKET + 1, [12])
     assert backend.capacity == 2 * CAPACITY_BUCKET
     np.testing.assert_allclose(step(ids[:, 12:], 12), whole[:, 12:], atol=1e-5)
     assert engine.tree.num_nodes == 16
@@ -133,8 +133,10 @@ def test_the_cache_grows_in_buckets_and_keeps_what_it_holds(make_bundle: Callabl
 
 def test_a_step_past_the_capacity_is_refused(bundle: Path) -> None:
     backend = open_backend(bundle, Manifest.load(bundle))
-    backend.reserve(1, 1)
-    with pytest.raises(CapacityError, match=f"needs {CAPACITY_BUCKET + 1} cache slots, the cache has {CAPACITY_BUCKET}"):
+    backend.resize(1, 1)
+    with pytest.raises(
+        CapacityError, match=f"needs {CAPACITY_BUCKET + 1} cache entries a slot, the cache has {CAPACITY_BUCKET}"
+    ):
         backend.step(
             np.ones((1, 2), int),
             np.arange(2)[None],
@@ -151,13 +153,13 @@ import sys, numpy as np, onnxruntime as ort
 from medusa_runtime import Manifest
 from medusa_runtime.backends import open_backend
 backend = open_backend(sys.argv[1], Manifest.load(sys.argv[1]))
-backend.reserve(1, 64)
+backend.resize(1, 64)
 before = backend._cache.copy()
 if sys.argv[2] == "apart":
     for layer in range(4):
         for part in ("key", "value"):
             other = ort.OrtValue.ortvalue_from_numpy(before[layer, 0].copy())
-            backend._binding.bind_ortvalue_output(f"present.{layer}.{part}", other)
+            backend._binding(0, 1, with_logits=False).bind_ortvalue_output(f"present.{layer}.{part}", other)
 backend.step(np.array([[5, 6]]), np.array([[0, 1]]), np.tri(2, dtype=bool)[None], np.array([0]), np.array([[1]]))
 print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()))
 """
@@ -173,7 +175,7 @@ print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()))
 
 def test_a_request_that_cannot_fit_is_refused_at_the_call(lm: MedusaLM) -> None:
     with pytest.raises(CapacityError, match="together more than the bundle's 256"):
-        lm.stream(PROMPT, 250)
+        lm.stream(PROMPT, max_new_tokens=250)
     with pytest.raises(CapacityError):
         lm.generate("word " * 400)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
-from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
+from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
 from medusa_runtime.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance
 from medusa_runtime.tree import CandidateTree, prior_tree
 
@@ -48,47 +48,64 @@ def fake_manifest(num_heads: int = 3, top_k: int = 4, tree: CandidateTree | None
     )  # fmt: skip
 
 
+def logits_after(context: Sequence[int]) -> np.ndarray:
+    """What the model thinks of each token; `next_token` is its favourite."""
+    digest = hashlib.sha256(bytes(context)).digest()
+    logits = np.random.default_rng(list(digest)).normal(0, 1.5, VOCAB_SIZE)
+    logits[next_token(context)] = logits.max() + 0.5
+    return logits.astype(np.float32)
+
+
 class FakeBackend:
-    """Keeps the token of every slot where a real one keeps keys and values."""
+    """Keeps the token of every entry where a real one keeps keys and values."""
 
     def __init__(self, skill: Skill = "sometimes", manifest: Manifest | None = None) -> None:
         self.manifest = manifest or fake_manifest()
         self.skill = skill
-        self.slots = np.zeros((0, 0), np.int64)  # [B, S]
-        self.epoch = 0
+        self.entries = np.zeros((0, 0), np.int64)  # [slots, S]; -1 where nothing was written
         self.contexts: list[list[list[int]]] = []  # of the last step: [B][R] tokens
-        self.steps: list[int] = []  # T of each step
+        self.steps: list[tuple[int, int]] = []  # B and T of each step
+        self.fails: Callable[[FakeBackend], None] | None = None  # called before each step
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.entries)
 
     @property
     def capacity(self) -> int:
-        return self.slots.shape[1]
+        return self.entries.shape[1]
 
-    def reset(self, batch_size: int, capacity: int) -> None:
-        self.slots = np.full((batch_size, capacity), -1)
-        self.epoch += 1
+    def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
+        resized = np.full((num_slots, capacity), -1)
+        for slot, length in enumerate(lengths):
+            resized[slot, :length] = self.entries[slot, :length]
+        self.entries = resized
 
-    def reserve(self, batch_size: int, capacity: int) -> None:
-        grown = np.full((batch_size, max(capacity, self.capacity)), -1)
-        kept = min(batch_size, len(self.slots))
-        grown[:kept, : self.capacity] = self.slots[:kept]
-        self.slots = grown
-
-    def step(self, input_ids, position_ids, tree_mask, cache_lengths, logit_rows, *, with_logits=False) -> StepOutput:
+    def step(
+        self, input_ids, position_ids, tree_mask, cache_lengths, logit_rows, *, first_slot=0, with_logits=False
+    ) -> StepOutput:
         batch, tokens = input_ids.shape
         assert tree_mask.shape == (batch, tokens, tokens)
+        require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, tokens, self.capacity)
-        self.steps.append(tokens)
+        self.steps.append((batch, tokens))
+        if self.fails is not None:
+            self.fails(self)
         self.contexts = []
         for sequence in range(batch):
-            length = int(cache_lengths[sequence])
-            self.slots[sequence, length : length + tokens] = input_ids[sequence]
+            length, slot = int(cache_lengths[sequence]), first_slot + sequence
+            self.entries[slot, length : length + tokens] = input_ids[sequence]
             rows = []
             for row in logit_rows[sequence]:
                 visible = np.flatnonzero(tree_mask[sequence, row])
-                assert position_ids[sequence, row] == min(length + len(visible) - 1, self.manifest.limits.max_seq_len - 1)
-                rows.append([*self.slots[sequence, :length].tolist(), *input_ids[sequence, visible].tolist()])
+                limit = self.manifest.limits.max_seq_len - 1
+                is_padding = row > 0 and len(visible) == 1 and position_ids[sequence, row] == min(length, limit)
+                assert is_padding or position_ids[sequence, row] == min(length + len(visible) - 1, limit)
+                rows.append([*self.entries[slot, :length].tolist(), *input_ids[sequence, visible].tolist()])
             self.contexts.append(rows)
-        return StepOutput(np.array([[next_token(bytes_of(row)) for row in rows] for rows in self.contexts]))
+        greedy_ids = np.array([[next_token(bytes_of(row)) for row in rows] for rows in self.contexts])
+        logits = np.array([[logits_after(bytes_of(row)) for row in rows] for rows in self.contexts]) if with_logits else None
+        return StepOutput(greedy_ids, logits)
 
     def propose(self, rows) -> HeadOutput:
         heads, width = self.manifest.heads.num_heads, self.manifest.heads.top_k
@@ -98,10 +115,20 @@ class FakeBackend:
             future = greedy(context, heads + 1)[1:]
             for head, token in enumerate(future):
                 ids[sequence, head] = self._candidates(token, context, head, width)
-        return HeadOutput(ids, np.zeros(ids.shape, np.float32))
+        chances = 0.6 * 0.5 ** np.arange(width) * np.linspace(1, 0.5, heads)[:, None]  # [K, M]
+        return HeadOutput(ids, np.log(np.repeat(chances[None], len(rows), axis=0)).astype(np.float32))
 
-    def commit(self, sequence, start, nodes) -> None:
-        self.slots[sequence, start : start + len(nodes)] = self.slots[sequence, start + nodes]
+    def commit(self, slot, start, nodes) -> None:
+        self.entries[slot, start : start + len(nodes)] = self.entries[slot, start + nodes]
+
+    def copy(self, source, target, length) -> None:
+        self.entries[target, :length] = self.entries[source, :length]
+
+    def swap(self, a, b, length) -> None:
+        self.entries[[a, b], :length] = self.entries[[b, a], :length]
+
+    def clear(self, slot, start, stop) -> None:
+        self.entries[slot, start:stop] = -1
 
     def _candidates(self, token: int, context: list[int], head: int, width: int) -> list[int]:
         others = [other % VOCAB_SIZE for other in range(token + 1, token + width + 1)]
@@ -112,4 +139,4 @@ class FakeBackend:
 
 
 def bytes_of(row: list[int]) -> list[int]:
-    return [token % 256 for token in row]  # -1, a slot never written, would show as 255
+    return [token % 256 for token in row]  # -1, an entry never written, would show as 255

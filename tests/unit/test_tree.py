@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, TreeError, most_likely_tree, prior_tree
-from medusa_runtime.decoding import accept_greedy, draft_tokens
 
 paths = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=12)
 
@@ -120,18 +119,3 @@ def test_the_prior_tree_fits_its_heads() -> None:
         tree = prior_tree(num_heads, top_k, num_nodes)
         tree.check_fits(num_heads, top_k)
         assert tree.num_nodes <= num_nodes
-
-
-def test_drafts_are_taken_from_the_head_of_their_depth() -> None:
-    tree = CandidateTree.from_choices([[0], [1], [1, 2]])
-    head_ids = np.array([[[10, 11, 12], [20, 21, 22]]])
-    assert draft_tokens(tree, np.array([5]), head_ids).tolist() == [[5, 10, 11, 22]]
-
-
-def test_acceptance_needs_the_whole_path() -> None:
-    tree = CandidateTree.from_choices([[0], [1], [0, 0], [1, 0], [1, 0, 0]])  # nodes 1, 2, then 3 below 1, 4 below 2, 5 below 4
-    tokens = np.array([[5, 10, 11, 20, 21, 30]])
-    greedy_ids = np.array([[11, 99, 77, 99, 30, 40]])  # node 2 is right, node 4 is not, node 5 below it would be
-    assert [path.tolist() for path in accept_greedy(tree, tokens, greedy_ids)] == [[0, 2]]
-    greedy_ids[0, 2] = 21
-    assert [path.tolist() for path in accept_greedy(tree, tokens, greedy_ids)] == [[0, 2, 4, 5]]

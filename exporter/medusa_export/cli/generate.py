@@ -48,7 +48,7 @@ def command(
     tree = CandidateTree.from_file(tree_file) if tree_file else None
     lm = MedusaLM.from_bundle(bundle, backend, tree=tree, num_threads=threads, allow_failed=allow_failed)
     stats = DecodingStats()
-    chunks = lm.stream(prompt, max_new_tokens, medusa=not no_medusa, raw=raw, ignore_eos=ignore_eos, stats=stats)
+    chunks = lm.stream(prompt, max_new_tokens=max_new_tokens, medusa=not no_medusa, raw=raw, ignore_eos=ignore_eos, stats=stats)
     text, finish_reason = "", None
     token_ids: list[int] = []
     for chunk in chunks:

@@ -17,7 +17,6 @@ from medusa_export.checkpoint import Backbone, load_backbone
 from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
 from medusa_runtime.backends import Backend, open_backend
-from medusa_runtime.decoding import draft_tokens
 from medusa_runtime.errors import BundleError, CheckpointError, first_line
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.tree import CandidateTree, IntArray
@@ -54,7 +53,7 @@ class BundleSide:
 
     def prompt_logits(self, prompt_ids: Sequence[int], chunk: int | None = None) -> Rows:
         """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]"""
-        self.backend.reset(1, len(prompt_ids))
+        self.backend.resize(1, len(prompt_ids))
         chunk = chunk or len(prompt_ids)
         pieces = []
         for start in range(0, len(prompt_ids), chunk):
@@ -69,18 +68,18 @@ class BundleSide:
                 with_logits=True,
             )
             assert output.logits is not None
-            pieces.append(output.logits[0])
+            pieces.append(output.logits[0].copy())  # the next step overwrites them
         return np.concatenate(pieces)
 
     def tree_logits(self, prompt_ids: Sequence[int], tree: CandidateTree) -> tuple[IntArray, Rows]:
         """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""
         root = self.prompt_logits(prompt_ids)[-1].argmax()[None]
         cached = len(prompt_ids)
-        head_ids = self.backend.propose(np.array([cached - 1])).token_ids
-        tokens = draft_tokens(tree, root, head_ids)  # [1, N]
-        self.backend.reserve(1, cached + tree.num_nodes)
+        proposed = self.backend.propose(np.array([cached - 1]))
+        tokens = np.concatenate([root, proposed.token_ids[0, tree.depths[1:] - 1, list(tree.ranks[1:])]])  # [N]
+        self.backend.resize(1, cached + tree.num_nodes, [cached])
         output = self.backend.step(
-            tokens,
+            tokens[None],
             cached + tree.depths[None],
             tree.mask[None],
             np.array([cached]),
@@ -88,7 +87,7 @@ class BundleSide:
             with_logits=True,
         )
         assert output.logits is not None
-        return tokens[0], output.logits[0]
+        return tokens, output.logits[0].copy()
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as Tokens
 
 from medusa_heads.distill.answerer import Answer, Request
 from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import OptionError
+from medusa_runtime.options import DecodingOptions
+from medusa_runtime.sequence import Sequence
 from medusa_runtime.text import Message, TextCodec
 
 
@@ -24,51 +27,47 @@ class BundleCodec:
                 "this bundle has no chat template, so it cannot be asked anything; take an instruction-tuned model's"
             )
 
-    def encode(self, prompt: Sequence[Message]) -> list[int]:
+    def encode(self, prompt: Tokens[Message]) -> list[int]:
         """Token ids of messages through the chat template, up to where the answer starts."""
         return self.text.encode(prompt)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Tokens[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self.text.decode(token_ids)
 
     def opening(self) -> list[int]:
-        """Refuse: prompts of the model's own need a temperature."""
-        raise OptionError("a bundle decodes greedily, so its model cannot prompt itself")
+        """Refuse: what a chat template puts before the user's words is known of a checkpoint only."""
+        raise OptionError("a bundle's model cannot prompt itself; take its checkpoint, or give prompts")
 
 
 class BundleAnswerer:
-    """Greedy answers in batches, one at a time; a batch lasts as long as its longest answer.
+    """Answers by continuous batching: whoever ends makes room for the next.
 
     Args:
-        engine: the bundle's.
-        batch_size: requests decoded side by side.
+        engine: the bundle's, used by nobody else meanwhile.
     """
 
-    def __init__(self, engine: DecodingEngine, batch_size: int = 8) -> None:
+    def __init__(self, engine: DecodingEngine) -> None:
         self.engine = engine
-        self.batch_size = batch_size
 
     def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
-        """Answer until there is no request.
+        """Answer until there is no request."""
+        under_way: dict[Sequence, Request] = {}
+        try:
+            while True:
+                while len(under_way) < self.engine.max_batch_size and (request := next_request()) is not None:
+                    under_way[self.engine.add(request.prompt_ids, _options(request))] = request
+                if not under_way:
+                    return
+                for sequence in self.engine.step():
+                    if sequence.error is not None:
+                        raise sequence.error
+                    if sequence.finish_reason in {"stop", "length"}:
+                        yield Answer(under_way.pop(sequence), sequence.token_ids, sequence.finish_reason)
+        finally:
+            for sequence in under_way:
+                self.engine.cancel(sequence)
 
-        Raises:
-            OptionError: a request has a temperature: a bundle decodes greedily.
-        """
-        while batch := self._gather(next_request):
-            if warm := [request.key for request in batch if request.temperature > 0]:
-                raise OptionError(f"{warm[0]}: a bundle decodes greedily, so its answers have no temperature")
-            token_ids: list[list[int]] = [[] for _ in batch]
-            steps = self.engine.generate([request.prompt_ids for request in batch], batch[0].max_new_tokens)
-            for decided in steps:
-                for step in decided:
-                    token_ids[step.sequence] += step.token_ids
-                    if step.finish_reason is not None:
-                        yield Answer(batch[step.sequence], token_ids[step.sequence], step.finish_reason)
 
-    def _gather(self, next_request: Callable[[], Request | None]) -> list[Request]:
-        """Up to a batch of requests that want equally many tokens."""
-        batch: list[Request] = []
-        while len(batch) < self.batch_size and (request := next_request()) is not None:
-            batch.append(request)
-        return batch
+def _options(request: Request) -> DecodingOptions:
+    return DecodingOptions.of(max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed)

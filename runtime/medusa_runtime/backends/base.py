@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ class StepOutput:
     """What one forward pass tells about the rows that were asked for."""
 
     greedy_ids: IntArray  # [B, R] the most likely next token
-    logits: npt.NDArray[np.floating] | None = None  # [B, R, V], only on request
+    logits: npt.NDArray[np.floating] | None = None  # [B, R, V], only on request; the next step may overwrite it
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class HeadOutput:
 class Backend(Protocol):
     """Runs a bundle's graphs on one device. The cache, and the last step's hidden rows, stay there.
 
-    The letters are those of docs/onnx-contract.md: B sequences, T new tokens, R rows to evaluate, S slots, K heads,
+    The cache has a fixed number of *slots*, one for a sequence, each with room for S *entries*, one a token. A step runs
+    on B neighbouring slots. The other letters are those of docs/onnx-contract.md: T new tokens, R rows to evaluate, K heads,
     M candidates a head.
     """
 
@@ -42,28 +44,25 @@ class Backend(Protocol):
         ...
 
     @property
-    def capacity(self) -> int:
-        """Slots a sequence has in the cache now."""
+    def num_slots(self) -> int:
+        """Sequences the cache has room for now."""
         ...
 
     @property
-    def epoch(self) -> int:
-        """How often the cache was started anew: who finds another number than before has lost it to somebody else."""
+    def capacity(self) -> int:
+        """Entries a slot has room for now."""
         ...
 
-    def reset(self, batch_size: int, capacity: int) -> None:
-        """Start anew with an empty cache for so many sequences, of at least `capacity` slots each; it may shrink.
+    def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
+        """Make the cache so large, or a little larger; smaller than before is possible where the device allows it.
+
+        Args:
+            num_slots: sequences.
+            capacity: entries of each.
+            lengths: slot i keeps its first ``lengths[i]`` entries; all else is zero afterwards.
 
         Raises:
-            CapacityError: as for `reserve`.
-        """
-        ...
-
-    def reserve(self, batch_size: int, capacity: int) -> None:
-        """Make room for `capacity` slots for each of `batch_size` sequences, keeping what is cached.
-
-        Raises:
-            CapacityError: the bundle's limits, or the memory, do not allow it.
+            CapacityError: the bundle's limits, or the memory, do not allow it. The cache is as it was before.
         """
         ...
 
@@ -75,25 +74,49 @@ class Backend(Protocol):
         cache_lengths: IntArray,  # [B]
         logit_rows: IntArray,  # [B, R]
         *,
+        first_slot: int = 0,
         with_logits: bool = False,
     ) -> StepOutput:
-        """One forward pass: attend, write the T new entries at each sequence's cache length, evaluate R rows.
+        """One forward pass on the slots from `first_slot` on: attend, write T new entries at each length, evaluate R rows.
 
         Raises:
-            CapacityError: the new entries would pass the capacity.
+            CapacityError: the new entries would pass the capacity, or there are not so many slots.
         """
         ...
 
     def propose(self, rows: IntArray) -> HeadOutput:
-        """Evaluate the heads at one of the last step's R rows for each sequence. rows: [B]."""
+        """Evaluate the heads at one of the last step's R rows for each of its sequences. rows: [B]."""
         ...
 
-    def commit(self, sequence: int, start: int, nodes: IntArray) -> None:
-        """Move a sequence's cache entries at slots ``start + nodes`` to ``start, start + 1 …``. nodes: [A], ascending."""
+    def commit(self, slot: int, start: int, nodes: IntArray) -> None:
+        """Move a slot's entries at ``start + nodes`` to ``start, start + 1 …``. nodes: [A], ascending."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of one slot to another."""
+        ...
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange the first `length` entries of two slots."""
+        ...
+
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """Zero a slot's entries from `start` to `stop`.
+
+        Attention gives entries beyond a sequence's length no weight, but no weight times the NaN of an earlier request is NaN.
+        """
         ...
 
 
 def require_room(cache_lengths: IntArray, new_tokens: int, capacity: int) -> None:
     """Refuse a step that would write past the capacity: some engines drop such writes without a word."""
     if (needed := int(cache_lengths.max()) + new_tokens) > capacity:
-        raise CapacityError(f"the step needs {needed} cache slots, the cache has {capacity}")
+        raise CapacityError(f"the step needs {needed} cache entries a slot, the cache has {capacity}")
+
+
+def require_slots(first_slot: int, batch_size: int, num_slots: int) -> None:
+    """Refuse a step on slots that are not there."""
+    if not 0 <= first_slot <= first_slot + batch_size <= num_slots:
+        raise CapacityError(
+            f"the step needs the slots {first_slot} to {first_slot + batch_size - 1}, the cache has {num_slots}"
+        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room
+from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
 from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
 from medusa_runtime.manifest import HEADS, STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
@@ -20,7 +22,7 @@ except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
-CAPACITY_BUCKET = 64  # slots the cache grows by at least: attention over a portable graph costs what is allocated
+CAPACITY_BUCKET = 64  # entries the cache grows by at least: attention over a portable graph costs what is allocated
 
 
 class OrtCpuBackend:
@@ -47,38 +49,28 @@ class OrtCpuBackend:
         self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
         _require_contract(self._step_session, manifest, STEP)
         _require_contract(self._heads_session, manifest, HEADS)
-        self.epoch = 0
-        self._binding = self._step_session.io_binding()
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
-        self._cache = self._new_cache(batch_size=0, capacity=0)
+        self._logits = np.empty(0, self._dtype)  # room for the largest logits asked for so far
+        self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
+        self._cache = self._new_cache(num_slots=0, capacity=0)
+
+    @property
+    def num_slots(self) -> int:
+        """See `Backend.num_slots`."""
+        return int(self._cache.shape[2])
 
     @property
     def capacity(self) -> int:
-        """Slots a sequence has in the cache now."""
+        """See `Backend.capacity`."""
         return int(self._cache.shape[4])
 
-    def reset(self, batch_size: int, capacity: int) -> None:
-        """See `Backend.reset`.
-
-        A cache that a longer request left behind shrinks: attention costs what is allocated. Otherwise it is cleared: slots
-        beyond a sequence's length weigh nothing in attention, but nothing times the NaN of an earlier request is NaN.
-        """
-        self.epoch += 1
-        if (batch_size, bucket(capacity)) == (self._cache.shape[2], self.capacity):
-            self._cache[...] = 0
-            return
-        self._cache = self._new_cache(batch_size, bucket(capacity))
-        self._bind_cache()
-
-    def reserve(self, batch_size: int, capacity: int) -> None:
-        """See `Backend.reserve`. The cache grows in buckets; what is cached is kept."""
-        if batch_size == self._cache.shape[2] and capacity <= self.capacity:
-            return
-        grown = self._new_cache(batch_size, bucket(max(capacity, self.capacity)))
-        kept = min(batch_size, self._cache.shape[2])
-        grown[:, :, :kept, :, : self.capacity] = self._cache[:, :, :kept]
-        self._cache = grown
-        self._bind_cache()
+    def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
+        """See `Backend.resize`. The capacity is rounded up to a bucket; memory that no entry is written to is not taken."""
+        resized = self._new_cache(num_slots, bucket(capacity))
+        for slot, length in enumerate(lengths):
+            resized[:, :, slot, :, :length] = self._cache[:, :, slot, :, :length]
+        self._cache = resized
+        self._bindings.clear()
 
     def step(
         self,
@@ -88,29 +80,29 @@ class OrtCpuBackend:
         cache_lengths: IntArray,
         logit_rows: IntArray,
         *,
+        first_slot: int = 0,
         with_logits: bool = False,
     ) -> StepOutput:
         """See `Backend.step`."""
+        batch, rows = logit_rows.shape
+        require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, input_ids.shape[1], self.capacity)
-        binding = self._binding
+        binding = self._binding(first_slot, batch, with_logits=with_logits)
         binding.bind_cpu_input("input_ids", input_ids)
         binding.bind_cpu_input("position_ids", position_ids)
         binding.bind_cpu_input("tree_mask", tree_mask)
         binding.bind_cpu_input("cache_lengths", cache_lengths)
         binding.bind_cpu_input("logit_rows", logit_rows)
-        batch, rows = logit_rows.shape
-        greedy_ids = self._bind_output("greedy_ids", (batch, rows), np.dtype(np.int64))
-        self._hidden = self._bind_output("hidden", (batch, rows, self.manifest.model.hidden_size), self._dtype)
-        logits = None
-        if with_logits:
-            logits = self._bind_output("logits", (batch, rows, self.manifest.model.vocab_size), self._dtype)
+        greedy_ids = np.empty((batch, rows), np.int64)
+        self._hidden = np.empty((batch, rows, self.manifest.model.hidden_size), self._dtype)
+        logits = self._logits_room(batch, rows) if with_logits else None
+        for name, array in (("greedy_ids", greedy_ids), ("hidden", self._hidden), ("logits", logits)):
+            if array is not None:
+                binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         try:
             self._step_session.run_with_iobinding(binding)
         except Exception as error:  # as for opening
             raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
-        finally:
-            if with_logits:  # what is bound is filled at every step: forget it again
-                self._bind_cache()
         return StepOutput(greedy_ids, logits)
 
     def propose(self, rows: IntArray) -> HeadOutput:
@@ -119,35 +111,57 @@ class OrtCpuBackend:
         token_ids, log_probs = self._heads_session.run(["head_ids", "head_log_probs"], {"hidden": hidden})
         return HeadOutput(token_ids, log_probs)
 
-    def commit(self, sequence: int, start: int, nodes: IntArray) -> None:
+    def commit(self, slot: int, start: int, nodes: IntArray) -> None:
         """See `Backend.commit`."""
         first = int(np.argmax(nodes != np.arange(len(nodes))))  # what stands in place already is not moved
         if nodes[first] == first:
             return
-        slots = self._cache[:, :, sequence]  # [L, 2, Hkv, S, D]
-        slots[:, :, :, start + first : start + len(nodes)] = slots[:, :, :, start + nodes[first:]]
+        entries = self._cache[:, :, slot]  # [L, 2, Hkv, S, D]
+        entries[:, :, :, start + first : start + len(nodes)] = entries[:, :, :, start + nodes[first:]]
 
-    def _new_cache(self, batch_size: int, capacity: int) -> npt.NDArray[np.floating]:
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Backend.copy`."""
+        self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """See `Backend.swap`."""
+        entries = self._cache[:, :, :, :, :length]
+        entries[:, :, [a, b]] = entries[:, :, [b, a]]
+
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """See `Backend.clear`."""
+        self._cache[:, :, slot, :, start:stop] = 0
+
+    def _new_cache(self, num_slots: int, capacity: int) -> npt.NDArray[np.floating]:
         model = self.manifest.model
-        shape = (model.num_layers, 2, batch_size, model.num_kv_heads, capacity, model.head_dim)
+        shape = (model.num_layers, 2, num_slots, model.num_kv_heads, capacity, model.head_dim)
         try:
-            return np.zeros(shape, self._dtype)  # [L, 2, B, Hkv, S, D]
-        except MemoryError as error:
-            raise CapacityError(f"no memory for a cache of {batch_size} times {capacity} slots") from error
+            return np.zeros(shape, self._dtype)  # [L, 2, slots, Hkv, S, D]
+        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            raise CapacityError(f"no memory for a cache of {num_slots} times {capacity} entries") from error
 
-    def _bind_cache(self) -> None:
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
-        for layer, pair in enumerate(self._cache):
-            for name, array in zip(("key", "value"), pair, strict=True):
-                shared = ort.OrtValue.ortvalue_from_numpy(array)  # a view: the graph writes into the array itself
-                self._binding.bind_ortvalue_input(f"past.{layer}.{name}", shared)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{name}", shared)
+    def _binding(self, first_slot: int, batch: int, *, with_logits: bool) -> ort.IOBinding:
+        """The cache of some neighbouring slots, bound as input and output: the graph writes into the array itself.
 
-    def _bind_output(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> npt.NDArray:  # type: ignore[type-arg]
-        array = np.empty(shape, dtype)
-        self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
-        return array
+        What is bound once is used at every run, so a binding with logits is another one than a binding without.
+        """
+        key = (first_slot, batch, with_logits)
+        if key not in self._bindings:
+            binding = self._step_session.io_binding()
+            for layer, pair in enumerate(self._cache[:, :, first_slot : first_slot + batch]):
+                for name, array in zip(("key", "value"), pair, strict=True):
+                    shared = ort.OrtValue.ortvalue_from_numpy(array)
+                    binding.bind_ortvalue_input(f"past.{layer}.{name}", shared)
+                    binding.bind_ortvalue_output(f"present.{layer}.{name}", shared)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def _logits_room(self, batch: int, rows: int) -> npt.NDArray[np.floating]:
+        shape = (batch, rows, self.manifest.model.vocab_size)
+        size = math.prod(shape)
+        if self._logits.size < size:
+            self._logits = np.empty(size, self._dtype)
+        return self._logits[:size].reshape(shape)
 
 
 def _num_cores() -> int:
@@ -169,7 +183,7 @@ def _open(path: Path, num_threads: int) -> ort.InferenceSession:
 
 
 def bucket(capacity: int) -> int:
-    """The capacity to allocate: up to the next multiple of 64 slots, or of an eighth of the largest power of two within.
+    """The capacity to allocate: up to the next multiple of 64 entries, or of an eighth of the largest power of two within.
 
     So at most an eighth is unused, and growing copies little beside the steps between (docs/decisions/0008-cache-growth.md).
     """

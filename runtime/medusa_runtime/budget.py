@@ -1,0 +1,206 @@
+"""How many drafts a step should verify: what they are expected to gain against what the step costs here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.errors import BundleError
+from medusa_runtime.files import write_whole
+from medusa_runtime.tree import FloatArray
+
+REPEATS = 3
+DECAY = 0.98  # how much of what was learnt from earlier steps remains after one more
+LONGEST_PAUSE = 32  # steps without drafts until the heads are asked again
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step on one machine, measured at a grid of points; between them costs are taken as linear.
+
+    Args:
+        batch_sizes: ascending.
+        widths: nodes a sequence, ascending.
+        capacities: entries a slot, ascending.
+        step_seconds: nested lists. [capacities, batch_sizes, widths]
+        head_seconds: of one evaluation of the heads. [batch_sizes]
+    """
+
+    batch_sizes: list[int]
+    widths: list[int]
+    capacities: list[int]
+    step_seconds: list[list[list[float]]]
+    head_seconds: list[float]
+
+    @classmethod
+    def measure(
+        cls,
+        backend: Backend,
+        *,
+        max_batch_size: int = 8,
+        max_nodes: int = 16,
+        capacities: Sequence[int] = (256, 1024),
+    ) -> StepCosts:
+        """Measure a backend: medians of three, some seconds in all for a small model. What its cache held is lost.
+
+        Args:
+            backend: nobody else may use it meanwhile.
+            max_batch_size: the largest batch to be decoded.
+            max_nodes: the largest tree.
+            capacities: how large the cache may be; the bundle's limits cut them.
+        """
+        limits = backend.manifest.limits
+        fitting = [limits.capacity] if limits.capacity else sorted({min(size, limits.max_seq_len) for size in capacities})
+        batch_sizes, widths = _doubling(max_batch_size), _doubling(max_nodes)
+        step_seconds: list[list[list[float]]] = []
+        head_seconds: list[float] = []
+        for capacity in fitting:
+            backend.resize(max_batch_size, capacity)
+            table = []
+            for batch in batch_sizes:
+                table.append([_median(_step(backend, batch, width, capacity)) for width in widths])
+                if len(head_seconds) < len(batch_sizes):
+                    head_seconds.append(_median(partial(backend.propose, np.zeros(batch, np.int64))))
+            step_seconds.append(table)
+        return cls(batch_sizes, widths, fitting, step_seconds, head_seconds)
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepCosts:
+        """Read what `save` wrote.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        try:
+            data: dict[str, Any] = json.loads(Path(path).read_text())
+            costs = cls(**data)
+            shape = (len(costs.capacities), len(costs.batch_sizes), len(costs.widths))
+            if np.array(costs.step_seconds, np.float64).shape != shape or len(costs.head_seconds) != shape[1]:
+                raise ValueError("its tables are not as large as it says")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} holds no step costs ({error}); measure them again") from error
+        return costs
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        write_whole(Path(path), json.dumps(asdict(self)) + "\n")
+
+    def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
+        """Seconds of a step of 1, 2 … `max_width` nodes. [max_width]"""
+        table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
+        by_batch = _along(table, self.capacities, capacity)
+        by_width = _along(by_batch, self.batch_sizes, batch)
+        widths = np.arange(1, max_width + 1)
+        inside = np.interp(widths, self.widths, by_width)
+        if len(self.widths) > 1:  # beyond the grid, as steep as at its end
+            slope = (by_width[-1] - by_width[-2]) / (self.widths[-1] - self.widths[-2])
+            inside += np.maximum(widths - self.widths[-1], 0) * slope
+        return np.asarray(inside, np.float32)
+
+    def heads(self, batch: int) -> float:
+        """Seconds of one evaluation of the heads."""
+        return float(_along(np.array(self.head_seconds), self.batch_sizes, batch))
+
+
+class DraftBudget:
+    """Chooses the width of each step so that the expected tokens a second are most.
+
+    The heads' probabilities say how many of the N likeliest candidates will be accepted; what is accepted in fact corrects
+    them. Where even the best width gains nothing over decoding without drafts, the heads rest for some steps.
+
+    Args:
+        costs: what steps cost here.
+    """
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self._expected = self._accepted = 8.0  # decaying sums: drafts that the heads expected to be accepted, and that were
+        self._now_expected = 0.0
+        self._pause, self._resting = 1, 0
+
+    def width(self, probabilities: Sequence[FloatArray], least: int, capacity: int) -> int:
+        """Nodes that the next step should verify for each sequence at most.
+
+        Args:
+            probabilities: for each sequence those of its drafts, likeliest first.
+            least: nodes that some sequence has to have.
+            capacity: entries a slot has now.
+        """
+        batch, most = len(probabilities), max(least, 1 + max(len(chances) for chances in probabilities))
+        expected = np.zeros(most)  # [N] drafts of a step of 1, 2 … nodes that the heads expect to be accepted
+        for chances in probabilities:
+            sums = np.cumsum(chances)
+            expected[1 : len(sums) + 1] += sums
+            expected[len(sums) + 1 :] += sums[-1] if len(sums) else 0.0
+        seconds = self._costs.steps(batch, capacity, most)
+        rates = (batch + self._accepted / self._expected * expected) / (seconds + self._costs.heads(batch))
+        rates[0] = batch / seconds[0]  # without drafts the heads are not asked either
+        width = least + int(rates[least - 1 :].argmax())
+        self._now_expected = float(expected[width - 1])
+        return width
+
+    def asks_heads(self, width: int, num_accepted: int) -> bool:
+        """Learn from a step, and say whether the heads are asked after it: where drafts do not pay, ever more rarely.
+
+        Args:
+            width: nodes it verified for each sequence.
+            num_accepted: drafts accepted, of all sequences.
+        """
+        if width > 1:
+            self._expected = DECAY * self._expected + self._now_expected
+            self._accepted = DECAY * self._accepted + num_accepted
+            self._pause, self._resting = 1, 0
+            return True
+        if self._resting > 0:
+            self._resting -= 1
+            return False
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._resting = self._pause
+        return True
+
+
+def likeliest(scores: FloatArray, num_nodes: int) -> FloatArray:
+    """Probabilities of the drafts that a tree of so many nodes would hold, likeliest first. scores: `CandidateSet.scores`'."""
+    chances: FloatArray = np.exp(np.sort(scores[1:])[::-1][: num_nodes - 1])
+    return chances
+
+
+def _doubling(largest: int) -> list[int]:
+    sizes = [1 << power for power in range(largest.bit_length()) if 1 << power < largest]
+    return [*sizes, largest]
+
+
+def _step(backend: Backend, batch: int, width: int, capacity: int) -> Callable[[], object]:
+    cached = max(min(capacity // 2, capacity - width), 0)
+    rows = np.tile(np.arange(width), (batch, 1))  # [B, T]
+    mask = np.tile(np.tri(width, dtype=np.bool_), (batch, 1, 1))
+    return partial(backend.step, np.zeros((batch, width), np.int64), cached + rows, mask, np.full(batch, cached), rows)
+
+
+def _median(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+def _along(table: npt.NDArray[np.float64], points: Sequence[int], at: int) -> npt.NDArray[np.float64]:
+    """A table's values at a place of its first axis: linear between its points and above them, constant below."""
+    if len(points) == 1:
+        only: npt.NDArray[np.float64] = table[0]
+        return only
+    upper = int(np.clip(np.searchsorted(points, at), 1, len(points) - 1))
+    low, high = points[upper - 1], points[upper]
+    found: npt.NDArray[np.float64] = table[upper - 1] + max(at - low, 0) / (high - low) * (table[upper] - table[upper - 1])
+    return found

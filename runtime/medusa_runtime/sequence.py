@@ -1,0 +1,227 @@
+"""One answer while it is decoded."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_runtime.acceptance import Accepted, policy_for
+from medusa_runtime.drafts import CandidateSet, Draft
+from medusa_runtime.options import MAX_SEED, DecodingOptions
+from medusa_runtime.sampling import Guide, LogitsShaper, Uniforms, chosen_logprob
+from medusa_runtime.stats import DecodingStats
+from medusa_runtime.tree import FloatArray, IntArray
+
+Rows = npt.NDArray[np.floating]  # [N, V]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, before any of the request's options."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, best first
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """What one step decided for one sequence."""
+
+    sequence: int
+    token_ids: list[int]  # in order; what follows an end-of-sequence token or the limit is cut
+    num_accepted: int  # drafts among them
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None  # one a token, where they were asked for
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer: what was asked, what has been decided, and where its cache is. Make one with `DecodingEngine.add`.
+
+    The last of `token_ids` is decided but not cached: it is the root of the next step's tree.
+
+    Args:
+        id: unique within its engine.
+        prompt_ids: what is continued.
+        options: with `max_new_tokens` set.
+        end_ids: tokens that end the answer.
+        candidates: what its drafts are chosen from.
+        guide: what restricts its tokens.
+        stream: which of several answers to one request, for the random numbers.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    options: DecodingOptions
+    max_new_tokens: int
+    end_ids: frozenset[int]
+    candidates: CandidateSet
+    guide: Guide | None = None
+    stream: int = 0
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    stats: DecodingStats = field(default_factory=DecodingStats)
+    slot: int | None = None
+    length: int = 0  # entries in the cache
+    head_ids: IntArray | None = None  # [K, M] the heads' candidates for what follows the root
+    head_log_probs: FloatArray | None = None  # [K, M]
+
+    def __post_init__(self) -> None:
+        self.seed = self.options.seed if self.options.seed is not None else secrets.randbelow(MAX_SEED)
+        self.policy = policy_for(self.options)
+        self.shaper = LogitsShaper(self.options, self.prompt_ids, self.end_ids, self.guide)
+        self._uniforms = Uniforms(self.seed, self.stream)
+        self._steps: list[SequenceStep] = []
+        self._since = time.perf_counter()  # when the current phase began: waiting, prefill, decoding
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing will be decided any more."""
+        return self.finish_reason is not None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be given out."""
+        return self.max_new_tokens - len(self.token_ids)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the model's most likely tokens alone do not decide: then a step has to give logits."""
+        return self.options.is_sampled or not self.shaper.is_identity or self.options.logprobs is not None
+
+    @property
+    def has_fixed_tree(self) -> bool:
+        """Whether the tree changes the answer, so that the load may not change the tree."""
+        return self.options.is_sampled and self.options.acceptance == "typical"
+
+    def take_steps(self) -> list[SequenceStep]:
+        """What was decided since the last call."""
+        steps, self._steps = self._steps, []
+        return steps
+
+    def begin(self, num_cached: int) -> None:
+        """Its prefill starts, with so many tokens of the prompt in the cache already."""
+        self.length = num_cached
+        self.stats.num_prompt_tokens = len(self.prompt_ids)
+        self.stats.num_cached_tokens = num_cached
+        self.stats.queue_seconds = self._lap()
+
+    def decide_first(self, greedy_id: int, logits: Rows | None) -> None:
+        """Take the token that follows the prompt. logits: [1, V], where `needs_logits`."""
+        prompt_end = Draft(np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64), np.ones((1, 1), np.bool_))
+        accepted = Accepted([0], greedy_id) if logits is None else self.verdict(prompt_end, logits)
+        given, _ = self._give(prompt_end, accepted, logits)
+        self.stats.num_generated_tokens += given
+        self.stats.prefill_seconds = self._lap()
+
+    def draft(self, num_nodes: int, scores: FloatArray) -> Draft:
+        """What the next step verifies: the root and the likeliest of its candidates.
+
+        Args:
+            num_nodes: at most so many.
+            scores: from `draft_scores`.
+        """
+        if self.guide is not None:
+            return self._guided_draft(num_nodes, scores, self.guide)
+        return self.candidates.draft(self.token_ids[-1], self.head_ids, scores, num_nodes)
+
+    def draft_scores(self) -> FloatArray:
+        """Log-probabilities of its candidates, as `CandidateSet.scores`; of the root alone where there is no more to guess."""
+        if self.head_log_probs is None:
+            return np.zeros(1, np.float32)
+        return self.candidates.scores(self.head_log_probs, self.remaining - 1)
+
+    def verdict(self, draft: Draft, logits: Rows) -> Accepted:
+        """What its policy accepts of a verified draft. logits: [N, V]."""
+        return self.policy.accept(draft, _Target(self, draft, logits))
+
+    def take(self, draft: Draft, accepted: Accepted, logits: Rows | None) -> None:
+        """Give out what a step accepted. logits: [N, V], where they were asked for."""
+        self.length += len(accepted.nodes)
+        given, num_accepted = self._give(draft, accepted, logits)
+        self.stats.count_step(np.bincount(draft.depths)[1:].tolist(), num_accepted, given)
+        self.stats.decode_seconds += self._lap()
+
+    def forget_heads(self) -> None:
+        """The heads were not asked what follows the root: the next draft is the root alone."""
+        self.head_ids = self.head_log_probs = None
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """End it before its time."""
+        if not self.is_finished:
+            self.finish_reason, self.error = reason, error
+            self._steps.append(SequenceStep(self.id, [], 0, reason))
+
+    def _give(self, draft: Draft, accepted: Accepted, logits: Rows | None) -> tuple[int, int]:
+        """Cut what was accepted at the end of the answer. Returns how many tokens are given out, and drafts among them."""
+        tokens = [*draft.tokens[accepted.nodes[1:]].tolist(), accepted.bonus_id]
+        kept = tokens[: self.remaining]
+        end = next((place for place, token in enumerate(kept) if token in self.end_ids), None)
+        if end is not None:
+            kept, self.finish_reason = kept[: end + 1], "stop"
+        elif len(kept) == self.remaining:
+            self.finish_reason = "length"
+        logprobs = None
+        if self.options.logprobs is not None:
+            assert logits is not None  # `needs_logits`
+            rows = zip(accepted.nodes, kept, strict=False)
+            logprobs = [TokenLogprob(token, *chosen_logprob(logits[row], token, self.options.logprobs)) for row, token in rows]
+        self.token_ids += kept
+        num_accepted = min(len(kept), len(tokens) - 1)
+        self._steps.append(SequenceStep(self.id, kept, num_accepted, self.finish_reason, logprobs))
+        return len(kept), num_accepted
+
+    def _guided_draft(self, num_nodes: int, scores: FloatArray, guide: Guide) -> Draft:
+        """A draft of tokens that the guide lets pass: those it forces where it forces any, else the likeliest."""
+        forced = guide.forced(self.token_ids)[: min(self.remaining, num_nodes) - 1]
+        if forced:
+            count = 1 + len(forced)
+            return Draft(
+                np.array([self.token_ids[-1], *forced]),
+                np.arange(-1, count - 1),
+                np.arange(count),
+                np.tri(count, dtype=np.bool_),
+            )
+        return self.candidates.draft(
+            self.token_ids[-1], self.head_ids, scores, num_nodes, lambda path: guide.lets_pass(self.token_ids, path)
+        )
+
+    def uniform(self, depth: int) -> float:
+        """The random number of the token that follows a node of that depth."""
+        return self._uniforms[len(self.token_ids) + depth]
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._since = now - self._since, now
+        return elapsed
+
+
+@dataclass(frozen=True)
+class _Target:
+    """See `acceptance.Target`."""
+
+    sequence: Sequence
+    draft: Draft
+    rows: Rows  # [N, V]
+
+    def logits(self, path: Tokens[int]) -> FloatArray:
+        row: FloatArray = self.rows[path[-1]].astype(np.float32, copy=False)
+        if self.sequence.shaper.is_identity:
+            return row
+        return self.sequence.shaper.shape(row, [*self.sequence.token_ids, *self.draft.tokens[list(path[1:])].tolist()])
+
+    def uniform(self, depth: int) -> float:
+        return self.sequence.uniform(depth)
+
+    def ends_at(self, token_id: int) -> bool:
+        return token_id in self.sequence.end_ids

@@ -1,0 +1,83 @@
+"""What decoding counts, for one request and for all of an engine's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DecodingStats:
+    """Counts and seconds of one generation, over all its sequences.
+
+    A draft at depth d is a guess of head d, so what is counted by depth is counted by head.
+    """
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt: found in the cache, where an earlier request had left them
+    num_generated_tokens: int = 0  # all that was given out, the prefill's first tokens included
+    num_decoded_tokens: int = 0  # those that verification steps gave
+    num_steps: int = 0  # verification steps, counted for each sequence that took part
+    num_draft_tokens: int = 0  # drafts verified
+    num_accepted_tokens: int = 0  # drafts accepted and given out
+    drafted_by_depth: list[int] = field(default_factory=list)  # drafts verified at depth 1, 2 …
+    accepted_by_depth: list[int] = field(default_factory=list)  # drafts accepted at depth 1, 2 …
+    queue_seconds: float = 0.0  # from the request to the start of its prefill
+    prefill_seconds: float = 0.0  # from there to the first token
+    decode_seconds: float = 0.0  # from there to the last
+    engine_seconds: float = 0.0  # the part of decode_seconds spent in the backend's step and heads
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens a verification step gave a sequence on average: the acceptance length, bonus token included."""
+        return self.num_decoded_tokens / self.num_steps if self.num_steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens over decoding time, prefill and the token it gives left out."""
+        return self.num_decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Time to first token: from the request on, its wait included."""
+        return self.queue_seconds + self.prefill_seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Time per output token after the first."""
+        return self.decode_seconds / self.num_decoded_tokens if self.num_decoded_tokens else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """How often a step's accepted path reached depth 1, 2 …: each head's share of the speed."""
+        return [accepted / self.num_steps for accepted in self.accepted_by_depth] if self.num_steps else []
+
+    def add(self, other: DecodingStats) -> None:
+        """Add another's counts and seconds to these."""
+        for name in (entry.name for entry in dataclasses.fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, list):
+                mine[:] = [a + b for a, b in itertools.zip_longest(mine, theirs, fillvalue=0)]
+            else:
+                setattr(self, name, mine + theirs)
+
+    def count_step(self, drafted: list[int], num_accepted: int, num_given: int) -> None:
+        """Count one verification step of one sequence.
+
+        Args:
+            drafted: drafts verified at depth 1, 2 ….
+            num_accepted: drafts accepted and given out.
+            num_given: tokens given out.
+        """
+        self.num_steps += 1
+        self.num_draft_tokens += sum(drafted)
+        self.num_accepted_tokens += num_accepted
+        self.num_decoded_tokens += num_given
+        self.num_generated_tokens += num_given
+        missing = len(drafted) - len(self.drafted_by_depth)
+        self.drafted_by_depth += [0] * missing
+        self.accepted_by_depth += [0] * missing
+        for depth, count in enumerate(drafted):
+            self.drafted_by_depth[depth] += count
+            self.accepted_by_depth[depth] += depth < num_accepted
