@@ -19,8 +19,9 @@ from medusa_runtime.files import write_whole
 from medusa_runtime.tree import FloatArray
 
 REPEATS = 3
-DECAY = 0.98  # how much of what was learnt from earlier steps remains after one more
-LONGEST_PAUSE = 32  # steps without drafts until the heads are asked again
+DECAY = 0.98  # how much of what was learnt of the heads from earlier steps remains after one more
+MOVE = 0.1  # how far a moving average goes to a new value
+PAUSE = 16  # steps without drafts until the heads are asked again
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class StepCosts:
         max_nodes: int = 16,
         capacities: Sequence[int] = (256, 1024),
     ) -> StepCosts:
-        """Measure a backend: medians of three, some seconds in all for a small model. What its cache held is lost.
+        """Measure a backend, which takes some seconds for a small model. What its cache held is lost.
 
         Args:
             backend: nobody else may use it meanwhile.
@@ -60,16 +61,16 @@ class StepCosts:
         """
         limits = backend.manifest.limits
         fitting = [limits.capacity] if limits.capacity else sorted({min(size, limits.max_seq_len) for size in capacities})
-        batch_sizes, widths = _doubling(max_batch_size), _doubling(max_nodes)
+        batch_sizes, widths = _grid(max_batch_size), _grid(max_nodes)
         step_seconds: list[list[list[float]]] = []
         head_seconds: list[float] = []
         for capacity in fitting:
             backend.resize(max_batch_size, capacity)
             table = []
             for batch in batch_sizes:
-                table.append([_median(_step(backend, batch, width, capacity)) for width in widths])
+                table.append([_seconds(_step(backend, batch, width, capacity)) for width in widths])
                 if len(head_seconds) < len(batch_sizes):
-                    head_seconds.append(_median(partial(backend.propose, np.zeros(batch, np.int64))))
+                    head_seconds.append(_seconds(partial(backend.propose, np.zeros(batch, np.int64))))
             step_seconds.append(table)
         return cls(batch_sizes, widths, fitting, step_seconds, head_seconds)
 
@@ -112,10 +113,13 @@ class StepCosts:
 
 
 class DraftBudget:
-    """Chooses the width of each step so that the expected tokens a second are most.
+    """Chooses the width of each step, and whether the heads are asked at all, so that the tokens a second are most.
 
     The heads' probabilities say how many of the N likeliest candidates will be accepted; what is accepted in fact corrects
-    them. Where even the best width gains nothing over decoding without drafts, the heads rest for some steps.
+    them. With r the tokens a second that can be had here, a step of N nodes that gives g tokens in s seconds is worth
+    g - r·s: what it gives beyond what its time would give otherwise. The width is the one worth most. Asking the heads is
+    worth what the best width has over a root alone; where that is less than their time, they rest, and are tried again
+    now and then.
 
     Args:
         costs: what steps cost here.
@@ -125,7 +129,9 @@ class DraftBudget:
         self._costs = costs
         self._expected = self._accepted = 8.0  # decaying sums: drafts that the heads expected to be accepted, and that were
         self._now_expected = 0.0
-        self._pause, self._resting = 1, 0
+        self._speedup = 1.0  # of the tokens a second over those without drafts
+        self._worth: dict[int, float] = {}  # by batch size: what asking the heads is worth, in the time that it takes
+        self._resting = 0
 
     def width(self, probabilities: Sequence[FloatArray], least: int, capacity: int) -> int:
         """Nodes that the next step should verify for each sequence at most.
@@ -136,36 +142,45 @@ class DraftBudget:
             capacity: entries a slot has now.
         """
         batch, most = len(probabilities), max(least, 1 + max(len(chances) for chances in probabilities))
+        if most == 1:  # the heads were not asked
+            return 1
         expected = np.zeros(most)  # [N] drafts of a step of 1, 2 … nodes that the heads expect to be accepted
         for chances in probabilities:
             sums = np.cumsum(chances)
             expected[1 : len(sums) + 1] += sums
             expected[len(sums) + 1 :] += sums[-1] if len(sums) else 0.0
-        seconds = self._costs.steps(batch, capacity, most)
-        rates = (batch + self._accepted / self._expected * expected) / (seconds + self._costs.heads(batch))
-        rates[0] = batch / seconds[0]  # without drafts the heads are not asked either
-        width = least + int(rates[least - 1 :].argmax())
+        seconds, head_seconds = self._costs.steps(batch, capacity, most), self._costs.heads(batch)
+        tokens = batch + self._accepted / self._expected * expected
+        plain_rate = batch / float(seconds[0])
+        rate = plain_rate * max(self._speedup, 1.0)
+        worth = tokens - rate * seconds
+        width = least + int(worth[least - 1 :].argmax())
         self._now_expected = float(expected[width - 1])
+        gained = float(worth[width - 1] - worth[0]) / (rate * head_seconds)
+        self._worth[batch] = _moved(self._worth.get(batch, gained), gained)
+        now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds)
+        self._speedup = _moved(self._speedup, now / plain_rate)
         return width
 
-    def asks_heads(self, width: int, num_accepted: int) -> bool:
-        """Learn from a step, and say whether the heads are asked after it: where drafts do not pay, ever more rarely.
+    def asks_heads(self, batch: int, width: int, num_accepted: int) -> bool:
+        """Learn from a step, and say whether the heads are asked after it.
 
         Args:
-            width: nodes it verified for each sequence.
+            batch: sequences.
+            width: nodes it verified for each of them.
             num_accepted: drafts accepted, of all sequences.
         """
         if width > 1:
             self._expected = DECAY * self._expected + self._now_expected
             self._accepted = DECAY * self._accepted + num_accepted
-            self._pause, self._resting = 1, 0
+        if self._worth.get(batch, 1.0) >= 1.0:
             return True
-        if self._resting > 0:
-            self._resting -= 1
-            return False
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        self._resting = self._pause
-        return True
+        self._resting = (self._resting + 1) % PAUSE
+        return self._resting == 0
+
+
+def _moved(average: float, value: float) -> float:
+    return average + MOVE * (value - average)
 
 
 def likeliest(scores: FloatArray, num_nodes: int) -> FloatArray:
@@ -174,8 +189,9 @@ def likeliest(scores: FloatArray, num_nodes: int) -> FloatArray:
     return chances
 
 
-def _doubling(largest: int) -> list[int]:
-    sizes = [1 << power for power in range(largest.bit_length()) if 1 << power < largest]
+def _grid(largest: int) -> list[int]:
+    """1, 4, 16 … and the largest: what lies between is close to linear."""
+    sizes = [4**power for power in range(largest.bit_length()) if 4**power < largest]
     return [*sizes, largest]
 
 
@@ -186,13 +202,14 @@ def _step(backend: Backend, batch: int, width: int, capacity: int) -> Callable[[
     return partial(backend.step, np.zeros((batch, width), np.int64), cached + rows, mask, np.full(batch, cached), rows)
 
 
-def _median(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object]) -> float:
+    """The fastest of some runs after the first: what disturbs a run only makes it slower."""
     times = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
+    return min(times[1:])
 
 
 def _along(table: npt.NDArray[np.float64], points: Sequence[int], at: int) -> npt.NDArray[np.float64]:

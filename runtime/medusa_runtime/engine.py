@@ -325,7 +325,7 @@ class DecodingEngine:
             with _blame(sequence):
                 logits = None if output.logits is None else output.logits[row]
                 accepted[row] = self._accept(sequence, drafts[row], greedy[row], logits)
-        if self._budget is None or self._budget.asks_heads(width, sum(len(one.nodes) - 1 for one in accepted)):
+        if self._budget is None or self._budget.asks_heads(len(decoding), width, sum(len(one.nodes) - 1 for one in accepted)):
             seconds += self._propose(decoding, np.array([one.nodes[-1] for one in accepted]))
         else:
             for sequence in decoding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,10 +136,12 @@ class OrtCpuBackend:
     def _new_cache(self, num_slots: int, capacity: int) -> npt.NDArray[np.floating]:
         model = self.manifest.model
         shape = (model.num_layers, 2, num_slots, model.num_kv_heads, capacity, model.head_dim)
+        size = math.prod(shape) * self._dtype.itemsize
         try:
-            return np.zeros(shape, self._dtype)  # [L, 2, slots, Hkv, S, D]
-        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            memory = mmap.mmap(-1, max(size, 1))  # zeros, and pages are taken as they are written to
+        except (OSError, OverflowError) as error:
             raise CapacityError(f"no memory for a cache of {num_slots} times {capacity} entries") from error
+        return np.frombuffer(memory, self._dtype, math.prod(shape)).reshape(shape)  # [L, 2, slots, Hkv, S, D]
 
     def _binding(self, first_slot: int, batch: int, *, with_logits: bool) -> ort.IOBinding:
         """The cache of some neighbouring slots, bound as input and output: the graph writes into the array itself.
