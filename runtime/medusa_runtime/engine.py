@@ -325,7 +325,7 @@ class DecodingEngine:
             with _blame(sequence):
                 logits = None if output.logits is None else output.logits[row]
                 accepted[row] = self._accept(sequence, drafts[row], greedy[row], logits)
-        if self._budget is None or self._budget.asks_heads(len(decoding), width, sum(len(one.nodes) - 1 for one in accepted)):
+        if self._wants_heads(decoding, width, accepted):
             seconds += self._propose(decoding, np.array([one.nodes[-1] for one in accepted]))
         else:
             for sequence in decoding:
@@ -367,6 +367,14 @@ class DecodingEngine:
         self._slots.extend(sequence, draft.tokens[accepted.nodes].tolist())
         sequence.take(draft, accepted, logits)
         return accepted
+
+    def _wants_heads(self, decoding: list[Sequence], width: int, accepted: list[Accepted]) -> bool:
+        """Whether the heads' guesses are worth their time, or somebody's answer depends on them."""
+        if self._budget is None:
+            return True
+        num_accepted = sum(len(one.nodes) - 1 for one in accepted)
+        pays = self._budget.asks_heads(len(decoding), width, num_accepted)
+        return pays or any(sequence.has_fixed_tree for sequence in decoding)
 
     def _propose(self, sequences: list[Sequence], rows: IntArray) -> float:
         """Have the heads guess what follows each sequence's root, where somebody wants to know. Returns the seconds it took."""

@@ -71,7 +71,7 @@ def test_the_heads_that_come_along_save_steps(bundle: Path, heads: Path) -> None
     trees = Evaluation.model_validate_json((heads / "evaluation.json").read_text()).trees
     [best] = [tree.tree for tree in trees if tree.nodes == 16]
     assert lm.engine.tree == CandidateTree.from_json(best)
-    results = [lm.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    results = [lm.generate(prompt, max_new_tokens=NEW_TOKENS) for prompt in PROMPTS]
     steps, tokens = (sum(getattr(r.stats, name) for r in results) for name in ("num_steps", "num_decoded_tokens"))
     assert tokens / steps > 1.5  # heads that were never trained give 1.15
 
@@ -93,14 +93,14 @@ def test_medusa_gives_what_transformers_generate_gives(bundle: Path, model: str)
             mask = torch.ones_like(tokens)
             whole = reference.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
             logits = reference(whole[None]).logits[0, len(prompt_ids) - 1 : -1].numpy()
-        found = lm.generate(prompt, NEW_TOKENS)
+        found = lm.generate(prompt, max_new_tokens=NEW_TOKENS)
         divergence = first_divergence(found.token_ids, whole[len(prompt_ids) :].tolist(), logits)
         assert divergence is None or divergence.margin < TIE_MARGIN, (prompt, divergence)
         assert found.stats.num_generated_tokens > 5
 
 
 def test_the_answer_makes_sense(bundle: Path) -> None:
-    result = MedusaLM.from_bundle(bundle).generate("What is the capital of France?", 32)
+    result = MedusaLM.from_bundle(bundle).generate("What is the capital of France?", max_new_tokens=32)
     assert "Paris" in result.text
     assert result.finish_reason == "stop"
 
@@ -111,8 +111,8 @@ def test_a_wide_tree_and_a_long_prompt(bundle: Path) -> None:
     prompt = "The quick brown fox jumps over the lazy dog. " * 120 + "What animal jumps?"
     assert 1024 < len(lm.codec.encode(prompt)) < 1500
     tree = CandidateTree.from_choices([[a, b] for a in range(9) for b in range(6)])
-    plain = lm.generate(prompt, 24, medusa=False, ignore_eos=True)
-    assert lm.generate(prompt, 24, tree=tree, ignore_eos=True).token_ids == plain.token_ids
+    plain = lm.generate(prompt, max_new_tokens=24, medusa=False, ignore_eos=True)
+    assert lm.generate(prompt, max_new_tokens=24, tree=tree, ignore_eos=True).token_ids == plain.token_ids
 
 
 def test_a_tensorrt_rtx_engine_is_built_without_a_gpu(model: str, heads: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
@@ -17,12 +17,13 @@ Function = Callable[..., Any]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def options_from(model: type[BaseModel]) -> Callable[[Function], Function]:
+def options_from(model: type[BaseModel], *, leave_out: Collection[str] = ()) -> Callable[[Function], Function]:
     """Add an option for each field of the model. A field that is not given on the command line keeps the model's default."""
 
     def add(function: Function) -> Function:
         for name, field in reversed(model.model_fields.items()):
-            function = _option(name, field)(function)
+            if name not in leave_out:
+                function = _option(name, field)(function)
         return function
 
     return add
@@ -35,9 +36,11 @@ def parse(model: type[Model], values: dict[str, Any]) -> Model:
         OptionError: a value is out of range; the message names the flag.
     """
     try:
-        return model.model_validate({name: value for name, value in values.items() if value is not None})
+        return model.model_validate({name: value for name, value in values.items() if value not in (None, ())})
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # our own words
+            raise OptionError(str(first["ctx"]["error"])) from error
         flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
         raise OptionError(f"{flag} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
 
@@ -47,6 +50,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
     text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}."
     if kind is bool:
         return click.option(flag, is_flag=True, default=None, help=text)
+    if get_origin(kind) is tuple:
+        return click.option(flag, type=get_args(kind)[0], multiple=True, help=f"{text} May be given several times.")
     if field.default is not None:
         text += f" [default: {field.default:g}]" if kind is float else f" [default: {field.default}]"
     return click.option(flag, type=_click_type(kind, field), help=text)

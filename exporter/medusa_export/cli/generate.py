@@ -6,67 +6,125 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.options import backend_option, threads_option
+from medusa_runtime.errors import OptionError
+from medusa_runtime.options import GenerationOptions
+from medusa_runtime.tree import CandidateTree, DynamicTree
+
+if TYPE_CHECKING:
+    from medusa_runtime import Choice, MedusaLM
+
+BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags are not their values
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: 256, or what fits]")
+@options_from(GenerationOptions, leave_out=BY_HAND)
+@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit. May be given several times.")
+@click.option("--json-schema", type=click.Path(path_type=Path), help="A file: the answer is JSON that this schema allows.")
 @click.option("--tree", "tree_file", type=click.Path(path_type=Path), help="A candidate tree as JSON: choices, or parents.")
-@click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding; the text is the same.")
-@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
+@click.option("--tree-nodes", type=int, help="A tree of so many nodes, made anew at each step from the heads' probabilities.")
+@click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
-@click.option("--ignore-eos", is_flag=True, help="Go on to --max-new-tokens.")
-@click.option("--seed", type=int, help="Recorded in the JSON. Decoding is greedy, so it changes nothing.")
 @click.option("--allow-failed", is_flag=True, help="Run a bundle even though its validation failed.")
 @backend_option
 @threads_option
 def command(
     bundle: Path,
     prompt: str,
-    max_new_tokens: int | None,
-    tree_file: Path | None,
     *,
+    logit_bias: tuple[str, ...],
+    json_schema: Path | None,
+    tree_file: Path | None,
+    tree_nodes: int | None,
     no_medusa: bool,
-    raw: bool,
     as_json: bool,
-    ignore_eos: bool,
-    seed: int | None,
     allow_failed: bool,
     backend: str,
     threads: int,
+    **fields: Any,
 ) -> None:
-    """Answer a prompt with BUNDLE: text streams to stdout, statistics go to stderr."""
-    from medusa_runtime import CandidateTree, DecodingStats, MedusaLM
+    """Answer a prompt with BUNDLE: text streams to stdout, statistics go to stderr.
+
+    Greedy without a temperature. With one, answers are samples of exactly the model's distribution, as without Medusa: the same
+    seed gives the same text either way (but for --acceptance typical, which accepts more).
+    """
+    from medusa_runtime import MedusaLM
 
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode()
-    tree = CandidateTree.from_file(tree_file) if tree_file else None
-    lm = MedusaLM.from_bundle(bundle, backend, tree=tree, num_threads=threads, allow_failed=allow_failed)
-    stats = DecodingStats()
-    chunks = lm.stream(prompt, max_new_tokens=max_new_tokens, medusa=not no_medusa, raw=raw, ignore_eos=ignore_eos, stats=stats)
-    text, finish_reason = "", None
-    token_ids: list[int] = []
-    for chunk in chunks:
-        text += chunk.text
-        token_ids += chunk.token_ids
-        finish_reason = chunk.finish_reason
-        if not as_json:
+    if tree_file is not None and tree_nodes is not None:
+        raise OptionError("--tree and --tree-nodes exclude each other")
+    given = {
+        "logit_bias": dict(_bias(text) for text in logit_bias) or None,
+        "json_schema": _read_schema(json_schema) if json_schema is not None else None,
+        "medusa": False if no_medusa else None,
+        "tree": CandidateTree.from_file(tree_file)
+        if tree_file
+        else DynamicTree(tree_nodes)
+        if tree_nodes is not None
+        else None,
+    }
+    options = parse(GenerationOptions, fields | given)
+    with MedusaLM.from_bundle(bundle, backend, max_batch_size=options.n, num_threads=threads, allow_failed=allow_failed) as lm:
+        choices = _answer(lm, prompt, options, streamed=not as_json)
+    if as_json:
+        first, *others = [_facts(choice) for choice in choices]
+        click.echo(json.dumps(first | ({"choices": [first, *others]} if others else {}), ensure_ascii=False))
+        return
+    for choice in choices:
+        stats = choice.stats
+        click.echo(
+            f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens in {stats.num_steps} steps, "
+            f"{stats.tokens_per_step:.2f} tokens/step, {stats.tokens_per_second:.1f} tokens/s, "
+            f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
+            + (f", seed {choice.seed}" if options.is_sampled else ""),
+            err=True,
+        )
+
+
+def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> list[Choice]:
+    """The answers; the first one is printed as it comes, the others after it."""
+    handle = lm.stream(prompt, options)
+    for chunk in handle:
+        if streamed and chunk.index == 0:
             click.echo(chunk.text, nl=False)
             sys.stdout.flush()
-    if as_json:
-        result = {"text": text, "token_ids": token_ids, "finish_reason": finish_reason, "seed": seed}
-        facts = {"tokens_per_second": stats.tokens_per_second, "tokens_per_step": stats.tokens_per_step}
-        click.echo(json.dumps(result | {"stats": dataclasses.asdict(stats) | facts}, ensure_ascii=False))
-        return
-    click.echo()
-    click.echo(
-        f"{'plain' if no_medusa else 'medusa'}: {stats.num_generated_tokens} tokens in {stats.num_steps} steps, "
-        f"{stats.tokens_per_step:.2f} tokens/step, {stats.tokens_per_second:.1f} tokens/s, "
-        f"first token after {1e3 * stats.prefill_seconds:.0f} ms, finished by {finish_reason}",
-        err=True,
-    )
+    choices = handle.result().choices
+    if streamed:
+        click.echo()
+        for number, choice in enumerate(choices[1:], start=2):
+            click.echo(f"\n[answer {number}]\n{choice.text}")
+    return choices
+
+
+def _facts(choice: Choice) -> dict[str, Any]:
+    stats = choice.stats
+    rates = {"tokens_per_second": stats.tokens_per_second, "tokens_per_step": stats.tokens_per_step}
+    facts = dataclasses.asdict(choice)
+    facts["stats"] |= rates
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise OptionError(f"--logit-bias is {text!r}; it must be a token id, = and a number, such as 42=-5") from error
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise OptionError(f"cannot read the JSON schema {path}: {error}") from error
+    if not isinstance(schema, dict):
+        raise OptionError(f"{path} is no JSON schema: it must be an object")
+    return schema

@@ -1,0 +1,100 @@
+"""A service: MedusaLM inside FastAPI. All requests share one model, and its steps.
+
+MEDUSA_BUNDLE=build/smollm2-135m-instruct-fp32 uvicorn --app-dir examples fastapi_service:app
+curl localhost:8000/generate --json '{"prompt": "Why is the sky blue?", "max_new_tokens": 64}'
+curl -N localhost:8000/stream --json '{"messages": [{"role": "user", "content": "Hello!"}], "temperature": 0.7}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from medusa_runtime import (
+    CapacityError,
+    ClosedError,
+    GenerationChunk,
+    GenerationResult,
+    Handle,
+    MedusaError,
+    MedusaLM,
+    Message,
+    OptionError,
+    QueueFullError,
+    ServiceStats,
+    TreeError,
+)
+
+STATUS = {OptionError: 422, TreeError: 422, CapacityError: 413, QueueFullError: 429, ClosedError: 503}
+CHUNK = TypeAdapter(GenerationChunk)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    with MedusaLM.from_bundle(os.environ["MEDUSA_BUNDLE"]) as app.state.lm:
+        yield
+
+
+app = FastAPI(title="medusa", lifespan=lifespan)
+
+
+@app.exception_handler(MedusaError)
+async def refuse(_: Request, error: MedusaError) -> JSONResponse:
+    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    return JSONResponse({"error": str(error)}, status, {"Retry-After": "1"} if status == 429 else None)
+
+
+def loaded(request: Request) -> MedusaLM:
+    lm: MedusaLM = request.app.state.lm
+    return lm
+
+
+Model = Annotated[MedusaLM, Depends(loaded)]
+
+
+class Asked(BaseModel):
+    """A prompt or messages. Every other key is a field of `GenerationOptions`, which checks it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+
+    def submit(self, lm: MedusaLM) -> Handle:
+        given = [one for one in (self.prompt, self.messages) if one is not None]
+        if len(given) != 1:
+            raise OptionError("a request has either a prompt or messages")
+        return lm.submit(given[0], **(self.model_extra or {}))
+
+
+@app.post("/generate")
+async def generate(asked: Asked, lm: Model) -> GenerationResult:
+    return await asked.submit(lm).aresult()
+
+
+@app.post("/stream")
+async def stream(asked: Asked, lm: Model) -> StreamingResponse:
+    """JSON lines, one a step: what GenerationChunk holds."""
+    handle = asked.submit(lm)  # what is refused is refused here, while the status can still say so
+    return StreamingResponse(lines(handle), media_type="application/x-ndjson")
+
+
+async def lines(handle: Handle) -> AsyncIterator[bytes]:
+    with handle:  # a client that goes away ends this generator, and with it the request
+        try:
+            async for chunk in handle:
+                yield CHUNK.dump_json(chunk) + b"\n"
+        except MedusaError as error:  # too late for a status
+            yield json.dumps({"error": str(error)}).encode() + b"\n"
+
+
+@app.get("/stats")
+async def stats(lm: Model) -> ServiceStats:
+    return lm.stats()

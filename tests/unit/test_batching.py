@@ -1,0 +1,286 @@
+"""Continuous batching, against a model whose every choice depends on all it sees: who is beside whom changes no token."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
+from medusa_runtime.sequence import Sequence
+from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
+
+TREES = [None, CandidateTree.root_only(), CandidateTree.from_choices([[0, 0, 0], [1], [2, 1]]), DynamicTree(3), DynamicTree(9)]
+COSTS = StepCosts([1, 8], [1, 4, 16], [64], [[[1.0, 1.1, 1.6], [1.5, 3.0, 9.0]]], [0.1, 0.3])
+
+
+def random_options(rng: random.Random) -> DecodingOptions:
+    return DecodingOptions(
+        max_new_tokens=rng.choice([1, 2, 5, 17, 30]),
+        temperature=rng.choice([0.0, 0.0, 0.7, 1.3]),
+        top_k=rng.choice([0, 0, 5]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+        seed=rng.randrange(1000),
+        medusa=rng.random() < 0.8,
+        tree=rng.choice(TREES),
+    )
+
+
+def alone(prompt: list[int], options: DecodingOptions) -> list[int]:
+    """What a request gets that has an engine of its own, without Medusa, chunks or a cache that others used."""
+    engine = DecodingEngine(FakeBackend(), max_batch_size=1, reuse_prefixes=False)
+    plain = DecodingOptions.of(options, medusa=False)
+    return [token for [step] in engine.generate([prompt], options=plain) for token in step.token_ids]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**9),
+    slots=st.integers(1, 5),
+    chunk=st.sampled_from([1, 3, 16, 500]),
+    costs=st.sampled_from([None, COSTS]),
+    reuse=st.booleans(),
+)
+def test_random_arrivals_and_cancellations_change_no_token(seed, slots, chunk, costs, reuse) -> None:
+    rng = random.Random(seed)
+    manifest = fake_manifest(max_prefill_tokens=chunk, num_heads=3, top_k=4)
+    engine = DecodingEngine(FakeBackend("sometimes", manifest), max_batch_size=slots, costs=costs, reuse_prefixes=reuse)
+    systems = [[rng.randrange(50) for _ in range(12)] for _ in range(2)]
+    running: list[tuple[Sequence, list[int]]] = []
+    cancelled = set()
+    for _ in range(rng.randrange(5, 40)):
+        if rng.random() < 0.5 and len(running) < 12:
+            prompt = [*rng.choice([*systems, []]), *(rng.randrange(50) for _ in range(rng.randrange(1, 8)))]
+            running.append((engine.add(prompt, random_options(rng)), prompt))
+        if running and rng.random() < 0.1:
+            victim = rng.choice(running)[0]
+            cancelled |= set() if victim.is_finished else {victim.id}
+            engine.cancel(victim)
+        engine.step()
+    while not engine.is_idle:
+        engine.step()
+    for sequence, prompt in running:
+        expected = alone(prompt, sequence.options)
+        given_out = [token for step in sequence.take_steps() for token in step.token_ids]
+        assert given_out == sequence.token_ids
+        if sequence.id in cancelled:
+            assert sequence.finish_reason == "cancelled"
+            assert given_out == expected[: len(given_out)]
+        else:
+            assert (given_out, sequence.finish_reason) == (expected, "length")
+    assert (engine.num_active, engine.num_waiting) == (0, 0)
+
+
+def test_all_that_decode_share_one_forward_pass() -> None:
+    backend = FakeBackend("never")
+    engine = DecodingEngine(backend, CandidateTree.from_choices([[0], [1]]), max_batch_size=4)
+    list(engine.generate([[1, 2], [3], [4, 5, 6]], 4))
+    assert backend.steps == [(1, 2), (1, 1), (1, 3), (3, 3), (3, 3), (3, 1)]
+
+
+def test_a_long_prompt_does_not_stall_those_that_decode() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=900))
+    engine = DecodingEngine(backend, CandidateTree.root_only())
+    short = engine.add([1], DecodingOptions(max_new_tokens=50))
+    engine.step()
+    long = engine.add([2] * 640, DecodingOptions(max_new_tokens=3))
+    given = []
+    while not long.token_ids:
+        engine.step()
+        given.append(sum(len(step.token_ids) for step in short.take_steps()))
+    assert given == [2, *[1] * 9]  # a token at each step, while ten chunks of 64 are read; the first came before
+    while not engine.is_idle:
+        engine.step()
+    assert long.token_ids == greedy([2] * 640, 3)
+
+
+def test_first_come_first_served() -> None:
+    engine = DecodingEngine(FakeBackend(), max_batch_size=2)
+    sequences = [engine.add([number], DecodingOptions(max_new_tokens=6)) for number in range(1, 7)]
+    order = []
+    while not engine.is_idle:
+        order += [sequence.id for sequence in engine.step() if len(sequence.token_ids) and sequence.id not in order]
+    assert order == [sequence.id for sequence in sequences]
+    assert all(sequence.token_ids == greedy([number], 6) for number, sequence in enumerate(sequences, start=1))
+
+
+def prefilled(backend: FakeBackend) -> int:
+    """Tokens of prompts that were read: steps of one row on one slot, in a test that decodes nothing else."""
+    return sum(tokens for _, tokens in backend.steps)
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache() -> None:
+    backend = FakeBackend()
+    engine = DecodingEngine(backend, max_batch_size=3)
+    system = list(range(20))
+    chat = [*system, 30, 31]
+    first = engine.add(chat, DecodingOptions(max_new_tokens=8))
+    while not engine.is_idle:
+        engine.step()
+    follow_up = [*chat, *first.token_ids, 40]  # the history and what the user says next
+    second = engine.add(follow_up, DecodingOptions(max_new_tokens=8))
+    while not engine.is_idle:
+        engine.step()
+    assert second.token_ids == greedy(follow_up, 8)
+    assert second.stats.num_cached_tokens >= len(chat) + 7  # but for what was accepted last, all of it
+    beside = [engine.add([*system, 45, number], DecodingOptions(max_new_tokens=1)) for number in range(3)]
+    while not engine.is_idle:
+        engine.step()
+    assert [sequence.stats.num_cached_tokens for sequence in beside] == [20, 21, 21]
+    assert [sequence.token_ids for sequence in beside] == [greedy([*system, 45, number], 1) for number in range(3)]
+
+
+def test_a_prefix_is_copied_from_a_sequence_that_still_decodes() -> None:
+    engine = DecodingEngine(FakeBackend("always"), max_batch_size=2)
+    prompt = list(range(15))
+    first = engine.add(prompt, DecodingOptions(max_new_tokens=40))
+    engine.step()
+    second = engine.add(prompt, DecodingOptions(max_new_tokens=20))
+    while not engine.is_idle:
+        engine.step()
+    assert second.stats.num_cached_tokens == 14  # the last token is read again: its logits are needed
+    assert (first.token_ids, second.token_ids) == (greedy(prompt, 40), greedy(prompt, 20))
+
+
+def test_without_reuse_every_prompt_is_read_whole() -> None:
+    engine = DecodingEngine(FakeBackend(), reuse_prefixes=False)
+    for _ in range(2):
+        sequence = engine.add([1, 2, 3], DecodingOptions(max_new_tokens=2))
+        while not engine.is_idle:
+            engine.step()
+        assert sequence.stats.num_cached_tokens == 0
+
+
+def test_the_cache_shrinks_after_a_long_request_and_what_is_left_is_still_right() -> None:
+    backend = FakeBackend("sometimes", fake_manifest(max_seq_len=2000))
+    engine = DecodingEngine(backend, max_batch_size=2)
+    long, short = [7] * 1500, [7] * 30
+    assert [s.token_ids for s in decode(engine, [long])] == [greedy(long, 5)]
+    assert backend.capacity > 1500
+    assert [s.token_ids for s in decode(engine, [short])] == [greedy(short, 5)]
+    assert backend.capacity < 256
+    assert [s.token_ids for s in decode(engine, [long, short])] == [greedy(long, 5), greedy(short, 5)]
+
+
+def decode(engine: DecodingEngine, prompts: list[list[int]]) -> list[Sequence]:
+    sequences = [engine.add(prompt, DecodingOptions(max_new_tokens=5)) for prompt in prompts]
+    while not engine.is_idle:
+        engine.step()
+    return sequences
+
+
+def test_what_fails_for_one_sequence_ends_it_alone() -> None:
+    class Broken:
+        def allowed(self, token_ids):
+            if len(token_ids) == 3:
+                raise ZeroDivisionError("a guide's own mistake")
+            return np.ones(50, bool)
+
+        def lets_pass(self, token_ids, path):
+            return True
+
+        def forced(self, token_ids):
+            return []
+
+    engine = DecodingEngine(FakeBackend())
+    good = engine.add([1, 2], DecodingOptions(max_new_tokens=20))
+    bad = engine.add([1, 2], DecodingOptions(max_new_tokens=20), guide=Broken())
+    while not engine.is_idle:
+        engine.step()
+    assert (bad.finish_reason, str(bad.error)) == ("error", "a guide's own mistake")
+    assert (good.finish_reason, good.token_ids) == ("length", greedy([1, 2], 20))
+    assert engine.num_active == 0
+
+
+def test_a_step_that_fails_ends_those_on_it_and_the_engine_goes_on() -> None:
+    backend = FakeBackend()
+    engine = DecodingEngine(backend, max_batch_size=2)
+    waiting = [engine.add([number], DecodingOptions(max_new_tokens=9)) for number in (1, 2, 3)]
+    engine.step()
+
+    def fail(_: FakeBackend) -> None:
+        backend.fails = None
+        raise RuntimeError("the device is gone")
+
+    backend.fails = fail
+    while not engine.is_idle:
+        engine.step()
+    assert [sequence.finish_reason for sequence in waiting] == ["error", "error", "length"]
+    assert waiting[2].token_ids == greedy([3], 9)
+
+
+def test_without_memory_the_longest_sequence_ends_and_the_others_go_on(monkeypatch) -> None:
+    backend = FakeBackend("never")
+    whole = backend.resize
+
+    def resize(num_slots, capacity, lengths=()):
+        if capacity > 40:
+            raise CapacityError("no memory")
+        whole(num_slots, max(capacity, 20), lengths)
+
+    monkeypatch.setattr(backend, "resize", resize)
+    engine = DecodingEngine(backend, CandidateTree.root_only())
+    long, short = (engine.add(prompt, DecodingOptions(max_new_tokens=15)) for prompt in ([5] * 30, [6]))
+    while not engine.is_idle:
+        engine.step()
+    assert long.finish_reason == "error"
+    assert isinstance(long.error, CapacityError)
+    assert short.token_ids == greedy([6], 15)
+
+
+def test_trees_shrink_where_they_do_not_pay() -> None:
+    dear = StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [0.1, 0.8])  # every node costs what a step does
+    cheap = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1.001], [1.0, 1.001]]], [0.001, 0.001])
+    widths = {}
+    for name, costs in (("dear", dear), ("cheap", cheap)):
+        backend = FakeBackend("never" if name == "dear" else "always")
+        engine = DecodingEngine(backend, DynamicTree(16), costs=costs)
+        list(engine.generate([[1], [2], [3]], 60))
+        widths[name] = [tokens for batch, tokens in backend.steps if batch == 3]
+    assert np.mean(widths["dear"]) < 1.5
+    assert np.mean(widths["cheap"][:-2]) > 10  # the last steps need no more
+
+
+def test_a_tree_that_changes_the_answer_does_not_shrink() -> None:
+    dear = StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [0.1, 0.8])
+    options = DecodingOptions(max_new_tokens=30, temperature=0.8, acceptance="typical", seed=3)
+    answers = []
+    for costs in (None, dear):
+        engine = DecodingEngine(FakeBackend(), DynamicTree(16), costs=costs)
+        answers.append([token for [step] in engine.generate([[1]], options=options) for token in step.token_ids])
+    assert answers[0] == answers[1]
+
+
+def test_costs_are_measured_saved_and_read_again(tmp_path) -> None:
+    costs = StepCosts.measure(FakeBackend(), max_batch_size=5, max_nodes=6, capacities=(64, 128))
+    assert (costs.batch_sizes, costs.widths, costs.capacities) == ([1, 4, 5], [1, 4, 6], [64, 128])
+    assert np.array(costs.step_seconds).shape == (2, 3, 3)
+    assert (np.array(costs.step_seconds) > 0).all()
+    costs.save(tmp_path / "costs.json")
+    assert StepCosts.load(tmp_path / "costs.json") == costs
+
+
+def test_costs_between_and_beyond_what_was_measured_are_linear() -> None:
+    costs = StepCosts([1, 5], [1, 3], [100, 200], [[[1, 3], [5, 7]], [[2, 4], [6, 8]]], [1.0, 3.0])
+    np.testing.assert_allclose(costs.steps(1, 100, 5), [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(costs.steps(3, 150, 2), [3.5, 4.5])
+    np.testing.assert_allclose(costs.steps(9, 300, 1), [11.0])
+    np.testing.assert_allclose(costs.steps(1, 10, 1), [1.0])
+    assert costs.heads(3) == 2.0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"batch_sizes": [1]}'])
+def test_damaged_costs_are_refused(tmp_path, text) -> None:
+    (tmp_path / "costs.json").write_text(text)
+    with pytest.raises(Exception, match="holds no step costs"):
+        StepCosts.load(tmp_path / "costs.json")
+
+
+def test_an_engine_refuses_a_batch_that_cannot_be() -> None:
+    with pytest.raises(OptionError, match="max_batch_size is 0"):
+        DecodingEngine(FakeBackend(), max_batch_size=0)
+    with pytest.raises(CapacityError, match="max_batch_size is 9, the bundle takes 4"):
+        DecodingEngine(FakeBackend(manifest=fake_manifest(max_batch_size=4)), max_batch_size=9)
