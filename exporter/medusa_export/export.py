@@ -53,6 +53,7 @@ class ExportOptions:
     opset: int = attention.MIN_OPSET
     max_seq_len: int | None = None
     head_top_k: int = 10
+    full_head_vocabulary: bool = False
     tree: Path | None = None
     tree_nodes: int = 16
     force: bool = False
@@ -85,12 +86,13 @@ def export_bundle(options: ExportOptions) -> Manifest:
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
-    head_facts = _head_facts(options.head_top_k, heads)  # before the trace casts the heads
+    draft_ids = _draft_ids(options, heads)
+    head_facts = _head_facts(options.head_top_k, heads, draft_ids)  # before the trace casts the heads
     tree = _tree(options, head_facts)
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note)
     with stage("trace the heads"):
-        graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset)}
+        graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset, draft_ids)}
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
         files = _write_graphs(graphs, directory) | _write_text(tokenizer, directory)
         manifest = Manifest(
@@ -131,12 +133,25 @@ def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
     return Limits(max_seq_len=max_seq_len)
 
 
-def _head_facts(top_k: int, heads: MedusaHeads) -> HeadFacts:
+def _draft_ids(options: ExportOptions, heads: MedusaHeads) -> list[int] | None:
+    """The tokens that the heads were trained on, where they were not all."""
+    if options.full_head_vocabulary or heads.draft_ids is None:
+        return None
+    if options.head_top_k > len(heads.draft_ids):
+        raise OptionError(
+            f"--head-top-k is {options.head_top_k}; the heads know {len(heads.draft_ids)} tokens: lower it, "
+            "or give --full-head-vocabulary"
+        )
+    return heads.draft_ids
+
+
+def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> HeadFacts:
     return HeadFacts(
         num_heads=heads.config.num_heads,
         num_layers=heads.config.num_layers,
         top_k=top_k,
         shared_lm_head=heads.config.shared_lm_head,
+        draft_vocab_size=None if draft_ids is None else len(draft_ids),
         sha256=heads.digest(),
     )
 

@@ -42,11 +42,16 @@ class MedusaHead(nn.Module):
 
 
 class MedusaHeads(nn.Module):
-    """K heads on the backbone's last hidden state (after its final norm)."""
+    """K heads on the backbone's last hidden state (after its final norm).
+
+    `draft_ids` are the tokens that the heads learned to tell apart, ascending; none where that is all of them. The heads'
+    logits are of all tokens nevertheless; who proposes drafts may leave the others out, which is cheaper.
+    """
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
+        self.draft_ids: list[int] | None = None
         self.heads: Any = nn.ModuleList(MedusaHead(config) for _ in range(config.num_heads))
 
     def forward(self, hidden: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:

@@ -5,7 +5,7 @@
 >>> lm.generate("What is the capital of France?", max_new_tokens=32).text
 """
 
-from medusa_runtime.backends import BACKENDS, Backend
+from medusa_runtime.backends import BACKENDS, Backend, open_backend
 from medusa_runtime.budget import StepCosts
 from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import (
@@ -23,10 +23,10 @@ from medusa_runtime.errors import (
 from medusa_runtime.lm import MedusaLM
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import DecodingOptions, GenerationOptions
-from medusa_runtime.sequence import Sequence, SequenceStep, TokenLogprob
+from medusa_runtime.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
 from medusa_runtime.service import Choice, GenerationChunk, GenerationResult, Handle, ServiceStats
 from medusa_runtime.stats import DecodingStats
-from medusa_runtime.text import Message
+from medusa_runtime.text import Message, Prompt
 from medusa_runtime.tree import CandidateTree, DynamicTree, most_likely_tree, prior_tree
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "DecodingOptions",
     "DecodingStats",
     "DynamicTree",
+    "FinishReason",
     "GenerationChunk",
     "GenerationOptions",
     "GenerationResult",
@@ -52,6 +53,7 @@ __all__ = [
     "Message",
     "MissingExtraError",
     "OptionError",
+    "Prompt",
     "QueueFullError",
     "RequestError",
     "Sequence",
@@ -61,5 +63,6 @@ __all__ = [
     "TokenLogprob",
     "TreeError",
     "most_likely_tree",
+    "open_backend",
     "prior_tree",
 ]

@@ -71,6 +71,7 @@ class DecodingEngine:
         self._slots = SlotPool(backend, max_batch_size, reuse_prefixes=reuse_prefixes)
         self._waiting: deque[Sequence] = deque()
         self._prefilling: Sequence | None = None
+        self.costs = costs
         self._budget = DraftBudget(costs) if costs is not None else None
         self._numbers = itertools.count()
 

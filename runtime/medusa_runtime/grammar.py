@@ -67,6 +67,12 @@ class GrammarGuide:
         self._vocab_size = vocab_size
         self._consumed: list[int] = []
 
+    def copy(self) -> GrammarGuide:
+        """Another answer's state, at the same place."""
+        other = GrammarGuide(self._matcher.deep_copy(), self._vocab_size)
+        other._consumed = list(self._consumed)
+        return other
+
     def allowed(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         """See `sampling.Guide.allowed`. [V]"""
         self._follow(token_ids)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from medusa_runtime.backends import open_backend
 from medusa_runtime.budget import StepCosts
 from medusa_runtime.engine import DecodingEngine
-from medusa_runtime.errors import BundleError, OptionError
+from medusa_runtime.errors import BundleError, OptionError, QueueFullError
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import GenerationOptions
 from medusa_runtime.sampling import Guide
@@ -95,6 +95,11 @@ class MedusaLM:
         engine = DecodingEngine(runner, tree, max_batch_size=max_batch_size, costs=costs, reuse_prefixes=reuse_prefixes)
         return cls(engine, TextCodec(path), max_queue=max_queue)
 
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's facts and limits."""
+        return self.engine.backend.manifest
+
     def submit(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Queue a request and return at once.
 
@@ -107,12 +112,13 @@ class MedusaLM:
             What gives the answer as it comes, or whole, and cancels it. A handle that is dropped cancels its request.
 
         Raises:
-            OptionError, CapacityError, TreeError: the request cannot be answered; told before any work.
+            OptionError, CapacityError, TreeError: the request can never be answered; told before any work.
             QueueFullError: there are too many requests.
             ClosedError: this object is closed.
             MissingExtraError: a structure is asked for, and the package for it is not installed.
         """
-        return self._submit([prompt], options, fields)[0]
+        [request] = self._requests([prompt], options, fields)
+        return self._worker.submit(request)
 
     def generate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
         """Answer a prompt. Arguments and errors as for `submit`, and those of `Handle.result`."""
@@ -121,10 +127,25 @@ class MedusaLM:
     def generate_batch(
         self, prompts: Sequence[Prompt], options: GenerationOptions | None = None, /, **fields: Any
     ) -> list[GenerationResult]:
-        """Answer several prompts, all of them or none. Arguments and errors as for `generate`."""
+        """Answer any number of prompts, side by side as far as there is room. Arguments and errors as for `generate`.
+
+        All prompts are checked before the first is begun. Where the queue is full, the next one waits for an earlier one.
+        """
         if not prompts:
             raise OptionError("there is no prompt")
-        return [handle.result() for handle in self._submit(prompts, options, fields)]
+        handles: list[Handle] = []
+        num_done = 0
+        for request in self._requests(prompts, options, fields):
+            while True:
+                try:
+                    handles.append(self._worker.submit(request))
+                    break
+                except QueueFullError:
+                    if num_done == len(handles):  # others fill it
+                        raise
+                    handles[num_done].result()
+                    num_done += 1
+        return [handle.result() for handle in handles]
 
     def stream(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Answer a prompt, one chunk a step: iterate over what is returned. Arguments and errors as for `submit`."""
@@ -152,21 +173,23 @@ class MedusaLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, prompts: Sequence[Prompt], options: GenerationOptions | None, fields: dict[str, Any]) -> list[Handle]:
+    def _requests(self, prompts: Sequence[Prompt], options: GenerationOptions | None, fields: dict[str, Any]) -> list[Request]:
         options = GenerationOptions.of(options, **fields)
         requests = []
         for prompt in prompts:
             prompt_ids = self.codec.encode(prompt, raw=options.raw)
             self.engine.check_request(prompt_ids, options)
-            requests.append(Request(prompt_ids, options, [self._guide(options) for _ in range(options.n)]))
-        return self._worker.submit(requests)
+            requests.append(Request(prompt_ids, options, self._guides(options)))
+        return requests
 
-    def _guide(self, options: GenerationOptions) -> Guide | None:
+    def _guides(self, options: GenerationOptions) -> list[Guide | None]:
+        """What restricts each of a request's answers."""
         if not options.structure:
-            return None
+            return [None] * options.n
         if self._grammars is None:
             from medusa_runtime.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
 
-            model = self.engine.backend.manifest.model
+            model = self.manifest.model
             self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)
-        return self._grammars.compile(options.structure)
+        guide = self._grammars.compile(options.structure)
+        return [guide, *(guide.copy() for _ in range(options.n - 1))]

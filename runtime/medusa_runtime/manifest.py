@@ -46,6 +46,7 @@ class HeadFacts(_Model):
     num_layers: int = Field(gt=0, description="residual blocks a head")
     top_k: int = Field(gt=0, description="candidates a head returns")
     shared_lm_head: bool
+    draft_vocab_size: int | None = Field(default=None, gt=0, description="tokens the heads choose among; none: all")
     sha256: str = Field(description="of the heads' weights as they were read")
 
 

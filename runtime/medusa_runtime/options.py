@@ -52,6 +52,8 @@ class DecodingOptions(BaseModel):
         Raises:
             OptionError: one line with the field's name, its value and what may be.
         """
+        if options is not None and not isinstance(options, cls):
+            raise OptionError(f"the options are {options!r}; they must be {cls.__name__}, or named, such as max_new_tokens=64")
         given = {name: getattr(options, name) for name in options.model_fields_set} if options is not None else {}
         try:
             return cls(**(given | fields))
@@ -99,7 +101,7 @@ class GenerationOptions(DecodingOptions):
     @classmethod
     def _texts(cls, texts: Any) -> Any:
         texts = (texts,) if isinstance(texts, str) else texts
-        if "" in texts:
+        if isinstance(texts, list | tuple) and "" in texts:
             raise ValueError("a text to stop at, or to choose, cannot be empty")
         return texts
 
@@ -129,5 +131,5 @@ def _line(error: ValidationError, model: type[BaseModel]) -> str:
             return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
         case "value_error":
             return f"{first['ctx']['error']}"
-    asked = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    asked = first["msg"].removeprefix("Input should be ").removeprefix("a valid ").partition(", unable to parse")[0]
     return f"{name} is {first['input']!r}; it must be {asked}"

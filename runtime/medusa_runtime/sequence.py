@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from medusa_runtime.acceptance import Accepted, policy_for
 from medusa_runtime.drafts import CandidateSet, Draft
-from medusa_runtime.options import MAX_SEED, DecodingOptions
+from medusa_runtime.options import DecodingOptions
 from medusa_runtime.sampling import Guide, LogitsShaper, Uniforms, chosen_logprob
 from medusa_runtime.stats import DecodingStats
 from medusa_runtime.tree import FloatArray, IntArray
 
 Rows = npt.NDArray[np.floating]  # [N, V]
+RANDOM_SEEDS = 1 << 53  # so that every JSON reader can hold them
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -77,7 +78,7 @@ class Sequence:
     head_log_probs: FloatArray | None = None  # [K, M]
 
     def __post_init__(self) -> None:
-        self.seed = self.options.seed if self.options.seed is not None else secrets.randbelow(MAX_SEED)
+        self.seed = self.options.seed if self.options.seed is not None else secrets.randbelow(RANDOM_SEEDS)
         self.policy = policy_for(self.options)
         self.shaper = LogitsShaper(self.options, self.prompt_ids, self.end_ids, self.guide)
         self._uniforms = Uniforms(self.seed, self.stream)

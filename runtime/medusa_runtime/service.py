@@ -8,11 +8,11 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from medusa_runtime.engine import DecodingEngine
-from medusa_runtime.errors import ClosedError, MedusaError, QueueFullError, RequestError, first_line
+from medusa_runtime.errors import CapacityError, ClosedError, MedusaError, QueueFullError, RequestError, first_line
 from medusa_runtime.options import GenerationOptions
 from medusa_runtime.sampling import Guide
 from medusa_runtime.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
@@ -92,7 +92,10 @@ class ServiceStats:
     num_cancelled: int
     num_failed: int
     num_refused: int  # for a full queue
-    decoding: DecodingStats  # of the answers that have ended; its prefill, decode and engine seconds are the engine's own
+    queue_seconds: float  # means over the answers that have ended by themselves: from the request to the start of its prefill
+    first_token_seconds: float  # from the request to the first token
+    seconds_per_token: float  # after the first token
+    decoding: DecodingStats  # of all answers that have ended; its prefill, decode and engine seconds are the engine's own
 
 
 @dataclass
@@ -272,6 +275,7 @@ class _Counts:
     cancelled: int = 0
     failed: int = 0
     refused: int = 0
+    latency: DecodingStats = field(default_factory=DecodingStats)  # of the completed answers
 
 
 class Worker:
@@ -296,37 +300,39 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    def submit(self, requests: list[Request]) -> list[Handle]:
-        """Queue requests: all of them, or none.
+    def submit(self, request: Request) -> Handle:
+        """Queue a request.
 
         Raises:
             QueueFullError: there are too many.
+            CapacityError: it asks for more answers than there is ever room for.
             ClosedError: the worker is closed.
         """
-        jobs = [_Job(request, self._codec) for request in requests]
-        num_answers = sum(len(job.answers) for job in jobs)
+        job, num_answers = _Job(request, self._codec), request.options.n
         with self._changed:
             if self._is_closed:
                 raise ClosedError("this model is closed")
+            if num_answers > self._most:
+                raise CapacityError(f"n is {num_answers}; there is never room for more than {self._most} answers")
             if self._num_open + num_answers > self._most:
-                self._counts.refused += len(jobs)
+                self._counts.refused += 1
                 raise QueueFullError(
-                    f"{num_answers} more answers were asked for while {self._num_open} are under way; "
-                    f"there is room for {self._most}: "
+                    f"{self._num_open} answers are under way, there is room for {self._most}: "
                     f"max_batch_size {self._most - self._max_queue} and max_queue {self._max_queue}"
                 )
             self._num_open += num_answers
-            self._inbox.extend(jobs)
+            self._inbox.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="medusa-runtime", daemon=True)
                 self._thread.start()
             self._changed.notify()
-        return [Handle(job, self._cancel) for job in jobs]
+        return Handle(job, self._cancel)
 
     def stats(self) -> ServiceStats:
         """See `ServiceStats`."""
         with self._changed:
             counts, decoding = self._counts, DecodingStats()
+            latency, completed = counts.latency, max(counts.completed, 1)
             decoding.add(self._engine.stats)
             num_active = self._engine.num_active
             return ServiceStats(
@@ -337,6 +343,9 @@ class Worker:
                 num_cancelled=counts.cancelled,
                 num_failed=counts.failed,
                 num_refused=counts.refused,
+                queue_seconds=latency.queue_seconds / completed,
+                first_token_seconds=latency.first_token_seconds / completed,
+                seconds_per_token=latency.seconds_per_token,
                 decoding=decoding,
             )
 
@@ -420,6 +429,8 @@ class Worker:
                 answer.is_counted = False
                 self._num_open -= 1
                 setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
+                if outcome == "completed" and answer.sequence is not None:
+                    self._counts.latency.add(answer.sequence.stats)
 
 
 def _told(error: Exception) -> MedusaError:

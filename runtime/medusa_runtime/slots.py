@@ -141,7 +141,7 @@ class SlotPool:
     def _resize(self, capacity: int) -> None:
         for slot in self._slots:
             del slot.token_ids[capacity:]
-        kept = [len(slot.token_ids) for slot in self._slots] if self._backend.num_slots else []
+        kept = [len(slot.token_ids) for slot in self._slots[: self._backend.num_slots]]
         self._backend.resize(self.num_slots, capacity, kept)
         for slot in self._slots:
             slot.written = len(slot.token_ids)

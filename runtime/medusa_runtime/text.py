@@ -59,6 +59,8 @@ class TextCodec:
         Raises:
             OptionError: messages for a model without a chat template, or messages its template refuses.
         """
+        if not isinstance(prompt, Sequence):
+            raise OptionError(f"the prompt is {prompt!r}; it must be text, or a list of messages")
         if isinstance(prompt, str):
             if raw or not self.has_chat_template:
                 return self._ids(prompt, add_special_tokens=True)

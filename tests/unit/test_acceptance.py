@@ -148,26 +148,26 @@ def twice(policy: SamplingAcceptance, draft: Draft, target) -> Accepted:
 
 def test_a_rule_that_prefers_drafts_would_be_found_out(monkeypatch) -> None:
     monkeypatch.setattr(SamplingAcceptance, "accept", twice)
-    answers, _ = few_answers(WIDE, range(4000), **SAMPLED["plain"])
+    answers, _ = few_answers(WIDE, range(2500), **SAMPLED["plain"])
     assert fit(answers, joint_probabilities(2, **SAMPLED["plain"])) < 1e-6
     assert fit(answers, joint_probabilities(4, **SAMPLED["plain"])) < 1e-6
 
 
 def test_tokens_that_are_right_alone_and_wrong_together_would_be_found_out(monkeypatch) -> None:
     monkeypatch.setattr(Answer, "uniform", lambda self, depth: self._uniforms[0])  # the first token's number for all
-    answers, _ = few_answers(WIDE, range(4000), **SAMPLED["plain"])
+    answers, _ = few_answers(WIDE, range(2500), **SAMPLED["plain"])
     assert fit(answers, joint_probabilities(1, **SAMPLED["plain"])) > 1e-4
     assert fit(answers, joint_probabilities(2, **SAMPLED["plain"])) < 1e-6
 
 
 def test_a_temperature_that_is_a_little_off_would_be_found_out() -> None:
-    answers, _ = few_answers(WIDE, range(4000), temperature=1.15)
+    answers, _ = few_answers(WIDE, range(2500), temperature=1.15)
     assert fit(answers, joint_probabilities(4, temperature=1.15)) > 1e-4
     assert fit(answers, joint_probabilities(4, temperature=1.0)) < 1e-4
 
 
 def test_typical_acceptance_is_not_distributed_as_the_model() -> None:
-    answers, _ = few_answers(WIDE, range(4000), acceptance="typical", **SAMPLED["plain"])
+    answers, _ = few_answers(WIDE, range(2500), acceptance="typical", **SAMPLED["plain"])
     assert fit(answers, joint_probabilities(4, **SAMPLED["plain"])) < 1e-6
 
 

@@ -167,20 +167,28 @@ def test_a_handle_that_is_dropped_cancels_its_request() -> None:
         assert lm.stats().num_cancelled == 1
 
 
-def test_a_full_queue_refuses_at_once_and_takes_none_of_a_batch() -> None:
+def test_a_full_queue_refuses_at_once() -> None:
     gate, backend = gated()
     with service(max_batch_size=1, max_queue=2, backend=backend) as lm:
         handles = [lm.submit("a", max_new_tokens=3) for _ in range(3)]
-        with pytest.raises(QueueFullError, match="1 more answers were asked for while 3 are under way; there is room for 3"):
+        with pytest.raises(
+            QueueFullError, match="3 answers are under way, there is room for 3: max_batch_size 1 and max_queue 2"
+        ):
             lm.submit("a", max_new_tokens=3)
-        assert lm.stats().num_refused == 1
+        with pytest.raises(QueueFullError):
+            lm.generate_batch(["a"], max_new_tokens=3)
+        assert lm.stats().num_refused == 2
+        with pytest.raises(CapacityError, match="n is 4; there is never room for more than 3 answers"):
+            lm.submit("a", n=4)
         gate.is_open.set()
         assert [handle.result(30).text for handle in handles] == [text_of("a", 3)] * 3
-        with pytest.raises(QueueFullError, match="4 more answers"):
-            lm.generate_batch(["a"] * 4, max_new_tokens=3)
-        assert len(lm.generate_batch(["a"] * 3, max_new_tokens=3)) == 3
-        with pytest.raises(QueueFullError):
-            lm.submit("a", n=4)
+
+
+def test_a_batch_may_be_larger_than_the_queue() -> None:
+    prompts = [LETTERS[number] for number in range(50)]
+    with service(max_batch_size=2, max_queue=1) as lm:
+        results = lm.generate_batch(prompts, max_new_tokens=7)
+    assert [result.text for result in results] == [text_of(prompt, 7) for prompt in prompts]
 
 
 def test_a_closed_service_ends_what_is_under_way_and_refuses_more() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from medusa_runtime import BundleError, OptionError
-from medusa_runtime.text import TextCodec, TextStream
+from medusa_runtime.text import StopStrings, TextCodec, TextStream
 from tests.support.models import CHAT_TEMPLATE, tokenizer
 
 BYTES_AND_WORDS = ["<0x0A>", "<0xE6>", "<0x97>", "<0xA5>", "<0xF0>", "▁a", "▁", "b", "日"]
@@ -140,3 +140,86 @@ def test_a_damaged_tokenizer_is_named(bundle) -> None:
     (bundle.directory / "tokenizer.json").write_text("{")
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
         bundle()
+
+
+# Stop strings
+
+
+def until_stopped(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
+    """What is given out of a text that comes in pieces, and whether a stop string ended it."""
+    stream, text = StopStrings(stops), ""
+    for piece in pieces:
+        certain, stopped = stream.push(piece)
+        text += certain
+        if stopped:
+            assert stream.finish() == ""
+            return text, True
+    return text + stream.finish(), False
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    """A text in pieces, some of them perhaps empty."""
+    ends = sorted(min(place, len(text)) for place in places)
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+few_letters = st.text("ab.", max_size=14)
+some_places = st.lists(st.integers(0, 14), max_size=8)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=few_letters, stop=st.text("ab.", min_size=1, max_size=5), places=some_places)
+def test_a_stop_string_is_found_where_the_whole_text_has_it(text, stop, places) -> None:
+    found = text.find(stop)
+    expected = (text[:found], True) if found >= 0 else (text, False)
+    assert until_stopped([stop], cut(text, places)) == expected
+    assert until_stopped([stop], list(text)) == expected
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(text=few_letters, stops=st.lists(st.text("ab.", min_size=1, max_size=5), max_size=4), places=some_places)
+def test_of_several_stop_strings_the_one_that_is_complete_first_ends_the_text_whatever_the_pieces(text, stops, places) -> None:
+    """And of several that are complete at once the longest. So the answer depends neither on tokens nor on steps."""
+    found = min(((place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0), default=None)
+    expected = (text[: found[1]], True) if found is not None else (text, False)
+    assert until_stopped(stops, cut(text, places)) == expected
+    assert until_stopped(stops, list(text)) == expected
+    assert until_stopped(stops, [text]) == expected
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=few_letters, stops=st.lists(st.text("ab.", min_size=1, max_size=5), max_size=4), places=some_places)
+def test_nothing_of_a_stop_string_is_ever_given_out_and_nothing_else_held_back(text, stops, places) -> None:
+    stream, given_out, come = StopStrings(stops), "", ""
+    for piece in cut(text, places):
+        certain, stopped = stream.push(piece)
+        given_out, come = given_out + certain, come + piece
+        assert not any(stop in given_out for stop in stops)
+        if stopped:
+            assert any(come.startswith(stop, len(given_out)) for stop in stops)
+            return
+        assert come.startswith(given_out)
+        held = come[len(given_out) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+        begun = [size for stop in stops for size in range(1, len(stop)) if come.endswith(stop[:size])]
+        assert len(held) == max(begun, default=0)
+    assert given_out + stream.finish() == text
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected"),
+    [
+        (["aab"], ["aa", "ab"], ("a", True)),  # the first beginning is not the right one
+        (["abab!"], ["ab", "ab", "ab", "!"], ("ab", True)),
+        (["\n\n"], ["one\n", "two\n", "\nthree"], ("one\ntwo", True)),
+        (["\n\n"], ["one\n"], ("one\n", False)),  # held back until the end, and then given out
+        (["ab", "bc"], ["a", "bc"], ("", True)),
+        (["bc", "abc"], ["a", "b", "c"], ("", True)),
+        (["xyz", "y"], ["x", "yz"], ("x", True)),
+        (["日本"], ["日", "本"], ("", True)),
+        ([], ["a", "b"], ("ab", False)),
+        (["a"], ["", "", ""], ("", False)),
+    ],
+)
+def test_stop_strings_by_hand(stops, pieces, expected) -> None:
+    assert until_stopped(stops, pieces) == expected

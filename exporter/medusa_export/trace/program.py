@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,30 +102,64 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
 
 
 class HeadsModule(torch.nn.Module):
-    """The heads graph's computation: hidden rows to the heads' best candidates."""
+    """The heads graph's computation: hidden rows to the heads' best candidates.
 
-    def __init__(self, heads: MedusaHeads, lm_head: torch.nn.Module, top_k: int) -> None:
+    Args:
+        heads: the heads.
+        lm_head: the backbone's, for heads that share it.
+        top_k: candidates a head.
+        draft_ids: the tokens to choose among; none for all. The LM head's other rows are not computed at all.
+    """
+
+    def __init__(self, heads: MedusaHeads, lm_head: torch.nn.Module, top_k: int, draft_ids: list[int] | None) -> None:
         super().__init__()
         self.heads, self.lm_head, self.top_k = heads, lm_head, top_k
+        if draft_ids is not None:
+            self.lm_head = _rows(lm_head, draft_ids)
+            self.draft_ids = torch.nn.Buffer(torch.tensor(draft_ids), persistent=False)
+            self.heads = copy.deepcopy(heads)
+            for head in self.heads.heads:
+                if head.lm_head is not None:
+                    head.lm_head = _rows(head.lm_head, draft_ids)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C] -> two of [B, K, M]
-        logits = self.heads(hidden, self.lm_head).float()  # [B, K, V]
-        best, head_ids = torch.topk(logits, self.top_k, dim=-1)
+        logits = self.heads(hidden, self.lm_head).float()  # [B, K, V], V the draft vocabulary's size
+        best, places = torch.topk(logits, self.top_k, dim=-1)
+        head_ids = self.draft_ids[places] if hasattr(self, "draft_ids") else places
         return head_ids, best - torch.logsumexp(logits, -1, keepdim=True)
 
 
-def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int) -> ir.Model:
+def _rows(lm_head: Any, token_ids: list[int]) -> torch.nn.Linear:
+    """The part of an LM head that tells some tokens apart."""
+    bias = getattr(lm_head, "bias", None)
+    part = torch.nn.Linear(lm_head.weight.shape[1], len(token_ids), bias=bias is not None, dtype=lm_head.weight.dtype)
+    with torch.no_grad():
+        part.weight.copy_(lm_head.weight[token_ids])
+        if bias is not None:
+            part.bias.copy_(bias[token_ids])
+    return part
+
+
+def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int, draft_ids: list[int] | None = None) -> ir.Model:
     """Trace heads, with the backbone's LM head where they share it, into the heads graph.
+
+    Args:
+        backbone: the model.
+        heads: its heads.
+        top_k: candidates a head.
+        opset: of the graph.
+        draft_ids: the tokens that the heads choose among; none for all.
 
     Raises:
         ExportError: the heads cannot be traced.
     """
-    module = HeadsModule(heads.to(backbone.dtype), backbone.model.get_output_embeddings(), top_k).eval()
+    module = HeadsModule(heads.to(backbone.dtype), backbone.model.get_output_embeddings(), top_k, draft_ids).eval()
     hidden = torch.zeros(2, backbone.facts.hidden_size, dtype=backbone.dtype)
     model = _export("heads", module, (hidden,), {}, {"hidden": {0: Dim("batch", min=1, max=1 << 16)}}, opset)
     _name(model.graph.outputs, ["head_ids", "head_log_probs"])
     _simplify(model)
-    TransposeWeights(frozenset({"lm_head.weight"}) if backbone.has_tied_embeddings else frozenset())(model)
+    shares = backbone.has_tied_embeddings and draft_ids is None
+    TransposeWeights(frozenset({"lm_head.weight"}) if shares else frozenset())(model)
     return model
 
 

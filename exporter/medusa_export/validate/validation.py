@@ -121,7 +121,8 @@ def _compare(
 def _matching_heads(path: Path, manifest: Manifest, reference: ReferenceSide) -> MedusaHeads:
     heads = load_heads(path)
     require_matching(heads, reference.backbone, path)
-    if heads.digest() != manifest.heads.sha256:
+    known = manifest.heads.draft_vocab_size
+    if heads.digest() != manifest.heads.sha256 or (known is not None and known != len(heads.draft_ids or ())):
         raise OptionError(f"the heads in {path} are not those that the bundle was made from; export it again with them")
     return heads
 
@@ -183,8 +184,13 @@ def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: Referenc
     side.prompt_logits(prompt_ids)
     found = side.backend.propose(np.array([len(prompt_ids) - 1]))
     heads = heads.to(torch_side.backbone.dtype)
+    known = heads.draft_ids if side.backend.manifest.heads.draft_vocab_size else None
     with torch.no_grad():
         logits = heads(torch_side.hidden(prompt_ids), torch_side.backbone.model.get_output_embeddings())  # [1, K, V]
+        if known is not None:
+            unknown = torch.ones(logits.shape[-1], dtype=torch.bool)
+            unknown[known] = False
+            logits[..., unknown] = -torch.inf
         reference = logits.log_softmax(-1).numpy()[0]
     best = np.sort(reference, axis=-1)[:, ::-1][:, : found.token_ids.shape[-1]]  # [K, M]
     named = np.take_along_axis(reference, found.token_ids[0], axis=-1)  # a wrong candidate is below the best

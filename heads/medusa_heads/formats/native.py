@@ -1,4 +1,7 @@
-"""The project's own format: a directory with `config.json` and `heads.safetensors`."""
+"""The project's own format: a directory with `config.json` and `heads.safetensors`.
+
+Heads that were trained on frequent tokens alone have a third file, `draft_vocabulary.json`: the list of these tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from medusa_runtime.files import new_directory
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
 RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME = "run.json", "log.jsonl", "evaluation.json", "curves.png"
+VOCABULARY_NAME = "draft_vocabulary.json"
 CARD_NAME, MERGED_NAME, ADAPTER_NAME = "README.md", "merged", "adapter"
 BESIDE = (RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME, CARD_NAME, MERGED_NAME, ADAPTER_NAME)  # what training adds
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,7 +35,7 @@ def matches(path: Path) -> bool:
 
 def is_alone(path: Path) -> bool:
     """Whether a directory holds heads of this format and nothing else, so that it may be replaced by others."""
-    return matches(path) and {entry.name for entry in path.iterdir()} <= {*FILES, *BESIDE}
+    return matches(path) and {entry.name for entry in path.iterdir()} <= {*FILES, VOCABULARY_NAME, *BESIDE}
 
 
 def save(
@@ -55,6 +59,8 @@ def save(
     """
     with new_directory(path, is_alone, force=force) as directory:
         (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n")
+        if heads.draft_ids is not None:
+            (directory / VOCABULARY_NAME).write_text(json.dumps(heads.draft_ids) + "\n")
         tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
         try:
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
@@ -92,4 +98,19 @@ def load(path: Path) -> MedusaHeads:
             f"the config says {expected.get(name, 'there is none')}"
         )
     heads.load_state_dict(tensors, assign=True)
+    heads.draft_ids = _load_vocabulary(path / VOCABULARY_NAME, config.vocab_size)
     return heads.eval()
+
+
+def _load_vocabulary(path: Path, vocab_size: int) -> list[int] | None:
+    if not path.exists():
+        return None
+    try:
+        token_ids: list[int] = json.loads(path.read_text())
+        if not all(type(token) is int for token in token_ids) or sorted(set(token_ids)) != token_ids:
+            raise ValueError("it must be a list of token ids, ascending")
+        if not token_ids or not 0 <= token_ids[0] <= token_ids[-1] < vocab_size:
+            raise ValueError(f"its token ids must be in the vocabulary of {vocab_size}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"the heads' {path} cannot be used: {error}") from error
+    return token_ids

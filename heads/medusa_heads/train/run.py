@@ -104,6 +104,8 @@ def train(
         raise MedusaError("the backbone's weights changed while its heads were trained; this must not happen")
     if not accelerator.is_main_process:
         return None
+    kept = _kept_tokens(states, settings, source.model.config.get_text_config().vocab_size)
+    draft_ids = None if kept is None else kept.tolist()
     facts: dict[str, Any] = {
         "backbone_sha256": identity,
         "backbone_unchanged": joint is None,
@@ -115,10 +117,12 @@ def train(
     }
     if joint is None:
         heads = _as_kept(heads.cpu().eval(), settings)
+        heads.draft_ids = draft_ids
         return TrainResult(heads, _evaluation(heads, source.model, held_states, digest(held_out)), None, facts)
     heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
     heads.load_state_dict(_of_heads(joint.state))
     heads = _as_kept(heads.eval(), settings)
+    heads.draft_ids = draft_ids
     if held_out:
         held_states = joint.hidden_states(held_out, hidden_path / "held-out-joint", backbone_digest(joint.model))
         original: Any = source.reload()

@@ -23,6 +23,7 @@ except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # which Windows has not
 CAPACITY_BUCKET = 64  # entries the cache grows by at least: attention over a portable graph costs what is allocated
 
 
@@ -138,7 +139,8 @@ class OrtCpuBackend:
         shape = (model.num_layers, 2, num_slots, model.num_kv_heads, capacity, model.head_dim)
         size = math.prod(shape) * self._dtype.itemsize
         try:
-            memory = mmap.mmap(-1, max(size, 1))  # zeros, and pages are taken as they are written to
+            # Zeros. Pages are taken as they are written to; NumPy's own would be huge ones, taken as soon as a slot begins.
+            memory = mmap.mmap(-1, max(size, 1), **PRIVATE)
         except (OSError, OverflowError) as error:
             raise CapacityError(f"no memory for a cache of {num_slots} times {capacity} entries") from error
         return np.frombuffer(memory, self._dtype, math.prod(shape)).reshape(shape)  # [L, 2, slots, Hkv, S, D]
