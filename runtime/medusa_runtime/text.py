@@ -187,9 +187,10 @@ class StopStrings:
     def push(self, piece: str) -> tuple[str, bool]:
         """Take a piece; return the text that is certain now, and whether a stop string follows it."""
         text = self._held + piece
-        if found := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+        if found := [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]:
             self._held = ""
-            return text[: min(found)], True
+            _, start = min(found)  # the one that is complete first, whatever the pieces
+            return text[:start], True
         held = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False

@@ -135,7 +135,7 @@ class TestService:
             handle = served.submit("x", n=128, max_new_tokens=1)
             refused = client.post("/generate", json={"prompt": "x", "n": 9, "max_new_tokens": 1})
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-            assert "9 more answers were asked for while 128 are under way" in refused.json()["error"]
+            assert "128 answers are under way and 9 more were asked for" in refused.json()["error"]
         handle.cancel()
         handle.result(PATIENCE)
         assert client.post("/generate", json={"prompt": "x", "n": 9, "max_new_tokens": 1}).status_code == 200
