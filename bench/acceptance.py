@@ -3,7 +3,7 @@
     python bench/acceptance.py BUNDLE --prompts FILE.jsonl [--tree-nodes 16 --tree-nodes 64] [-o bench/results/acceptance.json]
 
 FILE.jsonl has a `prompt`, or the `turns` of MT-bench (the first is asked), and maybe a `category`, in each row. Trees come from
-`evaluation.json` beside the heads (--heads) or from files (--tree). Decoding is greedy: every tree gives the same tokens.
+`evaluation.json` beside the heads (--heads) or from files (--tree). With exact acceptance every tree gives the same tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_runtime import CandidateTree, DecodingStats, MedusaLM
+from medusa_runtime import CandidateTree, DecodingOptions, DynamicTree, MedusaLM
 from medusa_runtime.manifest import Manifest
 
 
@@ -55,37 +55,34 @@ class Counts:
 
 
 def measure(
-    lm: MedusaLM, prompts: list[tuple[str, str]], tree: CandidateTree, batch: int, max_new_tokens: int
+    lm: MedusaLM, prompts: list[tuple[str, str]], tree: CandidateTree | DynamicTree, options: DecodingOptions
 ) -> dict[str, Any]:
+    """Decode all prompts with a tree, as many side by side as the engine has slots."""
     counts: dict[str, Counts] = defaultdict(Counts)
-    answers: list[list[int]] = []
-    started = time.perf_counter()
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        encoded = [lm.codec.encode(prompt) for _, prompt in part]
-        token_ids: list[list[int]] = [[] for _ in part]
-        for place, decided in enumerate(lm.engine.generate(encoded, max_new_tokens, tree=tree, stats=DecodingStats())):
-            for step in decided:
-                token_ids[step.sequence] += step.token_ids
-                if place:  # the first comes from the prefill
-                    for name in (part[step.sequence][0], ""):
-                        counts[name].steps += 1
-                        counts[name].tokens += len(step.token_ids)
-        for name, _ in part:
-            counts[name].answers += 1
-            counts[""].answers += 1
-        answers += token_ids
-        click.echo(
-            f"{tree.num_nodes} nodes: {len(answers)} of {len(prompts)}, {counts[''].entry()['tokens_per_step']}", err=True
-        )
+    started, engine = time.perf_counter(), lm.engine
+    options = DecodingOptions.of(options, tree=tree)
+    sequences = {engine.add(lm.codec.encode(prompt), options): category for category, prompt in prompts}
+    while not engine.is_idle:
+        for sequence in engine.step():
+            if sequence.is_finished:
+                for name in (sequences[sequence], ""):
+                    counts[name].answers += 1
+                    counts[name].steps += sequence.stats.num_steps
+                    counts[name].tokens += sequence.stats.num_decoded_tokens
+        if (total := counts[""]).answers and total.answers % 8 == 0:
+            click.echo(
+                f"{tree.num_nodes} nodes: {total.answers} of {len(prompts)}, {total.entry()['tokens_per_step']}", err=True
+            )
     total = counts.pop("")
+    is_static = isinstance(tree, CandidateTree)
     return {
         "nodes": tree.num_nodes,
+        "kind": "static" if is_static else "dynamic",
         **total.entry(),
         "seconds": round(time.perf_counter() - started, 1),
         "categories": {name: counts[name].entry() for name in sorted(counts)},
-        "tree": tree.to_json(),
-        "answers_token_ids": answers,
+        **({"tree": tree.to_json()} if isinstance(tree, CandidateTree) else {}),
+        "answers_token_ids": [sequence.token_ids for sequence in sequences],
     }
 
 
@@ -95,6 +92,9 @@ def measure(
 @click.option("--heads", type=click.Path(path_type=Path), help="Heads with an evaluation.json, to take trees from.")
 @click.option("--tree-nodes", multiple=True, type=int, default=(16, 64), show_default=True)
 @click.option("--tree", "trees", multiple=True, type=click.Path(path_type=Path))
+@click.option("--dynamic", is_flag=True, help="Each size also as a tree that is made anew at each step.")
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--acceptance", type=click.Choice(["exact", "typical"]), default="exact", show_default=True)
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--limit", type=int)
@@ -105,6 +105,10 @@ def main(
     heads: Path | None,
     tree_nodes: tuple[int, ...],
     trees: tuple[Path, ...],
+    *,
+    dynamic: bool,
+    temperature: float,
+    acceptance: str,
     max_new_tokens: int,
     batch_size: int,
     limit: int | None,
@@ -112,17 +116,22 @@ def main(
 ) -> None:
     """Measure BUNDLE's tokens per step."""
     manifest = Manifest.load(bundle)
-    lm = MedusaLM.from_bundle(bundle)
+    lm = MedusaLM.from_bundle(bundle, max_batch_size=batch_size)
     asked = read_prompts(prompts)[:limit]
-    chosen = read_trees(heads, tree_nodes, trees) or [CandidateTree.from_json(manifest.tree)]
-    results = [measure(lm, asked, tree, batch_size, max_new_tokens) for tree in chosen]
+    static = read_trees(heads, tree_nodes, trees) or [CandidateTree.from_json(manifest.tree)]
+    chosen: list[CandidateTree | DynamicTree] = list(static)
+    if dynamic:
+        chosen += [DynamicTree(size) for size in sorted({tree.num_nodes for tree in static})]
+    options = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, acceptance=acceptance, seed=0)
+    results = [measure(lm, asked, tree, options) for tree in chosen]
     answers = [result.pop("answers_token_ids") for result in results]
     result = environment() | {
         "prompts": prompts.name,
-        "max_new_tokens": max_new_tokens,
+        "options": options.model_dump(exclude_defaults=True),
         "precision": manifest.precision,
         "heads": manifest.heads.model_dump(),
-        "answers_equal_under_every_tree": all(other == answers[0] for other in answers),
+        "answers_equal_under_every_tree": sum(len({str(ids) for ids in same}) == 1 for same in zip(*answers, strict=True)),
+        "answers": len(asked),
         "trees": results,
     }
     publish(result, output)

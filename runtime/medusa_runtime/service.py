@@ -318,7 +318,8 @@ class Worker:
                 self._counts.refused += 1
                 raise QueueFullError(
                     f"{self._num_open} answers are under way and {num_answers} more were asked for, "
-                    f"there is room for {self._most}: max_batch_size {self._most - self._max_queue} and max_queue {self._max_queue}"
+                    f"there is room for {self._most}: "
+                    f"max_batch_size {self._most - self._max_queue} and max_queue {self._max_queue}"
                 )
             self._num_open += num_answers
             self._inbox.append(job)

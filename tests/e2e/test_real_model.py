@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -17,7 +19,8 @@ from medusa_export.trt.flavor import TensorRT
 from medusa_export.validate.compare import first_divergence
 from medusa_heads.evaluate import Evaluation
 from medusa_heads.formats import load_heads
-from medusa_runtime import CandidateTree, Manifest, MedusaLM
+from medusa_runtime import CandidateTree, DecodingOptions, DynamicTree, Manifest, MedusaLM, open_backend
+from medusa_runtime.sampling import distribution
 
 pytestmark = pytest.mark.e2e
 
@@ -103,6 +106,62 @@ def test_the_answer_makes_sense(bundle: Path) -> None:
     result = MedusaLM.from_bundle(bundle).generate("What is the capital of France?", max_new_tokens=32)
     assert "Paris" in result.text
     assert result.finish_reason == "stop"
+
+
+def test_sampling_follows_the_models_own_distribution(bundle: Path) -> None:
+    """The first token's and, after the likeliest first one, the second token's: counted over seeds, against the logits."""
+    lm = MedusaLM.from_bundle(bundle, max_batch_size=16)
+    options = {"max_new_tokens": 2, "temperature": 1.3, "top_k": 40, "seed": 7, "n": 128}
+    prompt = "Give me a random word."
+    pairs = [choice.token_ids for seed in (7, 8, 9) for choice in lm.generate(prompt, **options | {"seed": seed}).choices]
+    plain = lm.generate(prompt, **options, medusa=False)
+    assert [choice.token_ids for choice in plain.choices] == pairs[:128]
+    prompt_ids = lm.codec.encode(prompt)
+    favourite = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
+    after_favourite = [pair[1] for pair in pairs if pair[0] == favourite and len(pair) > 1]
+    for context, found in ((prompt_ids, [pair[0] for pair in pairs]), ([*prompt_ids, favourite], after_favourite)):
+        expected = distribution(last_logits(bundle, context), DecodingOptions(temperature=1.3, top_k=40))
+        assert set(found) <= set(expected.token_ids.tolist())
+        shares = expected.weights / expected.weights.sum()
+        common = [int(token) for token in expected.token_ids[np.argsort(-shares)][:4]]
+        for token in common:  # within four standard deviations, a chance of one in ten thousand for each
+            share = float(shares[np.searchsorted(expected.token_ids, token)])
+            deviation = np.sqrt(share * (1 - share) * len(found))
+            assert abs(found.count(token) - share * len(found)) < 4 * deviation + 1, (token, share)
+
+
+def last_logits(bundle: Path, token_ids: list[int]) -> np.ndarray:
+    backend = open_backend(bundle, Manifest.load(bundle))
+    count = len(token_ids)
+    backend.resize(1, count)
+    tokens, mask, rows = np.array([token_ids]), np.tri(count, dtype=bool)[None], np.array([[count - 1]])
+    return backend.step(tokens, np.arange(count)[None], mask, np.zeros(1, int), rows, with_logits=True).logits[0, 0]
+
+
+def test_requests_side_by_side_give_what_they_give_alone(bundle: Path) -> None:
+    lm = MedusaLM.from_bundle(bundle, max_batch_size=4, tree=DynamicTree(8))
+    fields = [{}, {"temperature": 0.8, "seed": 3, "top_p": 0.9}, {"medusa": False}, {"repetition_penalty": 1.2}]
+    handles = [lm.submit(prompt, max_new_tokens=24, **more) for prompt, more in zip(PROMPTS, fields, strict=False)]
+    together = [handle.result().token_ids for handle in handles]
+    alone = MedusaLM.from_bundle(bundle, max_batch_size=1, reuse_prefixes=False)
+    for prompt, more, token_ids in zip(PROMPTS, fields, together, strict=False):
+        assert alone.generate(prompt, max_new_tokens=24, **more | {"medusa": False}).token_ids == token_ids
+
+
+def test_json_by_a_schema(bundle: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    lm = MedusaLM.from_bundle(bundle)
+    result = lm.generate("Describe a person called Ada as JSON.", json_schema=schema, max_new_tokens=64)
+    assert result.finish_reason == "stop"
+    person = json.loads(result.text)
+    assert set(person) == {"name", "age"}
+    assert 0 <= person["age"] <= 150
+    assert result.stats.num_steps < result.stats.num_generated_tokens / 1.5  # what the schema forces is drafted
 
 
 def test_a_wide_tree_and_a_long_prompt(bundle: Path) -> None:

@@ -25,7 +25,7 @@ from medusa_runtime import (
     RequestError,
     prior_tree,
 )
-from medusa_runtime.grammar import GrammarCompiler, GrammarGuide
+from medusa_runtime.grammar import GrammarCompiler
 from medusa_runtime.sequence import Sequence as Answer
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, logits_after
 
@@ -521,10 +521,13 @@ def test_a_guide_that_fails_ends_its_own_answer_alone() -> None:
     assert (other.finish_reason, len(other.token_ids)) == ("length", 20)
 
 
-def test_a_guide_is_one_answers_own(compiler: GrammarCompiler) -> None:
-    one, other = (compiler.compile({"regex": "a|b"}) for _ in range(2))
-    assert isinstance(one, GrammarGuide)
-    [token] = np.flatnonzero(one.allowed([]))[:1].tolist()
-    one.allowed([token])
-    assert other.allowed([])[token]
-    assert not one.allowed([token])[token]
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_guide_is_one_answers_own(lm: MedusaLM, compiler: GrammarCompiler, is_copied) -> None:
+    [a, b] = (lm.codec.encode(text, raw=True)[0] for text in "ab")
+    one = compiler.compile({"regex": "a[ab]"})
+    one.allowed([a])
+    other = one.copy() if is_copied else compiler.compile({"regex": "a[ab]"})
+    for _ in range(2):
+        assert np.flatnonzero(one.allowed([a, b])).tolist() == [EOS]
+        assert np.flatnonzero(other.allowed([a])).tolist() == sorted([a, b])
+        assert np.flatnonzero(other.allowed([])).tolist() == np.flatnonzero(one.allowed([])).tolist()

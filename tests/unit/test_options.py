@@ -215,6 +215,13 @@ def test_what_is_merged_is_checked_together() -> None:
     assert GenerationOptions.of(GenerationOptions.of(regex="a"), regex=None, choice="b").structure == {"choice": ("b",)}
 
 
+def test_of_takes_options_of_its_own_kind() -> None:
+    for other in (DecodingOptions.of(), {"temperature": 1.0}, 64):
+        with pytest.raises(OptionError, match="they must be GenerationOptions"):
+            GenerationOptions.of(other)
+    assert DecodingOptions.of(DecodingOptions.of(seed=1), seed=2).seed == 2
+
+
 def test_what_is_only_about_text_is_no_option_of_decoding() -> None:
     with pytest.raises(OptionError, match="there is no option regex"):
         DecodingOptions.of(regex="a")
