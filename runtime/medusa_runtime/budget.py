@@ -112,6 +112,50 @@ class StepCosts:
         return float(_along(np.array(self.head_seconds), self.batch_sizes, batch))
 
 
+class LearnedCosts:
+    """What steps cost here, learned from the steps that are made anyway. In the meantime, a guess.
+
+    A step of B sequences with T nodes on a cache of S entries is taken to cost ``a + b·B·T + c·B·T·S``. The three are
+    estimated by a Kalman filter: it starts from what a CPU shows, believes a step's time to a tenth, and forgets slowly.
+    """
+
+    def __init__(self) -> None:
+        self._unit = 0.0  # seconds of a step of one token, by the first step seen; the rest is relative to it
+        self._mean = np.array([1.0, 0.05, 0.02])
+        self._covariance = np.diag([0.5, 0.05, 0.02]) ** 2
+        self._head_seconds: dict[int, float] = {}  # by batch size
+
+    def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
+        """See `StepCosts.steps`."""
+        tokens = batch * np.arange(1, max_width + 1)
+        features = np.stack([np.ones(max_width), tokens, tokens * capacity / 1000], axis=1)  # [max_width, 3]
+        costs = features @ np.maximum(self._mean, [0.05, 0.0, 0.0])
+        return np.asarray((self._unit or 1.0) * costs, np.float32)
+
+    def heads(self, batch: int) -> float:
+        """See `StepCosts.heads`. What was not seen yet is taken to cost a tenth of a step."""
+        if not self._head_seconds:
+            return 0.1 * (self._unit or 1.0)
+        nearest = min(self._head_seconds, key=lambda seen: abs(seen - batch))
+        return self._head_seconds[nearest]
+
+    def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
+        """Learn from a step."""
+        features = np.array([1.0, batch * width, batch * width * capacity / 1000])
+        if not self._unit:
+            self._unit = seconds / float(features @ self._mean)
+        surprise = seconds / self._unit - float(features @ self._mean)
+        spread = self._covariance @ features
+        gain = spread / (float(features @ spread) + (0.1 * float(features @ self._mean)) ** 2)
+        self._mean = self._mean + gain * np.clip(surprise, -1.0, 1.0)  # a stall of the machine is no lesson
+        self._covariance = (self._covariance - np.outer(gain, spread)) / 0.999
+
+    def observe_heads(self, batch: int, seconds: float) -> None:
+        """Learn from an evaluation of the heads."""
+        before = self._head_seconds.get(batch, seconds)
+        self._head_seconds[batch] = _moved(before, min(seconds, 2 * before))
+
+
 class DraftBudget:
     """Chooses the width of each step, and whether the heads are asked at all, so that the tokens a second are most.
 
@@ -125,7 +169,7 @@ class DraftBudget:
         costs: what steps cost here.
     """
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts | LearnedCosts) -> None:
         self._costs = costs
         self._expected = self._accepted = 8.0  # decaying sums: drafts that the heads expected to be accepted, and that were
         self._now_expected = 0.0

@@ -21,6 +21,12 @@ class Draft:
     depths: IntArray  # [N]
     mask: BoolArray  # [N, N], as `CandidateTree.mask`
 
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> Draft:
+        """The root, and tokens that follow it one after the other."""
+        count = len(tokens)
+        return cls(np.array(tokens), np.arange(-1, count - 1), np.arange(count), np.tri(count, dtype=np.bool_))
+
     @property
     def num_nodes(self) -> int:
         """The root included."""

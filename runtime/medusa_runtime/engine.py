@@ -15,7 +15,7 @@ import numpy as np
 
 from medusa_runtime.acceptance import Accepted, accept_greedy
 from medusa_runtime.backends.base import Backend
-from medusa_runtime.budget import DraftBudget, StepCosts, likeliest
+from medusa_runtime.budget import DraftBudget, LearnedCosts, StepCosts, likeliest
 from medusa_runtime.drafts import Draft, DraftBatch, candidates_for
 from medusa_runtime.errors import CapacityError, OptionError
 from medusa_runtime.options import DecodingOptions
@@ -40,8 +40,8 @@ class DecodingEngine:
         backend: where the graphs run. Its cache is the engine's alone.
         tree: which continuations are verified; none for the tree the bundle names.
         max_batch_size: sequences decoded at a time, each with a slot in the cache; more wait in the order they came.
-        costs: what steps cost here. With it the trees shrink, and grow again, as the load and the heads' own
-            probabilities make it pay; without it they always have their full size.
+        costs: what steps cost here. With it the engine's own trees shrink, and grow again, as the load and the heads' own
+            probabilities make it pay; without it, and where a request brings a tree, they always have their full size.
         reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
 
     Raises:
@@ -56,7 +56,7 @@ class DecodingEngine:
         tree: CandidateTree | DynamicTree | None = None,
         *,
         max_batch_size: int = 8,
-        costs: StepCosts | None = None,
+        costs: StepCosts | LearnedCosts | None = None,
         reuse_prefixes: bool = True,
     ) -> None:
         if max_batch_size < 1:
@@ -319,10 +319,14 @@ class DecodingEngine:
             with_logits=any(sequence.needs_logits for sequence in decoding),
         )
         seconds = time.perf_counter() - started
+        if isinstance(self.costs, LearnedCosts):
+            self.costs.observe(len(decoding), width, self.backend.capacity, seconds)
 
         greedy = accept_greedy(batch, output.greedy_ids)
         accepted = [Accepted([0], 0)] * len(decoding)
         for row, sequence in enumerate(decoding):
+            if sequence.is_finished:
+                continue
             with _blame(sequence):
                 logits = None if output.logits is None else output.logits[row]
                 accepted[row] = self._accept(sequence, drafts[row], greedy[row], logits)
@@ -337,7 +341,10 @@ class DecodingEngine:
 
     def _drafts(self, decoding: list[Sequence]) -> list[Draft]:
         """What is verified of each sequence: its whole tree, or as much of it as pays."""
-        scores = [sequence.draft_scores() for sequence in decoding]
+        scores = [np.zeros(1, np.float32)] * len(decoding)
+        for row, sequence in enumerate(decoding):
+            with _blame(sequence):  # its guide may fail
+                scores[row] = sequence.draft_scores()
         sizes = [min(sequence.candidates.num_nodes, len(score)) for sequence, score in zip(decoding, scores, strict=True)]
         if self._budget is not None:
             fixed = [size for sequence, size in zip(decoding, sizes, strict=True) if sequence.has_fixed_tree]
@@ -349,7 +356,11 @@ class DecodingEngine:
             sizes = [
                 size if sequence.has_fixed_tree else min(size, width) for sequence, size in zip(decoding, sizes, strict=True)
             ]
-        return [sequence.draft(size, score) for sequence, size, score in zip(decoding, sizes, scores, strict=True)]
+        drafts = [Draft.chain(sequence.token_ids[-1:]) for sequence in decoding]
+        for row, sequence in enumerate(decoding):
+            with _blame(sequence):
+                drafts[row] = sequence.draft(sizes[row], scores[row])
+        return drafts
 
     def _make_room(self, decoding: list[Sequence], lengths: list[int], width: int) -> bool:
         """Reserve the step's entries; where there is no memory for them, end the longest sequence instead of all."""
@@ -385,7 +396,10 @@ class DecodingEngine:
         output = self.backend.propose(rows)
         for row, sequence in enumerate(sequences):
             sequence.head_ids, sequence.head_log_probs = output.token_ids[row], output.log_probs[row]
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if isinstance(self.costs, LearnedCosts):
+            self.costs.observe_heads(len(sequences), seconds)
+        return seconds
 
     def _drop(self, sequence: Sequence) -> None:
         """Take a finished sequence out of the engine."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from medusa_runtime.errors import MissingExtraError, OptionError, RequestError, first_line
 from medusa_runtime.text import TextCodec
@@ -38,7 +39,12 @@ class GrammarCompiler:
         if not eos_token_ids:
             raise OptionError("this model has no end-of-sequence token, so that no structure could end")
         self._vocab_size = vocab_size
-        self._tokenizer = llguidance.LLTokenizer(codec.tokenizer.to_str(), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        try:
+            base = llguidance.LLTokenizer(codec.tokenizer.to_str(), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        except ValueError as error:
+            raise OptionError(f"this model's tokenizer cannot be guided: {first_line(error)}") from error
+        words = llguidance.TokenizerWrapper(_Words(base, codec, eos_token_ids[0]))
+        self._tokenizer = llguidance.LLTokenizer(words, n_vocab=vocab_size, eos_token=list(eos_token_ids))
 
     def compile(self, structure: dict[str, Any]) -> GrammarGuide:
         """A guide for one answer.
@@ -52,10 +58,10 @@ class GrammarCompiler:
         [(name, value)] = structure.items()
         try:
             grammar = _grammar(name, value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise OptionError(f"{name} cannot be used: {first_line(error)}") from error
         if problem := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise OptionError(f"{name} cannot be used: {first_line(ValueError(problem))}")
+            raise OptionError(f"{name} cannot be used: {' '.join(problem.split())}")
         return GrammarGuide(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab_size)
 
 
@@ -114,6 +120,22 @@ def _grammar(name: str, value: Any) -> str:
         case "json_schema":
             return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(dict(value)), overrides=JSON_FORM))
         case "regex":
+            if (len(value) - len(value.rstrip("\\"))) % 2:  # llguidance would leave it out
+                raise ValueError("it ends with a backslash that escapes nothing")
             return str(llguidance.LLMatcher.grammar_from_regex(value))
         case _:
             return str(llguidance.LLMatcher.grammar_from_regex("|".join(re.escape(text) for text in value)))
+
+
+class _Words:
+    """A tokenizer for llguidance that reads text as text, even where it is spelled like a special token."""
+
+    def __init__(self, base: llguidance.LLTokenizer, codec: TextCodec, eos_token_id: int) -> None:
+        self.eos_token_id, self.bos_token_id = eos_token_id, None
+        self.tokens = [base.decode_bytes([token]) for token in range(base.vocab_size)]
+        self.special_token_ids = [token for token in range(base.vocab_size) if base.is_special_token(token)]
+        self._plain = Tokenizer.from_str(codec.tokenizer.to_str())
+        self._plain.encode_special_tokens = True
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(self._plain.encode(text.decode() if isinstance(text, bytes) else text, add_special_tokens=False).ids)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.budget import StepCosts
+from medusa_runtime.budget import LearnedCosts, StepCosts
 from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import BundleError, OptionError, QueueFullError
 from medusa_runtime.manifest import Manifest
@@ -53,7 +53,7 @@ class MedusaLM:
         tree: CandidateTree | DynamicTree | None = None,
         max_batch_size: int = 8,
         max_queue: int = 128,
-        costs: StepCosts | Literal["measure"] | None = None,
+        costs: StepCosts | Literal["learn", "measure"] | None = "learn",
         reuse_prefixes: bool = True,
         num_threads: int = 0,
         verify_files: bool = True,
@@ -64,11 +64,12 @@ class MedusaLM:
         Args:
             path: the bundle's directory.
             backend: one of `medusa_runtime.BACKENDS`.
-            tree: which continuations are verified; none for the tree the bundle names.
+            tree: which continuations are verified; none for one as large as the bundle's own, made anew at each step.
             max_batch_size: answers decoded at a time.
             max_queue: answers that may wait for a slot.
-            costs: what steps cost here, so that trees shrink where they do not pay; "measure" to find out now, which takes some
-                seconds. Without it, trees always have their full size.
+            costs: what steps cost here, so that trees shrink where they do not pay: "learn" it from the steps that are made
+                anyway, "measure" it now, which takes some seconds, or a table from an earlier measurement. None for trees
+                that always have their full size. It changes no answer.
             reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
             num_threads: for a CPU backend; 0 for one a core.
             verify_files: compare every file with the manifest's digest first (about a second a gigabyte).
@@ -89,10 +90,11 @@ class MedusaLM:
         if verify_files:
             manifest.require_intact(path)
         runner = open_backend(path, manifest, backend, num_threads=num_threads)
+        tree = tree or DynamicTree(len(manifest.tree["parents"]))
         if costs == "measure":
-            num_nodes = tree.num_nodes if tree is not None else len(manifest.tree["parents"])
-            costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=num_nodes)
-        engine = DecodingEngine(runner, tree, max_batch_size=max_batch_size, costs=costs, reuse_prefixes=reuse_prefixes)
+            costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
+        learned = LearnedCosts() if costs == "learn" else costs
+        engine = DecodingEngine(runner, tree, max_batch_size=max_batch_size, costs=learned, reuse_prefixes=reuse_prefixes)
         return cls(engine, TextCodec(path), max_queue=max_queue)
 
     @property

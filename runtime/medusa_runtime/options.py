@@ -132,4 +132,4 @@ def _line(error: ValidationError, model: type[BaseModel]) -> str:
         case "value_error":
             return f"{first['ctx']['error']}"
     asked = first["msg"].removeprefix("Input should be ").removeprefix("a valid ").partition(", unable to parse")[0]
-    return f"{name} is {first['input']!r}; it must be {asked}"
+    return f"{name} is {' '.join(repr(first['input']).split())}; it must be {asked}"

@@ -13,6 +13,7 @@ from medusa_runtime.errors import BackendError, OptionError
 from medusa_runtime.options import DecodingOptions
 from medusa_runtime.tree import FloatArray, IntArray
 
+SMALLEST = np.finfo(np.float32).tiny
 BLOCK = 256  # tokens summed together before a draw looks into one block
 
 
@@ -156,7 +157,7 @@ def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
     if not np.isfinite(best):
         raise BackendError(f"the model's largest logit is {best}; such numbers cannot be sampled from")
     with np.errstate(over="ignore"):  # minus infinity is as good as a weight of 0
-        weights = np.exp((logits - best) / np.float32(options.temperature))  # [V], the best token's is 1
+        weights = np.exp((logits - best) / max(np.float32(options.temperature), SMALLEST))  # [V], the best token's is 1
     if not (options.top_k or options.top_p < 1 or options.min_p):
         return Distribution(weights)
     kept = np.arange(len(weights))

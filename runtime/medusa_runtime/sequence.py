@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -83,6 +84,7 @@ class Sequence:
         self.shaper = LogitsShaper(self.options, self.prompt_ids, self.end_ids, self.guide)
         self._uniforms = Uniforms(self.seed, self.stream)
         self._steps: list[SequenceStep] = []
+        self._forced: list[int] = []  # what its guide lets follow the root, where that is no choice
         self._since = time.perf_counter()  # when the current phase began: waiting, prefill, decoding
 
     @property
@@ -102,8 +104,8 @@ class Sequence:
 
     @property
     def has_fixed_tree(self) -> bool:
-        """Whether the tree changes the answer, so that the load may not change the tree."""
-        return self.options.is_sampled and self.options.acceptance == "typical"
+        """Whether the load may not change the tree: the request brought it, or it changes the answer."""
+        return self.options.tree is not None or (self.options.is_sampled and self.options.acceptance == "typical")
 
     def take_steps(self) -> list[SequenceStep]:
         """What was decided since the last call."""
@@ -119,28 +121,32 @@ class Sequence:
 
     def decide_first(self, greedy_id: int, logits: Rows | None) -> None:
         """Take the token that follows the prompt. logits: [1, V], where `needs_logits`."""
-        prompt_end = Draft(np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64), np.ones((1, 1), np.bool_))
+        prompt_end = Draft.chain(self.prompt_ids[-1:])
         accepted = Accepted([0], greedy_id) if logits is None else self.verdict(prompt_end, logits)
         given, _ = self._give(prompt_end, accepted, logits)
         self.stats.num_generated_tokens += given
         self.stats.prefill_seconds = self._lap()
 
+    def draft_scores(self) -> FloatArray:
+        """Log-probabilities of its candidates, as `CandidateSet.scores`; of the root alone where there is no more to guess."""
+        self._forced = []
+        if self.guide is not None and self.candidates.num_nodes > 1:
+            self._forced = self.guide.forced(self.token_ids)[: min(self.remaining, self.candidates.num_nodes) - 1]
+        if self._forced or self.head_log_probs is None:
+            return np.zeros(1 + len(self._forced), np.float32)
+        return self.candidates.scores(self.head_log_probs, self.remaining - 1)
+
     def draft(self, num_nodes: int, scores: FloatArray) -> Draft:
-        """What the next step verifies: the root and the likeliest of its candidates.
+        """What the next step verifies: the root and the likeliest of its candidates, or what its guide forces.
 
         Args:
             num_nodes: at most so many.
-            scores: from `draft_scores`.
+            scores: from `draft_scores`, called just before.
         """
-        if self.guide is not None:
-            return self._guided_draft(num_nodes, scores, self.guide)
-        return self.candidates.draft(self.token_ids[-1], self.head_ids, scores, num_nodes)
-
-    def draft_scores(self) -> FloatArray:
-        """Log-probabilities of its candidates, as `CandidateSet.scores`; of the root alone where there is no more to guess."""
-        if self.head_log_probs is None:
-            return np.zeros(1, np.float32)
-        return self.candidates.scores(self.head_log_probs, self.remaining - 1)
+        if self._forced:
+            return Draft.chain([self.token_ids[-1], *self._forced[: num_nodes - 1]])
+        passes = partial(self.guide.lets_pass, self.token_ids) if self.guide is not None else None
+        return self.candidates.draft(self.token_ids[-1], self.head_ids, scores, num_nodes, passes)
 
     def verdict(self, draft: Draft, logits: Rows) -> Accepted:
         """What its policy accepts of a verified draft. logits: [N, V]."""
@@ -181,21 +187,6 @@ class Sequence:
         num_accepted = min(len(kept), len(tokens) - 1)
         self._steps.append(SequenceStep(self.id, kept, num_accepted, self.finish_reason, logprobs))
         return len(kept), num_accepted
-
-    def _guided_draft(self, num_nodes: int, scores: FloatArray, guide: Guide) -> Draft:
-        """A draft of tokens that the guide lets pass: those it forces where it forces any, else the likeliest."""
-        forced = guide.forced(self.token_ids)[: min(self.remaining, num_nodes) - 1]
-        if forced:
-            count = 1 + len(forced)
-            return Draft(
-                np.array([self.token_ids[-1], *forced]),
-                np.arange(-1, count - 1),
-                np.arange(count),
-                np.tri(count, dtype=np.bool_),
-            )
-        return self.candidates.draft(
-            self.token_ids[-1], self.head_ids, scores, num_nodes, lambda path: guide.lets_pass(self.token_ids, path)
-        )
 
     def uniform(self, depth: int) -> float:
         """The random number of the token that follows a node of that depth."""

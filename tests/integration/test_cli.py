@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -63,6 +64,37 @@ def test_heads_with_an_lm_head_of_their_own(make_model: Make, tmp_path: Path) ->
     assert exported.exit_code == 0, exported.stderr
 
 
+def test_generate_takes_the_runtimes_options(make_bundle: Make, tmp_path: Path) -> None:
+    def answer(*words: object) -> dict[str, Any]:
+        result = run("generate", make_bundle(), "-p", "a fox", "--max-new-tokens", 20, "--ignore-eos", "--json", *words)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    warm = answer("--temperature", 1.0, "--top-k", 40, "--top-p", 0.95, "--min-p", 0.01, "--seed", 5)
+    assert warm["token_ids"] != answer()["token_ids"]
+    for words in (("--no-medusa",), ("--tree-nodes", 7), ("--tree-nodes", 1)):
+        again = answer("--temperature", 1.0, "--top-k", 40, "--top-p", 0.95, "--min-p", 0.01, "--seed", 5, *words)
+        assert again["token_ids"] == warm["token_ids"]
+    several = answer("--temperature", 1.0, "--n", 3, "--logprobs", 2)
+    assert len({choice["text"] for choice in several["choices"]}) == 3
+    assert len(several["logprobs"]) == 20
+    first = answer()["token_ids"][0]
+    assert answer("--logit-bias", f"{first}=-100")["token_ids"][0] != first
+    assert answer("--stop", answer()["text"][3:6])["finish_reason"] == "stop"
+    assert answer("--stop-token-ids", first)["token_ids"] == [first]
+
+
+def test_generate_follows_a_json_schema(make_bundle: Make, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}')
+    result = run("generate", make_bundle(), "-p", "a fox", "--json-schema", tmp_path / "schema.json", "--max-new-tokens", 60)
+    assert json.loads(result.stdout)["a"] in {"x", "y"}
+    chosen = run("generate", make_bundle(), "-p", "a fox", "--choice", "yes", "--choice", "no")
+    assert chosen.stdout in {"yes\n", "no\n"}
+    several = run("generate", make_bundle(), "-p", "a fox", "--regex", "[0-9]{3}", "--n", 2, "--temperature", 1)
+    assert "[answer 2]" in several.stdout
+    assert several.stderr.count("finished by stop, seed ") == 2
+
+
 def test_raw_prompts_skip_the_chat_template(make_bundle: Make) -> None:
     lm = MedusaLM.from_bundle(make_bundle())
     for words, raw in (((), False), (("--raw",), True)):
@@ -108,6 +140,16 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("generate", "{bundle}", "-p", ""), 0, ""),
         (("generate", "{bundle}", "-p", "", "--raw"), 2, "the prompt is empty"),
         (("generate", "{bundle}", "-p", "x " * 300), 1, "together more than the bundle's 256"),
+        (("generate", "{bundle}", "-p", "x", "--temperature", "-1"), 2, "Invalid value for '--temperature'"),
+        (("generate", "{bundle}", "-p", "x", "--logit-bias", "1"), 2, "--logit-bias is '1'; it must be a token id"),
+        (("generate", "{bundle}", "-p", "x", "--logit-bias", "1=900"), 2, "the bias of token 1 is 900.0"),
+        (("generate", "{bundle}", "-p", "x", "--stop-token-ids", "999"), 2, "stop_token_ids names the token 999"),
+        (("generate", "{bundle}", "-p", "x", "--json-schema", "/nowhere"), 2, "cannot read the JSON schema /nowhere"),
+        (("generate", "{bundle}", "-p", "x", "--regex", "(a"), 2, "regex cannot be used: "),
+        (("generate", "{bundle}", "-p", "x", "--regex", "a", "--choice", "b"), 2, "regex and choice exclude each other"),
+        (("generate", "{bundle}", "-p", "x", "--tree-nodes", "0"), 2, "a dynamic tree has 1 to 1024 nodes"),
+        (("generate", "{bundle}", "-p", "x", "--tree-nodes", "4", "--tree", "t"), 2, "--tree and --tree-nodes exclude"),
+        (("generate", "{bundle}", "-p", "x", "--min-new-tokens", "9", "--max-new-tokens", "3"), 2, "min_new_tokens is 9"),
         (("generate", "{bundle}", "-p", "x", "--max-new-tokens", "0"), 2, "Invalid value for '--max-new-tokens'"),
         (("generate", "{bundle}", "-p", "x", "--tree", "/nowhere.json"), 2, "cannot read the tree /nowhere.json"),
         (("generate", "{bundle}", "-p", "a\udcffb"), 2, "the prompt is not Unicode text"),

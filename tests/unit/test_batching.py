@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
+from medusa_runtime.budget import LearnedCosts
 from medusa_runtime.sequence import Sequence
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
@@ -172,26 +173,35 @@ def decode(engine: DecodingEngine, prompts: list[list[int]]) -> list[Sequence]:
     return sequences
 
 
-def test_what_fails_for_one_sequence_ends_it_alone() -> None:
+@pytest.mark.parametrize("place", ["allowed", "lets_pass", "forced"])
+def test_what_fails_for_one_sequence_ends_it_alone(place) -> None:
     class Broken:
         def allowed(self, token_ids):
-            if len(token_ids) == 3:
-                raise ZeroDivisionError("a guide's own mistake")
+            self.fail("allowed", token_ids)
             return np.ones(50, bool)
 
         def lets_pass(self, token_ids, path):
+            self.fail("lets_pass", token_ids)
             return True
 
         def forced(self, token_ids):
+            self.fail("forced", token_ids)
             return []
+
+        def fail(self, here, token_ids):
+            if here == place and len(token_ids) >= 3:
+                raise ZeroDivisionError("a guide's own mistake")
 
     engine = DecodingEngine(FakeBackend())
     good = engine.add([1, 2], DecodingOptions(max_new_tokens=20))
     bad = engine.add([1, 2], DecodingOptions(max_new_tokens=20), guide=Broken())
+    other = engine.add([7], DecodingOptions(max_new_tokens=20))
     while not engine.is_idle:
         engine.step()
     assert (bad.finish_reason, str(bad.error)) == ("error", "a guide's own mistake")
-    assert (good.finish_reason, good.token_ids) == ("length", greedy([1, 2], 20))
+    assert bad.token_ids == greedy([1, 2], 20)[: len(bad.token_ids)]
+    for sequence, prompt in ((good, [1, 2]), (other, [7])):
+        assert (sequence.finish_reason, sequence.token_ids) == ("length", greedy(prompt, 20))
     assert engine.num_active == 0
 
 
@@ -242,6 +252,34 @@ def test_trees_shrink_where_they_do_not_pay() -> None:
         widths[name] = [tokens for batch, tokens in backend.steps if batch == 3]
     assert np.mean(widths["dear"]) < 1.5
     assert np.mean(widths["cheap"][:-2]) > 10  # the last steps need no more
+
+
+@pytest.mark.parametrize(("base", "per_token"), [(0.03, 0.0015), (0.01, 0.01), (0.002, 0.00001)])
+def test_costs_are_learned_from_the_steps_that_are_made(base, per_token) -> None:
+    rng, costs = np.random.default_rng(0), LearnedCosts()
+    for _ in range(300):
+        batch, width = int(rng.integers(1, 9)), int(rng.integers(1, 9))
+        costs.observe(batch, width, 256, (base + per_token * batch * width) * rng.uniform(0.95, 1.05))
+        costs.observe_heads(batch, 0.004 * rng.uniform(0.9, 1.1))
+    found, expected = costs.steps(4, 256, 16), base + per_token * 4 * np.arange(1, 17)
+    np.testing.assert_allclose(found, expected, rtol=0.15)
+    assert 0.0035 < costs.heads(5) < 0.0045
+
+
+def test_a_stall_of_the_machine_is_no_lesson() -> None:
+    costs = LearnedCosts()
+    for _ in range(50):
+        costs.observe(1, 4, 256, 0.03)
+    before = costs.steps(1, 256, 8)
+    costs.observe(1, 4, 256, 3.0)
+    np.testing.assert_allclose(costs.steps(1, 256, 8), before, rtol=0.2)
+
+
+def test_a_request_that_brings_its_tree_gets_all_of_it() -> None:
+    dear = StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [0.1, 0.8])
+    backend = FakeBackend("never")
+    list(DecodingEngine(backend, costs=dear).generate([[1]], 9, tree=DynamicTree(7)))
+    assert [tokens for _, tokens in backend.steps[1:-2]] == [7] * 6
 
 
 def test_a_tree_that_changes_the_answer_does_not_shrink() -> None:
