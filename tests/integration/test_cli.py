@@ -85,7 +85,8 @@ def test_generate_takes_the_runtimes_options(make_bundle: Make, tmp_path: Path) 
 
 
 def test_generate_follows_a_json_schema(make_bundle: Make, tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}')
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
     result = run("generate", make_bundle(), "-p", "a fox", "--json-schema", tmp_path / "schema.json", "--max-new-tokens", 60)
     assert json.loads(result.stdout)["a"] in {"x", "y"}
     chosen = run("generate", make_bundle(), "-p", "a fox", "--choice", "yes", "--choice", "no")
