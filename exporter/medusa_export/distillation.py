@@ -194,12 +194,9 @@ def _open_transformers(options: DistillOptions) -> _Model:
 
 def _open_bundle(options: DistillOptions) -> _Model:
     from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec  # noqa: PLC0415
-    from medusa_runtime import Manifest, MedusaLM  # noqa: PLC0415
+    from medusa_runtime import MedusaLM  # noqa: PLC0415
 
-    limit = Manifest.load(options.model).limits.max_batch_size
-    lm = MedusaLM.from_bundle(
-        options.model, max_batch_size=options.batch_size or min(8, limit or 8), num_threads=options.threads
-    )
+    lm = MedusaLM.from_bundle(options.model, max_batch_size=options.batch_size, num_threads=options.threads)
     manifest = lm.engine.backend.manifest
     _require_room(options, manifest.limits.max_seq_len)
     digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())

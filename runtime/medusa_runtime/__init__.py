@@ -6,7 +6,7 @@
 """
 
 from medusa_runtime.backends import BACKENDS, Backend, open_backend
-from medusa_runtime.budget import StepCosts
+from medusa_runtime.budget import LearnedCosts, StepCosts
 from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import (
     BackendError,
@@ -47,6 +47,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationResult",
     "Handle",
+    "LearnedCosts",
     "Manifest",
     "MedusaError",
     "MedusaLM",

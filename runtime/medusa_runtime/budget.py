@@ -20,6 +20,8 @@ from medusa_runtime.tree import FloatArray
 
 REPEATS = 3
 DECAY = 0.98  # how much of what was learnt of the heads from earlier steps remains after one more
+DECAY_OF_COSTS = 0.998  # how much of what was learnt of the costs remains; what is forgotten is as unsure as in the beginning
+PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2
 MOVE = 0.1  # how far a moving average goes to a new value
 PAUSE = 16  # steps without drafts until the heads are asked again
 
@@ -60,7 +62,9 @@ class StepCosts:
             capacities: how large the cache may be; the bundle's limits cut them.
         """
         limits = backend.manifest.limits
+        max_nodes = min(max_nodes, limits.max_tree_nodes or max_nodes)
         fitting = [limits.capacity] if limits.capacity else sorted({min(size, limits.max_seq_len) for size in capacities})
+        fitting = sorted({max(size, max_nodes) for size in fitting})
         batch_sizes, widths = _grid(max_batch_size), _grid(max_nodes)
         step_seconds: list[list[list[float]]] = []
         head_seconds: list[float] = []
@@ -84,9 +88,14 @@ class StepCosts:
         try:
             data: dict[str, Any] = json.loads(Path(path).read_text())
             costs = cls(**data)
-            shape = (len(costs.capacities), len(costs.batch_sizes), len(costs.widths))
-            if np.array(costs.step_seconds, np.float64).shape != shape or len(costs.head_seconds) != shape[1]:
+            axes = [np.array(axis, np.float64) for axis in (costs.capacities, costs.batch_sizes, costs.widths)]
+            tables = [np.array(table, np.float64) for table in (costs.step_seconds, costs.head_seconds)]
+            if any(axis.ndim != 1 or not len(axis) or (np.diff(axis, prepend=0) <= 0).any() for axis in axes):
+                raise ValueError("its axes do not ascend")
+            if [table.shape for table in tables] != [tuple(map(len, axes)), (len(axes[1]),)]:
                 raise ValueError("its tables are not as large as it says")
+            if not all((table > 0).all() for table in tables):
+                raise ValueError("a step that takes no time")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise BundleError(f"{path} holds no step costs ({error}); measure them again") from error
         return costs
@@ -122,7 +131,7 @@ class LearnedCosts:
     def __init__(self) -> None:
         self._unit = 0.0  # seconds of a step of one token, by the first step seen; the rest is relative to it
         self._mean = np.array([1.0, 0.05, 0.02])
-        self._covariance = np.diag([0.5, 0.05, 0.02]) ** 2
+        self._covariance = PRIOR
         self._head_seconds: dict[int, float] = {}  # by batch size
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
@@ -148,7 +157,7 @@ class LearnedCosts:
         spread = self._covariance @ features
         gain = spread / (float(features @ spread) + (0.1 * float(features @ self._mean)) ** 2)
         self._mean = self._mean + gain * np.clip(surprise, -1.0, 1.0)  # a stall of the machine is no lesson
-        self._covariance = (self._covariance - np.outer(gain, spread)) / 0.999
+        self._covariance = DECAY_OF_COSTS * (self._covariance - np.outer(gain, spread)) + (1 - DECAY_OF_COSTS) * PRIOR
 
     def observe_heads(self, batch: int, seconds: float) -> None:
         """Learn from an evaluation of the heads."""
@@ -181,13 +190,15 @@ class DraftBudget:
         """Nodes that the next step should verify for each sequence at most.
 
         Args:
-            probabilities: for each sequence those of its drafts, likeliest first.
+            probabilities: for each sequence those of its drafts, likeliest first; none where the heads did not choose them.
             least: nodes that some sequence has to have.
             capacity: entries a slot has now.
         """
-        batch, most = len(probabilities), max(least, 1 + max(len(chances) for chances in probabilities))
-        if most == 1:  # the heads were not asked
-            return 1
+        batch, longest = len(probabilities), max(len(chances) for chances in probabilities)
+        if longest == 0:  # the heads were not asked
+            self._now_expected = 0.0
+            return least
+        most = max(least, 1 + longest)
         expected = np.zeros(most)  # [N] drafts of a step of 1, 2 … nodes that the heads expect to be accepted
         for chances in probabilities:
             sums = np.cumsum(chances)
@@ -212,7 +223,7 @@ class DraftBudget:
         Args:
             batch: sequences.
             width: nodes it verified for each of them.
-            num_accepted: drafts accepted, of all sequences.
+            num_accepted: drafts accepted, of those that the heads chose.
         """
         if width > 1:
             self._expected = DECAY * self._expected + self._now_expected

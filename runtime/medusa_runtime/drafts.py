@@ -85,7 +85,8 @@ class CandidateSet:
         max_depth = min(max_depth, len(self.ends) - 1)
         count = self.ends[max_depth]
         scores = np.zeros(count, np.float32)
-        scores[1:] = log_probs[self.depths[1:count] - 1, self.ranks[1:count]]
+        # at most 0, which a logarithm of a probability may miss by rounding: else a child could pass its parent
+        scores[1:] = np.minimum(log_probs[self.depths[1:count] - 1, self.ranks[1:count]], 0)
         for start, end in zip(self.ends[1:max_depth], self.ends[2 : max_depth + 1], strict=True):
             scores[start:end] += scores[self.parents[start:end]]
         return scores

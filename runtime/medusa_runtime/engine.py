@@ -18,6 +18,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.budget import DraftBudget, LearnedCosts, StepCosts, likeliest
 from medusa_runtime.drafts import Draft, DraftBatch, candidates_for
 from medusa_runtime.errors import CapacityError, OptionError
+from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import DecodingOptions
 from medusa_runtime.sampling import Guide
 from medusa_runtime.sequence import FinishReason, Rows, Sequence, SequenceStep
@@ -25,7 +26,7 @@ from medusa_runtime.slots import SlotPool
 from medusa_runtime.stats import DecodingStats
 from medusa_runtime.tree import CandidateTree, DynamicTree, IntArray
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS, DEFAULT_BATCH_SIZE = 256, 8
 PREFILL_CHUNK = 512  # prompt tokens a step takes where the bundle sets no limit and nobody waits
 SHARED_PREFILL_CHUNK = 64  # and where other sequences wait for their next tokens
 
@@ -39,7 +40,8 @@ class DecodingEngine:
     Args:
         backend: where the graphs run. Its cache is the engine's alone.
         tree: which continuations are verified; none for the tree the bundle names.
-        max_batch_size: sequences decoded at a time, each with a slot in the cache; more wait in the order they came.
+        max_batch_size: sequences decoded at a time, each with a slot in the cache; more wait in the order they came. None
+            for 8, or as many as the bundle takes.
         costs: what steps cost here. With it the engine's own trees shrink, and grow again, as the load and the heads' own
             probabilities make it pay; without it, and where a request brings a tree, they always have their full size.
         reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
@@ -55,15 +57,15 @@ class DecodingEngine:
         backend: Backend,
         tree: CandidateTree | DynamicTree | None = None,
         *,
-        max_batch_size: int = 8,
+        max_batch_size: int | None = None,
         costs: StepCosts | LearnedCosts | None = None,
         reuse_prefixes: bool = True,
     ) -> None:
-        if max_batch_size < 1:
-            raise OptionError(f"max_batch_size is {max_batch_size}; it must be at least 1")
-        largest = backend.manifest.limits.max_batch_size
-        if largest is not None and max_batch_size > largest:
-            raise CapacityError(f"max_batch_size is {max_batch_size}, the bundle takes {largest}")
+        if not isinstance(costs, StepCosts | LearnedCosts | None):
+            raise OptionError(f"costs is {costs!r}; it must be StepCosts, LearnedCosts or none")
+        if max_batch_size is None:
+            max_batch_size = min(DEFAULT_BATCH_SIZE, backend.manifest.limits.max_batch_size or DEFAULT_BATCH_SIZE)
+        check_batch_size(backend.manifest, max_batch_size)
         self.backend = backend
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         self.check_tree(self.tree)
@@ -125,7 +127,9 @@ class DecodingEngine:
         if options.tree is not None:
             self.check_tree(options.tree)
         room = longest - len(prompt_ids)
-        wanted = options.max_new_tokens if options.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+        wanted = options.max_new_tokens
+        if wanted is None:
+            wanted = max(1, options.min_new_tokens, min(DEFAULT_NEW_TOKENS, room))
         if wanted > room:
             raise CapacityError(
                 f"the prompt has {len(prompt_ids)} tokens and {wanted} new ones were asked for, together more "
@@ -160,6 +164,7 @@ class DecodingEngine:
             candidates=candidates_for(tree, heads.num_heads, heads.top_k),
             guide=guide,
             stream=stream,
+            totals=self.stats,
         )
         self._waiting.append(sequence)
         return sequence
@@ -349,7 +354,10 @@ class DecodingEngine:
         if self._budget is not None:
             fixed = [size for sequence, size in zip(decoding, sizes, strict=True) if sequence.has_fixed_tree]
             width = self._budget.width(
-                [likeliest(score, size) for score, size in zip(scores, sizes, strict=True)],
+                [
+                    likeliest(score, 1 if sequence.is_forced else size)
+                    for sequence, score, size in zip(decoding, scores, sizes, strict=True)
+                ],
                 least=max(fixed, default=1),
                 capacity=self.backend.capacity,
             )
@@ -384,7 +392,8 @@ class DecodingEngine:
         """Whether the heads' guesses are worth their time, or somebody's answer depends on them."""
         if self._budget is None:
             return True
-        num_accepted = sum(len(one.nodes) - 1 for one in accepted)
+        chosen = zip(decoding, accepted, strict=True)
+        num_accepted = sum(len(one.nodes) - 1 for sequence, one in chosen if not sequence.is_forced)
         pays = self._budget.asks_heads(len(decoding), width, num_accepted)
         return pays or any(sequence.has_fixed_tree for sequence in decoding)
 
@@ -409,7 +418,20 @@ class DecodingEngine:
             self._prefilling = None
         if sequence.slot is not None:
             self._slots.release(sequence)
-        self.stats.add(_counts(sequence.stats))
+
+
+def check_batch_size(manifest: Manifest, max_batch_size: int) -> None:
+    """Raise where a bundle cannot decode so many sequences at a time.
+
+    Raises:
+        OptionError: it is below 1.
+        CapacityError: it is more than the bundle's engines take.
+    """
+    if max_batch_size < 1:
+        raise OptionError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+    largest = manifest.limits.max_batch_size
+    if largest is not None and max_batch_size > largest:
+        raise CapacityError(f"max_batch_size is {max_batch_size}, the bundle takes {largest}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.budget import LearnedCosts, StepCosts
-from medusa_runtime.engine import DecodingEngine
+from medusa_runtime.engine import DEFAULT_BATCH_SIZE, DecodingEngine, check_batch_size
 from medusa_runtime.errors import BundleError, OptionError, QueueFullError
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import GenerationOptions
@@ -26,7 +26,7 @@ class MedusaLM:
     """A bundle, loaded and ready to answer: from any number of threads and tasks, with continuous batching.
 
     Use `from_bundle`. Requests that are under way at once share the steps of one engine; each gets the tokens it would get
-    alone. Close it, or use it in a `with`; what is left open ends with the process.
+    alone. Close it, or use it in a `with`; what is left open ends when neither it nor a handle of it is used any more.
 
     Args:
         engine: this object's alone.
@@ -41,8 +41,7 @@ class MedusaLM:
         self.codec = codec
         self._worker = Worker(engine, codec, max_queue)
         self._grammars: GrammarCompiler | None = None
-        self._close = weakref.finalize(self, self._worker.close)
-        self._close.atexit = False
+        weakref.finalize(self, self._worker.stop).atexit = False  # which does not wait: a collector may run it under any lock
 
     @classmethod
     def from_bundle(
@@ -51,7 +50,7 @@ class MedusaLM:
         backend: str = "auto",
         *,
         tree: CandidateTree | DynamicTree | None = None,
-        max_batch_size: int = 8,
+        max_batch_size: int | None = None,
         max_queue: int = 128,
         costs: StepCosts | Literal["learn", "measure"] | None = "learn",
         reuse_prefixes: bool = True,
@@ -65,7 +64,7 @@ class MedusaLM:
             path: the bundle's directory.
             backend: one of `medusa_runtime.BACKENDS`.
             tree: which continuations are verified; none for one as large as the bundle's own, made anew at each step.
-            max_batch_size: answers decoded at a time.
+            max_batch_size: answers decoded at a time; none for 8, or as many as the bundle takes.
             max_queue: answers that may wait for a slot.
             costs: what steps cost here, so that trees shrink where they do not pay: "learn" it from the steps that are made
                 anyway, "measure" it now, which takes some seconds, or a table from an earlier measurement. None for trees
@@ -91,6 +90,9 @@ class MedusaLM:
             manifest.require_intact(path)
         runner = open_backend(path, manifest, backend, num_threads=num_threads)
         tree = tree or DynamicTree(len(manifest.tree["parents"]))
+        if max_batch_size is None:
+            max_batch_size = min(DEFAULT_BATCH_SIZE, manifest.limits.max_batch_size or DEFAULT_BATCH_SIZE)
+        check_batch_size(manifest, max_batch_size)
         if costs == "measure":
             costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
         learned = LearnedCosts() if costs == "learn" else costs
@@ -120,7 +122,9 @@ class MedusaLM:
             MissingExtraError: a structure is asked for, and the package for it is not installed.
         """
         [request] = self._requests([prompt], options, fields)
-        return self._worker.submit(request)
+        handle = self._worker.submit(request)
+        handle.owner = self
+        return handle
 
     def generate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
         """Answer a prompt. Arguments and errors as for `submit`, and those of `Handle.result`."""
@@ -167,7 +171,8 @@ class MedusaLM:
 
     def close(self) -> None:
         """End all requests under way with `ClosedError`, and refuse new ones."""
-        self._close()
+        self._worker.stop()
+        self._worker.join()
 
     def __enter__(self) -> Self:
         return self

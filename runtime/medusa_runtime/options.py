@@ -20,13 +20,14 @@ class DecodingOptions(BaseModel):
 
     With `acceptance="exact"` the candidate tree changes the speed and nothing else: at temperature 0 the tokens are those of
     greedy decoding, above it they are samples of exactly the model's distribution, and the same seed gives the same
-    tokens whatever the tree and whatever else is decoded meanwhile.
+    tokens whatever the tree and whatever else is decoded meanwhile, but for ties within the rounding of a forward pass.
+    At temperature 0 nothing is drawn: top_k, top_p, min_p and typical acceptance then have nothing to do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_new_tokens: int | None = Field(None, ge=1, description="at most so many tokens; none for 256, or what fits")
-    min_new_tokens: int = Field(0, ge=0, description="no end of the answer before so many tokens")
+    min_new_tokens: int = Field(0, ge=0, description="no end-of-sequence or stop token before so many tokens")
     temperature: float = Field(0.0, ge=0, le=100, description="0 is greedy")
     top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0 for all")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the fewest tokens that have this probability together")
@@ -54,7 +55,9 @@ class DecodingOptions(BaseModel):
         """
         if options is not None and not isinstance(options, cls):
             raise OptionError(f"the options are {options!r}; they must be {cls.__name__}, or named, such as max_new_tokens=64")
-        given = {name: getattr(options, name) for name in options.model_fields_set} if options is not None else {}
+        given = (
+            {name: getattr(options, name) for name in options.model_fields_set if name in cls.model_fields} if options else {}
+        )
         try:
             return cls(**(given | fields))
         except ValidationError as error:
@@ -110,8 +113,9 @@ class GenerationOptions(DecodingOptions):
         structures = [name for name in ("json_schema", "regex", "choice") if name in self.structure]
         if len(structures) > 1:
             raise ValueError(f"{structures[0]} and {structures[1]} exclude each other")
-        if structures and self.ignore_eos:
-            raise ValueError(f"{structures[0]} and ignore_eos exclude each other: the structure says where the answer ends")
+        for name in ("ignore_eos", "min_new_tokens"):
+            if structures and getattr(self, name):
+                raise ValueError(f"{structures[0]} and {name} exclude each other: the structure says where the answer ends")
         return self
 
     @property

@@ -58,6 +58,7 @@ class Sequence:
         candidates: what its drafts are chosen from.
         guide: what restricts its tokens.
         stream: which of several answers to one request, for the random numbers.
+        totals: what all sequences of an engine count into.
     """
 
     id: int
@@ -68,6 +69,7 @@ class Sequence:
     candidates: CandidateSet
     guide: Guide | None = None
     stream: int = 0
+    totals: DecodingStats = field(default_factory=DecodingStats)  # of all sequences of its engine, to count into
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -104,8 +106,15 @@ class Sequence:
 
     @property
     def has_fixed_tree(self) -> bool:
-        """Whether the load may not change the tree: the request brought it, or it changes the answer."""
-        return self.options.tree is not None or (self.options.is_sampled and self.options.acceptance == "typical")
+        """Whether the load may not change the tree: the request brought it, it changes the answer, or a guide dictates it."""
+        if self.options.tree is not None or self.is_forced:
+            return True
+        return self.options.is_sampled and self.options.acceptance == "typical"
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether its guide, not its heads, says what the next draft holds."""
+        return bool(self._forced)
 
     def take_steps(self) -> list[SequenceStep]:
         """What was decided since the last call."""
@@ -115,16 +124,19 @@ class Sequence:
     def begin(self, num_cached: int) -> None:
         """Its prefill starts, with so many tokens of the prompt in the cache already."""
         self.length = num_cached
-        self.stats.num_prompt_tokens = len(self.prompt_ids)
-        self.stats.num_cached_tokens = num_cached
-        self.stats.queue_seconds = self._lap()
+        waited = self._lap()
+        for stats in (self.stats, self.totals):
+            stats.num_prompt_tokens += len(self.prompt_ids)
+            stats.num_cached_tokens += num_cached
+            stats.queue_seconds += waited
 
     def decide_first(self, greedy_id: int, logits: Rows | None) -> None:
         """Take the token that follows the prompt. logits: [1, V], where `needs_logits`."""
         prompt_end = Draft.chain(self.prompt_ids[-1:])
         accepted = Accepted([0], greedy_id) if logits is None else self.verdict(prompt_end, logits)
         given, _ = self._give(prompt_end, accepted, logits)
-        self.stats.num_generated_tokens += given
+        for stats in (self.stats, self.totals):
+            stats.num_generated_tokens += given
         self.stats.prefill_seconds = self._lap()
 
     def draft_scores(self) -> FloatArray:
@@ -156,7 +168,8 @@ class Sequence:
         """Give out what a step accepted. logits: [N, V], where they were asked for."""
         self.length += len(accepted.nodes)
         given, num_accepted = self._give(draft, accepted, logits)
-        self.stats.count_step(np.bincount(draft.depths)[1:].tolist(), num_accepted, given)
+        for stats in (self.stats, self.totals):
+            stats.count_step(np.bincount(draft.depths)[1:].tolist(), num_accepted, given)
         self.stats.decode_seconds += self._lap()
 
     def forget_heads(self) -> None:

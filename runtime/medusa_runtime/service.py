@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import threading
 import weakref
 from collections import deque
@@ -15,7 +16,7 @@ from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import CapacityError, ClosedError, MedusaError, QueueFullError, RequestError, first_line
 from medusa_runtime.options import GenerationOptions
 from medusa_runtime.sampling import Guide
-from medusa_runtime.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
+from medusa_runtime.sequence import RANDOM_SEEDS, FinishReason, Sequence, SequenceStep, TokenLogprob
 from medusa_runtime.stats import DecodingStats
 from medusa_runtime.text import StopStrings, TextCodec, TextStream
 
@@ -95,7 +96,7 @@ class ServiceStats:
     queue_seconds: float  # means over the answers that have ended by themselves: from the request to the start of its prefill
     first_token_seconds: float  # from the request to the first token
     seconds_per_token: float  # after the first token
-    decoding: DecodingStats  # of all answers that have ended; its prefill, decode and engine seconds are the engine's own
+    decoding: DecodingStats  # of all answers so far; its prefill, decode and engine seconds are the engine's own
 
 
 @dataclass
@@ -156,9 +157,9 @@ class _Job:
         self.answers = [_Answer(index, codec, request.options) for index in range(request.options.n)]
         self.chunks: deque[GenerationChunk] = deque()
         self.error: MedusaError | None = None
-        self.is_done = self.is_cancelled = False
+        self.is_done = False
         self.news = threading.Condition()
-        self.wake: Callable[[], object] | None = None  # of an event loop that waits
+        self.wakes: set[Callable[[], object]] = set()  # of event loops that wait
 
     def tell(self, chunk: GenerationChunk | None = None, error: MedusaError | None = None) -> None:
         """Hand something out, and note where nothing more will come."""
@@ -168,8 +169,8 @@ class _Job:
             self.error = self.error or error
             self.is_done = self.error is not None or all(answer.finish_reason is not None for answer in self.answers)
             self.news.notify_all()
-            wake = self.wake
-        if wake is not None:
+            wakes = list(self.wakes)
+        for wake in wakes:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 wake()
 
@@ -182,6 +183,7 @@ class Handle:
     """
 
     def __init__(self, job: _Job, cancel: Callable[[_Job], None]) -> None:
+        self.owner: object = None  # what must live as long as this
         self._job = job
         self._cancel = weakref.finalize(self, cancel, job)
         self._cancel.atexit = False
@@ -230,7 +232,7 @@ class Handle:
             if job.chunks:
                 return job.chunks.popleft()
         if job.error is not None:
-            raise job.error
+            raise job.error.with_traceback(None)
         raise StopIteration
 
     async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
@@ -244,7 +246,7 @@ class Handle:
         finally:
             self.cancel()
         if job.error is not None:
-            raise job.error
+            raise job.error.with_traceback(None)
 
     def __enter__(self) -> Self:
         return self
@@ -254,17 +256,25 @@ class Handle:
 
     async def _wait(self, ready: Callable[[], bool]) -> None:
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-        while True:
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(event.set)
+
+        try:
+            while True:
+                with self._job.news:
+                    self._job.wakes.add(wake)
+                    if ready():
+                        return
+                await event.wait()
+                event.clear()
+        finally:
             with self._job.news:
-                if ready():
-                    return
-                self._job.wake = lambda: loop.call_soon_threadsafe(event.set)
-            await event.wait()
-            event.clear()
+                self._job.wakes.discard(wake)
 
     def _whole(self) -> GenerationResult:
         if self._job.error is not None:
-            raise self._job.error
+            raise self._job.error.with_traceback(None)
         with_logprobs = self._job.request.options.logprobs is not None
         return GenerationResult([answer.choice(with_logprobs=with_logprobs) for answer in self._job.answers])
 
@@ -321,11 +331,12 @@ class Worker:
                     f"there is room for {self._most}: "
                     f"max_batch_size {self._most - self._max_queue} and max_queue {self._max_queue}"
                 )
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="medusa-runtime", daemon=True)
+                thread.start()
+                self._thread = thread
             self._num_open += num_answers
             self._inbox.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="medusa-runtime", daemon=True)
-                self._thread.start()
             self._changed.notify()
         return Handle(job, self._cancel)
 
@@ -350,50 +361,62 @@ class Worker:
                 decoding=decoding,
             )
 
-    def close(self) -> None:
-        """Refuse further requests, end those under way with `ClosedError`, and wait for the thread."""
+    def stop(self) -> None:
+        """Refuse further requests, and have those under way end with `ClosedError`. It does not wait."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+
+    def join(self) -> None:
+        """Wait for the thread to end, after `stop`."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _cancel(self, job: _Job) -> None:
         with self._changed:
             if not job.is_done:
-                job.is_cancelled = True
                 self._cancelled.append(job)
                 self._changed.notify()
 
     def _run(self) -> None:
-        while self._take_in():
-            for sequence in self._engine.step():
-                self._hand_out(sequence)
-        for job in {id(job): job for job, _ in self._under_way.values()}.values():
-            self._end(job, ClosedError("this model was closed while the request was under way"))
+        error: MedusaError = ClosedError("this model was closed while the request was under way")
+        try:
+            while self._take_in():
+                for sequence in self._engine.step():
+                    self._hand_out(sequence)
+        except Exception as failure:  # noqa: BLE001 - of the engine itself: nothing can go on, and nobody may wait for ever
+            error = _told(failure)
+        with self._changed:
+            self._is_closed = True
+            jobs = [*(job for job, _ in self._under_way.values()), *self._inbox]
+            self._inbox.clear()
+        for job in {id(job): job for job in jobs}.values():
+            with contextlib.suppress(Exception):  # an engine that failed may fail again
+                self._end(job, error)
+            job.tell(error=error)
 
     def _take_in(self) -> bool:
         """Wait for work, and take what is new. Returns whether to go on."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._inbox or self._cancelled or not self._engine.is_idle)
-            started = list(self._inbox)
-            self._inbox.clear()
-            cancelled = list(self._cancelled)
-            self._cancelled.clear()
+            started, self._inbox = self._inbox, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
+            is_closed = self._is_closed  # now: what comes later is refused, so nothing is left in the inbox
         for job in started:
             self._start(job)
         for job in cancelled:
             for sequence in [answer.sequence for answer in job.answers if answer.sequence is not None]:
                 self._engine.cancel(sequence)
                 self._hand_out(sequence)
-        return not self._is_closed
+        return not is_closed
 
     def _start(self, job: _Job) -> None:
-        request = job.request
+        request, options = job.request, job.request.options
+        if options.seed is None:  # one for all of its answers, so that it repeats them
+            options = options.model_copy(update={"seed": secrets.randbelow(RANDOM_SEEDS)})
         try:
             for stream, (answer, guide) in enumerate(zip(job.answers, request.guides, strict=True)):
-                answer.sequence = self._engine.add(request.prompt_ids, request.options, guide=guide, stream=stream)
+                answer.sequence = self._engine.add(request.prompt_ids, options, guide=guide, stream=stream)
                 self._under_way[answer.sequence.id] = (job, answer)
         except Exception as error:  # noqa: BLE001 - the request's own; it was checked before, so this is rare
             self._end(job, _told(error))

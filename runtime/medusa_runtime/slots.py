@@ -1,7 +1,7 @@
 """The cache's slots: which sequence has which, what is still cached of earlier ones, and how large the cache is.
 
 Sequences that decode have the first slots, without gaps, so that one step runs on all of them; the one whose prompt is being
-read has the next. The others are free, and keep what their last sequence left: a later prompt that begins alike starts
+read has one behind them. The others are free, and keep what their last sequence left: a later prompt that begins alike starts
 from there.
 """
 
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.sequence import Sequence
 
-SHRINK = 4  # a cache so many times larger than needed is made smaller: attention over a portable graph costs what is allocated
+# A cache that was SHRINK times larger than needed for PATIENCE sequences in a row is made smaller: attention over a portable
+# graph costs what is allocated. What free slots hold beyond the new size is given up, so one short request must not do it.
+SHRINK, PATIENCE = 4, 8
 MIN_CAPACITY = 256  # entries a slot; below, the cache is not made smaller
 
 
@@ -41,6 +43,7 @@ class SlotPool:
         self._reuse_prefixes = reuse_prefixes
         self._fixed = backend.manifest.limits.capacity
         self._clock = itertools.count(1)
+        self._num_small = 0  # sequences admitted since the cache was last of use in its size
         self.num_decoding = 0
 
     @property
@@ -68,6 +71,7 @@ class SlotPool:
         """
         place = self.num_decoding
         assert self._slots[place].sequence is None
+        self._num_small += 1
         self._fit(len(sequence.prompt_ids))
         source, common = self._longest_prefix(sequence.prompt_ids)
         target = self._oldest_free()
@@ -119,23 +123,19 @@ class SlotPool:
         for slot, length in zip(self._slots[first:], lengths, strict=False):
             slot.written = max(slot.written, length + new_tokens)
 
-    def forget(self) -> None:
-        """Nothing that the cache holds for free slots is good any more, such as after a step that failed."""
-        for slot in self._slots:
-            if slot.sequence is None:
-                slot.token_ids = []
-
     def _fit(self, needed: int) -> None:
-        """Make the cache large enough, or smaller where it is far too large."""
+        """Make the cache large enough, or smaller where it has long been far too large."""
         if self._fixed:
             if self._backend.num_slots < self.num_slots or self._backend.capacity < self._fixed:
                 self._resize(self._fixed)
             return
-        active = [len(slot.token_ids) for slot in self._slots if slot.sequence is not None]
-        needed = max([needed, *active])
-        if self._backend.num_slots < self.num_slots or not needed <= self._backend.capacity < max(
-            SHRINK * needed, MIN_CAPACITY
-        ):
+        active = [(slot, slot.sequence) for slot in self._slots if slot.sequence is not None]
+        needed = max([needed, *(max(len(slot.token_ids), len(sequence.prompt_ids)) for slot, sequence in active)])
+        capacity = self._backend.capacity
+        if capacity < max(SHRINK * needed, MIN_CAPACITY):
+            self._num_small = 0
+        if self._backend.num_slots < self.num_slots or needed > capacity or self._num_small >= PATIENCE:
+            self._num_small = 0
             self._resize(needed)
 
     def _resize(self, capacity: int) -> None:

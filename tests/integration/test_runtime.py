@@ -77,11 +77,11 @@ def test_what_an_earlier_request_left_in_the_cache_cannot_reach_a_later_one(bund
     assert lm.generate("a small model", max_new_tokens=20).token_ids  # in the other slot, which was never written
 
 
-def test_a_long_request_does_not_slow_later_ones(bundle: Path) -> None:
+def test_a_long_request_does_not_slow_later_ones_for_long(bundle: Path) -> None:
     lm = MedusaLM.from_bundle(bundle)
     backend = lm.engine.backend
     backend.resize(8, 5 * CAPACITY_BUCKET)
-    assert lm.generate(PROMPT, max_new_tokens=5).token_ids == lm.generate(PROMPT, max_new_tokens=5).token_ids
+    assert len({tuple(lm.generate(PROMPT, max_new_tokens=5).token_ids) for _ in range(9)}) == 1
     assert backend.capacity == CAPACITY_BUCKET
 
 

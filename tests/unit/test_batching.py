@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
 from medusa_runtime.budget import LearnedCosts
+from medusa_runtime.drafts import candidates_for
 from medusa_runtime.sequence import Sequence
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
@@ -155,15 +156,32 @@ def test_without_reuse_every_prompt_is_read_whole() -> None:
         assert sequence.stats.num_cached_tokens == 0
 
 
-def test_the_cache_shrinks_after_a_long_request_and_what_is_left_is_still_right() -> None:
+def test_the_cache_shrinks_when_it_has_long_been_too_large_and_what_is_left_is_still_right() -> None:
     backend = FakeBackend("sometimes", fake_manifest(max_seq_len=2000))
     engine = DecodingEngine(backend, max_batch_size=2)
-    long, short = [7] * 1500, [7] * 30
+    long, short = [7] * 1500, [8] * 30
     assert [s.token_ids for s in decode(engine, [long])] == [greedy(long, 5)]
-    assert backend.capacity > 1500
-    assert [s.token_ids for s in decode(engine, [short])] == [greedy(short, 5)]
+    decode(engine, [short])
+    [again] = decode(engine, [long])
+    assert (again.token_ids, again.stats.num_cached_tokens) == (greedy(long, 5), 1499)  # one short request cost it nothing
+    for _ in range(9):
+        assert [s.token_ids for s in decode(engine, [short])] == [greedy(short, 5)]
     assert backend.capacity < 256
     assert [s.token_ids for s in decode(engine, [long, short])] == [greedy(long, 5), greedy(short, 5)]
+
+
+def test_memory_for_a_long_prompt_is_taken_once() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=2000))
+    engine = DecodingEngine(backend, max_batch_size=2)
+    engine.add([1], DecodingOptions(max_new_tokens=60))
+    engine.step()
+    capacities = []
+    whole = backend.resize
+    backend.resize = lambda slots, capacity, lengths=(): (capacities.append(capacity), whole(slots, capacity, lengths))
+    long = engine.add([2] * 1500, DecodingOptions(max_new_tokens=1))
+    while not long.is_finished:
+        engine.step()
+    assert len(capacities) <= 2
 
 
 def decode(engine: DecodingEngine, prompts: list[list[int]]) -> list[Sequence]:
@@ -266,6 +284,30 @@ def test_costs_are_learned_from_the_steps_that_are_made(base, per_token) -> None
     assert 0.0035 < costs.heads(5) < 0.0045
 
 
+@pytest.mark.parametrize("width", [1, 16])
+def test_what_is_learned_stays_sound_however_long_the_load_is_the_same(width) -> None:
+    costs = LearnedCosts()
+    for step in range(60_000):
+        costs.observe(1, width, 128 + 64 * (step // 100 % 4), 0.02 + 0.0011 * width)
+    found = costs.steps(1, 256, 16)
+    assert found[width - 1] == pytest.approx(0.02 + 0.0011 * width, rel=0.1)
+    assert (np.diff(found) >= 0).all()
+    assert found[15] < 10 * found[0]
+
+
+def test_what_a_guide_forces_is_not_the_heads_merit() -> None:
+    from medusa_runtime.budget import DraftBudget
+
+    budget = DraftBudget(StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [5.0, 5.0]))
+    before = budget.width([np.array([0.5, 0.2], np.float32)], 1, 64)
+    asked = budget.asks_heads(1, before, 0)
+    for _ in range(100):
+        assert budget.width([np.empty(0, np.float32)], 9, 64) == 9
+        budget.asks_heads(1, 9, 0)
+    assert (before, asked) == (1, False)
+    assert budget.width([np.array([0.5, 0.2], np.float32)], 1, 64) == 1
+
+
 def test_a_stall_of_the_machine_is_no_lesson() -> None:
     costs = LearnedCosts()
     for _ in range(50):
@@ -310,7 +352,12 @@ def test_costs_between_and_beyond_what_was_measured_are_linear() -> None:
     assert costs.heads(3) == 2.0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"batch_sizes": [1]}'])
+TABLE = '{"batch_sizes": [1], "widths": %s, "capacities": [64], "step_seconds": [[[1.0]]], "head_seconds": [%s]}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"batch_sizes": [1]}', TABLE % ('["a"]', 1.0), TABLE % ("[1, 1]", 1.0), TABLE % ("[1]", 0.0)]
+)
 def test_damaged_costs_are_refused(tmp_path, text) -> None:
     (tmp_path / "costs.json").write_text(text)
     with pytest.raises(Exception, match="holds no step costs"):
@@ -320,5 +367,25 @@ def test_damaged_costs_are_refused(tmp_path, text) -> None:
 def test_an_engine_refuses_a_batch_that_cannot_be() -> None:
     with pytest.raises(OptionError, match="max_batch_size is 0"):
         DecodingEngine(FakeBackend(), max_batch_size=0)
+    small = FakeBackend(manifest=fake_manifest(max_batch_size=4))
     with pytest.raises(CapacityError, match="max_batch_size is 9, the bundle takes 4"):
-        DecodingEngine(FakeBackend(manifest=fake_manifest(max_batch_size=4)), max_batch_size=9)
+        DecodingEngine(small, max_batch_size=9)
+    assert DecodingEngine(small).max_batch_size == 4
+    with pytest.raises(OptionError, match="costs is 'Learn'"):
+        DecodingEngine(small, costs="Learn")
+
+
+def test_min_new_tokens_holds_without_max_new_tokens() -> None:
+    engine = DecodingEngine(FakeBackend(manifest=fake_manifest(max_seq_len=400)))
+    sequence = engine.add([1], DecodingOptions(min_new_tokens=300))
+    while not engine.is_idle:
+        engine.step()
+    assert len(sequence.token_ids) == 300
+
+
+def test_a_probability_above_one_by_rounding_makes_no_orphan() -> None:
+    candidates = candidates_for(DynamicTree(3), 2, 2)
+    log_probs = np.array([[-0.1, -2.0], [2e-7, -3.0]], np.float32)
+    draft = candidates.draft(0, np.array([[1, 2], [3, 4]]), candidates.scores(log_probs, 2), 3)
+    assert draft.parents.tolist() == [-1, 0, 1]
+    assert candidates.draft(0, np.array([[1, 2], [3, 4]]), candidates.scores(log_probs, 2), 2).depths.tolist() == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import threading
@@ -212,13 +213,75 @@ def test_a_closed_service_ends_what_is_under_way_and_refuses_more() -> None:
 
 
 def test_a_service_that_is_dropped_ends_its_thread() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     lm = service()
     lm.generate("a", max_new_tokens=3)
-    assert threading.active_count() == before + 1
+    [worker] = set(threading.enumerate()) - before
     del lm
     gc.collect()
-    assert threading.active_count() == before
+    worker.join(30)
+    assert not worker.is_alive()
+
+
+def test_a_collector_may_free_a_service_under_any_lock() -> None:
+    lm, other = service(), service()
+    lm.generate("a", max_new_tokens=3)
+    lm.itself = lm  # only a collector frees it
+    changed = lm._worker._changed
+    with changed:  # held by the thread that collects
+        del lm
+        gc.collect()
+    other.close()
+
+
+def test_a_handle_keeps_its_service_open() -> None:
+    handle = service().submit("abc", max_new_tokens=20)
+    gc.collect()
+    assert handle.result(30).text == text_of("abc", 20)
+
+
+def test_what_is_submitted_as_the_service_closes_is_answered_or_ended() -> None:
+    for _ in range(30):
+        lm = service()
+        handles: list = []
+
+        def submit(lm=lm, handles=handles) -> None:
+            with contextlib.suppress(ClosedError):
+                while len(handles) < 50:
+                    handles.append(lm.submit("a", max_new_tokens=3))
+
+        caller = threading.Thread(target=submit)
+        caller.start()
+        lm.close()
+        caller.join()
+        for handle in handles:
+            with contextlib.suppress(ClosedError):
+                assert handle.result(30).text == text_of("a", 3)
+
+
+def test_an_engine_that_fails_outside_a_step_lets_nobody_wait_for_ever(monkeypatch) -> None:
+    with service(max_batch_size=2) as lm:
+        monkeypatch.setattr(lm.engine._slots, "release", lambda _: 1 / 0)
+        handles = [lm.submit("a", max_new_tokens=count) for count in (3, 200)]
+        for handle in handles:
+            with pytest.raises(RequestError, match="ZeroDivisionError"):
+                handle.result(30)
+        with pytest.raises(ClosedError):
+            lm.generate("a", max_new_tokens=3)
+
+
+def test_several_tasks_may_wait_for_one_handle() -> None:
+    async def run(lm: MedusaLM) -> list[str]:
+        handle = lm.submit("abc", max_new_tokens=30)
+
+        async def chunks() -> str:
+            return "".join([chunk.text async for chunk in handle])
+
+        streamed, *results = await asyncio.wait_for(asyncio.gather(chunks(), handle.aresult(), handle.aresult()), 30)
+        return [streamed, *(result.text for result in results)]
+
+    with service() as lm:
+        assert asyncio.run(run(lm)) == [text_of("abc", 30)] * 3
 
 
 def test_a_failing_device_fails_its_requests_and_the_service_goes_on() -> None:
@@ -288,7 +351,10 @@ def test_a_random_seed_is_told_and_repeats_the_answer() -> None:
         first = lm.generate("abc", max_new_tokens=30, temperature=1.0)
         other = lm.generate("abc", max_new_tokens=30, temperature=1.0)
         again = lm.generate("abc", max_new_tokens=30, temperature=1.0, seed=first.seed, medusa=False)
+        several = lm.generate("abc", max_new_tokens=9, temperature=1.0, n=3)
+        repeated = lm.generate("abc", max_new_tokens=9, temperature=1.0, n=3, seed=several.seed)
     assert first.text == again.text != other.text
+    assert [choice.text for choice in several.choices] == [choice.text for choice in repeated.choices]
 
 
 def test_a_timeout_leaves_the_request_running() -> None:

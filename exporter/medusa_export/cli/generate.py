@@ -72,7 +72,9 @@ def command(
         else None,
     }
     options = parse(GenerationOptions, fields | given)
-    with MedusaLM.from_bundle(bundle, backend, max_batch_size=options.n, num_threads=threads, allow_failed=allow_failed) as lm:
+    with MedusaLM.from_bundle(
+        bundle, backend, max_batch_size=None if options.n > 1 else 1, num_threads=threads, allow_failed=allow_failed
+    ) as lm:
         choices = _answer(lm, prompt, options, streamed=not as_json)
     if as_json:
         first, *others = [_facts(choice) for choice in choices]

@@ -115,7 +115,8 @@ class HeadsModule(torch.nn.Module):
         super().__init__()
         self.heads, self.lm_head, self.top_k = heads, lm_head, top_k
         if draft_ids is not None:
-            self.lm_head = _rows(lm_head, draft_ids)
+            if heads.config.shared_lm_head:
+                self.lm_head = _rows(lm_head, draft_ids)
             self.draft_ids = torch.nn.Buffer(torch.tensor(draft_ids), persistent=False)
             self.heads = copy.deepcopy(heads)
             for head in self.heads.heads:
