@@ -147,7 +147,7 @@ def resident_bytes() -> int:
 @click.option("--requests", default=10_000, show_default=True)
 @click.option("--longest", default=40, show_default=True, help="New tokens of a request at most.")
 @click.option("--max-batch-size", default=8, show_default=True)
-@click.option("--max-queue", default=12, show_default=True)
+@click.option("--max-queue", default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(

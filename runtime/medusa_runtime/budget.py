@@ -133,6 +133,7 @@ class LearnedCosts:
         self._mean = np.array([1.0, 0.05, 0.02])
         self._covariance = PRIOR
         self._head_seconds: dict[int, float] = {}  # by batch size
+        self._num_steps = 0
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
         """See `StepCosts.steps`."""
@@ -149,7 +150,10 @@ class LearnedCosts:
         return self._head_seconds[nearest]
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
-        """Learn from a step."""
+        """Learn from a step: from each of the first ones, then from every fourth."""
+        self._num_steps += 1
+        if self._num_steps > 100 and self._num_steps % 4:
+            return
         features = np.array([1.0, batch * width, batch * width * capacity / 1000])
         if not self._unit:
             self._unit = seconds / float(features @ self._mean)

@@ -160,14 +160,16 @@ def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
         weights = np.exp((logits - best) / max(np.float32(options.temperature), SMALLEST))  # [V], the best token's is 1
     if not (options.top_k or options.top_p < 1 or options.min_p):
         return Distribution(weights)
-    kept = np.arange(len(weights))
+    kept: IntArray | slice = slice(None)
     if 0 < options.top_k < len(weights):
         kept = np.sort(np.argpartition(-weights, options.top_k - 1)[: options.top_k])
     if options.top_p < 1:
-        kept = kept[_nucleus(weights[kept], options.top_p)]
+        nucleus = _nucleus(weights[kept], options.top_p)
+        kept = nucleus if isinstance(kept, slice) else kept[nucleus]
     if options.min_p:
-        kept = kept[weights[kept] >= options.min_p]
-    return Distribution(weights[kept], kept)
+        likely = np.flatnonzero(weights[kept] >= options.min_p)
+        kept = likely if isinstance(kept, slice) else kept[likely]
+    return Distribution(weights[kept], None if isinstance(kept, slice) else kept)
 
 
 def _nucleus(weights: FloatArray, top_p: float) -> IntArray:

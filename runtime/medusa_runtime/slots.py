@@ -74,7 +74,7 @@ class SlotPool:
         self._num_small += 1
         self._fit(len(sequence.prompt_ids))
         source, common = self._longest_prefix(sequence.prompt_ids)
-        target = self._oldest_free()
+        target = self._oldest_free() if self._reuse_prefixes else place
         if self._slots[source].sequence is None and 2 * common >= len(self._slots[source].token_ids):
             target = source  # most of what is cached there is used: take it where it is
         if target != source and common:
