@@ -6,12 +6,20 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, ValidationInfo, field_validator, model_validator
 
 from medusa_runtime.errors import OptionError
 from medusa_runtime.tree import CandidateTree, DynamicTree
 
 MAX_SEED = (1 << 64) - 1
+KINDS = {  # what pydantic has stranger words for
+    "tree": "a CandidateTree or a DynamicTree",
+    "logit_bias": "token ids with numbers, such as {42: -5.0}",
+    "json_schema": "a JSON schema as a dictionary",
+    "stop_token_ids": "a list of token ids",
+    "stop": "a list of texts",
+    "choice": "a list of texts",
+}
 Tree = InstanceOf[CandidateTree] | InstanceOf[DynamicTree]
 
 
@@ -68,7 +76,7 @@ class DecodingOptions(BaseModel):
     def _finite(cls, biases: Mapping[int, float]) -> Mapping[int, float]:
         for token, bias in biases.items():
             if not -100 <= bias <= 100:
-                raise ValueError(f"the bias of token {token} is {bias}; it must be between -100 and 100")
+                raise ValueError(f"logit_bias is {bias} for token {token}; it must be between -100 and 100")
         return biases
 
     @model_validator(mode="after")
@@ -102,10 +110,10 @@ class GenerationOptions(DecodingOptions):
 
     @field_validator("stop", "choice", mode="before")
     @classmethod
-    def _texts(cls, texts: Any) -> Any:
+    def _texts(cls, texts: Any, info: ValidationInfo) -> Any:
         texts = (texts,) if isinstance(texts, str) else texts
         if isinstance(texts, list | tuple) and "" in texts:
-            raise ValueError("a text to stop at, or to choose, cannot be empty")
+            raise ValueError(f"{info.field_name} holds an empty text; it cannot be empty")
         return texts
 
     @model_validator(mode="after")
@@ -135,5 +143,7 @@ def _line(error: ValidationError, model: type[BaseModel]) -> str:
             return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
         case "value_error":
             return f"{first['ctx']['error']}"
+    if first["type"] in {"tuple_type", "mapping_type", "dict_type", "is_instance_of"}:
+        return f"{name} is {' '.join(repr(first['input']).split())}; it must be {KINDS[name]}"
     asked = first["msg"].removeprefix("Input should be ").removeprefix("a valid ").partition(", unable to parse")[0]
     return f"{name} is {' '.join(repr(first['input']).split())}; it must be {asked}"

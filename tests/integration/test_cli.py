@@ -143,7 +143,7 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("generate", "{bundle}", "-p", "x " * 300), 1, "together more than the bundle's 256"),
         (("generate", "{bundle}", "-p", "x", "--temperature", "-1"), 2, "Invalid value for '--temperature'"),
         (("generate", "{bundle}", "-p", "x", "--logit-bias", "1"), 2, "--logit-bias is '1'; it must be a token id"),
-        (("generate", "{bundle}", "-p", "x", "--logit-bias", "1=900"), 2, "the bias of token 1 is 900.0"),
+        (("generate", "{bundle}", "-p", "x", "--logit-bias", "1=900"), 2, "logit_bias is 900.0 for token 1"),
         (("generate", "{bundle}", "-p", "x", "--stop-token-ids", "999"), 2, "stop_token_ids names the token 999"),
         (("generate", "{bundle}", "-p", "x", "--json-schema", "/nowhere"), 2, "cannot read the JSON schema /nowhere"),
         (("generate", "{bundle}", "-p", "x", "--regex", "(a"), 2, "regex cannot be used: "),

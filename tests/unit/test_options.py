@@ -137,7 +137,7 @@ def test_what_may_not_be_is_refused_with_its_name_its_value_and_what_may_be(name
 @pytest.mark.parametrize("bias", [100.001, -100.001, 1e9])
 def test_a_bias_out_of_range_is_refused_with_its_token(bias) -> None:
     message = refusal(logit_bias={3: 1.0, 7: bias})
-    assert message == f"the bias of token 7 is {bias}; it must be between -100 and 100"
+    assert message == f"logit_bias is {bias} for token 7; it must be between -100 and 100"
 
 
 @pytest.mark.parametrize("value", [np.zeros((3, 3)), "a\nb", "a\u2028b"], ids=["array", "lines", "separator"])
