@@ -121,9 +121,8 @@ class GenerationOptions(DecodingOptions):
         structures = [name for name in ("json_schema", "regex", "choice") if name in self.structure]
         if len(structures) > 1:
             raise ValueError(f"{structures[0]} and {structures[1]} exclude each other")
-        for name in ("ignore_eos", "min_new_tokens"):
-            if structures and getattr(self, name):
-                raise ValueError(f"{structures[0]} and {name} exclude each other: the structure says where the answer ends")
+        if structures and self.ignore_eos:
+            raise ValueError(f"{structures[0]} and ignore_eos exclude each other: the structure says where the answer ends")
         return self
 
     @property
