@@ -23,8 +23,9 @@ from medusa_runtime.errors import (
 from medusa_runtime.lm import MedusaLM
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import DecodingOptions, GenerationOptions
+from medusa_runtime.results import Choice, GenerationChunk, GenerationResult, ServiceStats
 from medusa_runtime.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
-from medusa_runtime.service import Choice, GenerationChunk, GenerationResult, Handle, ServiceStats
+from medusa_runtime.service import Handle
 from medusa_runtime.stats import DecodingStats
 from medusa_runtime.text import Message, Prompt
 from medusa_runtime.tree import CandidateTree, DynamicTree, most_likely_tree, prior_tree

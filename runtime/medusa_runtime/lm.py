@@ -13,8 +13,9 @@ from medusa_runtime.engine import DEFAULT_BATCH_SIZE, DecodingEngine, check_batc
 from medusa_runtime.errors import BundleError, OptionError, QueueFullError
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import GenerationOptions
+from medusa_runtime.results import GenerationResult, ServiceStats
 from medusa_runtime.sampling import Guide
-from medusa_runtime.service import GenerationResult, Handle, Request, ServiceStats, Worker
+from medusa_runtime.service import Handle, Request, Worker
 from medusa_runtime.text import Prompt, TextCodec
 from medusa_runtime.tree import CandidateTree, DynamicTree
 
