@@ -9,6 +9,7 @@ each step, no larger than pays: by what steps were seen to cost, or by a table m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -90,6 +91,46 @@ def overhead(lm: MedusaLM, clock: Clock, prompts: Sequence[str], batch: int, **f
     return 1 - (clock.seconds - before) / (time.perf_counter() - started)
 
 
+Modes = dict[str, tuple[MedusaLM, dict[str, Any]]]
+
+
+def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[int, dict[str, dict[str, float]]]:
+    """Medians by callers and mode; the modes take turns."""
+    by_callers = {}
+    for callers in CONCURRENCY:
+        found: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for _ in range(ROUNDS):
+            for name, (model, fields) in modes.items():
+                if name != "full" or callers == 1:
+                    found[name].append(load(model, texts, callers, max_new_tokens, **fields))
+        seen = {name: [round(run["tokens_per_second"]) for run in runs] for name, runs in found.items()}
+        click.echo(f"{callers}: {seen}", err=True)
+        by_callers[callers] = {
+            name: {key: round(float(np.median([run[key] for run in runs])), 3) for key in runs[0]}
+            for name, runs in found.items()
+        }
+    return by_callers
+
+
+def overheads(lm: MedusaLM, texts: Sequence[str]) -> dict[str, float]:
+    """Medians of `overhead` by what is decoded and how many side by side."""
+    clock = Clock(lm.engine.backend)
+    lm.engine.backend = clock
+    kinds = {"plain": {"medusa": False}, "medusa": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
+    return {
+        f"{name}, batch {batch}": round(
+            float(np.median([overhead(lm, clock, texts, batch, **fields) for _ in range(ROUNDS)])), 4
+        )
+        for batch in (1, 8)
+        for name, fields in kinds.items()
+    }
+
+
+def rounded(costs: StepCosts) -> dict[str, Any]:
+    """A cost table to four digits of a second."""
+    return {name: np.round(table, 4).tolist() for name, table in dataclasses.asdict(costs).items()}
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with a prompt each; our own without it.")
@@ -98,18 +139,10 @@ def overhead(lm: MedusaLM, clock: Clock, prompts: Sequence[str], batch: int, **f
 def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path | None) -> None:
     """Measure BUNDLE on the CPU."""
     texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()] if prompts else list(PROMPTS)
-    largest = max(CONCURRENCY)
-    costs = StepCosts.measure(open_backend(bundle, Manifest.load(bundle)), max_batch_size=largest)
-
-    def open_with(costs: Any) -> MedusaLM:
-        return MedusaLM.from_bundle(
-            bundle, max_batch_size=largest, costs=costs, tree=DynamicTree(16), reuse_prefixes=False, verify_files=False
-        )
-
-    learned, measured, fixed = open_with("learn"), open_with(costs), open_with(None)
-    clock = Clock(learned.engine.backend)
-    learned.engine.backend = clock
-    modes: dict[str, tuple[MedusaLM, dict[str, Any]]] = {
+    settings: dict[str, Any] = {"max_batch_size": max(CONCURRENCY), "reuse_prefixes": False, "tree": DynamicTree(16)}
+    costs = StepCosts.measure(open_backend(bundle, Manifest.load(bundle)), max_batch_size=max(CONCURRENCY))
+    learned, measured, fixed = (MedusaLM.from_bundle(bundle, costs=kind, **settings) for kind in ("learn", costs, None))
+    modes: Modes = {
         "plain": (learned, {"medusa": False}),
         "learned": (learned, {}),
         "measured": (measured, {}),
@@ -117,61 +150,23 @@ def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path |
     }
     for model, fields in modes.values():
         load(model, texts, 2, 16, **fields)
-    found: dict[int, dict[str, list[dict[str, float]]]] = {}
-    for callers in CONCURRENCY:
-        found[callers] = defaultdict(list)
-        for _ in range(ROUNDS):
-            for name, (model, fields) in modes.items():
-                if name != "full" or callers == 1:
-                    found[callers][name].append(load(model, texts, callers, max_new_tokens, **fields))
-        click.echo(
-            f"{callers}: { {name: [round(r['tokens_per_second']) for r in runs] for name, runs in found[callers].items()} }",
-            err=True,
-        )
-    by_callers = {
-        callers: {
-            name: {key: round(float(np.median([run[key] for run in runs])), 3) for key in runs[0]}
-            for name, runs in by_mode.items()
-        }
-        for callers, by_mode in found.items()
+    by_callers = throughput(modes, texts, max_new_tokens)
+    speed = {
+        callers: {name: entry["tokens_per_second"] for name, entry in by_mode.items()}
+        for callers, by_mode in by_callers.items()
     }
-    overheads = {
-        f"{name}, batch {batch}": round(
-            float(np.median([overhead(learned, clock, texts, batch, **fields) for _ in range(ROUNDS)])), 4
-        )
-        for batch in (1, 8)
-        for name, fields in (
-            ("plain", {"medusa": False}),
-            ("medusa", {}),
-            ("sampled", {"temperature": 0.8, "top_p": 0.95, "seed": 1}),
-        )
-    }
-    plain_alone = by_callers[1]["plain"]["tokens_per_second"]
-    publish(
-        environment()
-        | {
-            "unit": "medians of rounds",
-            "max_new_tokens": max_new_tokens,
-            "by_callers": by_callers,
-            "over_plain": {
-                callers: {
-                    name: round(entry["tokens_per_second"] / by_mode["plain"]["tokens_per_second"], 3)
-                    for name, entry in by_mode.items()
-                }
-                for callers, by_mode in by_callers.items()
-            },
-            "eight_callers_over_one_at_a_time_without_medusa": round(
-                by_callers[8]["learned"]["tokens_per_second"] / plain_alone, 2
-            ),
-            "share_outside_forward_passes": overheads,
-            "step_costs": {"batch_sizes": costs.batch_sizes, "widths": costs.widths, "capacities": costs.capacities}
-            | {
-                "step_seconds": np.round(costs.step_seconds, 4).tolist(),
-                "head_seconds": np.round(costs.head_seconds, 4).tolist(),
-            },
+    result = environment() | {
+        "unit": "medians of rounds",
+        "max_new_tokens": max_new_tokens,
+        "by_callers": by_callers,
+        "over_plain": {
+            callers: {name: round(rate / rates["plain"], 3) for name, rate in rates.items()} for callers, rates in speed.items()
         },
-        output,
-    )
+        "eight_callers_over_one_at_a_time_without_medusa": round(speed[8]["learned"] / speed[1]["plain"], 2),
+        "share_outside_forward_passes": overheads(learned, texts),
+        "step_costs": rounded(costs),
+    }
+    publish(result, output)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,12 @@ class StepCosts:
         """Seconds of one evaluation of the heads."""
         return float(_along(np.array(self.head_seconds), self.batch_sizes, batch))
 
+    def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
+        """See `LearnedCosts.observe`. A table stays as it was measured."""
+
+    def observe_heads(self, batch: int, seconds: float) -> None:
+        """See `LearnedCosts.observe_heads`."""
+
 
 class LearnedCosts:
     """What steps cost here, learned from the steps that are made anyway. In the meantime, a guess.

@@ -324,7 +324,7 @@ class DecodingEngine:
             with_logits=any(sequence.needs_logits for sequence in decoding),
         )
         seconds = time.perf_counter() - started
-        if isinstance(self.costs, LearnedCosts):
+        if self.costs is not None:
             self.costs.observe(len(decoding), width, self.backend.capacity, seconds)
 
         greedy = accept_greedy(batch, output.greedy_ids)
@@ -406,7 +406,7 @@ class DecodingEngine:
         for row, sequence in enumerate(sequences):
             sequence.head_ids, sequence.head_log_probs = output.token_ids[row], output.log_probs[row]
         seconds = time.perf_counter() - started
-        if isinstance(self.costs, LearnedCosts):
+        if self.costs is not None:
             self.costs.observe_heads(len(sequences), seconds)
         return seconds
 
