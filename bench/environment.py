@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from medusa_export.bench.machine import machine
 
 PACKAGES = ("medusa-export", "onnxruntime", "torch", "transformers", "numpy", "onnxscript", "tensorrt-rtx-cu13")
 
@@ -27,7 +28,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)],
         "versions": versions,
-        "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()},
+        "machine": machine(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -38,10 +39,3 @@ def publish(result: dict[str, Any], output: Path | None) -> None:
     click.echo(text)
     if output:
         output.write_text(text + "\n")
-
-
-def _cpu() -> str:
-    flags = {"amx_int8", "avx512f", "avx2"}
-    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    return f"{facts.get('model name', platform.machine())} ({', '.join(sorted(flags & set(facts.get('flags', '').split())))})"

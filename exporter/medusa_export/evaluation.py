@@ -15,9 +15,9 @@ from medusa_export.checkpoint import load_backbone, load_tokenizer
 from medusa_export.devices import fast_precision, torch_device
 from medusa_export.export import require_matching
 from medusa_export.progress import count_stage, stage
-from medusa_heads.evaluate import TOP_K, TREE_NODES, Evaluation
 from medusa_heads.evaluate import evaluate as judge
 from medusa_heads.formats import load_heads
+from medusa_heads.replay import TOP_K, TREE_NODES, Evaluation
 from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train.examples import Example, digest, read_examples, split
 from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidden_states

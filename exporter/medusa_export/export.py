@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from transformers import PreTrainedTokenizerBase
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
-from medusa_export.progress import byte_stage, note, stage
+from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import trace_heads, trace_step
 from medusa_export.trees import tree_for
-from medusa_export.weights import total_bytes, write_weights
+from medusa_export.write import write_graphs
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.errors import CheckpointError, OptionError
@@ -25,17 +23,15 @@ from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import (
     HEADS,
     STEP,
-    WEIGHTS_NAME,
     FileFacts,
-    GraphFacts,
     HeadFacts,
     Limits,
     Manifest,
     Precision,
-    TensorFacts,
     file_facts,
     is_bundle,
 )
+from medusa_runtime.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 from medusa_runtime.tree import CandidateTree
 
@@ -94,7 +90,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
     with stage("trace the heads"):
         graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset, draft_ids)}
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
-        files = _write_graphs(graphs, directory) | _write_text(tokenizer, directory)
+        files, facts = write_graphs(graphs, directory, options.precision)
         manifest = Manifest(
             kind="onnx",
             model=backbone.facts,
@@ -102,9 +98,9 @@ def export_bundle(options: ExportOptions) -> Manifest:
             precision=options.precision,
             opset=options.opset,
             limits=limits,
-            graphs={name: graph_facts(model, f"{name}.onnx") for name, model in graphs.items()},
+            graphs=facts,
             tree=tree.to_json(),
-            files=files,
+            files=files | _write_text(tokenizer, directory) | _copy_ngrams(options.heads, directory),
             provenance=provenance(),
         )
         manifest.save(directory)
@@ -156,17 +152,6 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
     )
 
 
-def _write_graphs(graphs: dict[str, ir.Model], directory: Path) -> dict[str, FileFacts]:
-    with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
-        files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
-    for name, model in graphs.items():
-        _finish(model, name)
-        path = directory / f"{name}.onnx"
-        ir.save(model, path)
-        files[path.name] = file_facts(path)
-    return files
-
-
 def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, FileFacts]:
     """The tokenizer and the chat template, as the runtime reads them."""
     tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
@@ -179,6 +164,16 @@ def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str
     return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 
+def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:
+    """What draft n-grams there are beside the heads."""
+    source = heads / NGRAMS_NAME
+    if not source.is_file():
+        return {}
+    NGrams.load(source)  # or it is damaged
+    shutil.copyfile(source, directory / NGRAMS_NAME)
+    return {NGRAMS_NAME: file_facts(directory / NGRAMS_NAME)}
+
+
 def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
     """Raise a `CheckpointError` where the heads were made for a model of other shape."""
     for name in ("hidden_size", "vocab_size"):
@@ -188,30 +183,3 @@ def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None
                 f"the heads in {path} have {name} {found}, {backbone.source} has {want}; "
                 f"they were made for {heads.config.base_model}"
             )
-
-
-def graph_facts(model: ir.Model, file: str, target: str = "portable") -> GraphFacts:
-    """Names, types and shapes of a graph's inputs and outputs."""
-
-    def facts(value: ir.Value) -> TensorFacts:
-        assert value.name is not None
-        assert value.shape is not None
-        assert value.dtype is not None
-        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
-        return TensorFacts(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
-
-    return GraphFacts(
-        file=file,
-        target=target,
-        inputs=[facts(value) for value in model.graph.inputs],
-        outputs=[facts(value) for value in model.graph.outputs],
-    )
-
-
-def _finish(model: ir.Model, name: str) -> None:
-    ClearMetadataAndDocStringPass()(model)
-    model.graph.name = name
-    model.opset_imports.pop("medusa.trace", None)
-    model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)
-    model.producer_name = "medusa-export"
-    model.producer_version = importlib.metadata.version("medusa-export")

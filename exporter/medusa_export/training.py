@@ -34,6 +34,7 @@ from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError, first_line
 from medusa_runtime.files import alone_in, require_new
 from medusa_runtime.manifest import Precision
+from medusa_runtime.ngrams import NGRAMS_NAME
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
     def beside(directory: Path) -> None:
         if result.evaluation is not None:
             (directory / native.EVALUATION_NAME).write_text(result.evaluation.model_dump_json(indent=1) + "\n")
+        if result.ngrams is not None:
+            result.ngrams.save(directory / NGRAMS_NAME)
         if result.joint is not None:
             place = directory / settings.save_backbone
             base = Path(options.model)

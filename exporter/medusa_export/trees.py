@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from medusa_export.progress import note
-from medusa_heads.evaluate import Evaluation
 from medusa_heads.formats import native
+from medusa_heads.replay import Evaluation
 from medusa_runtime.errors import CheckpointError
 from medusa_runtime.tree import CandidateTree, prior_tree
 

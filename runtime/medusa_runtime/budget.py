@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ import numpy.typing as npt
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.errors import BundleError
 from medusa_runtime.files import write_whole
+from medusa_runtime.manifest import Limits
+from medusa_runtime.measuring import measure_grid
 from medusa_runtime.tree import FloatArray
 
-REPEATS = 3
+ROUNDS = 3
 DECAY = 0.98  # how much of what was learnt of the heads from earlier steps remains after one more
 DECAY_OF_COSTS = 0.998  # how much of what was learnt of the costs remains; what is forgotten is as unsure as in the beginning
 PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2
@@ -36,6 +36,7 @@ class StepCosts:
         capacities: entries a slot, ascending.
         step_seconds: nested lists. [capacities, batch_sizes, widths]
         head_seconds: of one evaluation of the heads. [batch_sizes]
+        host_seconds: what a step takes besides: drafts, acceptance, bookkeeping. Empty: not measured. [batch_sizes]
     """
 
     batch_sizes: list[int]
@@ -43,6 +44,7 @@ class StepCosts:
     capacities: list[int]
     step_seconds: list[list[list[float]]]
     head_seconds: list[float]
+    host_seconds: list[float] = field(default_factory=list)
 
     @classmethod
     def measure(
@@ -61,22 +63,9 @@ class StepCosts:
             max_nodes: the largest tree.
             capacities: how large the cache may be; the bundle's limits cut them.
         """
-        limits = backend.manifest.limits
-        max_nodes = min(max_nodes, limits.max_tree_nodes or max_nodes)
-        fitting = [limits.capacity] if limits.capacity else sorted({min(size, limits.max_seq_len) for size in capacities})
-        fitting = sorted({max(size, max_nodes) for size in fitting})
-        batch_sizes, widths = _grid(max_batch_size), _grid(max_nodes)
-        step_seconds: list[list[list[float]]] = []
-        head_seconds: list[float] = []
-        for capacity in fitting:
-            backend.resize(max_batch_size, capacity)
-            table = []
-            for batch in batch_sizes:
-                table.append([_seconds(_step(backend, batch, width, capacity)) for width in widths])
-                if len(head_seconds) < len(batch_sizes):
-                    head_seconds.append(_seconds(partial(backend.propose, np.zeros(batch, np.int64))))
-            step_seconds.append(table)
-        return cls(batch_sizes, widths, fitting, step_seconds, head_seconds)
+        batch_sizes, widths = _grid(max_batch_size), _grid(fitting_nodes(backend.manifest.limits, max_nodes))
+        fitting = fitting_capacities(backend.manifest.limits, capacities, widths[-1])
+        return cls(batch_sizes, widths, fitting, *measure_grid(backend, batch_sizes, widths, fitting, rounds=ROUNDS))
 
     @classmethod
     def load(cls, path: str | Path) -> StepCosts:
@@ -88,24 +77,30 @@ class StepCosts:
         try:
             data: dict[str, Any] = json.loads(Path(path).read_text())
             costs = cls(**data)
-            axes = [np.array(axis, np.float64) for axis in (costs.capacities, costs.batch_sizes, costs.widths)]
-            tables = [np.array(table, np.float64) for table in (costs.step_seconds, costs.head_seconds)]
-            if any(axis.ndim != 1 or not len(axis) or (np.diff(axis, prepend=0) <= 0).any() for axis in axes):
-                raise ValueError("its axes do not ascend")
-            if [table.shape for table in tables] != [tuple(map(len, axes)), (len(axes[1]),)]:
-                raise ValueError("its tables are not as large as it says")
-            if not all((table > 0).all() for table in tables):
-                raise ValueError("a step that takes no time")
+            costs.check()
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise BundleError(f"{path} holds no step costs ({error}); measure them again") from error
         return costs
+
+    def check(self) -> None:
+        """Raise a ValueError or TypeError where the table is not one."""
+        axes = [np.array(axis, np.float64) for axis in (self.capacities, self.batch_sizes, self.widths)]
+        tables = [np.array(table, np.float64) for table in (self.step_seconds, self.head_seconds)]
+        host = np.array(self.host_seconds, np.float64)
+        if any(axis.ndim != 1 or not len(axis) or (np.diff(axis, prepend=0) <= 0).any() for axis in axes):
+            raise ValueError("its axes do not ascend")
+        batches = (len(axes[1]),)
+        if [table.shape for table in tables] != [tuple(map(len, axes)), batches] or host.shape not in {(0,), batches}:
+            raise ValueError("its tables are not as large as it says")
+        if not all((table > 0).all() for table in tables) or not (host >= 0).all():
+            raise ValueError("a step that takes no time")
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         write_whole(Path(path), json.dumps(asdict(self)) + "\n")
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
-        """Seconds of a step of 1, 2 … `max_width` nodes. [max_width]"""
+        """Seconds of a step of 1, 2 … `max_width` nodes, the host's work included where it is known. [max_width]"""
         table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
         by_batch = _along(table, self.capacities, capacity)
         by_width = _along(by_batch, self.batch_sizes, batch)
@@ -114,6 +109,8 @@ class StepCosts:
         if len(self.widths) > 1:  # beyond the grid, as steep as at its end
             slope = (by_width[-1] - by_width[-2]) / (self.widths[-1] - self.widths[-2])
             inside += np.maximum(widths - self.widths[-1], 0) * slope
+        if self.host_seconds:
+            inside = inside + _along(np.array(self.host_seconds), self.batch_sizes, batch)
         return np.asarray(inside, np.float32)
 
     def heads(self, batch: int) -> float:
@@ -181,8 +178,8 @@ class DraftBudget:
     The heads' probabilities say how many of the N likeliest candidates will be accepted; what is accepted in fact corrects
     them. With r the tokens a second that can be had here, a step of N nodes that gives g tokens in s seconds is worth
     g - r·s: what it gives beyond what its time would give otherwise. The width is the one worth most. Asking the heads is
-    worth what the best width has over a root alone; where that is less than their time, they rest, and are tried again
-    now and then.
+    worth what the best width has over the best without them; where that is less than their time, they rest, and are tried
+    again now and then. Where prompt lookup finds something, they are worth less than where it does not.
 
     Args:
         costs: what steps cost here.
@@ -193,27 +190,34 @@ class DraftBudget:
         self._expected = self._accepted = 8.0  # decaying sums: drafts that the heads expected to be accepted, and that were
         self._now_expected = 0.0
         self._speedup = 1.0  # of the tokens a second over those without drafts
-        self._worth: dict[int, float] = {}  # by batch size: what asking the heads is worth, in the time that it takes
+        # by batch size and whether lookups find much: what asking the heads is worth, in the time that it takes
+        self._worth: dict[tuple[int, bool], float] = {}
         self._resting = 0
 
-    def width(self, probabilities: Sequence[FloatArray], least: int, capacity: int) -> int:
+    def width(
+        self,
+        probabilities: Sequence[FloatArray],
+        least: int,
+        capacity: int,
+        looked_up: Sequence[FloatArray] = (),
+        *,
+        with_heads: bool = True,
+    ) -> int:
         """Nodes that the next step should verify for each sequence at most.
 
         Args:
-            probabilities: for each sequence those of its drafts, likeliest first; none where the heads did not choose them.
+            probabilities: for each sequence those of its drafts, likeliest first; none where its guide forces them.
             least: nodes that some sequence has to have.
             capacity: entries a slot has now.
+            looked_up: for each sequence those of the drafts that it would have without heads, likeliest first.
+            with_heads: whether the heads were asked.
         """
         batch, longest = len(probabilities), max(len(chances) for chances in probabilities)
-        if longest == 0:  # the heads were not asked
+        if longest == 0:  # nobody was asked
             self._now_expected = 0.0
             return least
         most = max(least, 1 + longest)
-        expected = np.zeros(most)  # [N] drafts of a step of 1, 2 … nodes that the heads expect to be accepted
-        for chances in probabilities:
-            sums = np.cumsum(chances)
-            expected[1 : len(sums) + 1] += sums
-            expected[len(sums) + 1 :] += sums[-1] if len(sums) else 0.0
+        expected = _expected(probabilities, most)
         seconds, head_seconds = self._costs.steps(batch, capacity, most), self._costs.heads(batch)
         tokens = batch + self._accepted / self._expected * expected
         plain_rate = batch / float(seconds[0])
@@ -221,27 +225,46 @@ class DraftBudget:
         worth = tokens - rate * seconds
         width = least + int(worth[least - 1 :].argmax())
         self._now_expected = float(expected[width - 1])
-        gained = float(worth[width - 1] - worth[0]) / (rate * head_seconds)
-        self._worth[batch] = _moved(self._worth.get(batch, gained), gained)
-        now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds)
+        if with_heads:
+            alone = batch + self._accepted / self._expected * _expected(looked_up, most) - rate * seconds
+            gained = float(worth[width - 1] - alone.max()) / (rate * head_seconds)
+            place = batch, _finds_much(looked_up)
+            self._worth[place] = _moved(self._worth.get(place, gained), gained)
+        now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
         self._speedup = _moved(self._speedup, now / plain_rate)
         return width
 
-    def asks_heads(self, batch: int, width: int, num_accepted: int) -> bool:
+    def asks_heads(self, batch: int, width: int, num_accepted: int, looked_up: Sequence[FloatArray] = ()) -> bool:
         """Learn from a step, and say whether the heads are asked after it.
 
         Args:
             batch: sequences.
             width: nodes it verified for each of them.
-            num_accepted: drafts accepted, of those that the heads chose.
+            num_accepted: drafts accepted, of those that no guide forced.
+            looked_up: as for `width`, of the step to come.
         """
         if width > 1:
             self._expected = DECAY * self._expected + self._now_expected
             self._accepted = DECAY * self._accepted + num_accepted
-        if self._worth.get(batch, 1.0) >= 1.0:
+        if self._worth.get((batch, _finds_much(looked_up)), 1.0) >= 1.0:
             return True
         self._resting = (self._resting + 1) % PAUSE
         return self._resting == 0
+
+
+def _expected(probabilities: Sequence[FloatArray], most: int) -> npt.NDArray[np.float64]:
+    """Drafts expected to be accepted in a step of 1, 2 … `most` nodes for each sequence. [most]"""
+    expected = np.zeros(most)
+    for chances in probabilities:
+        sums = np.cumsum(chances)[: most - 1]
+        expected[1 : len(sums) + 1] += sums
+        expected[len(sums) + 1 :] += sums[-1] if len(sums) else 0.0
+    return expected
+
+
+def _finds_much(looked_up: Sequence[FloatArray]) -> bool:
+    """Whether lookups alone are expected to give every sequence a draft more, on average."""
+    return sum(float(chances.sum()) for chances in looked_up) >= max(len(looked_up), 1)
 
 
 def _moved(average: float, value: float) -> float:
@@ -254,27 +277,22 @@ def likeliest(scores: FloatArray, num_nodes: int) -> FloatArray:
     return chances
 
 
+def fitting_nodes(limits: Limits, max_nodes: int) -> int:
+    """The largest tree of at most so many nodes that a bundle takes."""
+    return min(max_nodes, limits.max_tree_nodes or max_nodes, limits.max_seq_len)
+
+
+def fitting_capacities(limits: Limits, capacities: Sequence[int], max_nodes: int) -> list[int]:
+    """Those of some capacities that a bundle can have and that hold a tree of so many nodes, ascending."""
+    if limits.capacity:
+        return [limits.capacity]
+    return sorted({max(min(size, limits.max_seq_len), max_nodes) for size in capacities})
+
+
 def _grid(largest: int) -> list[int]:
     """1, 4, 16 … and the largest: what lies between is close to linear."""
     sizes = [4**power for power in range(largest.bit_length()) if 4**power < largest]
     return [*sizes, largest]
-
-
-def _step(backend: Backend, batch: int, width: int, capacity: int) -> Callable[[], object]:
-    cached = max(min(capacity // 2, capacity - width), 0)
-    rows = np.tile(np.arange(width), (batch, 1))  # [B, T]
-    mask = np.tile(np.tri(width, dtype=np.bool_), (batch, 1, 1))
-    return partial(backend.step, np.zeros((batch, width), np.int64), cached + rows, mask, np.full(batch, cached), rows)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """The fastest of some runs after the first: what disturbs a run only makes it slower."""
-    times = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
 
 
 def _along(table: npt.NDArray[np.float64], points: Sequence[int], at: int) -> npt.NDArray[np.float64]:

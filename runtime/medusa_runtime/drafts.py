@@ -1,14 +1,18 @@
-"""Drafts: which candidate tokens a step verifies, chosen for each sequence from what its heads say."""
+"""Drafts: which candidate tokens a step verifies, chosen for each sequence from what its heads and its prompt lookup say."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
+from medusa_runtime.lookup import Continuation
+from medusa_runtime.ngrams import Growth, NGrams
 from medusa_runtime.tree import BoolArray, CandidateTree, DynamicTree, FloatArray, IntArray
 
 
@@ -20,6 +24,7 @@ class Draft:
     parents: IntArray  # [N], the root's is -1
     depths: IntArray  # [N]
     mask: BoolArray  # [N, N], as `CandidateTree.mask`
+    looked_up: BoolArray | None = None  # [N] whether a prompt lookup named it; none where none could
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Draft:
@@ -66,82 +71,169 @@ class DraftBatch:
 
 
 @dataclass(frozen=True)
-class CandidateSet:
-    """All nodes a tree may be made of, by depth, and the tree's size. Make one with `candidates_for`."""
+class Candidates:
+    """What a sequence's next draft may hold: the root, and tokens below it. Parents come before their children.
 
-    num_nodes: int
-    parents: IntArray  # [A]
-    ranks: IntArray  # [A]
-    depths: IntArray  # [A], ascending
-    ends: tuple[int, ...]  # ends[d]: how many candidates are at most d deep
+    No child is likelier than its parent.
+    """
 
-    def scores(self, log_probs: FloatArray, max_depth: int) -> FloatArray:
-        """Each candidate's log-probability: the sum along its path, as if the heads were independent. [A']
+    tokens: IntArray  # [A]
+    parents: IntArray  # [A], the root's is -1
+    depths: IntArray  # [A]
+    scores: FloatArray  # [A] log-probability of being accepted
+    looked_up: BoolArray  # [A] whether a prompt lookup named it
 
-        Args:
-            log_probs: the heads', best first. [K, M]
-            max_depth: leave out what is deeper, so that A' ≤ A.
-        """
-        max_depth = min(max_depth, len(self.ends) - 1)
-        count = self.ends[max_depth]
-        scores = np.zeros(count, np.float32)
-        # at most 0, which a logarithm of a probability may miss by rounding: else a child could pass its parent
-        scores[1:] = np.minimum(log_probs[self.depths[1:count] - 1, self.ranks[1:count]], 0)
-        for start, end in zip(self.ends[1:max_depth], self.ends[2 : max_depth + 1], strict=True):
-            scores[start:end] += scores[self.parents[start:end]]
-        return scores
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> Candidates:
+        """The root, and tokens that follow it one after the other for certain."""
+        count = len(tokens)
+        certain, unnamed = np.zeros(count, np.float32), np.zeros(count, np.bool_)
+        return cls(np.array(tokens), np.arange(-1, count - 1), np.arange(count), certain, unnamed)
 
-    def draft(
-        self,
-        root_id: int,
-        head_ids: IntArray | None,
-        scores: FloatArray,
-        num_nodes: int,
-        lets_pass: Callable[[list[int]], bool] | None = None,
-    ) -> Draft:
-        """The draft of the `num_nodes` likeliest candidates.
+    def draft(self, num_nodes: int, lets_pass: Callable[[list[int]], bool] | None = None) -> Draft:
+        """The draft of the `num_nodes` likeliest of them, or of all, where there are fewer.
 
-        No child is likelier than its parent, and equal scores keep their order, so what is chosen is a tree.
+        Equal scores keep their order, so what is chosen is a tree.
 
         Args:
-            root_id: the decided token.
-            head_ids: the heads' candidates; not needed for a root alone. [K, M]
-            scores: from `scores`. [A']
-            num_nodes: at most so many, and at most the tree's own size.
+            num_nodes: at most so many.
             lets_pass: whether a path of tokens below the root may be given out; all may where there is no such function.
         """
-        num_nodes = min(num_nodes, self.num_nodes, len(scores))
-        tokens = np.full(len(scores), root_id, np.int64)
-        if head_ids is not None:
-            count = len(scores)
-            tokens[1:] = head_ids[self.depths[1:count] - 1, self.ranks[1:count]]
-        if num_nodes == len(scores) and lets_pass is None:
-            chosen = np.arange(num_nodes)
-        else:
-            order = np.argsort(-scores, kind="stable")
-            chosen = np.sort(order[:num_nodes] if lets_pass is None else self._passing(order, tokens, num_nodes, lets_pass))
-        place = np.full(len(scores) + 1, -1)  # the last is the root's parent
+        order = np.argsort(-self.scores, kind="stable")
+        chosen = np.sort(order[:num_nodes] if lets_pass is None else self._passing(order, num_nodes, lets_pass))
+        chosen = chosen[np.argsort(self.depths[chosen], kind="stable")]
+        place = np.full(len(self.tokens) + 1, -1)  # the last is the root's parent
         place[chosen] = np.arange(len(chosen))
         parents, depths = place[self.parents[chosen]], self.depths[chosen]
-        return Draft(tokens[chosen], parents, depths, _mask(parents, depths))
+        return Draft(self.tokens[chosen], parents, depths, _mask(parents, depths), self.looked_up[chosen])
 
-    def _passing(self, order: IntArray, tokens: IntArray, num_nodes: int, lets_pass: Callable[[list[int]], bool]) -> IntArray:
+    def _passing(self, order: IntArray, num_nodes: int, lets_pass: Callable[[list[int]], bool]) -> IntArray:
         """The first candidates of an order that pass, each after its parent."""
         paths: dict[int, list[int]] = {0: []}
         for node in order[1:].tolist():
             if len(paths) == num_nodes:
                 break
-            if (above := paths.get(int(self.parents[node]))) is not None and lets_pass([*above, int(tokens[node])]):
-                paths[node] = [*above, int(tokens[node])]
+            if (above := paths.get(int(self.parents[node]))) is not None:
+                path = [*above, int(self.tokens[node])]
+                if lets_pass(path):
+                    paths[node] = path
         return np.array(list(paths), np.int64)
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """The places that a tree of the heads' candidates may be made of, by depth. Make one with `candidates_for`."""
+
+    num_nodes: int  # the tree's size
+    parents: IntArray  # [A]
+    ranks: IntArray  # [A]
+    depths: IntArray  # [A], ascending
+    ends: tuple[int, ...]  # ends[d]: how many candidates are at most d deep
+    ngrams: NGrams | None = None  # with which the tree is made of what they find likeliest, not of these places
+
+    def candidates(
+        self,
+        root_id: int,
+        head_ids: IntArray | None,
+        head_log_probs: FloatArray | None,
+        max_depth: int,
+        continuations: Sequence[Continuation] = (),
+        previous_id: int | None = None,
+    ) -> Candidates:
+        """What may follow a root by the heads and by prompt lookup.
+
+        A node's probability is the product along its path, as if heads and continuations were independent, but for what
+        n-grams say of the heads' candidates. Where both name a token, it has the larger of its probabilities.
+
+        Args:
+            root_id: the decided token.
+            head_ids: the heads' candidates, best first; none where the heads were not asked. [K, M]
+            head_log_probs: theirs. [K, M]
+            max_depth: leave out what is deeper.
+            continuations: from `PromptLookup.continuations`.
+            previous_id: the decided token before the root, for the n-grams.
+        """
+        tokens, parents, depths, log_probs = self._guesses(root_id, previous_id, head_ids, head_log_probs, max_depth)
+        looked_up = np.zeros(len(tokens), np.bool_)
+        added = _merge(continuations, tokens, parents, log_probs, looked_up)
+        for start, end in itertools.pairwise(_ends(depths)):
+            log_probs[start:end] += log_probs[parents[start:end]]
+        if not added:
+            return Candidates(tokens, parents, depths, log_probs, looked_up)
+        scores = log_probs.tolist()
+        for node in added:
+            scores.append(scores[node.parent] + node.log_prob)
+        return Candidates(
+            np.append(tokens, [node.token_id for node in added]),
+            np.append(parents, [node.parent for node in added]),
+            np.append(depths, [node.depth for node in added]),
+            np.array(scores, np.float32),
+            np.append(looked_up, np.ones(len(added), np.bool_)),
+        )
+
+    def _guesses(
+        self,
+        root_id: int,
+        previous_id: int | None,
+        head_ids: IntArray | None,
+        head_log_probs: FloatArray | None,
+        max_depth: int,
+    ) -> Growth:
+        """What the heads say, by depth."""
+        max_depth = min(max_depth, len(self.ends) - 1)
+        if head_ids is None or head_log_probs is None:
+            max_depth = 0
+        elif self.ngrams is not None:
+            last_ids = (root_id if previous_id is None else previous_id, root_id)
+            return self.ngrams.grow(last_ids, head_ids, head_log_probs, self.num_nodes, max_depth)
+        count = self.ends[max_depth]
+        tokens, log_probs = np.full(count, root_id, np.int64), np.zeros(count, np.float32)
+        if head_ids is not None and head_log_probs is not None:
+            places = self.depths[1:count] - 1, self.ranks[1:count]
+            tokens[1:] = head_ids[places]
+            # at most 0, which a logarithm of a probability may miss by rounding: else a child could pass its parent
+            log_probs[1:] = np.minimum(head_log_probs[places], 0)
+        return Growth(tokens, self.parents[:count], self.depths[:count], log_probs)
+
+
+class _Added(NamedTuple):
+    """A token that only a continuation names."""
+
+    token_id: int
+    parent: int
+    depth: int
+    log_prob: float
+
+
+def _merge(
+    continuations: Sequence[Continuation], tokens: IntArray, parents: IntArray, log_probs: FloatArray, looked_up: BoolArray
+) -> list[_Added]:
+    """Find the candidates that continuations name as well, and raise them. Returns what no candidate holds, to follow them."""
+    added: list[_Added] = []
+    for continuation in continuations:
+        node = 0
+        for depth, (token_id, chance) in enumerate(zip(continuation.token_ids, continuation.chances, strict=True), start=1):
+            log_prob = math.log(chance)
+            if node < len(tokens) and len(same := np.flatnonzero((parents == node) & (tokens == token_id))):
+                node = int(same[0])
+                log_probs[node], looked_up[node] = max(log_probs[node], log_prob), True
+            else:
+                added.append(_Added(token_id, node, depth, log_prob))
+                node = len(tokens) + len(added) - 1
+    return added
 
 
 def _mask(parents: IntArray, depths: IntArray) -> BoolArray:  # [N, N], for nodes ordered by depth
     mask = np.eye(len(parents), dtype=np.bool_)
-    ends = np.searchsorted(depths, np.arange(1, int(depths[-1]) + 2))
-    for start, end in itertools.pairwise(ends.tolist()):
+    for start, end in itertools.pairwise(_ends(depths)):
         mask[start:end] |= mask[parents[start:end]]
     return mask
+
+
+def _ends(depths: IntArray) -> list[int]:
+    """How many nodes are at most 0, 1 … deep, of nodes ordered by depth."""
+    ends: list[int] = np.searchsorted(depths, np.arange(1, int(depths[-1]) + 2)).tolist()
+    return ends
 
 
 @lru_cache(maxsize=256)

@@ -16,9 +16,10 @@ import numpy as np
 from medusa_runtime.acceptance import Accepted, accept_greedy
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.budget import DraftBudget, LearnedCosts, StepCosts, likeliest
-from medusa_runtime.drafts import Draft, DraftBatch, candidates_for
+from medusa_runtime.drafts import Candidates, Draft, DraftBatch, candidates_for
 from medusa_runtime.errors import CapacityError, OptionError
 from medusa_runtime.manifest import Manifest
+from medusa_runtime.ngrams import NGrams
 from medusa_runtime.options import DecodingOptions
 from medusa_runtime.sampling import Guide
 from medusa_runtime.sequence import FinishReason, Rows, Sequence, SequenceStep
@@ -27,6 +28,7 @@ from medusa_runtime.stats import DecodingStats
 from medusa_runtime.tree import CandidateTree, DynamicTree, IntArray
 
 DEFAULT_NEW_TOKENS, DEFAULT_BATCH_SIZE = 256, 8
+LOOKUP_NODES = 16  # of a draft by prompt lookup where the engine's tree has no room for one
 PREFILL_CHUNK = 512  # prompt tokens a step takes where the bundle sets no limit and nobody waits
 SHARED_PREFILL_CHUNK = 64  # and where other sequences wait for their next tokens
 
@@ -45,6 +47,10 @@ class DecodingEngine:
         costs: what steps cost here. With it the engine's own trees shrink, and grow again, as the load and the heads' own
             probabilities make it pay; without it, and where a request brings a tree, they always have their full size.
         reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
+        prompt_lookup: also draft what came after the same tokens before, in the prompt or in the answer, where a request does
+            not say. Such drafts compete with the heads' for the nodes of the tree; without Medusa, they have it for themselves.
+            A request that brings its own tree gets none unless it asks for them.
+        ngrams: what corrects the heads' guesses in trees that are made anew at each step.
 
     Raises:
         OptionError: max_batch_size is below 1.
@@ -60,6 +66,8 @@ class DecodingEngine:
         max_batch_size: int | None = None,
         costs: StepCosts | LearnedCosts | None = None,
         reuse_prefixes: bool = True,
+        prompt_lookup: bool = False,
+        ngrams: NGrams | None = None,
     ) -> None:
         if not isinstance(costs, StepCosts | LearnedCosts | None):
             raise OptionError(f"costs is {costs!r}; it must be StepCosts, LearnedCosts or none")
@@ -69,6 +77,7 @@ class DecodingEngine:
         self.backend = backend
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         self.check_tree(self.tree)
+        self.prompt_lookup, self.ngrams = prompt_lookup, ngrams
         self.stats = DecodingStats()  # of all sequences there were; its seconds are the engine's own, not their sum
         self._slots = SlotPool(backend, max_batch_size, reuse_prefixes=reuse_prefixes)
         self._waiting: deque[Sequence] = deque()
@@ -155,19 +164,35 @@ class DecodingEngine:
         max_new_tokens = self.check_request(prompt_ids, options)
         model, heads = self.backend.manifest.model, self.backend.manifest.heads
         tree = (options.tree or self.tree) if options.medusa else CandidateTree.root_only()
+        candidates = candidates_for(tree, heads.num_heads, heads.top_k)
+        if isinstance(tree, DynamicTree):
+            candidates = dataclasses.replace(candidates, ngrams=self.ngrams)
+        looks_up = options.prompt_lookup
+        if looks_up is None:
+            looks_up = self.prompt_lookup and options.tree is None
         sequence = Sequence(
             id=next(self._numbers),
             prompt_ids=list(prompt_ids),
             options=options,
             max_new_tokens=max_new_tokens,
             end_ids=frozenset([*options.stop_token_ids, *([] if options.ignore_eos else model.eos_token_ids)]),
-            candidates=candidates_for(tree, heads.num_heads, heads.top_k),
+            candidates=candidates,
+            num_nodes=self._lookup_nodes(options) if looks_up else candidates.num_nodes,
+            looks_up=looks_up,
             guide=guide,
             stream=stream,
             totals=self.stats,
         )
         self._waiting.append(sequence)
         return sequence
+
+    def _lookup_nodes(self, options: DecodingOptions) -> int:
+        """How many nodes a draft has at most where prompt lookup may fill it."""
+        if options.tree is not None:
+            return options.tree.num_nodes
+        if self.tree.num_nodes > 1:
+            return self.tree.num_nodes
+        return min(LOOKUP_NODES, self.backend.manifest.limits.max_tree_nodes or LOOKUP_NODES)
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
         """End a sequence between two steps. Nothing happens where it has ended already."""
@@ -346,20 +371,22 @@ class DecodingEngine:
 
     def _drafts(self, decoding: list[Sequence]) -> list[Draft]:
         """What is verified of each sequence: its whole tree, or as much of it as pays."""
-        scores = [np.zeros(1, np.float32)] * len(decoding)
+        proposals = [Candidates.chain(sequence.token_ids[-1:]) for sequence in decoding]
         for row, sequence in enumerate(decoding):
             with _blame(sequence):  # its guide may fail
-                scores[row] = sequence.draft_scores()
-        sizes = [min(sequence.candidates.num_nodes, len(score)) for sequence, score in zip(decoding, scores, strict=True)]
+                proposals[row] = sequence.proposals()
+        sizes = [min(sequence.num_nodes, len(found.scores)) for sequence, found in zip(decoding, proposals, strict=True)]
         if self._budget is not None:
             fixed = [size for sequence, size in zip(decoding, sizes, strict=True) if sequence.has_fixed_tree]
             width = self._budget.width(
                 [
-                    likeliest(score, 1 if sequence.is_forced else size)
-                    for sequence, score, size in zip(decoding, scores, sizes, strict=True)
+                    likeliest(found.scores, 1 if sequence.is_forced else size)
+                    for sequence, found, size in zip(decoding, proposals, sizes, strict=True)
                 ],
                 least=max(fixed, default=1),
                 capacity=self.backend.capacity,
+                looked_up=[sequence.lookup_chances for sequence in decoding],
+                with_heads=any(sequence.head_ids is not None for sequence in decoding),
             )
             sizes = [
                 size if sequence.has_fixed_tree else min(size, width) for sequence, size in zip(decoding, sizes, strict=True)
@@ -367,7 +394,7 @@ class DecodingEngine:
         drafts = [Draft.chain(sequence.token_ids[-1:]) for sequence in decoding]
         for row, sequence in enumerate(decoding):
             with _blame(sequence):
-                drafts[row] = sequence.draft(sizes[row], scores[row])
+                drafts[row] = sequence.draft(sizes[row], proposals[row])
         return drafts
 
     def _make_room(self, decoding: list[Sequence], lengths: list[int], width: int) -> bool:
@@ -394,7 +421,8 @@ class DecodingEngine:
             return True
         chosen = zip(decoding, accepted, strict=True)
         num_accepted = sum(len(one.nodes) - 1 for sequence, one in chosen if not sequence.is_forced)
-        pays = self._budget.asks_heads(len(decoding), width, num_accepted)
+        looked_up = [sequence.lookup_chances for sequence in decoding]
+        pays = self._budget.asks_heads(len(decoding), width, num_accepted, looked_up)
         return pays or any(sequence.has_fixed_tree for sequence in decoding)
 
     def _propose(self, sequences: list[Sequence], rows: IntArray) -> float:

@@ -64,6 +64,12 @@ class EndpointError(MedusaError):
     """An endpoint that answers prompts cannot be reached, or refuses one."""
 
 
+class QualityError(MedusaError):
+    """A quantised bundle would be further from the original than was allowed."""
+
+    exit_code = 3
+
+
 class ValidationMismatchError(MedusaError):
     """A bundle's output differs from the reference by more than is tolerated."""
 

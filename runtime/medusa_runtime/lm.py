@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.budget import LearnedCosts, StepCosts
-from medusa_runtime.engine import DEFAULT_BATCH_SIZE, DecodingEngine, check_batch_size
+from medusa_runtime.budget import LearnedCosts, StepCosts, fitting_nodes
+from medusa_runtime.engine import DEFAULT_BATCH_SIZE, LOOKUP_NODES, DecodingEngine, check_batch_size
 from medusa_runtime.errors import BundleError, OptionError, QueueFullError
 from medusa_runtime.manifest import Manifest
+from medusa_runtime.ngrams import NGrams
 from medusa_runtime.options import GenerationOptions
 from medusa_runtime.results import GenerationResult, ServiceStats
 from medusa_runtime.sampling import Guide
 from medusa_runtime.service import Handle, Request, Worker
 from medusa_runtime.text import Prompt, TextCodec
 from medusa_runtime.tree import CandidateTree, DynamicTree
+from medusa_runtime.tuning import device_key, tuned
 
 if TYPE_CHECKING:
     from medusa_runtime.grammar import GrammarCompiler
@@ -53,8 +55,9 @@ class MedusaLM:
         tree: CandidateTree | DynamicTree | None = None,
         max_batch_size: int | None = None,
         max_queue: int = 128,
-        costs: StepCosts | Literal["learn", "measure"] | None = "learn",
+        costs: StepCosts | Literal["auto", "learn", "measure"] | None = "auto",
         reuse_prefixes: bool = True,
+        prompt_lookup: bool | None = None,
         num_threads: int = 0,
         verify_files: bool = True,
         allow_failed: bool = False,
@@ -64,13 +67,17 @@ class MedusaLM:
         Args:
             path: the bundle's directory.
             backend: one of `medusa_runtime.BACKENDS`.
-            tree: which continuations are verified; none for one as large as the bundle's own, made anew at each step.
+            tree: which continuations are verified; none for the one that was tuned for this device, or else for one as large
+                as the bundle's own, made anew at each step.
             max_batch_size: answers decoded at a time; none for 8, or as many as the bundle takes.
             max_queue: answers that may wait for a slot.
             costs: what steps cost here, so that trees shrink where they do not pay: "learn" it from the steps that are made
-                anyway, "measure" it now, which takes some seconds, or a table from an earlier measurement. None for trees
-                that always have their full size. It changes no answer.
+                anyway, "measure" it now, which takes some seconds, or a table from an earlier measurement. "auto" takes the
+                table that `medusa-export tune` left in the bundle for this device, or else learns. None for trees that always
+                have their full size. It changes no answer, but under typical acceptance, where the tree does.
             reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
+            prompt_lookup: also draft what came after the same tokens before, where a request does not say. None for what was
+                tuned for this device, where costs is "auto", or else for no.
             num_threads: for a CPU backend; 0 for one a core.
             verify_files: compare every file with the manifest's digest first (about a second a gigabyte).
             allow_failed: load even a bundle whose validation failed.
@@ -90,14 +97,29 @@ class MedusaLM:
         if verify_files:
             manifest.require_intact(path)
         runner = open_backend(path, manifest, backend, num_threads=num_threads)
-        tree = tree or DynamicTree(len(manifest.tree["parents"]))
         if max_batch_size is None:
             max_batch_size = min(DEFAULT_BATCH_SIZE, manifest.limits.max_batch_size or DEFAULT_BATCH_SIZE)
         check_batch_size(manifest, max_batch_size)
+        if costs == "auto":
+            costs = "learn"
+            if (found := tuned(path, manifest, device_key(backend, num_threads=num_threads))) is not None:
+                prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
+                lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
+                tuned_tree, tuned_costs = found.choice(max_batch_size, lookup_nodes)
+                tree, costs = (tuned_tree, tuned_costs) if tree is None else (tree, found.costs)
+        tree = tree or DynamicTree(len(manifest.tree["parents"]))
         if costs == "measure":
             costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
-        learned = LearnedCosts() if costs == "learn" else costs
-        engine = DecodingEngine(runner, tree, max_batch_size=max_batch_size, costs=learned, reuse_prefixes=reuse_prefixes)
+        known = LearnedCosts() if costs == "learn" else costs
+        engine = DecodingEngine(
+            runner,
+            tree,
+            max_batch_size=max_batch_size,
+            costs=known,
+            reuse_prefixes=reuse_prefixes,
+            prompt_lookup=bool(prompt_lookup),
+            ngrams=NGrams.of_bundle(path, manifest),
+        )
         return cls(engine, TextCodec(path), max_queue=max_queue)
 
     @property

@@ -14,9 +14,12 @@ from medusa_runtime.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "validation.json"
+TUNING_NAME = "tuning.json"  # like the report, none of the files that the digest is of
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
+Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
+PORTABLE, ORT_CPU = "portable", "ort-cpu"  # what a graph is made for
 STEP, HEADS = "step", "heads"
 
 
@@ -77,6 +80,17 @@ class GraphFacts(_Model):
     outputs: list[TensorFacts]
 
 
+class QuantizationFacts(_Model):
+    """How a bundle's weights are rounded, and what that changed."""
+
+    scheme: Scheme
+    activation_bits: Literal[8, 16] = Field(description="of what int8 weights are multiplied with, on the CPU")
+    smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not")
+    source_bundle: str = Field(description="content digest of the bundle that was quantised")
+    quality: dict[str, float] = Field(description="against that bundle, over text of the model's own")
+    max_kl: float | None = Field(default=None, description="the mean KL divergence that was allowed, in nats")
+
+
 class FileFacts(_Model):
     """A file's size in bytes and its digest."""
 
@@ -121,7 +135,8 @@ class Manifest(_Model):
     precision: Precision
     opset: int
     limits: Limits
-    graphs: dict[str, GraphFacts]
+    quantization: QuantizationFacts | None = None
+    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.BACKEND` where one has its own graph")
     tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
     files: dict[str, FileFacts]
     provenance: Provenance
@@ -168,6 +183,10 @@ class Manifest(_Model):
             return f"files: {strange[0]!r} is not a plain file name"
         return None
 
+    def graph(self, name: str, backend: str = PORTABLE) -> GraphFacts:
+        """The graph of that name for a backend: its own, or else the portable one."""
+        return self.graphs.get(f"{name}.{backend}", self.graphs[name])
+
     def save(self, bundle: str | Path) -> None:
         """Write the manifest into a bundle directory, at once or not at all."""
         write_whole(Path(bundle) / MANIFEST_NAME, self.model_dump_json(indent=2, exclude_none=True) + "\n")
@@ -201,7 +220,7 @@ def is_bundle(path: Path, kind: str) -> bool:
     """Whether a directory is a bundle of that kind and holds nothing else, so that it may be replaced by another."""
     try:
         data = json.loads((path / MANIFEST_NAME).read_text())
-        known = {MANIFEST_NAME, REPORT_NAME, *data["files"]}
+        known = {MANIFEST_NAME, REPORT_NAME, TUNING_NAME, *data["files"]}
         return bool(data["kind"] == kind and "schema_version" in data and {entry.name for entry in path.iterdir()} <= known)
     except (OSError, ValueError, KeyError, TypeError):
         return False

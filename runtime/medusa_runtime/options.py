@@ -53,6 +53,9 @@ class DecodingOptions(BaseModel):
     posterior_alpha: float = Field(0.3, gt=0, le=1, description="typical acceptance: the paper's delta")
     medusa: bool = Field(True, description="False for plain autoregressive decoding")
     tree: Tree | None = Field(None, description="which continuations are verified; none for the engine's own")
+    prompt_lookup: bool | None = Field(
+        None, description="also draft what came after the same tokens before; none for the engine's own choice"
+    )
 
     @classmethod
     def of(cls, options: Self | None = None, /, **fields: Any) -> Self:

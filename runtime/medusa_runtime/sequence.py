@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.acceptance import Accepted, policy_for
-from medusa_runtime.drafts import CandidateSet, Draft
+from medusa_runtime.drafts import Candidates, CandidateSet, Draft
+from medusa_runtime.lookup import Continuation, PromptLookup
 from medusa_runtime.options import DecodingOptions
 from medusa_runtime.sampling import Guide, LogitsShaper, Uniforms, chosen_logprob
 from medusa_runtime.stats import DecodingStats
@@ -55,7 +56,9 @@ class Sequence:
         prompt_ids: what is continued.
         options: with `max_new_tokens` set.
         end_ids: tokens that end the answer.
-        candidates: what its drafts are chosen from.
+        candidates: what its heads' drafts are chosen from.
+        num_nodes: how many nodes a draft has at most.
+        looks_up: also draft what followed the same tokens before.
         guide: what restricts its tokens.
         stream: which of several answers to one request, for the random numbers.
         totals: what all sequences of an engine count into.
@@ -67,6 +70,8 @@ class Sequence:
     max_new_tokens: int
     end_ids: frozenset[int]
     candidates: CandidateSet
+    num_nodes: int
+    looks_up: bool = False
     guide: Guide | None = None
     stream: int = 0
     totals: DecodingStats = field(default_factory=DecodingStats)  # of all sequences of its engine, to count into
@@ -85,6 +90,8 @@ class Sequence:
         self.policy = policy_for(self.options)
         self.shaper = LogitsShaper(self.options, self.prompt_ids, self.end_ids, self.guide)
         self._uniforms = Uniforms(self.seed, self.stream)
+        self._lookup = PromptLookup(self.prompt_ids, self.max_new_tokens) if self.looks_up else None
+        self._continuations: list[Continuation] = []  # of what has been decided so far
         self._steps: list[SequenceStep] = []
         self._forced: list[int] = []  # what its guide lets follow the root, where that is no choice
         self._since = time.perf_counter()  # when the current phase began: waiting, prefill, decoding
@@ -113,7 +120,7 @@ class Sequence:
 
     @property
     def is_forced(self) -> bool:
-        """Whether its guide, not its heads, says what the next draft holds."""
+        """Whether its guide alone says what the next draft holds."""
         return bool(self._forced)
 
     def take_steps(self) -> list[SequenceStep]:
@@ -139,26 +146,36 @@ class Sequence:
             stats.num_generated_tokens += given
         self.stats.prefill_seconds = self._lap()
 
-    def draft_scores(self) -> FloatArray:
-        """Log-probabilities of its candidates, as `CandidateSet.scores`; of the root alone where there is no more to guess."""
+    def proposals(self) -> Candidates:
+        """What may follow the root, by its guide, or else by its heads and its prompt lookup."""
         self._forced = []
-        if self.guide is not None and self.candidates.num_nodes > 1:
-            self._forced = self.guide.forced(self.token_ids)[: min(self.remaining, self.candidates.num_nodes) - 1]
-        if self._forced or self.head_log_probs is None:
-            return np.zeros(1 + len(self._forced), np.float32)
-        return self.candidates.scores(self.head_log_probs, self.remaining - 1)
+        if self.guide is not None and self.num_nodes > 1:
+            self._forced = self.guide.forced(self.token_ids)[: min(self.remaining, self.num_nodes) - 1]
+        if self._forced:
+            return Candidates.chain([self.token_ids[-1], *self._forced])
+        previous_id = (self.token_ids[-2:-1] or self.prompt_ids[-1:])[0]
+        return self.candidates.candidates(
+            self.token_ids[-1], self.head_ids, self.head_log_probs, self.remaining - 1, self._continuations, previous_id
+        )
 
-    def draft(self, num_nodes: int, scores: FloatArray) -> Draft:
-        """What the next step verifies: the root and the likeliest of its candidates, or what its guide forces.
+    def draft(self, num_nodes: int, proposals: Candidates) -> Draft:
+        """What the next step verifies: the root and the likeliest proposals.
 
         Args:
             num_nodes: at most so many.
-            scores: from `draft_scores`, called just before.
+            proposals: from `proposals`, called just before.
         """
-        if self._forced:
-            return Draft.chain([self.token_ids[-1], *self._forced[: num_nodes - 1]])
-        passes = partial(self.guide.lets_pass, self.token_ids) if self.guide is not None else None
-        return self.candidates.draft(self.token_ids[-1], self.head_ids, scores, num_nodes, passes)
+        if self.guide is None or self.is_forced:
+            return proposals.draft(num_nodes)
+        return proposals.draft(num_nodes, partial(self.guide.lets_pass, self.token_ids))
+
+    @property
+    def lookup_chances(self) -> FloatArray:
+        """Probabilities of the drafts that its prompt lookup alone would give, likeliest first."""
+        chances = [np.cumprod(continuation.chances, dtype=np.float32) for continuation in self._continuations]
+        if not chances or self.is_forced:
+            return np.empty(0, np.float32)
+        return np.sort(np.concatenate(chances))[::-1][: self.num_nodes - 1]
 
     def verdict(self, draft: Draft, logits: Rows) -> Accepted:
         """What its policy accepts of a verified draft. logits: [N, V]."""
@@ -170,10 +187,12 @@ class Sequence:
         given, num_accepted = self._give(draft, accepted, logits)
         for stats in (self.stats, self.totals):
             stats.count_step(np.bincount(draft.depths)[1:].tolist(), num_accepted, given)
+            if draft.looked_up is not None:
+                stats.num_looked_up_tokens += int(draft.looked_up[accepted.nodes[1 : 1 + num_accepted]].sum())
         self.stats.decode_seconds += self._lap()
 
     def forget_heads(self) -> None:
-        """The heads were not asked what follows the root: the next draft is the root alone."""
+        """The heads were not asked what follows the root."""
         self.head_ids = self.head_log_probs = None
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
@@ -197,6 +216,9 @@ class Sequence:
             rows = zip(accepted.nodes, kept, strict=False)
             logprobs = [TokenLogprob(token, *chosen_logprob(logits[row], token, self.options.logprobs)) for row, token in rows]
         self.token_ids += kept
+        if self._lookup is not None:
+            self._lookup.extend(kept)
+            self._continuations = self._lookup.continuations(min(self.remaining, self.num_nodes) - 1)
         num_accepted = min(len(kept), len(tokens) - 1)
         self._steps.append(SequenceStep(self.id, kept, num_accepted, self.finish_reason, logprobs))
         return len(kept), num_accepted

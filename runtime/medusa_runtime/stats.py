@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 class DecodingStats:
     """Counts and seconds of one generation, over all its sequences.
 
-    A draft at depth d is a guess of head d, so what is counted by depth is counted by head.
+    A draft at depth d is a guess of head d, so what is counted by depth is counted by head; prompt lookup guesses at any depth.
     """
 
     num_prompt_tokens: int = 0
@@ -21,6 +21,7 @@ class DecodingStats:
     num_steps: int = 0  # verification steps, counted for each sequence that took part
     num_draft_tokens: int = 0  # drafts verified
     num_accepted_tokens: int = 0  # drafts accepted and given out
+    num_looked_up_tokens: int = 0  # those among them that prompt lookup named, whether or not the heads did as well
     drafted_by_depth: list[int] = field(default_factory=list)  # drafts verified at depth 1, 2 …
     accepted_by_depth: list[int] = field(default_factory=list)  # drafts accepted at depth 1, 2 …
     queue_seconds: float = 0.0  # from the request to the start of its prefill

@@ -17,8 +17,8 @@ from medusa_export.cli import main
 from medusa_export.recipe import library
 from medusa_export.trt.flavor import TensorRT
 from medusa_export.validate.compare import first_divergence
-from medusa_heads.evaluate import Evaluation
 from medusa_heads.formats import load_heads
+from medusa_heads.replay import Evaluation
 from medusa_runtime import CandidateTree, DecodingOptions, DynamicTree, Manifest, MedusaLM, open_backend
 from medusa_runtime.sampling import distribution
 

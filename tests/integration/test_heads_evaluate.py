@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from medusa_export.checkpoint import load_backbone
 from medusa_export.cli import main
-from medusa_heads.evaluate import Evaluation
 from medusa_heads.formats import load_heads
+from medusa_heads.replay import Evaluation
 from medusa_runtime import CandidateTree, MedusaLM
 from medusa_runtime.manifest import Manifest
 

@@ -214,5 +214,5 @@ def test_a_bundle_whose_files_do_not_match_is_refused(bundle: Path, tmp_path: Pa
 def test_a_manifest_that_does_not_describe_its_graphs_is_refused(bundle: Path, field: str) -> None:
     manifest = Manifest.load(bundle)
     setattr(manifest.model, field, 3)
-    with pytest.raises(BackendError, match=r"step\.onnx has the input .*, the manifest says"):
+    with pytest.raises(BackendError, match=r"step\.ort-cpu\.onnx has the input .*, the manifest says"):
         open_backend(bundle, manifest)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from medusa_export.checkpoint import load_backbone, load_tokenizer
 from medusa_export.cli import main
-from medusa_heads.evaluate import Evaluation
 from medusa_heads.formats import load_heads
+from medusa_heads.replay import Evaluation
 from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train import fit as loop
 from medusa_heads.train.checkpoints import WorkDirectory

@@ -27,7 +27,7 @@ from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.errors import BackendError, BundleError, ExportError, MissingExtraError, OptionError
-from medusa_runtime.manifest import HEADS, STEP, Manifest, ValidationFacts, sha256_of
+from medusa_runtime.manifest import HEADS, STEP, Manifest, QuantizationFacts, ValidationFacts, sha256_of
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -37,6 +37,7 @@ MAX_SEQ_LEN = 200  # + 64 tree nodes, rounded up to a multiple of 64
 CAPACITY = 320
 DTYPES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 PAIRS = [f"{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+QUANTIZED = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0, source_bundle="", quality={})
 GetBundle = Callable[[str], Path]
 
 
@@ -213,6 +214,7 @@ def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path
     for name, changes, message in (
         ("engines", {"kind": "tensorrt"}, "holds engines already"),
         ("failed", {"validation": failed}, r"failed its validation \(validation\.json\)"),
+        ("quantised", {"quantization": QUANTIZED}, r"is quantised \(int8\); build from the float bundle"),
         ("graphs", {"graphs": {}}, "graphs: heads, step is missing"),
     ):
         with pytest.raises(BundleError, match=message):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from medusa_export.validate import record, validate
@@ -21,7 +23,7 @@ from medusa_heads.formats import load_heads, save_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import BundleError, Manifest, MedusaLM, OptionError
 from medusa_runtime.errors import CheckpointError, ValidationMismatchError
-from medusa_runtime.manifest import FileFacts, sha256_of
+from medusa_runtime.manifest import HEADS, STEP, FileFacts, file_facts, sha256_of
 
 Make = Callable[..., Path]
 PROMPTS = ("a small model learns",)
@@ -38,6 +40,26 @@ def validate_and_record(bundle: Path, reference: str, **options) -> ValidationRe
 def bundle(make_bundle: Make, tmp_path: Path) -> Path:
     shutil.copytree(make_bundle(), tmp_path / "bundle")
     return tmp_path / "bundle"
+
+
+def disturb_graph(bundle: Path, file: str) -> None:
+    """Let one graph, whose weights others share, scale its result by 1.02, as a wrong pass might."""
+    model = ir.load(bundle / file)
+    [node] = [node for node in model.graph if node.op_type in ("TopK", "ArgMax")]
+    logits = node.inputs[0]
+    assert logits is not None
+    scale = ir.node("Constant", [], {"value": ir.tensor(np.array(1.02, "f"))})
+    scaled = ir.node("Mul", [logits, scale.outputs[0]])
+    scaled.outputs[0].type, scaled.outputs[0].shape = logits.type, logits.shape
+    if logits.is_graph_output():
+        logits.name, scaled.outputs[0].name = "logits.before", logits.name
+    model.graph.insert_before(node, [scale, scaled])
+    logits.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    scaled.replace_input_with(0, logits)
+    ir.save(model, bundle / file)
+    manifest = Manifest.load(bundle)
+    manifest.files[file] = file_facts(bundle / file)
+    manifest.save(bundle)
 
 
 def disturb(bundle: Path, name: str, *, tell_the_manifest: bool, graph_name: str = "step") -> None:
@@ -60,13 +82,18 @@ def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_
     manifest = Manifest.load(bundle)
     assert report.status == manifest.validation.status == "passed"
     kept = json.loads((bundle / "validation.json").read_text())
+    assert kept["targets"] == ["ort-cpu", "portable"]
+    for rows in (kept["prompt_logits"], kept["tree_logits"], kept["head_log_probs"]):
+        assert {row["target"] for row in rows} == {"ort-cpu", "portable"}
+    assert len(kept["greedy"]) == 1
     assert kept["greedy"][0]["num_tokens"] == manifest.validation.summary["greedy_tokens"] > 0
     MedusaLM.from_bundle(bundle)
 
 
 def test_disturbed_weights_fail_even_if_the_manifest_vouches_for_them(bundle: Path, make_model: Make) -> None:
     disturb(bundle, "layers.2.mlp.up_proj", tell_the_manifest=True)
-    with pytest.raises(ValidationMismatchError, match="logits of prompts, whole and in chunks, logits of tree paths"):
+    failed = "logits of prompts, whole and in chunks (ort-cpu), logits of prompts, whole and in chunks (portable), logits of tree"
+    with pytest.raises(ValidationMismatchError, match=re.escape(failed)):
         validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
     assert Manifest.load(bundle).validation.status == "failed"
     with pytest.raises(BundleError, match=r"failed its validation \(validation\.json\)"):
@@ -82,8 +109,28 @@ def test_disturbed_files_fail_by_their_digest_too(bundle: Path, make_model: Make
 
 def test_disturbed_heads_fail(bundle: Path, make_model: Make, make_heads: Make) -> None:
     disturb(bundle, "heads.1.blocks.0.linear.weight", tell_the_manifest=True, graph_name="heads")
-    with pytest.raises(ValidationMismatchError, match=r"failed \(head candidates\)"):
+    with pytest.raises(ValidationMismatchError, match=r"failed \(head candidates \(ort-cpu\), head candidates \(portable\)\)"):
         validate_and_record(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
+@pytest.mark.parametrize("graph", [STEP, HEADS])
+def test_a_defect_in_one_of_the_graphs_alone_fails_and_is_named(
+    graph: str, target: str, bundle: Path, make_model: Make, make_heads: Make
+) -> None:
+    file = Manifest.load(bundle).graph(graph, target).file
+    disturb_graph(bundle, file)
+    report = validate(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS)
+    failed = {name for name, (passed, _) in report.verdicts().items() if not passed}
+    logits = {f"logits of prompts, whole and in chunks ({target})", f"logits of tree paths ({target})"}
+    assert failed == (logits if graph == STEP else {f"head candidates ({target})"})
+
+
+def test_a_bundle_of_portable_graphs_alone_has_one_row_a_check(make_bundle: Make, make_model: Make) -> None:
+    report = validate(make_bundle("llama", precision="fp16"), str(make_model()), prompts=PROMPTS)
+    assert report.targets == ["portable"]
+    assert "logits of tree paths" in report.verdicts()
+    assert not any("(" in name for name in report.verdicts())
 
 
 @pytest.mark.parametrize("kind", ["none", "other weights", "more heads", "another width"])
@@ -104,8 +151,13 @@ def test_heads_that_are_not_the_bundles_are_refused_and_the_bundle_is_not_marked
     assert Manifest.load(bundle).validation.status == "not run"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("file", ["heads.onnx", "weights.bin"])
+@pytest.mark.parametrize(
+    ("file", "precision"),
+    [
+        ("heads.onnx", "fp32"), ("heads.ort-cpu.onnx", "fp32"), ("step.onnx", "fp32"), ("weights.bin", "fp32"),
+        ("heads.onnx", "bf16"), ("weights.bin", "bf16"),
+    ],
+)  # fmt: skip
 def test_a_bundle_that_does_not_run_fails(
     file: str, precision: str, make_bundle: Make, make_model: Make, tmp_path: Path
 ) -> None:

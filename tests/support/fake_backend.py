@@ -22,6 +22,12 @@ def next_token(context: Sequence[int]) -> int:
     return 1 + digest[0] % (VOCAB_SIZE - 1)
 
 
+def repeating_token(context: Sequence[int]) -> int:
+    """Another model, to be patched in for `next_token`: the last two tokens decide, so that it comes to repeat itself."""
+    digest = hashlib.sha256(bytes(context[-2:])).digest()
+    return 1 + digest[0] % (VOCAB_SIZE - 1)
+
+
 def greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What decoding must give."""
     context = list(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, Decodin
 from medusa_runtime.budget import LearnedCosts
 from medusa_runtime.drafts import candidates_for
 from medusa_runtime.sequence import Sequence
+from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
 TREES = [None, CandidateTree.root_only(), CandidateTree.from_choices([[0, 0, 0], [1], [2, 1]]), DynamicTree(3), DynamicTree(9)]
@@ -28,13 +30,14 @@ def random_options(rng: random.Random) -> DecodingOptions:
         seed=rng.randrange(1000),
         medusa=rng.random() < 0.8,
         tree=rng.choice(TREES),
+        prompt_lookup=rng.choice([None, None, True, False]),
     )
 
 
 def alone(prompt: list[int], options: DecodingOptions) -> list[int]:
-    """What a request gets that has an engine of its own, without Medusa, chunks or a cache that others used."""
+    """What a request gets that has an engine of its own, without any drafts, chunks or a cache that others used."""
     engine = DecodingEngine(FakeBackend(), max_batch_size=1, reuse_prefixes=False)
-    plain = DecodingOptions.of(options, medusa=False)
+    plain = DecodingOptions.of(options, medusa=False, prompt_lookup=False)
     return [token for [step] in engine.generate([prompt], options=plain) for token in step.token_ids]
 
 
@@ -45,11 +48,19 @@ def alone(prompt: list[int], options: DecodingOptions) -> list[int]:
     chunk=st.sampled_from([1, 3, 16, 500]),
     costs=st.sampled_from([None, COSTS]),
     reuse=st.booleans(),
+    lookup=st.booleans(),
+    model=st.sampled_from([fake_backend.next_token, fake_backend.repeating_token]),
 )
-def test_random_arrivals_and_cancellations_change_no_token(seed, slots, chunk, costs, reuse) -> None:
+def test_random_arrivals_and_cancellations_change_no_token(seed, slots, chunk, costs, reuse, lookup, model) -> None:
+    with patch.object(fake_backend, "next_token", model):
+        random_arrivals(seed, slots, chunk, costs, reuse=reuse, lookup=lookup)
+
+
+def random_arrivals(seed, slots, chunk, costs, *, reuse, lookup) -> None:
     rng = random.Random(seed)
     manifest = fake_manifest(max_prefill_tokens=chunk, num_heads=3, top_k=4)
-    engine = DecodingEngine(FakeBackend("sometimes", manifest), max_batch_size=slots, costs=costs, reuse_prefixes=reuse)
+    backend = FakeBackend("sometimes", manifest)
+    engine = DecodingEngine(backend, max_batch_size=slots, costs=costs, reuse_prefixes=reuse, prompt_lookup=lookup)
     systems = [[rng.randrange(50) for _ in range(12)] for _ in range(2)]
     running: list[tuple[Sequence, list[int]]] = []
     cancelled = set()
@@ -386,6 +397,6 @@ def test_min_new_tokens_holds_without_max_new_tokens() -> None:
 def test_a_probability_above_one_by_rounding_makes_no_orphan() -> None:
     candidates = candidates_for(DynamicTree(3), 2, 2)
     log_probs = np.array([[-0.1, -2.0], [2e-7, -3.0]], np.float32)
-    draft = candidates.draft(0, np.array([[1, 2], [3, 4]]), candidates.scores(log_probs, 2), 3)
-    assert draft.parents.tolist() == [-1, 0, 1]
-    assert candidates.draft(0, np.array([[1, 2], [3, 4]]), candidates.scores(log_probs, 2), 2).depths.tolist() == [0, 1]
+    found = candidates.candidates(0, np.array([[1, 2], [3, 4]]), log_probs, 2)
+    assert found.draft(3).parents.tolist() == [-1, 0, 1]
+    assert found.draft(2).depths.tolist() == [0, 1]

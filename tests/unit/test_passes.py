@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
 from medusa_export.graph.reshape import ConstantReshapes
@@ -13,30 +11,7 @@ from medusa_export.graph.rotary import FuseRotary
 from medusa_export.graph.simplify import Simplify
 from medusa_export.graph.transpose import TransposeWeights
 from medusa_export.graph.upcast import Upcast
-
-HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
-
-
-def parse(text: str, **weights: np.ndarray) -> ir.Model:
-    model = ir.from_onnx_text(HEADER + text)
-    for name, array in weights.items():
-        value = next(value for value in model.graph.inputs if value.name == name)
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        model.graph.register_initializer(value)
-    return model
-
-
-def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)[0]
-
-
-def kinds(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
+from tests.support.graphs import HEADER, kinds, parse, run
 
 ROTARY = """
 g (float[B,2,T,8] x, float[B,T,4] f) => (float[B,2,T,8] y) <int64[1] one = {{1}}, int64[1] zero = {{0}},

@@ -17,9 +17,13 @@ COMMANDS = {
     "train": "Train Medusa heads on a model's own answers.",
     "heads": "Make, inspect and evaluate Medusa heads.",
     "onnx": "Export a model with heads to an ONNX bundle.",
+    "quantize": "Round a bundle's weights to 8 or 4 bits.",
     "validate": "Compare a bundle with the PyTorch model.",
     "trt": "Build TensorRT engines from an ONNX bundle.",
+    "tune": "Find the trees that are fastest on this machine.",
+    "tree": "Draw a candidate tree.",
     "generate": "Decode a prompt with a bundle.",
+    "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
 }
 EXTRAS = {

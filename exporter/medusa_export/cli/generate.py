@@ -61,6 +61,8 @@ def command(
         prompt = sys.stdin.buffer.read().decode()
     if tree_file is not None and tree_nodes is not None:
         raise OptionError("--tree and --tree-nodes exclude each other")
+    if no_medusa and fields["prompt_lookup"] is None:
+        fields["prompt_lookup"] = False  # plain, whatever was tuned
     given = {
         "logit_bias": dict(_bias(text) for text in logit_bias) or None,
         "json_schema": _read_schema(json_schema) if json_schema is not None else None,
@@ -73,7 +75,12 @@ def command(
     }
     options = parse(GenerationOptions, fields | given)
     with MedusaLM.from_bundle(
-        bundle, backend, max_batch_size=None if options.n > 1 else 1, num_threads=threads, allow_failed=allow_failed
+        bundle,
+        backend,
+        max_batch_size=None if options.n > 1 else 1,
+        prompt_lookup=options.prompt_lookup,
+        num_threads=threads,
+        allow_failed=allow_failed,
     ) as lm:
         choices = _answer(lm, prompt, options, streamed=not as_json)
     if as_json:

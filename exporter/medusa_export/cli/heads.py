@@ -11,7 +11,7 @@ import click
 from medusa_export.cli.options import force_option, threads_option, trust_remote_code_option
 
 if TYPE_CHECKING:
-    from medusa_heads.evaluate import Evaluation
+    from medusa_heads.replay import Evaluation
 
 
 @click.group("heads")
@@ -103,7 +103,7 @@ def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tu
     """
     from medusa_export.evaluation import EvaluateOptions
     from medusa_export.evaluation import evaluate as judge
-    from medusa_heads.evaluate import TREE_NODES
+    from medusa_heads.replay import TREE_NODES
     from medusa_runtime.errors import OptionError
     from medusa_runtime.files import write_whole
 
@@ -141,6 +141,39 @@ def _print_evaluation(result: Evaluation) -> None:
     for tree in result.trees:
         trees.add_row(str(tree.nodes), f"{tree.tokens_per_step:.3f}", f"{tree.expected:.3f}")
     console.print(trees)
+
+
+@command.command("ngrams")
+@click.argument("heads", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The model the heads were made for; after medusa-2, the one trained with them.")
+@click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path), help="What the heads were trained on.")
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.02,
+    show_default=True,
+    help="As in training: these answers say how far the n-grams of the others are to be trusted.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Longer conversations are cut, as in training.",
+)
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@threads_option
+@trust_remote_code_option
+def ngrams(**options: Any) -> None:
+    """Count which tokens follow which in the answers HEADS were trained on, to correct what they guess each for itself.
+
+    The file is kept beside the heads, and `medusa-export onnx` takes it into the bundle. `medusa-export train` makes one; this
+    is for heads from before, or for more answers.
+    """
+    from medusa_export.ngrams import NGramOptions, make_ngrams
+
+    click.echo(make_ngrams(NGramOptions(**options)))
 
 
 @command.command("inspect")

@@ -8,6 +8,9 @@ from typing import Any
 import click
 
 from medusa_export.cli.options import force_option, trust_remote_code_option
+from medusa_export.cli.quantize import SCHEMES, activation_bits_option, as_bits, max_kl_option
+from medusa_runtime.errors import OptionError
+from medusa_runtime.manifest import Scheme
 
 
 @click.command("onnx")
@@ -23,10 +26,22 @@ from medusa_export.cli.options import force_option, trust_remote_code_option
     "--tree", type=click.Path(path_type=Path), help="The bundle's candidate tree, as JSON. [default: by the heads' evaluation]"
 )
 @click.option("--tree-nodes", type=click.IntRange(2, 1024), default=16, show_default=True, help="Size of that default tree.")
+@click.option("--quantize", "scheme", type=click.Choice(SCHEMES), help="Round the weights; see: quantize. [default: not]")
+@activation_bits_option
+@max_kl_option
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Compare with PyTorch afterwards.")
 @force_option
 @trust_remote_code_option
-def command(model: str, output: Path, *, validate: bool, **options: Any) -> None:
+def command(
+    model: str,
+    output: Path,
+    scheme: Scheme | None,
+    activation_bits: str | None,
+    max_kl: float | None,
+    *,
+    validate: bool,
+    **options: Any,
+) -> None:
     """Export MODEL (a directory, a hub id or a GGUF file) with its heads to an ONNX bundle.
 
     A bundle that fails its validation is kept and marked as failed, and the exit code is 3.
@@ -34,7 +49,17 @@ def command(model: str, output: Path, *, validate: bool, **options: Any) -> None
     from medusa_export.export import ExportOptions, export_bundle
     from medusa_export.progress import note
 
-    export_bundle(ExportOptions(model=model, output=output, **options))
+    if scheme is None:
+        if max_kl is not None or activation_bits is not None:
+            raise OptionError("--max-kl and --activation-bits are for --quantize")
+        export_bundle(ExportOptions(model=model, output=output, **options))
+    else:
+        from medusa_export.quantize import QuantizeOptions, export_quantized
+
+        export_quantized(
+            ExportOptions(model=model, output=output, **options),
+            QuantizeOptions(output, output, scheme, as_bits(activation_bits), max_kl=max_kl, force=options["force"]),
+        )
     note(f"wrote {output}")
     if validate:
         from medusa_export.validate import record

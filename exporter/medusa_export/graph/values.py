@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_ir as ir
 
 
@@ -15,3 +18,20 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
     value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generic) -> ir.Value:
+    """A small constant of the graph, made once a name: a float as float32, whole numbers as int64, NumPy's as they are."""
+    if name not in graph.initializers:
+        if not isinstance(data, np.generic):
+            data = np.array(data, np.float32 if isinstance(data, float) else np.int64)  # type: ignore[assignment]
+        add_initializer(graph, name, ir.tensor(np.asarray(data), name=name))
+    return graph.initializers[name]
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let a new value, of the same type and shape, be read wherever the old one is, under its name where that is an output."""
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.before", old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -21,8 +21,8 @@ from medusa_export.recipe.state import StepRecord, fingerprint
 from medusa_export.training import TrainOptions, train
 from medusa_export.validate import record, validate
 from medusa_heads.distill.store import ANSWERS_NAME, read_rows
-from medusa_heads.evaluate import Evaluation
 from medusa_heads.formats import native
+from medusa_heads.replay import Evaluation
 from medusa_heads.train.checkpoints import RUN_NAME
 from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import OptionError

@@ -29,6 +29,7 @@ from medusa_runtime.manifest import (
     ValidationFacts,
     is_bundle,
 )
+from medusa_runtime.ngrams import NGRAMS_NAME
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 
 
@@ -88,7 +89,7 @@ def _fill(directory: Path, job: _Job) -> Manifest:
             aliases |= network.aliases()
             files[facts.file] = network.write_plan(directory / facts.file, profiles[name], job.capabilities)
             del network  # its weights, before the next graph's are read
-    for name in (TOKENIZER_NAME, CHAT_NAME):
+    for name in (TOKENIZER_NAME, CHAT_NAME, *({NGRAMS_NAME} & source.files.keys())):
         shutil.copyfile(bundle / name, directory / name)
         files[name] = source.files[name]
     engine = EngineFacts(

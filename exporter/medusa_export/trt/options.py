@@ -33,11 +33,13 @@ def load_source(bundle: Path) -> Manifest:
     """The manifest of a bundle that engines can be built from.
 
     Raises:
-        BundleError: it is no bundle, holds engines already, lacks a portable graph, or failed its validation.
+        BundleError: it is no bundle, holds engines already, is quantised, lacks a portable graph, or failed its validation.
     """
     source = Manifest.load(bundle)
     if source.kind != "onnx":
         raise BundleError(f"{bundle} holds engines already; build from the ONNX bundle they were made from")
+    if source.quantization is not None:  # TensorRT takes integers only right before they are scaled, and no uint4
+        raise BundleError(f"{bundle} is quantised ({source.quantization.scheme}); build from the float bundle it was made from")
     for name in (STEP, HEADS):
         if source.graphs[name].target != "portable":
             raise BundleError(f"{bundle} has no portable {name} graph; make one with: medusa-export onnx")

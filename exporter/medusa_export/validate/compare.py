@@ -8,23 +8,35 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.validate.report import Divergence, LogitsDifference
+from medusa_runtime.manifest import PORTABLE
 
 Rows = npt.NDArray[np.floating]
 
 
-def logits_difference(what: str, found: Rows, reference: Rows) -> LogitsDifference:
+def logits_difference(what: str, found: Rows, reference: Rows, target: str = PORTABLE) -> LogitsDifference:
     """The largest differences over rows of logits. found, reference: [R, V]. What is not finite differs infinitely."""
     found, reference = found.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(found).all():
-        return LogitsDifference(what=what, num_rows=len(found), max_abs=np.inf, min_cosine=-1.0, max_kl=np.inf)
+        return LogitsDifference(
+            what=what,
+            target=target,
+            num_rows=len(found),
+            max_abs=np.inf,
+            min_cosine=-1.0,
+            max_kl=np.inf,
+            mean_kl=np.inf,
+        )
     norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(reference, axis=-1)
     log_p, log_q = log_softmax(reference), log_softmax(found)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     return LogitsDifference(
         what=what,
+        target=target,
         num_rows=len(found),
         max_abs=float(np.abs(found - reference).max()),
         min_cosine=float(((found * reference).sum(-1) / np.maximum(norms, 1e-300)).min()),
-        max_kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).max()),
+        max_kl=float(divergence.max()),
+        mean_kl=float(divergence.mean()),
     )
 
 

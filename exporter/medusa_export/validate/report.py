@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from medusa_runtime.manifest import REPORT_NAME, Precision, Provenance, ValidationFacts
+from medusa_runtime.manifest import PORTABLE, REPORT_NAME, Precision, Provenance, Scheme, ValidationFacts
+
+Verdict = tuple[bool, str]  # whether a check passed, and what it found
 
 
 class _Model(BaseModel):
@@ -16,7 +19,7 @@ class _Model(BaseModel):
 
 
 class Tolerance(_Model):
-    """How far a bundle may be from the reference, which runs in fp32 on the weights as the bundle stores them."""
+    """How far a bundle may be from the reference: PyTorch in fp32 on the weights as a float bundle stores them."""
 
     max_abs: float  # of a logit
     max_kl: float  # nats, from the reference's next-token distribution to the bundle's
@@ -30,14 +33,22 @@ TOLERANCES: dict[Precision, Tolerance] = {
 }
 
 
+# A quantised bundle is compared with itself: how it reads a text at once against how it decodes it. What is left is the
+# rounding of float products of other sizes, which now and then moves an activation from one integer to the next.
+QUANTIZED = Tolerance(max_abs=0.5, max_kl=5e-3, tie_margin=0.1)
+ALLOWED_KL = 1.0  # nats on average, from PyTorch to a quantised bundle that was made without a limit: more is a defect
+
+
 class LogitsDifference(_Model):
     """The largest differences between two sets of logits rows."""
 
     what: str
+    target: str = PORTABLE  # which of the bundle's graphs: portable, or made for a backend
     num_rows: int
     max_abs: float
     min_cosine: float
     max_kl: float
+    mean_kl: float = 0.0
 
     def within(self, tolerance: Tolerance) -> bool:
         """Whether the rows agree. NaN does not."""
@@ -76,27 +87,35 @@ class ValidationReport(_Model):
     status: Literal["passed", "failed"] = "failed"
     reference: str
     backend: str
+    targets: list[str] = [PORTABLE]  # the graphs that are compared; the backend decodes with the first
     notes: list[str] = []
     precision: Precision
+    quantization: Scheme | None = None
     tolerance: Tolerance
+    allowed_kl: float | None = None  # nats on average, of a quantised bundle from PyTorch
     file_mismatches: list[str] = []
     errors: list[str] = []
     prompt_logits: list[LogitsDifference] = []
     tree_logits: list[LogitsDifference] = []
-    head_log_probs: LogitsDifference | None = None
+    head_log_probs: list[LogitsDifference] = []
     greedy: list[GreedyComparison] = []
+    from_reference: list[LogitsDifference] = []  # a quantised bundle's logits against PyTorch's
     provenance: Provenance
 
-    def verdicts(self) -> dict[str, tuple[bool, str]]:
+    def verdicts(self) -> dict[str, Verdict]:
         """Each check with whether it passed and what it found."""
         return {
             "files match the manifest": (not self.file_mismatches, "; ".join(self.file_mismatches) or "all do"),
             "the bundle runs": (not self.errors, "; ".join(self.errors) or "it does"),
-            "logits of prompts, whole and in chunks": self._logits(self.prompt_logits),
-            "logits of tree paths": self._logits(self.tree_logits),
-            "head candidates": self._logits([self.head_log_probs] if self.head_log_probs else [], optional=True),
-            "greedy: Medusa = plain = PyTorch": self._greedy(),
-        }
+            **self._by_target("logits of prompts, whole and in chunks", self.prompt_logits, self._logits),
+            **self._by_target("logits of tree paths", self.tree_logits, self._logits),
+            **self._by_target("head candidates", self.head_log_probs, self._heads),
+            f"greedy: Medusa = plain = {'its own logits' if self.quantization else 'PyTorch'}": self._greedy(),
+        } | (
+            self._by_target(f"mean KL from PyTorch at most {self.allowed_kl}", self.from_reference, self._kl)
+            if self.quantization
+            else {}
+        )
 
     def conclude(self) -> None:
         """Set the status from the verdicts."""
@@ -119,7 +138,7 @@ class ValidationReport(_Model):
             "check",
             "found",
             "",
-            title=f"{self.precision} bundle against {self.reference} in PyTorch",
+            title=f"{self.quantization or self.precision} bundle against {self.reference} in PyTorch",
             title_justify="left",
         )
         for name, (passed, found) in self.verdicts().items():
@@ -138,21 +157,42 @@ class ValidationReport(_Model):
         for text in self.notes:
             console.print(f"  note: {text}", markup=False, soft_wrap=True)
 
+    def _by_target(
+        self, check: str, rows: list[LogitsDifference], judge: Callable[[list[LogitsDifference]], Verdict]
+    ) -> dict[str, Verdict]:
+        """One check of each kind of graph, named after it where there are several."""
+        several = len(self.targets) > 1
+        return {
+            f"{check} ({target})" if several else check: judge([row for row in rows if row.target == target])
+            for target in self.targets
+        }
+
+    def _kl(self, rows: list[LogitsDifference]) -> Verdict:
+        if not rows or self.allowed_kl is None:
+            return False, "not compared"
+        num_rows = sum(row.num_rows for row in rows)
+        mean = sum(row.mean_kl * row.num_rows for row in rows) / num_rows
+        return mean <= self.allowed_kl, f"{mean:.4f} nats over {num_rows} rows"
+
     @staticmethod
     def _divergences(row: GreedyComparison) -> list[tuple[str, Divergence]]:
         found = [("plain from PyTorch", divergence) for divergence in row.plain_vs_reference]
         return found + ([("Medusa from plain", row.medusa_vs_plain)] if row.medusa_vs_plain else [])
 
-    def _logits(self, rows: list[LogitsDifference], *, optional: bool = False) -> tuple[bool, str]:
+    def _heads(self, rows: list[LogitsDifference]) -> Verdict:
+        skipped = "they are quantised too" if self.quantization else "no heads were given"
+        return self._logits(rows) if rows else (True, f"skipped: {skipped}")
+
+    def _logits(self, rows: list[LogitsDifference]) -> Verdict:
         if not rows:
-            return optional, "skipped: no heads were given" if optional else "not compared"
+            return False, "not compared"
         found = (
             f"{sum(row.num_rows for row in rows)} rows: max |Δ| {max(row.max_abs for row in rows):.1e}, "
             f"cosine ≥ {min(row.min_cosine for row in rows):.7f}, KL ≤ {max(row.max_kl for row in rows):.1e}"
         )
         return all(row.within(self.tolerance) for row in rows), found
 
-    def _greedy(self) -> tuple[bool, str]:
+    def _greedy(self) -> Verdict:
         if not self.greedy:
             return False, "not compared"
         tokens = sum(row.num_tokens for row in self.greedy)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
 from medusa_runtime.backends import Backend, open_backend
 from medusa_runtime.errors import BundleError, CheckpointError, first_line
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.manifest import ORT_CPU, PORTABLE, Manifest
 from medusa_runtime.tree import CandidateTree, IntArray
 
 Rows = npt.NDArray[np.floating]
@@ -45,11 +46,32 @@ def runnable_bundle(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Ma
         yield Path(scratch), manifest.model_copy(update={"precision": "fp32"}), [BF16_NOTE]
 
 
-class BundleSide:
-    """The bundle's answers, logits included."""
+def by_target(manifest: Manifest) -> dict[str, Manifest]:
+    """A manifest for each kind of graph the bundle holds, first what the backend runs: its own graphs, or the portable ones."""
+    portable = {name: facts for name, facts in manifest.graphs.items() if facts.target == PORTABLE}
+    if len(portable) == len(manifest.graphs):
+        return {PORTABLE: manifest}
+    return {ORT_CPU: manifest, PORTABLE: manifest.model_copy(update={"graphs": portable})}
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: str) -> None:
+
+class Reference(Protocol):
+    """What a bundle's logits are compared with."""
+
+    def logits(self, token_ids: Sequence[int]) -> Rows:
+        """Logits after every token. [T, V]"""
+        ...
+
+    def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:
+        """Logits after every token of each continuation of a prompt. For a path of A tokens: [A, V]"""
+        ...
+
+
+class BundleSide:
+    """The bundle's answers, logits included, on its graphs of one target."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: str, target: str = PORTABLE) -> None:
         self.backend: Backend = open_backend(bundle, manifest, backend)
+        self.target = target
 
     def prompt_logits(self, prompt_ids: Sequence[int], chunk: int | None = None) -> Rows:
         """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]"""
@@ -70,6 +92,14 @@ class BundleSide:
             assert output.logits is not None
             pieces.append(output.logits[0].copy())  # the next step overwrites them
         return np.concatenate(pieces)
+
+    def logits(self, token_ids: Sequence[int]) -> Rows:
+        """See `Reference.logits`."""
+        return self.prompt_logits(token_ids)
+
+    def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:
+        """See `Reference.path_logits`."""
+        return [self.prompt_logits([*prompt_ids, *path])[len(prompt_ids) :] for path in paths]
 
     def tree_logits(self, prompt_ids: Sequence[int], tree: CandidateTree) -> tuple[IntArray, Rows]:
         """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""

@@ -14,12 +14,14 @@ from medusa_export.provenance import provenance
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.prompts import PROMPTS
 from medusa_export.validate.report import (
+    ALLOWED_KL,
+    QUANTIZED,
     TOLERANCES,
     GreedyComparison,
     LogitsDifference,
     ValidationReport,
 )
-from medusa_export.validate.runner import BundleSide, ReferenceSide, runnable_bundle
+from medusa_export.validate.runner import BundleSide, Reference, ReferenceSide, by_target, runnable_bundle
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
@@ -43,6 +45,10 @@ def validate(
 ) -> ValidationReport:
     """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
 
+    Where the bundle has graphs of the backend's own beside the portable ones, the logits of both are compared; what decodes is
+    the backend's own. A quantised bundle is compared with itself, how it reads a text at once with how it decodes it, and with
+    PyTorch only by the divergence of what both expect next.
+
     In a bundle whose limit is short, prompts are cut and answers shortened to fit it. Nothing is written: see `record`.
 
     Raises:
@@ -59,7 +65,10 @@ def validate(
         reference=reference,
         backend=BACKEND,
         precision=manifest.precision,
-        tolerance=TOLERANCES[manifest.precision],
+        quantization=None if manifest.quantization is None else manifest.quantization.scheme,
+        tolerance=TOLERANCES[manifest.precision] if manifest.quantization is None else QUANTIZED,
+        allowed_kl=None if manifest.quantization is None else manifest.quantization.max_kl or ALLOWED_KL,
+        targets=list(by_target(manifest)),
         provenance=provenance(),
     )
     with stage("check the files"):
@@ -76,8 +85,12 @@ def validate(
             encoded = {text: codec.encode(text)[:longest] for text in prompts}
             with runnable_bundle(bundle, manifest) as (runnable, runnable_manifest, notes):
                 report.notes += notes
-                side = BundleSide(runnable, runnable_manifest, report.backend)
-                _compare(report, encoded, new_tokens, side, torch_side, given)
+                if given is not None and report.quantization is not None:
+                    report.notes.append("the heads are quantised too: what that changes is in the manifest, as tokens a step")
+                for target, variant in by_target(runnable_manifest).items():
+                    side = BundleSide(runnable, variant, report.backend, target)
+                    _compare(report, encoded, new_tokens, side, torch_side, given)
+                    del side  # its weights, before the next one's are read
         except OptionError:  # the prompts' fault, not the bundle's
             raise
         except MedusaError as error:  # a bundle that does not run has failed
@@ -111,11 +124,16 @@ def _compare(
     heads: MedusaHeads | None,
 ) -> None:
     tree = CandidateTree.from_json(side.backend.manifest.tree).pruned(new_tokens - 1)
+    reference: Reference = torch_side if report.quantization is None else side
     for text, prompt_ids in prompts.items():
-        _compare_logits(report, text, prompt_ids, side, torch_side, tree)
-        report.greedy.append(_compare_greedy(text, prompt_ids, side, torch_side, new_tokens))
-    if heads is not None:
-        report.head_log_probs = _compare_heads(next(iter(prompts.values())), side, torch_side, heads)
+        _compare_logits(report, text, prompt_ids, side, reference, tree)
+        if side.target == report.targets[0]:
+            report.greedy.append(_compare_greedy(text, prompt_ids, side, reference, new_tokens))
+        if report.quantization is not None:
+            found = logits_difference(text, side.logits(prompt_ids), torch_side.logits(prompt_ids), side.target)
+            report.from_reference.append(found)
+    if heads is not None and report.quantization is None:
+        report.head_log_probs.append(_compare_heads(next(iter(prompts.values())), side, torch_side, heads))
 
 
 def _matching_heads(path: Path, manifest: Manifest, reference: ReferenceSide) -> MedusaHeads:
@@ -142,34 +160,34 @@ def _compare_logits(
     text: str,
     prompt_ids: list[int],
     side: BundleSide,
-    torch_side: ReferenceSide,
+    reference_side: Reference,
     tree: CandidateTree,
 ) -> None:
-    reference = torch_side.logits(prompt_ids)
+    reference = reference_side.logits(prompt_ids)
     chunk = len(prompt_ids) // 2 + 1
     report.prompt_logits += [
-        logits_difference(text, side.prompt_logits(prompt_ids), reference),
-        logits_difference(f"{text} in chunks", side.prompt_logits(prompt_ids, chunk), reference),
+        logits_difference(text, side.prompt_logits(prompt_ids), reference, side.target),
+        logits_difference(f"{text} in chunks", side.prompt_logits(prompt_ids, chunk), reference, side.target),
     ]
     tokens, found = side.tree_logits(prompt_ids, tree)
     paths = tree.paths()
-    references = torch_side.path_logits(prompt_ids, [tokens[path].tolist() for path in paths])
+    references = reference_side.path_logits(prompt_ids, [tokens[path].tolist() for path in paths])
     for path, rows in zip(paths, references, strict=True):
-        report.tree_logits.append(logits_difference(f"{text} + nodes {path}", found[path], rows))
+        report.tree_logits.append(logits_difference(f"{text} + nodes {path}", found[path], rows, side.target))
 
 
 def _compare_greedy(
-    text: str, prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, max_new_tokens: int
+    text: str, prompt_ids: list[int], side: BundleSide, reference_side: Reference, max_new_tokens: int
 ) -> GreedyComparison:
-    """Greedy decoding with and without Medusa, and PyTorch's choice after every prefix.
+    """Greedy decoding with and without Medusa, and the reference's choice after every prefix.
 
-    One forward pass over prompt and answer gives PyTorch's choice at each place; equal everywhere means that PyTorch's own
+    One forward pass over prompt and answer gives the reference's choice at each place; equal everywhere means that its own
     greedy decoding gives the same answer, token by token.
     """
     engine, stats = DecodingEngine(side.backend), DecodingStats()
     plain = [token for [step] in engine.generate([prompt_ids], max_new_tokens, medusa=False) for token in step.token_ids]
     medusa = [token for [step] in engine.generate([prompt_ids], max_new_tokens, stats=stats) for token in step.token_ids]
-    reference = torch_side.logits([*prompt_ids, *plain])[len(prompt_ids) - 1 : -1]  # [A, V]
+    reference = reference_side.logits([*prompt_ids, *plain])[len(prompt_ids) - 1 : -1]  # [A, V]
     return GreedyComparison(
         prompt=text,
         num_tokens=len(plain),
@@ -194,6 +212,6 @@ def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: Referenc
         reference = logits.log_softmax(-1).numpy()[0]
     best = np.sort(reference, axis=-1)[:, ::-1][:, : found.token_ids.shape[-1]]  # [K, M]
     named = np.take_along_axis(reference, found.token_ids[0], axis=-1)  # a wrong candidate is below the best
-    difference = logits_difference("heads", found.log_probs[0], best)
-    other = logits_difference("heads", named, best)
+    difference = logits_difference("heads", found.log_probs[0], best, side.target)
+    other = logits_difference("heads", named, best, side.target)
     return difference if difference.max_abs >= other.max_abs else other

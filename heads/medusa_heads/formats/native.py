@@ -1,6 +1,7 @@
 """The project's own format: a directory with `config.json` and `heads.safetensors`.
 
 Heads that were trained on frequent tokens alone have a third file, `draft_vocabulary.json`: the list of these tokens.
+What training adds beside them is no part of the heads: `draft_ngrams.npz` (see `medusa_runtime.ngrams`), its log, a card.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from medusa_heads.config import HeadsConfig
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.errors import CheckpointError
 from medusa_runtime.files import new_directory
+from medusa_runtime.ngrams import NGRAMS_NAME
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
 RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME = "run.json", "log.jsonl", "evaluation.json", "curves.png"
 VOCABULARY_NAME = "draft_vocabulary.json"
 CARD_NAME, MERGED_NAME, ADAPTER_NAME = "README.md", "merged", "adapter"
-BESIDE = (RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME, CARD_NAME, MERGED_NAME, ADAPTER_NAME)  # what training adds
+# what training adds
+BESIDE = (RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME, CARD_NAME, MERGED_NAME, ADAPTER_NAME, NGRAMS_NAME)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -17,9 +17,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from medusa_heads.config import HeadsConfig
-from medusa_heads.evaluate import Evaluation, accuracies, evaluate, target_ranks
+from medusa_heads.evaluate import evaluate, target_ranks
 from medusa_heads.formats import load_heads, native
 from medusa_heads.modules import MedusaHeads
+from medusa_heads.ngrams import draft_ngrams
+from medusa_heads.replay import Evaluation, accuracies
 from medusa_heads.train import batches
 from medusa_heads.train.checkpoints import WorkDirectory
 from medusa_heads.train.examples import Example, digest, split
@@ -29,6 +31,7 @@ from medusa_heads.train.joint import JOINT, JointResult, perplexity, train_joint
 from medusa_heads.train.objective import HeadsObjective, LmHead, lm_head_of
 from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import CheckpointError, MedusaError, OptionError
+from medusa_runtime.ngrams import NGrams
 
 SOFT_BLOCK = 32  # neighbouring rows that stay together, so that what is read ahead is shared
 LOG_ROWS = 4096  # held-out rows that the log's accuracies are taken from
@@ -59,6 +62,7 @@ class TrainResult:
     heads: MedusaHeads
     evaluation: Evaluation | None  # none without held-out answers
     joint: JointResult | None  # medusa-2
+    ngrams: NGrams | None  # none where the answers are too short for any
     facts: dict[str, Any]  # for the run's file
 
 
@@ -118,7 +122,8 @@ def train(
     if joint is None:
         heads = _as_kept(heads.cpu().eval(), settings)
         heads.draft_ids = draft_ids
-        return TrainResult(heads, _evaluation(heads, source.model, held_states, digest(held_out)), None, facts)
+        evaluation = _evaluation(heads, source.model, held_states, digest(held_out))
+        return TrainResult(heads, evaluation, None, _ngrams(heads, source.model, training, held_states), facts)
     heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
     heads.load_state_dict(_of_heads(joint.state))
     heads = _as_kept(heads.eval(), settings)
@@ -128,7 +133,8 @@ def train(
         original: Any = source.reload()
         first, last = perplexity(original.to(accelerator.device), held_out), perplexity(joint.model, held_out)
         facts["perplexity"] = {"original": first, "trained": last}
-    return TrainResult(heads, _evaluation(heads, joint.model, held_states, digest(held_out)), joint, facts)
+    evaluation = _evaluation(heads, joint.model, held_states, digest(held_out))
+    return TrainResult(heads, evaluation, joint, _ngrams(heads, joint.model, training, held_states), facts)
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,13 @@ def _evaluation(heads: MedusaHeads, model: PreTrainedModel, states: HiddenStates
     output: Any = model.get_output_embeddings()
     judged = copy.deepcopy(heads).to(output.weight.device, output.weight.dtype)
     return evaluate(judged, output, states, digest=heads.digest(), data=data)
+
+
+def _ngrams(heads: MedusaHeads, model: PreTrainedModel, training: list[Example], states: HiddenStates | None) -> NGrams | None:
+    output: Any = model.get_output_embeddings()
+    judged = copy.deepcopy(heads).to(output.weight.device, output.weight.dtype)
+    judged.draft_ids = heads.draft_ids
+    return draft_ngrams(judged, output, training, states)
 
 
 def _identity(

@@ -6,6 +6,7 @@ import itertools
 import math
 import mmap
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
 from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
-from medusa_runtime.manifest import HEADS, STEP, Manifest
+from medusa_runtime.manifest import HEADS, ORT_CPU, STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
 try:
@@ -24,11 +25,12 @@ except ImportError as error:
 
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # which Windows has not
-CAPACITY_BUCKET = 64  # entries the cache grows by at least: attention over a portable graph costs what is allocated
+EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # as Linux names what a processor can
+CAPACITY_BUCKET = 64  # entries the cache grows by at least
 
 
 class OrtCpuBackend:
-    """Runs the portable graphs with ONNX Runtime's CPU provider.
+    """Runs a bundle's graphs with ONNX Runtime's CPU provider: those made for it, or else the portable ones.
 
     Args:
         bundle: the bundle's directory.
@@ -47,8 +49,8 @@ class OrtCpuBackend:
             )
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
-        self._step_session = _open(Path(bundle) / manifest.graphs[STEP].file, num_threads)
-        self._heads_session = _open(Path(bundle) / manifest.graphs[HEADS].file, num_threads)
+        self._step_session = _open(Path(bundle) / manifest.graph(STEP, ORT_CPU).file, num_threads)
+        self._heads_session = _open(Path(bundle) / manifest.graph(HEADS, ORT_CPU).file, num_threads)
         _require_contract(self._step_session, manifest, STEP)
         _require_contract(self._heads_session, manifest, HEADS)
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
@@ -180,11 +182,25 @@ def _open(path: Path, num_threads: int) -> ort.InferenceSession:
     # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 86 ms
     # where they now take 46 (docs/decisions/0002-threads-of-two-sessions.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # 4-bit weights: products in int8
+    if not _has_exact_products():  # uint8 times int8 saturates; twice as slow products do not
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         raise BackendError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
+
+
+def _has_exact_products() -> bool:
+    """Whether ONNX Runtime's products of uint8 with int8 keep all their bits: on x86 only with VNNI or AMX."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    except OSError:  # not Linux: what the processor has is not known
+        return False
+    return not EXACT.isdisjoint(flags)
 
 
 def bucket(capacity: int) -> int:
@@ -198,7 +214,7 @@ def bucket(capacity: int) -> int:
 
 def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str) -> None:
     """Refuse a graph that is not the one the manifest describes, or whose cache is not the model's."""
-    model, facts = manifest.model, manifest.graphs[name]
+    model, facts = manifest.model, manifest.graph(name, ORT_CPU)
     found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
     cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]
     expected = [(tensor.name, tensor.shape) for tensor in facts.inputs if not tensor.name.startswith("past.")]

@@ -1,0 +1,30 @@
+"""What a measurement says of the machine it was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+SHOWN_FLAGS = ("amx_int8", "avx2", "avx512_vnni", "avx512f")
+
+
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and system."""
+    return {"cpu": _cpu(), "cores": num_cores(), "system": platform.system()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = [flag for flag in SHOWN_FLAGS if flag in facts.get("flags", "").split()]
+    return f"{facts.get('model name', platform.machine())} ({', '.join(flags)})"

@@ -1,0 +1,136 @@
+"""Our own decoding in a process of its own: `python -m medusa_export.bench.own SETTINGS`, with bundle and threads as JSON.
+
+It talks as `workers/serve.py` does. All modes share one copy of the weights and one cache, which they use in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from medusa_export.bench.workers.serve import Operations, serve
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, MedusaLM
+from medusa_runtime.backends import Backend
+from medusa_runtime.engine import PREFILL_CHUNK
+from medusa_runtime.text import TextCodec, TextStream
+
+PARTS = ("step", "propose", "commit")
+FIELDS: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "lookup": {"prompt_lookup": True}}  # of a request, by mode
+
+
+class Clock:
+    """A backend that counts the seconds of its calls."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        for name in PARTS:
+            setattr(self, name, partial(self._timed, name, getattr(backend, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def _timed(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+
+class OwnDecoding:
+    """A bundle, ready to decode in every mode."""
+
+    def __init__(self, bundle: str, threads: int) -> None:
+        lm = MedusaLM.from_bundle(bundle, max_batch_size=1, reuse_prefixes=False, num_threads=threads)
+        self._lm, self._codec = lm, lm.codec
+        clock: Any = Clock(lm.engine.backend)
+        self._clock, lm.engine.backend = clock, clock
+        tree = CandidateTree.from_json(lm.manifest.tree)
+        trees: dict[str, CandidateTree | DynamicTree] = {"plain": tree, "static": tree, "dynamic": DynamicTree(tree.num_nodes)}
+        self._engines = {
+            mode: DecodingEngine(clock, chosen, max_batch_size=1, reuse_prefixes=False) for mode, chosen in trees.items()
+        } | {"tuned": lm.engine, "lookup": lm.engine}
+
+    def operations(self) -> Operations:
+        """What it can be asked."""
+        return {"generate": self.generate, "steps": self.steps}
+
+    def generate(self, mode: str, token_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
+        """As `workers.serve.timed`, with the seconds of each part of decoding.
+
+        Text is made after the clock has stopped, from the same pieces, as no other contestant makes any.
+        """
+        options = DecodingOptions(max_new_tokens=max_new_tokens, ignore_eos=True, **FIELDS.get(mode, {}))
+        pieces: list[list[int]] = []
+        seconds: list[float] = []
+        before: dict[str, float] = {}
+        started = time.perf_counter()
+        for steps in self._engines[mode].generate([token_ids], options=options):
+            seconds.append(time.perf_counter() - started)
+            pieces.append([token for step in steps for token in step.token_ids])
+            before = before or dict(self._clock.seconds)  # once the first token is there
+        parts = {name: self._clock.seconds[name] - before[name] for name in PARTS}
+        return {"pieces": pieces, "seconds": seconds, "parts": parts | {"text": _text_seconds(self._codec, pieces[1:])}}
+
+    def steps(self, widths: list[int], token_ids: list[int], capacity: int, repeats: int) -> dict[str, dict[str, float]]:
+        """Median seconds of steps of so many tokens after a context, in turn, and of the heads.
+
+        Args:
+            widths: tokens of a step.
+            token_ids: the context, which is read first.
+            capacity: entries of the cache.
+            repeats: steps of each width.
+        """
+        backend: Backend = self._clock
+        _fill(backend, token_ids, capacity)
+        times = defaultdict(list)
+        heads = []
+        for _ in range(repeats):
+            for width in widths:
+                times[width].append(_seconds(partial(_step, backend, token_ids[:1] * width, len(token_ids))))
+            heads.append(_seconds(partial(backend.propose, np.zeros(1, np.int64))))
+        return {
+            "step_seconds": {str(width): float(np.median(found)) for width, found in times.items()},
+            "head_seconds": {"1": float(np.median(heads))},
+        }
+
+
+def _fill(backend: Backend, token_ids: list[int], capacity: int) -> None:
+    """Read a context into an empty cache, as the engine does."""
+    backend.resize(1, capacity)
+    for start in range(0, len(token_ids), PREFILL_CHUNK):
+        _step(backend, token_ids[start : start + PREFILL_CHUNK], start, rows=1)
+
+
+def _step(backend: Backend, token_ids: list[int], cached: int, rows: int | None = None) -> None:
+    width = len(token_ids)
+    backend.step(
+        np.array([token_ids], np.int64),
+        cached + np.arange(width)[None],
+        np.tri(width, dtype=np.bool_)[None],
+        np.array([cached]),
+        np.arange(width)[None, -(rows or width) :],
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _text_seconds(codec: TextCodec, pieces: list[list[int]]) -> float:
+    stream = TextStream(codec)
+    return _seconds(lambda: [stream.push(piece) for piece in pieces])
+
+
+if __name__ == "__main__":
+    serve(lambda: OwnDecoding(**json.loads(sys.argv[1])).operations())

@@ -1,0 +1,126 @@
+"""Medusa decoding in PyTorch, as short as it can be without being slow: Transformers' model and cache, a fixed tree.
+
+One forward pass verifies the tree under a 4-D mask; the heads run at the accepted node alone; accepted entries are moved to
+the front of the cache and the rest is cut off. It decodes what our runtime decodes with the same tree.
+Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import linear, silu
+from transformers import AutoModelForCausalLM, DynamicCache
+
+
+class _Heads:
+    """The heads of a directory with config.json, heads.safetensors and maybe draft_vocabulary.json."""
+
+    def __init__(self, directory: Path, lm_head: torch.Tensor, dtype: torch.dtype) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(directory / "heads.safetensors").items()}
+        self._weights = [  # one a residual block, of all heads: [K, C, C] and [K, 1, C]
+            tuple(
+                torch.stack([tensors[f"heads.{head}.blocks.{block}.linear.{part}"] for head in range(config["num_heads"])])
+                for part in ("weight", "bias")
+            )
+            for block in range(config["num_layers"])
+        ]
+        vocabulary = directory / "draft_vocabulary.json"
+        self._draft_ids = torch.tensor(json.loads(vocabulary.read_text())) if vocabulary.is_file() else None
+        shared = [lm_head] * config["num_heads"]
+        own = [tensors.get(f"heads.{head}.lm_head.weight", shared[head]) for head in range(config["num_heads"])]
+        rows = own if self._draft_ids is None else [table[self._draft_ids] for table in own]
+        self._tables = rows[:1] if all(table is lm_head for table in own) else rows  # a shared one once
+
+    def __call__(self, hidden: torch.Tensor, top_k: int) -> torch.Tensor:
+        """The likeliest tokens of each head after a row. hidden: [C], result: [K, M]."""
+        features = hidden.expand(len(self._weights[0][0]), -1)[:, None]  # [K, 1, C]
+        for weight, bias in self._weights:
+            features = features + silu(torch.baddbmm(bias[:, None], features, weight.transpose(1, 2)))
+        features = features[:, 0]
+        if len(self._tables) == 1:
+            logits = linear(features, self._tables[0])
+        else:
+            logits = torch.stack([linear(row, table) for row, table in zip(features, self._tables, strict=True)])
+        best = logits.topk(top_k).indices
+        return best if self._draft_ids is None else self._draft_ids[best]
+
+
+class _Tree:
+    """A candidate tree, from parents and ranks; parents come before their children."""
+
+    def __init__(self, parents: list[int], ranks: list[int], dtype: torch.dtype) -> None:
+        self.parents, self.ranks, self.depths = parents, torch.tensor(ranks), [0] * len(parents)
+        sees = torch.eye(len(parents), dtype=torch.bool)
+        for node, parent in enumerate(parents[1:], start=1):
+            self.depths[node] = self.depths[parent] + 1
+            sees[node] |= sees[parent]
+        self.mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)  # [N, N], additive
+        self.places = torch.tensor(self.depths)
+
+    def tokens(self, root: int, best: torch.Tensor) -> torch.Tensor:
+        """Token ids of the nodes. best: [K, M] of the heads."""
+        drafts = best[self.places[1:] - 1, self.ranks[1:]]
+        return torch.cat([torch.tensor([root]), drafts])  # [N]
+
+    def accept(self, tokens: list[int], choices: list[int]) -> list[int]:
+        """The longest path of drafts that are each the model's choice after their parent."""
+        path = [0]
+        for node in range(1, len(tokens)):
+            if self.parents[node] == path[-1] and tokens[node] == choices[path[-1]]:
+                path.append(node)
+        return path
+
+
+def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
+    """settings: checkpoint, heads, tree (parents and ranks), dtype, threads."""
+    torch.set_num_threads(settings["threads"])
+    dtype = getattr(torch, settings["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=dtype).eval()
+    lm_head = model.get_output_embeddings().weight
+    heads = _Heads(Path(settings["heads"]), lm_head, dtype)
+    tree = _Tree(**settings["tree"], dtype=dtype)
+    top_k = int(tree.ranks.max()) + 1
+
+    @torch.inference_mode()
+    def decode(token_ids: list[int], max_new_tokens: int, emit: Callable[[list[int]], None]) -> None:
+        cache = DynamicCache(config=model.config)
+        hidden = model.base_model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True)[0][0, -1]
+        root, count = int(linear(hidden, lm_head).argmax()), 1
+        emit([root])
+        while count < max_new_tokens:
+            cached = cache.get_seq_length()
+            tokens = tree.tokens(root, heads(hidden, top_k))
+            mask = torch.cat([tree.mask.new_zeros(len(tokens), cached), tree.mask], dim=1)[None, None]
+            rows = model.base_model(
+                tokens[None],
+                attention_mask=mask,
+                position_ids=(cached + tree.places)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )[0][0]
+            choices = linear(rows, lm_head).argmax(-1).tolist()
+            path = tree.accept(tokens.tolist(), choices)
+            _keep(cache, cached, path)
+            new_ids = [choices[node] for node in path]
+            emit(new_ids)
+            root, hidden, count = new_ids[-1], rows[path[-1]], count + len(new_ids)
+
+    return decode
+
+
+def _keep(cache: Any, cached: int, path: list[int]) -> None:
+    """Move the entries of a path behind those that were cached, and cut the others off."""
+    if path != list(range(len(path))):
+        nodes = cached + torch.tensor(path)
+        for layer in cache.layers:
+            for entries in (layer.keys, layer.values):  # [1, Hkv, S, D]
+                entries[:, :, cached : cached + len(path)] = entries[:, :, nodes]
+    if (num_rejected := cache.get_seq_length() - cached - len(path)) > 0:
+        cache.crop(-num_rejected)

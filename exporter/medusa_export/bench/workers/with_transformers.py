@@ -1,0 +1,47 @@
+"""Transformers' own `generate`, plain or with drafts looked up in the prompt (`lookup`: tokens a draft)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+
+class _Pieces(BaseStreamer):
+    """Hands new tokens on; what comes first is the prompt."""
+
+    def __init__(self, emit: Callable[[list[int]], None]) -> None:
+        self._emit, self._is_prompt = emit, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            self._emit(value.reshape(-1).tolist())
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
+    """settings: checkpoint, dtype, threads, and lookup or none."""
+    torch.set_num_threads(settings["threads"])
+    model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=getattr(torch, settings["dtype"])).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    lookup = {"prompt_lookup_num_tokens": settings["lookup"]} if settings.get("lookup") else {}
+
+    def decode(token_ids: list[int], max_new_tokens: int, emit: Callable[[list[int]], None]) -> None:
+        inputs = torch.tensor([token_ids])
+        model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=_Pieces(emit),
+            **lookup,
+        )
+
+    return decode

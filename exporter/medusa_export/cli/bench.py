@@ -1,0 +1,166 @@
+"""`medusa-export bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medusa_export.bench.options import (
+    CONTEXT_LENGTHS,
+    MODES,
+    PREFILL_LENGTHS,
+    STEP_WIDTHS,
+    USUAL_MODES,
+    BenchOptions,
+    Sources,
+)
+from medusa_export.cli.options import threads_option
+from medusa_runtime.errors import MedusaError, OptionError
+from medusa_runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from medusa_export.bench.state import Bench
+
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+
+
+class Words(click.ParamType[tuple[str, ...]]):
+    """Words with commas between them."""
+
+    name = "words"
+
+    def convert(self, value: Any, _: click.Parameter | None, __: click.Context | None) -> tuple[str, ...]:
+        """See click."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+
+
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Positive whole numbers with commas between them; none for nothing."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """See click."""
+        if isinstance(value, tuple):
+            return value
+        if value.strip() == "none":
+            return ()
+        try:
+            sizes = tuple(sorted({int(word) for word in value.split(",")}))
+        except ValueError:
+            sizes = (0,)
+        if sizes[0] < 1:
+            self.fail(f"{value!r}: it must be whole numbers from 1 on with commas between them, or none", param, ctx)
+        return sizes
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+@click.command("bench")
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines, or text with a prompt a line. [default: our own]")
+@click.option("--limit", type=click.IntRange(min=1), help="So many of the prompts, spread over all of them.")
+@click.option("--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Of every answer.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="How often each prompt is put.")
+@click.option(
+    "--modes",
+    type=Words(),
+    default=_listed(USUAL_MODES),
+    show_default=True,
+    help="; ".join(f"{name}: {what}" for name, what in MODES.items()) + ".",
+)
+@click.option("--steps", type=Sizes(), default=_listed(STEP_WIDTHS), show_default=True, help="Time steps of so many tokens.")
+@click.option("--prefill", type=Sizes(), default=_listed(PREFILL_LENGTHS), show_default=True, help="Time prompts this long.")
+@click.option(
+    "--context",
+    type=Sizes(),
+    default=_listed(CONTEXT_LENGTHS),
+    show_default=True,
+    help="Time steps after so many tokens, and with room for so many that is not used.",
+)
+@click.option("--peers", type=Words(), default="", metavar="all|NAME,…", help="Measure other engines as well.")
+@click.option(
+    "--peers-python", type=click.Path(path_type=Path), help="The Python that has the other engines. [default: this one]"
+)
+@click.option(
+    "--peer-models",
+    type=click.Path(path_type=Path),
+    help="Keep models built for other engines here. [default: in the user's cache]",
+)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="For other engines: the bundles' Hugging Face directory.")
+@click.option("--heads", type=click.Path(path_type=Path), help="For Medusa in PyTorch: the bundles' heads.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="For llama.cpp and OpenVINO: the same weights in a GGUF file.")
+@click.option("--openvino", type=click.Path(path_type=Path), help="For OpenVINO: the same weights, converted.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write a row a contestant to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw PNGs into this directory.")
+@threads_option
+def command(
+    bundles: tuple[Path, ...],
+    *,
+    checkpoint: Path | None,
+    gguf: Path | None,
+    heads: Path | None,
+    openvino: Path | None,
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Measure decoding on every BUNDLE, with and without Medusa, and other engines on the same weights.
+
+    All contestants get the same token ids and give the same number of new ones, greedily and one request at a time. They take
+    turns prompt by prompt, each in a process of its own that is stopped while others are measured. Ctrl-C keeps what there is.
+    """
+    from medusa_export.bench.result import result_of
+    from medusa_export.bench.run import measure, prepare
+
+    for target in filter(None, (json_file, csv_file, plot)):
+        if not target.absolute().parent.is_dir():
+            raise OptionError(f"{target} cannot be written: there is no directory {target.parent}")
+    if plot and plot.exists() and not plot.is_dir():
+        raise OptionError(f"--plot {plot}: plots go into a directory, and this is a file")
+    if plot:
+        from medusa_export import plots  # noqa: F401 - its extra is missed now, not after the work
+    sources = {"checkpoint": checkpoint, "gguf": gguf, "heads": heads, "openvino": openvino}
+    for name, path in sources.items():
+        if path is not None and not path.exists():
+            raise OptionError(f"--{name} {path}: there is nothing there")
+    bench = prepare(BenchOptions(bundles, sources=Sources(**sources), **options))
+    targets = (json_file, csv_file, plot)
+    try:
+        result = measure(bench)
+    except MedusaError:
+        if bench.answers:
+            _publish(result_of(bench, complete=False), *targets)
+        raise
+    _publish(result, *targets)
+    if not result["complete"]:
+        _tell_interrupted(bench, json_file)
+
+
+def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot: Path | None) -> None:
+    from medusa_export.bench.report import print_result, write_csv
+
+    print_result(result)
+    if json_file:
+        write_whole(json_file, json.dumps(result, indent=1) + "\n")
+    if csv_file:
+        write_csv(result, csv_file)
+    if plot:
+        from medusa_export.plots import benchmark
+
+        benchmark(result, plot)
+
+
+def _tell_interrupted(bench: Bench, json_file: Path | None) -> None:
+    kept = f"; {json_file} has what was measured" if json_file else ""
+    click.echo(f"Error: interrupted after {len(bench.answers)} answers{kept}", err=True)
+    click.get_current_context().exit(INTERRUPTED)

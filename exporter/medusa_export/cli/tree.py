@@ -1,0 +1,54 @@
+"""`medusa-export tree`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from medusa_export.cli.options import backend_option, threads_option
+from medusa_runtime.errors import OptionError
+
+FORMATS = (".png", ".svg")
+
+
+@click.group("tree")
+def command() -> None:
+    """Draw candidate trees."""
+
+
+@command.command("show")
+@click.argument("source", metavar="BUNDLE|TREE.json", type=click.Path(path_type=Path))
+@click.option(
+    "--evaluation", type=click.Path(path_type=Path), help="An evaluation.json of the heads: how often they are right."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="For which the tree was tuned.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this PNG or SVG, too.")
+@backend_option
+@threads_option
+def show(source: Path, *, evaluation: Path | None, batch_size: int, plot: Path | None, backend: str, threads: int) -> None:
+    """Draw a tree: each node with its path of ranks, and how often all drafts down to it are right.
+
+    Of a bundle, the best fixed tree that was tuned for this device, or else the one in its manifest. Without a tuning or an
+    evaluation, which takes heads for independent, nobody knows how often a node is accepted.
+    """
+    from rich.console import Console
+
+    from medusa_export.tune.tree import find_tree
+    from medusa_runtime.tuning import device_key
+
+    if plot is not None:
+        from medusa_export.plots import tree_drawing
+
+        if plot.suffix.lower() not in FORMATS:
+            raise OptionError(f"--plot {plot}: the name must end in {' or '.join(FORMATS)}")
+        if not plot.absolute().parent.is_dir():
+            raise OptionError(f"{plot} cannot be written: there is no directory {plot.parent}")
+    found = find_tree(source, device_key(backend, num_threads=threads), batch_size, evaluation)
+    console = Console(highlight=False)
+    console.print(found.source, markup=False, soft_wrap=True)
+    console.print(found.drawn())
+    if found.expected is not None:
+        console.print(f"tokens per step expected: {found.expected:.2f}")
+    if plot is not None:
+        tree_drawing(found.tree, found.acceptance, plot)

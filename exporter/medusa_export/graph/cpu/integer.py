@@ -1,0 +1,157 @@
+"""Products of int8 weights with activations rounded to integers, no row's rounding depending on another row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_export.graph.cpu.projections import is_int8_weight
+from medusa_export.graph.values import add_initializer, constant, replace
+
+LEVELS = 127
+TINY = 1e-30  # what keeps a row of zeros from being divided by zero
+SECOND = 1 / 254  # of a level: the second term's codes reach half a level to either side
+NORMS = {"RMSNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # which input the gains are
+
+
+class IntegerProducts(ir.passes.InPlacePass):
+    """Multiply in integers where a weight is stored in them.
+
+    Needs: ``MatMul(x, DequantizeLinear(int8 weight, a scale a column))`` in float32. Leaves: x rounded to uint8 with zero
+    point 128 (int8 x int8 has no fast kernel), ``MatMulIntegerToFloat``, and the scaling that undoes x's.
+
+    With 8 bits, each row of x is divided by its largest magnitude first. With 16, each row is divided by its root mean
+    square, unless x comes from a norm, which has done so: then no magnitude can pass a bound that is known in advance. It is
+    rounded to two terms of 8 bits, the second for what the first leaves, and their products are added. The bound is far above
+    what is usual, but of 16 bits some can be spared.
+
+    Either way a row's result depends on this row alone, whatever other tokens a step holds. `DynamicQuantizeLinear` would
+    take one scale for all of them, and a draft could change another's logits.
+
+    Args:
+        activation_bits: 8 or 16.
+    """
+
+    def __init__(self, activation_bits: int = 16) -> None:
+        super().__init__()
+        self.round = _round8 if activation_bits == 8 else _round16
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        rounded: dict[ir.Value, _Rounded] = {}
+        products = [node for node in model.graph if node.op_type == "MatMul" and _multiplies_int8(node)]
+        for node in products:
+            x, weight = node.inputs
+            assert x is not None
+            assert weight is not None
+            source = weight.producer()
+            assert source is not None
+            tape = ir.tape.Tape()
+            if x not in rounded:
+                rounded[x] = self.round(model.graph, tape, x)
+            result = rounded[x].product(model.graph, tape, source)
+            model.graph.insert_before(node, tape.nodes)
+            replace(node.outputs[0], result)
+            model.graph.remove(node, safe=True)
+        if products:
+            model.opset_imports["com.microsoft"] = 1
+        return ir.passes.PassResult(model, modified=bool(products))
+
+
+class _Rounded:
+    """An activation's codes, and how a product with them becomes one with the activation."""
+
+    def __init__(
+        self,
+        codes: ir.Value,
+        level: ir.Value,
+        *,
+        factor: ir.Value | None,
+        divides: bool,
+        shape: ir.Value | None = None,
+    ) -> None:
+        self.codes = codes  # [.., T, K], or twice as long for two terms
+        self.level = level  # what one step of the codes is worth, in the scaled activation
+        self.two_terms, self.shape = shape is not None, shape  # [.., T, -1] for two terms
+        self.factor, self.divides = factor, divides  # [.., T, 1]: what each row was divided or multiplied by, if it was
+
+    def product(self, graph: ir.Graph, tape: ir.tape.Tape, weight: ir.Node) -> ir.Value:
+        data, scales = weight.inputs
+        zero = constant(graph, "code_of_zero", np.uint8(128))
+        result = tape.op("MatMulIntegerToFloat", [self.codes, data, self.level, scales, zero], domain="com.microsoft")
+        if self.two_terms:  # their sum as a product with [1, 2]: one pass over both, where Split, Mul and Add are three
+            flat = tape.op("Reshape", [result, constant(graph, "by_term", [2, -1])])
+            total = tape.op("MatMul", [_weights_of_terms(graph), flat])
+            result = tape.op("Reshape", [total, self.shape])
+        if self.factor is not None:
+            result = tape.op("Div" if self.divides else "Mul", [result, self.factor])
+        return result
+
+
+def _multiplies_int8(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    source = None if weight is None else weight.producer()
+    return source is not None and is_int8_weight(source)
+
+
+def _round8(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
+    largest = tape.op("ReduceMax", [tape.op("Abs", [x]), constant(graph, "last_axis", [-1])], {"keepdims": 1})
+    largest = tape.op("Max", [largest, constant(graph, "tiny", TINY)])
+    level = constant(graph, "level", 1 / LEVELS)
+    codes = tape.op("QuantizeLinear", [tape.op("Div", [x, largest]), level, constant(graph, "code_of_zero", np.uint8(128))])
+    return _Rounded(codes, level, factor=largest, divides=False)
+
+
+def _round16(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
+    zero = constant(graph, "code_of_zero", np.uint8(128))
+    bound, factor = _bound_after_norm(x), None
+    leading = tape.op("Shape", [x], {"start": 0, "end": -1})
+    shape = tape.op("Concat", [leading, constant(graph, "last_axis", [-1])], {"axis": 0})
+    if bound is None:
+        width = _width(x)
+        bound = math.sqrt(width)
+        x, factor = tape.op_multi_out(
+            "SimplifiedLayerNormalization", [x, _ones(graph, width)], {"axis": -1, "epsilon": TINY}, num_outputs=2
+        )
+    level, second_level = (_level(graph, bound * part) for part in (1.0, SECOND))
+    codes = tape.op("QuantizeLinear", [x, level, zero])
+    left = tape.op("Sub", [x, tape.op("DequantizeLinear", [codes, level, zero])])
+    codes = tape.op("Concat", [codes, tape.op("QuantizeLinear", [left, second_level, zero])], {"axis": 0})
+    return _Rounded(codes, level, factor=factor, divides=True, shape=shape)
+
+
+def _bound_after_norm(x: ir.Value) -> float | None:
+    """What no magnitude of x can pass where it is a norm's output: with N values of mean square 1, each is at most √N."""
+    node = x.producer()
+    if node is None or node.op_type not in NORMS or x is not node.outputs[0]:
+        return None
+    gain = node.inputs[NORMS[node.op_type]]
+    if gain is None or gain.const_value is None:
+        return None
+    gains = np.abs(gain.const_value.numpy())
+    return float(math.sqrt(gains.size) * max(gains.max(), TINY))
+
+
+def _width(x: ir.Value) -> int:
+    width = x.shape[-1] if x.shape is not None else None
+    assert isinstance(width, int)  # it is multiplied with a weight, whose size is known
+    return width
+
+
+def _level(graph: ir.Graph, bound: float) -> ir.Value:
+    return constant(graph, f"level_{bound / LEVELS!r}", bound / LEVELS)
+
+
+def _weights_of_terms(graph: ir.Graph) -> ir.Value:
+    if "weights_of_terms" not in graph.initializers:
+        add_initializer(graph, "weights_of_terms", ir.tensor(np.array([[1.0, SECOND]], np.float32), name="weights_of_terms"))
+    return graph.initializers["weights_of_terms"]
+
+
+def _ones(graph: ir.Graph, width: int) -> ir.Value:
+    name = f"ones_{width}"
+    if name not in graph.initializers:
+        add_initializer(graph, name, ir.tensor(np.ones(width, np.float32), name=name))
+    return graph.initializers[name]

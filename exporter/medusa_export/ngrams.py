@@ -1,0 +1,86 @@
+"""`medusa-export heads ngrams`: draft n-grams for heads that there are."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medusa_export.checkpoint import load_backbone, load_tokenizer
+from medusa_export.devices import fast_precision, torch_device
+from medusa_export.export import require_matching
+from medusa_export.progress import count_stage, note, stage
+from medusa_heads.formats import load_heads, native
+from medusa_heads.ngrams import draft_ngrams
+from medusa_heads.tokens import CheckpointCodec
+from medusa_heads.train.examples import read_examples, split
+from medusa_heads.train.hidden import backbone_digest, cached_hidden_states
+from medusa_runtime.errors import OptionError
+from medusa_runtime.ngrams import NGRAMS_NAME
+
+
+@dataclass(frozen=True)
+class NGramOptions:
+    """What `medusa-export heads ngrams` is asked for; the command's help tells what each means."""
+
+    heads: Path
+    model: str
+    data: tuple[Path, ...]
+    held_out: float = 0.02
+    max_length: int = 2048
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    trust_remote_code: bool = False
+
+
+def make_ngrams(options: NGramOptions) -> Path:
+    """Count n-grams and put them beside the heads. Returns the file.
+
+    Raises:
+        OptionError: the heads are in no directory of this project's format, or the data is bad or too little.
+        CheckpointError: model or heads cannot be loaded, or do not fit each other.
+    """
+    if not native.matches(options.heads):
+        raise OptionError(f"{options.heads} is no directory of heads as `train` makes them; n-grams have no place there")
+    heads = load_heads(options.heads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
+    training, held_out = split(read_examples(options.data, codec, max_length=options.max_length), options.held_out)
+    device = torch_device(options.device)
+    precision = fast_precision(device) if options.dtype == "auto" else options.dtype
+    with stage(f"load {options.model}"):
+        backbone = load_backbone(
+            options.model,
+            precision,  # type: ignore[arg-type] # click has checked it
+            attention="sdpa",
+            trust_remote_code=options.trust_remote_code,
+        )
+    require_matching(heads, backbone, options.heads)
+    model = backbone.model
+    model.to(device)  # type: ignore[arg-type] # PreTrainedModel's own wrapper has lost torch's signature
+    states = None
+    with tempfile.TemporaryDirectory(prefix="medusa-export-") as directory, count_stage("hidden states") as tell:
+        if held_out:
+            total, identity = sum(len(example.response_ids) for example in held_out), backbone_digest(model)
+            states = cached_hidden_states(
+                model, held_out, Path(directory), identity=identity, tell=lambda done: tell(done, 0, done, total)
+            )
+        with stage("count and fit"):
+            heads = heads.to(device, model.dtype)
+            ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states)
+    if ngrams is None:
+        raise OptionError("the answers are too short, or too few, to count n-grams in")
+    note(f"{int((ngrams.cells > 0).sum())} of {len(ngrams.cells)} cells hold an n-gram")
+    target = options.heads / NGRAMS_NAME
+    temporary = target.with_name(f".{NGRAMS_NAME}.partial-{os.getpid()}")
+    try:
+        ngrams.save(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,49 @@
+"""The text that a bundle is calibrated and measured on: the model's own answers, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from medusa_export.tune.prompts import PROMPTS as QUALITY_PROMPTS
+from medusa_export.validate.prompts import PROMPTS as CALIBRATION_PROMPTS
+from medusa_runtime import DecodingEngine, DecodingOptions, DecodingStats
+from medusa_runtime.errors import OptionError
+from medusa_runtime.text import TextCodec
+
+__all__ = ["CALIBRATION_PROMPTS", "QUALITY_PROMPTS", "answered", "pieces"]
+
+ANSWER_TOKENS = 96
+PIECE_TOKENS = 512
+MOST_PIECES = 32
+
+
+def answered(engine: DecodingEngine, codec: TextCodec, prompts: Sequence[str]) -> tuple[list[list[int]], DecodingStats]:
+    """Token ids of prompts with the model's greedy answers, and what decoding them counted."""
+    stats, texts = DecodingStats(), []
+    longest = engine.backend.manifest.limits.max_seq_len
+    options = DecodingOptions(max_new_tokens=min(ANSWER_TOKENS, longest // 2))
+    for prompt in prompts:
+        text = codec.encode(prompt)[: longest - longest // 2]
+        for [step] in engine.generate([text], options=options, stats=stats):
+            text = [*text, *step.token_ids]
+        texts.append(text)
+    return texts, stats
+
+
+def pieces(path: Path, codec: TextCodec, max_seq_len: int) -> list[list[int]]:
+    """A text file in pieces of 512 tokens, or what the bundle takes; the first 32 of them.
+
+    Raises:
+        OptionError: it cannot be read, or is too short.
+    """
+    try:
+        ids = codec.encode(path.read_text(), raw=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the text {path}: {error}") from error
+    size = min(PIECE_TOKENS, max_seq_len)
+    found = [ids[start : start + size] for start in range(0, len(ids), size)][:MOST_PIECES]
+    found = [piece for piece in found if len(piece) > 1]
+    if not found:
+        raise OptionError(f"{path} has {len(ids)} tokens; at least 2 are needed")
+    return found

@@ -1,0 +1,281 @@
+"""`medusa-export tune`: measure, search, check, and keep the result in the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_export.progress import count_stage, note, stage
+from medusa_export.provenance import provenance
+from medusa_export.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
+from medusa_export.tune.prompts import PROMPTS, read_prompts
+from medusa_export.tune.record import record
+from medusa_export.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
+from medusa_heads.replay import Evaluation
+from medusa_runtime.backends import BACKENDS, Backend, open_backend
+from medusa_runtime.budget import StepCosts, fitting_capacities, fitting_nodes
+from medusa_runtime.engine import LOOKUP_NODES, DecodingEngine
+from medusa_runtime.errors import BundleError, CapacityError, CheckpointError, OptionError
+from medusa_runtime.manifest import Limits, Manifest
+from medusa_runtime.measuring import measure_grid
+from medusa_runtime.ngrams import NGrams
+from medusa_runtime.options import DecodingOptions
+from medusa_runtime.text import TextCodec
+from medusa_runtime.tree import CandidateTree, DynamicTree
+from medusa_runtime.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning, cpu_name, device_key, num_cores
+
+BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
+TOLERANCE = 0.15  # of a prediction
+CHECKED = 3  # prompts that a check decodes at least
+LOOKED_UP = 8  # groups of prompts that are decoded with prompt lookup and without
+LOOKUP_PAYS = 1.02  # times as many tokens a second are worth it
+RECORDED_TOGETHER = 8  # answers
+SPARE = 16  # entries for drafts beyond prompt and answer
+EVALUATION_NAME = "evaluation.json"  # beside heads
+Prompts = Sequence[Sequence[int]]  # token ids
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What `medusa-export tune` is asked for; the command's help tells what each means."""
+
+    bundle: Path
+    heads: Path | None = None
+    evaluation: Path | None = None
+    prompts: Path | None = None
+    batch_sizes: tuple[int, ...] = ()
+    max_nodes: int = MAX_NODES
+    lengths: tuple[int, ...] = ()
+    max_new_tokens: int = 64
+    rounds: int = 5
+    backend: str = "auto"
+    threads: int = 0
+
+
+def tune(options: TuneOptions) -> DeviceTuning:
+    """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. Takes a minute or two.
+
+    Raises:
+        OptionError: an option cannot be used, or the prompts cannot be read.
+        BundleError, BackendError: the bundle cannot be run here.
+        CapacityError: a batch is larger than the bundle takes, or there is no memory for it.
+        CheckpointError: the evaluation is damaged, or of other heads.
+    """
+    manifest = _checked(options.bundle)
+    evaluation = _evaluation(options, manifest)
+    texts = read_prompts(options.prompts) if options.prompts else PROMPTS
+    batch_sizes = _batch_sizes(options.batch_sizes, manifest.limits)
+    max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
+    with stage("open the bundle"):
+        manifest.require_intact(options.bundle)
+        backend = open_backend(options.bundle, manifest, options.backend, num_threads=options.threads)
+    new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
+    codec = TextCodec(options.bundle)
+    prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
+    run = _Run(backend, prompts, new_tokens, options.rounds, NGrams.of_bundle(options.bundle, manifest))
+
+    costs = run.costs(batch_sizes, max_nodes, options.lengths or LENGTHS)
+    acceptance: RecordedAcceptance | EvaluatedAcceptance
+    if evaluation is not None:
+        acceptance = EvaluatedAcceptance(evaluation, manifest.heads.top_k, max_nodes)
+        source = f"the heads' evaluation ({evaluation.answers} answers, {evaluation.tokens} tokens)"
+    else:
+        acceptance = run.acceptance(max_nodes)
+        rows = len(acceptance.record.ranks)
+        source = f"{options.prompts.name if options.prompts else 'own prompts'} ({len(prompts)} answers, {rows} tokens)"
+    batches = []
+    with count_stage("decode to check", len(batch_sizes), "batches") as tell:
+        for number, batch_size in enumerate(batch_sizes, start=1):
+            batches.append(run.tuned(Place(costs, batch_size, run.capacity(batch_size)), acceptance))
+            tell(number, number - 1, 1)
+    found = DeviceTuning(
+        backend=BACKENDS[1] if options.backend == "auto" else options.backend,
+        processor=cpu_name(),
+        threads=options.threads or num_cores(),
+        cores=num_cores(),
+        provenance=provenance(),
+        costs=costs,
+        acceptance_from=source,
+        accuracy=acceptance.accuracy[:, : manifest.heads.top_k].tolist(),
+        capacity=run.capacity(1),
+        batches=batches,
+    )
+    lookup = run.lookup(found)
+    pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
+    found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
+    keep(options.bundle, manifest, device_key(options.backend, num_threads=options.threads), found)
+    return found
+
+
+def keep(bundle: Path, manifest: Manifest, device: str, found: DeviceTuning) -> None:
+    """Add a device to a bundle's tuning. What is there of other devices stays, unless it is of other files or damaged."""
+    digest = manifest.content_digest()
+    devices: dict[str, DeviceTuning] = {}
+    try:
+        before = Tuning.load(bundle)
+    except BundleError as error:
+        note(f"{error}: it is replaced")
+    else:
+        if before is not None and before.bundle == digest:
+            devices = before.devices
+        elif before is not None:
+            note("the tuning there was of other files: it is replaced")
+    Tuning(bundle=digest, devices=devices | {device: found}).save(bundle)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A backend with what is decoded on it."""
+
+    backend: Backend
+    prompts: Prompts
+    new_tokens: int
+    rounds: int
+    ngrams: NGrams | None
+
+    def costs(self, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]) -> StepCosts:
+        """What steps cost, in the backend and around it."""
+        widths = [1 << power for power in range(max_nodes.bit_length()) if 1 << power < max_nodes] + [max_nodes]
+        capacities = fitting_capacities(self.backend.manifest.limits, [length + max_nodes for length in lengths], max_nodes)
+        with count_stage("step costs", self.rounds + 1, "rounds") as tell:
+            table = measure_grid(
+                self.backend, batch_sizes, widths, capacities, rounds=self.rounds, tell=lambda done: tell(done, 0, done)
+            )
+        costs = StepCosts(list(batch_sizes), widths, capacities, *table)
+        with stage("the host's share"):
+            self.backend.resize(batch_sizes[-1], self.capacity(1))
+            return with_host_seconds(self.backend, costs, self.prompts)
+
+    def acceptance(self, max_nodes: int) -> RecordedAcceptance:
+        """What drafts would have been accepted of the prompts' greedy answers."""
+        model, limits = self.backend.manifest.model, self.backend.manifest.limits
+        with count_stage("record acceptance", len(self.prompts), "answers") as tell:
+            found = record(
+                self.backend,
+                self.prompts,
+                max_new_tokens=self.new_tokens,
+                end_ids=model.eos_token_ids,
+                batch_size=min(RECORDED_TOGETHER, limits.max_batch_size or RECORDED_TOGETHER),
+                tell=lambda done: tell(done, 0, done),
+            )
+        with stage("sort the drafts"):
+            return RecordedAcceptance(found, self.backend.manifest.heads.top_k, max_nodes)
+
+    def capacity(self, batch_size: int) -> int:
+        """Make the cache as large as these answers need, and empty. Returns its entries a slot."""
+        limits = self.backend.manifest.limits
+        longest = max(len(prompt) for prompt in self.prompts) + self.new_tokens + SPARE
+        self.backend.resize(batch_size, limits.capacity or min(longest, limits.max_seq_len))
+        return self.backend.capacity
+
+    def tuned(self, place: Place, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> TunedBatch:
+        """The best trees for a batch size, the better of them tried."""
+        plain, static, dynamic = place.whole(1, 1.0), acceptance.static(place), acceptance.dynamic(place)
+        best = best_kind(plain, static, dynamic)
+        found = TunedBatch(batch_size=place.batch_size, best=best, plain=plain, static=static, dynamic=dynamic)
+        check = self._check(place, found, acceptance)
+        return found.model_copy(update={"check": check, "as_predicted": check and abs(check.error) <= TOLERANCE})
+
+    def _check(self, place: Place, found: TunedBatch, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> Check | None:
+        """Decode some prompts plainly and with the best tree, in turn; none where their answers were too short."""
+        batch, count = place.batch_size, -(-CHECKED // place.batch_size) * place.batch_size
+        answers = cycled(range(len(self.prompts)), count)
+        best = {"plain": found.plain, "static": found.static, "dynamic": found.dynamic}[found.best]
+        tree = CandidateTree.from_json(found.static.tree) if found.best == "static" else None
+        if isinstance(acceptance, RecordedAcceptance) and found.best != "plain":
+            best = acceptance.replayed(place, tree or best.nodes, answers)
+        engine = DecodingEngine(
+            self.backend, DynamicTree(found.dynamic.nodes), max_batch_size=batch, costs=place.costs, reuse_prefixes=False
+        )
+        plain = DecodingOptions(max_new_tokens=self.new_tokens, medusa=False)
+        ways = {"plain": plain}
+        if found.best != "plain":
+            ways[found.best] = DecodingOptions(max_new_tokens=self.new_tokens, tree=tree)
+        steps: dict[str, list[TimedStep]] = {way: [] for way in ways}
+        for start in range(0, count, batch):
+            group = [self.prompts[answer] for answer in answers[start : start + batch]]
+            for way, decoding in ways.items():
+                steps[way] += full_steps(engine, group, decoding)
+        if not all(steps.values()):
+            return None
+        return Check(
+            prompts=count,
+            steps=len(steps[found.best]),
+            predicted_tokens_per_second=best.tokens_per_second,
+            measured_tokens_per_second=rate(steps[found.best]),
+            plain_predicted_tokens_per_second=found.plain.tokens_per_second,
+            plain_measured_tokens_per_second=rate(steps["plain"]),
+        )
+
+    def lookup(self, found: DeviceTuning) -> LookupCheck | None:
+        """Decode some prompts with prompt lookup and without, in turn, both as a bundle so tuned is opened, one at a time.
+
+        Args:
+            found: the device's tuning; where a batch of one was not tuned, its smallest is taken.
+        """
+        batch = found.batches[0].batch_size
+        count = LOOKED_UP * batch
+        prompts = [self.prompts[number * len(self.prompts) // count] for number in range(count)]  # from the first to the last
+        self.capacity(batch)
+        without, with_it = self._engine(found, batch, 0), self._engine(found, batch, LOOKUP_NODES)
+        with count_stage("try prompt lookup", count, "prompts") as tell:
+            decoding = DecodingOptions(max_new_tokens=self.new_tokens)
+            pairs = in_turn((without, with_it), prompts, decoding, lambda done: tell(done, 0, done))
+        return lookup_check(pairs, batch)
+
+    def _engine(self, found: DeviceTuning, batch: int, lookup_nodes: int) -> DecodingEngine:
+        """As `MedusaLM.from_bundle` makes it."""
+        tree, costs = found.choice(batch, fitting_nodes(self.backend.manifest.limits, lookup_nodes))
+        return DecodingEngine(
+            self.backend,
+            tree,
+            max_batch_size=batch,
+            costs=costs,
+            reuse_prefixes=False,
+            prompt_lookup=lookup_nodes > 0,
+            ngrams=self.ngrams,
+        )
+
+
+def _checked(bundle: Path) -> Manifest:
+    manifest = Manifest.load(bundle)
+    if manifest.validation.status == "failed":
+        raise BundleError(f"{bundle} failed its validation ({manifest.validation.report}); export it again before it is tuned")
+    return manifest
+
+
+def _evaluation(options: TuneOptions, manifest: Manifest) -> Evaluation | None:
+    if options.heads is not None and options.evaluation is not None:
+        raise OptionError("--heads and --evaluation exclude each other")
+    place = options.heads / EVALUATION_NAME if options.heads is not None else options.evaluation
+    if place is None:
+        return None
+    evaluation = read_evaluation(place)
+    if evaluation.heads != manifest.heads.sha256:
+        raise CheckpointError(
+            f"{place} is of other heads ({evaluation.heads[:12]}…) than the bundle's ({manifest.heads.sha256[:12]}…); "
+            "evaluate those, or leave it out to have their acceptance measured"
+        )
+    return evaluation
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read what `medusa-export heads evaluate` wrote.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no evaluation of heads ({type(error).__name__}); make one with: medusa-export heads evaluate"
+        ) from error
+
+
+def _batch_sizes(wanted: Sequence[int], limits: Limits) -> list[int]:
+    largest = limits.max_batch_size
+    if wanted and largest is not None and max(wanted) > largest:
+        raise CapacityError(f"--batch-sizes asks for {max(wanted)}, the bundle takes {largest}")
+    return sorted({size for size in wanted or BATCH_SIZES if largest is None or size <= largest})

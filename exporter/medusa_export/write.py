@@ -1,0 +1,65 @@
+"""A bundle's graphs on disk: the portable ones, those derived for a backend, and the weights that they share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from medusa_export.graph.cpu import for_ort_cpu
+from medusa_export.progress import byte_stage
+from medusa_export.weights import total_bytes, write_weights
+from medusa_runtime.manifest import ORT_CPU, PORTABLE, WEIGHTS_NAME, FileFacts, GraphFacts, Precision, TensorFacts, file_facts
+
+
+def write_graphs(
+    graphs: dict[str, ir.Model], directory: Path, precision: Precision, *, activation_bits: int = 16
+) -> tuple[dict[str, FileFacts], dict[str, GraphFacts]]:
+    """Write portable graphs, those for ONNX Runtime's CPU provider, and their weights, each tensor once.
+
+    Args:
+        graphs: portable ones by name. They refer to the written weights afterwards.
+        directory: where to.
+        precision: of the graphs; only float32 ones get a graph for the CPU, which has no fused kernels for others.
+        activation_bits: see `for_ort_cpu`.
+
+    Returns:
+        The facts of the files and of the graphs, as the manifest has them.
+    """
+    with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
+        files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
+    facts = {}
+    for name, model in graphs.items():
+        facts[name] = _save(model, name, directory, PORTABLE)
+        if precision == "fp32":
+            derived = ir.load(directory / facts[name].file)
+            for_ort_cpu(derived, activation_bits)
+            facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
+    return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
+
+
+def _save(model: ir.Model, name: str, directory: Path, target: str) -> GraphFacts:
+    ClearMetadataAndDocStringPass()(model)
+    model.graph.name = name
+    model.opset_imports.pop("medusa.trace", None)
+    model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)
+    model.producer_name = "medusa-export"
+    model.producer_version = importlib.metadata.version("medusa-export")
+    file = f"{name}.onnx"
+    ir.save(model, directory / file)
+    return GraphFacts(
+        file=file,
+        target=target,
+        inputs=[_facts(value) for value in model.graph.inputs],
+        outputs=[_facts(value) for value in model.graph.outputs],
+    )
+
+
+def _facts(value: ir.Value) -> TensorFacts:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return TensorFacts(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

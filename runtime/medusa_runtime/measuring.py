@@ -1,0 +1,113 @@
+"""What steps and heads cost on a backend: the points of a grid, measured in turn, so that a slow minute hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import numpy as np
+
+from medusa_runtime.backends.base import Backend
+
+CHUNK = 128  # tokens a step while the cache is filled
+MARGIN = 1.5  # times dearer than could ever pay: there, wider steps are not measured
+
+
+def measure_grid(
+    backend: Backend,
+    batch_sizes: Sequence[int],
+    widths: Sequence[int],
+    capacities: Sequence[int],
+    *,
+    rounds: int,
+    tell: Callable[[int], None] = lambda _: None,
+) -> tuple[list[list[list[float]]], list[float]]:
+    """Seconds of steps and of the heads: medians over rounds, after one that does not count. What the cache held is lost.
+
+    A cache of S entries is used but for the last ones, which the widest step needs: so a backend that pays for what is used
+    and one that pays for what is allocated are both measured at about S. A step of T nodes gives a sequence K + 1 tokens at
+    most; where T nodes cost much more than K + 1 steps of one, wider steps are not measured but taken to grow on as steeply.
+
+    Args:
+        backend: nobody else may use it meanwhile.
+        batch_sizes: B, ascending.
+        widths: T, ascending.
+        capacities: S, ascending, each at least the largest width.
+        rounds: how often each point is measured.
+        tell: told how many rounds are done, the first one included.
+
+    Returns:
+        Seconds of a step, [capacities, batch_sizes, widths], and of the heads, [batch_sizes].
+
+    Raises:
+        CapacityError: there is no memory for the cache.
+    """
+    useful: dict[tuple[int, int], Sequence[int]] = {}  # by capacity and batch: widths that are measured
+    steps: dict[tuple[int, int], list[list[float]]] = defaultdict(list)
+    heads: dict[int, list[float]] = defaultdict(list)
+    num_filled = 0
+    for number in range(rounds + 1):
+        for capacity in capacities:
+            num_filled = _fill(backend, batch_sizes[-1], capacity, capacity - widths[-1], num_filled)
+            for batch in batch_sizes:
+                point = (capacity, batch)
+                if number == 0:
+                    useful[point] = _useful(backend, batch, widths, num_filled)
+                    continue
+                _step(backend, batch, 1, num_filled)()  # the first one after another batch finds nothing ready
+                steps[point].append([_seconds(_step(backend, batch, width, num_filled)) for width in useful[point]])
+                heads[batch].append(_seconds(partial(backend.propose, np.zeros(batch, np.int64))))
+        tell(number + 1)
+    step_seconds = [
+        [_extended(np.median(steps[capacity, batch], axis=0).tolist(), widths) for batch in batch_sizes]
+        for capacity in capacities
+    ]
+    return step_seconds, [median(heads[batch]) for batch in batch_sizes]
+
+
+def _useful(backend: Backend, batch: int, widths: Sequence[int], length: int) -> Sequence[int]:
+    """The widths up to the first that costs more than it could ever give. A step that was slow once is tried again."""
+    first = 0.0
+    for number, width in enumerate(widths, start=1):
+        step = _step(backend, batch, width, length)
+        seconds = min(_seconds(step), _seconds(step)) if number < 3 else _seconds(step)
+        first = first or seconds
+        limit = MARGIN * (backend.manifest.heads.num_heads + 1) * first
+        if number > 1 and seconds > limit and _seconds(step) > limit:
+            return widths[:number]
+    return widths
+
+
+def _extended(seconds: list[float], widths: Sequence[int]) -> list[float]:
+    """Seconds of all widths from those of the first ones, going on as steeply."""
+    known = len(seconds)
+    if known == len(widths):
+        return seconds
+    slope = max(0.0, (seconds[-1] - seconds[-2]) / (widths[known - 1] - widths[known - 2]))
+    return [*seconds, *(seconds[-1] + slope * (width - widths[known - 1]) for width in widths[known:])]
+
+
+def _fill(backend: Backend, num_slots: int, capacity: int, length: int, num_filled: int) -> int:
+    """Have all slots hold `length` entries, of which there may be some already: zeros would be read faster than real ones."""
+    kept = min(length, num_filled)
+    backend.resize(num_slots, capacity, [kept] * num_slots if kept else ())
+    for start in range(kept, length, CHUNK):
+        _step(backend, 1, min(CHUNK, length - start), start)()
+    for slot in range(1, num_slots):
+        backend.copy(0, slot, length)
+    return length
+
+
+def _step(backend: Backend, batch: int, width: int, length: int) -> Callable[[], object]:
+    rows = np.tile(np.arange(width), (batch, 1))  # [B, T]
+    mask = np.tile(np.tri(width, dtype=np.bool_), (batch, 1, 1))
+    return partial(backend.step, np.zeros((batch, width), np.int64), length + rows, mask, np.full(batch, length), rows)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,54 @@
+"""Small graphs from text, and what ONNX Runtime computes with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import ShapeInferencePass
+
+HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
+
+
+def parse(text: str, **weights: np.ndarray) -> ir.Model:
+    """A graph in ONNX's text form, with all types known. Inputs with a weight of their name become initializers."""
+    model = ir.from_onnx_text(HEADER + text)
+    for name, array in weights.items():
+        value = next(value for value in model.graph.inputs if value.name == name)
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(array, name=name)
+        model.graph.register_initializer(value)
+    ShapeInferencePass()(model)
+    return model
+
+
+def outputs(model: ir.Model, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+    """Every output of a graph, by name. Its nodes must be in order, and the checker find it valid where it is standard."""
+    require_order(model)
+    proto = ir.to_proto(model)
+    if all(node.domain == "" for node in model.graph):
+        onnx.checker.check_model(proto)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # or it rounds what int8 is multiplied with
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+    """The first output."""
+    return next(iter(outputs(model, **feeds).values()))
+
+
+def require_order(model: ir.Model) -> None:
+    """Every node reads only what is there before it; ONNX Runtime would sort them, others would not."""
+    known: set[ir.Value | None] = {None, *model.graph.inputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        assert known.issuperset(node.inputs), node
+        known.update(node.outputs)
+
+
+def kinds(model: ir.Model) -> list[str]:
+    """The operators, in order."""
+    return [node.op_type for node in model.graph]

@@ -1,0 +1,80 @@
+"""What steps cost, measured on a backend whose clock is ours."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from medusa_runtime import measuring
+from tests.support.fake_backend import FakeBackend, fake_manifest
+
+
+class Slow(FakeBackend):
+    """A step of B sequences with T nodes takes 1 + B·T·`per_token` seconds; some stall."""
+
+    def __init__(self, per_token: float, stalls: frozenset[int] = frozenset()) -> None:
+        super().__init__(manifest=fake_manifest(num_heads=3, max_seq_len=400))
+        self.per_token, self.stalls, self.now = per_token, stalls, 0.0
+        self.lengths: list[int] = []
+
+    def step(self, input_ids, *args, **kwargs):
+        result = super().step(input_ids, *args, **kwargs)
+        self.lengths.append(int(args[2][0]))
+        self.now += (100.0 if len(self.steps) in self.stalls else 1.0) + self.per_token * input_ids.size
+        return result
+
+    def propose(self, rows):
+        self.now += 0.25 * len(rows)
+        return super().propose(rows)
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch):
+    def run(backend: Slow, **settings):
+        monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: backend.now))
+        given = {"batch_sizes": [1, 4], "widths": [1, 2, 4, 8, 16], "capacities": [64, 192], "rounds": 3} | settings
+        return measuring.measure_grid(backend, **given)
+
+    return run
+
+
+def test_each_point_has_its_own_seconds(measure) -> None:
+    backend, told = Slow(0.01), []
+    steps, heads = measure(backend, tell=told.append)
+    expected = [[[1 + 0.01 * batch * width for width in (1, 2, 4, 8, 16)] for batch in (1, 4)]] * 2
+    np.testing.assert_allclose(steps, expected)
+    assert heads == pytest.approx([0.25, 1.0])
+    assert told == [1, 2, 3, 4]
+
+
+def test_the_cache_is_full_of_real_entries_but_for_the_widest_step(measure) -> None:
+    backend = Slow(0.01)
+    measure(backend)
+    assert (backend.entries[:, :176] >= 0).all()
+    assert {48, 176} <= set(backend.lengths)
+    assert max(backend.lengths) == 176
+
+
+def test_what_can_never_pay_is_not_measured_but_goes_on_as_steeply(measure) -> None:
+    """Three heads give four tokens at most."""
+    backend = Slow(1.0)
+    steps, _ = measure(backend, capacities=[64])
+    np.testing.assert_allclose(steps[0], [[2.0, 3.0, 5.0, 9.0, 17.0], [5.0, 9.0, 17.0, 33.0, 65.0]])
+    assert backend.steps.count((1, 16)) == 2 + 3  # 17 seconds where one node takes 2 is the first that is too dear: asked twice
+    assert backend.steps.count((4, 8)) == 2 + 3
+    assert (4, 16) not in backend.steps
+
+
+def test_a_stall_in_the_first_round_hides_no_width(measure) -> None:
+    backend = Slow(0.01, frozenset({6}))  # the first step of four nodes
+    measure(backend, capacities=[64])
+    assert backend.steps.count((1, 16)) == 1 + 3
+
+
+def test_a_stall_changes_nothing(measure) -> None:
+    quiet, _ = measure(Slow(0.01))
+    for stall in (5, 20, 41, 60):
+        stalled, _ = measure(Slow(0.01, frozenset({stall})))
+        np.testing.assert_allclose(stalled, quiet)
