@@ -35,6 +35,7 @@ from medusa_runtime.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
 from medusa_runtime.tree import CandidateTree
 
+HEAD_TOP_K = 32  # what n-grams raise must be among the candidates (docs/decisions/0019-draft-ngrams.md)
 MAX_OPSET = 25  # what the torch exporter and the backends have been tried with
 
 
@@ -48,7 +49,7 @@ class ExportOptions:
     precision: Precision = "fp32"
     opset: int = attention.MIN_OPSET
     max_seq_len: int | None = None
-    head_top_k: int = 10
+    head_top_k: int | None = None
     full_head_vocabulary: bool = False
     tree: Path | None = None
     tree_nodes: int = 16
@@ -82,13 +83,14 @@ def export_bundle(options: ExportOptions) -> Manifest:
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
-    draft_ids = _draft_ids(options, heads)
-    head_facts = _head_facts(options.head_top_k, heads, draft_ids)  # before the trace casts the heads
+    draft_ids = None if options.full_head_vocabulary else heads.draft_ids
+    top_k = _top_k(options, backbone.facts.vocab_size, draft_ids)
+    head_facts = _head_facts(top_k, heads, draft_ids)  # before the trace casts the heads
     tree = _tree(options, head_facts)
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note)
     with stage("trace the heads"):
-        graphs = {STEP: step, HEADS: trace_heads(backbone, heads, options.head_top_k, options.opset, draft_ids)}
+        graphs = {STEP: step, HEADS: trace_heads(backbone, heads, top_k, options.opset, draft_ids)}
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
         files, facts = write_graphs(graphs, directory, options.precision)
         manifest = Manifest(
@@ -109,9 +111,9 @@ def export_bundle(options: ExportOptions) -> Manifest:
 
 def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
     if options.tree is None:
-        return tree_for(options.heads, heads.sha256, heads.num_heads, options.head_top_k, options.tree_nodes)
+        return tree_for(options.heads, heads.sha256, heads.num_heads, heads.top_k, options.tree_nodes)
     tree = CandidateTree.from_file(options.tree)
-    tree.check_fits(heads.num_heads, options.head_top_k)
+    tree.check_fits(heads.num_heads, heads.top_k)
     return tree
 
 
@@ -124,21 +126,18 @@ def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
     max_seq_len = options.max_seq_len or longest
     if max_seq_len > longest:
         raise OptionError(f"--max-seq-len is {max_seq_len}; the model serves {longest}")
-    if options.head_top_k > backbone.facts.vocab_size:
-        raise OptionError(f"--head-top-k is {options.head_top_k}; the vocabulary has {backbone.facts.vocab_size}")
     return Limits(max_seq_len=max_seq_len)
 
 
-def _draft_ids(options: ExportOptions, heads: MedusaHeads) -> list[int] | None:
-    """The tokens that the heads were trained on, where they were not all."""
-    if options.full_head_vocabulary or heads.draft_ids is None:
-        return None
-    if options.head_top_k > len(heads.draft_ids):
-        raise OptionError(
-            f"--head-top-k is {options.head_top_k}; the heads know {len(heads.draft_ids)} tokens: lower it, "
-            "or give --full-head-vocabulary"
-        )
-    return heads.draft_ids
+def _top_k(options: ExportOptions, vocab_size: int, draft_ids: list[int] | None) -> int:
+    """Candidates a head returns: as asked for, or 32 where there are so many tokens."""
+    known = vocab_size if draft_ids is None else len(draft_ids)
+    top_k = options.head_top_k or min(HEAD_TOP_K, known)
+    if top_k > vocab_size:
+        raise OptionError(f"--head-top-k is {top_k}; the vocabulary has {vocab_size}")
+    if top_k > known:
+        raise OptionError(f"--head-top-k is {top_k}; the heads know {known} tokens: lower it, or give --full-head-vocabulary")
+    return top_k
 
 
 def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> HeadFacts:

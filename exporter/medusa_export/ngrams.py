@@ -13,10 +13,11 @@ from medusa_export.checkpoint import load_backbone, load_tokenizer
 from medusa_export.devices import fast_precision, torch_device
 from medusa_export.export import require_matching
 from medusa_export.progress import count_stage, note, stage
+from medusa_export.training import examples_without
 from medusa_heads.formats import load_heads, native
 from medusa_heads.ngrams import draft_ngrams
 from medusa_heads.tokens import CheckpointCodec
-from medusa_heads.train.examples import read_examples, split
+from medusa_heads.train.examples import split
 from medusa_heads.train.hidden import backbone_digest, cached_hidden_states
 from medusa_runtime.errors import OptionError
 from medusa_runtime.ngrams import NGRAMS_NAME
@@ -29,6 +30,7 @@ class NGramOptions:
     heads: Path
     model: str
     data: tuple[Path, ...]
+    exclude: tuple[Path, ...] = ()
     held_out: float = 0.02
     max_length: int = 2048
     dtype: str = "auto"
@@ -50,7 +52,8 @@ def make_ngrams(options: NGramOptions) -> Path:
     if options.threads:
         torch.set_num_threads(options.threads)
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
-    training, held_out = split(read_examples(options.data, codec, max_length=options.max_length), options.held_out)
+    examples, _ = examples_without(options.data, options.exclude, codec, options.max_length)
+    training, held_out = split(examples, options.held_out)
     device = torch_device(options.device)
     precision = fast_precision(device) if options.dtype == "auto" else options.dtype
     with stage(f"load {options.model}"):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def train(options: TrainOptions) -> bool:
     accelerator = _accelerator(options)
     with quiet(not accelerator.is_main_process):
         codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
-        examples, excluded = _examples(options, codec)
+        examples, excluded = examples_without(options.data, options.exclude, codec, options.settings.max_length)
         note(f"{len(examples)} answers, {sum(len(example.response_ids) for example in examples)} tokens")
         with stage(f"load {options.model}"):
             backbone = _load(options, accelerator.device)
@@ -84,14 +85,16 @@ def train(options: TrainOptions) -> bool:
     return True
 
 
-def _examples(options: TrainOptions, codec: CheckpointCodec) -> tuple[list[Example], int]:
+def examples_without(
+    data: Sequence[Path], exclude: Sequence[Path], codec: CheckpointCodec, max_length: int
+) -> tuple[list[Example], int]:
     """What to learn from, and how many answers were left out because they share words with texts to be kept out."""
-    examples = read_examples(options.data, codec, max_length=options.settings.max_length)
-    if not options.exclude:
+    examples = read_examples(data, codec, max_length=max_length)
+    if not exclude:
         return examples, 0
-    overlap = Overlap(options.exclude)
+    overlap = Overlap(exclude)
     kept = [example for example in examples if not overlap.found_in(codec.decode((*example.prompt_ids, *example.response_ids)))]
-    places = ", ".join(map(str, options.exclude))
+    places = ", ".join(map(str, exclude))
     note(f"{len(examples) - len(kept)} answers share {WORDS} words in a row with {places}: left out")
     if not kept:
         raise OptionError("every answer is excluded by --exclude; no data is left")

@@ -169,7 +169,7 @@ class DecodingEngine:
             candidates = dataclasses.replace(candidates, ngrams=self.ngrams)
         looks_up = options.prompt_lookup
         if looks_up is None:
-            looks_up = self.prompt_lookup and options.tree is None
+            looks_up = self.prompt_lookup and options.medusa and options.tree is None  # without Medusa is without drafts
         sequence = Sequence(
             id=next(self._numbers),
             prompt_ids=list(prompt_ids),

@@ -122,7 +122,7 @@ def test_a_bundle_follows_the_contract(make_bundle: Make) -> None:
         "logits": ["batch", "num_rows", 320],
     } | {f"present.{name}": ["batch", 2, "capacity", 16] for name in cache}
     assert [tensor.name for tensor in manifest.graphs["heads"].outputs] == ["head_ids", "head_log_probs"]
-    assert manifest.graphs["heads"].outputs[0].shape == ["batch", 3, 10]
+    assert manifest.graphs["heads"].outputs[0].shape == ["batch", 3, 32]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -151,7 +151,7 @@ def test_an_interrupted_export_leaves_nothing_and_the_next_one_succeeds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("medusa_export.export.write_weights", interrupt)
+        patch.setattr("medusa_export.write.write_weights", interrupt)
         export_bundle(options)
     assert list(tmp_path.iterdir()) == []
     export_bundle(options)

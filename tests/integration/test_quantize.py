@@ -23,7 +23,8 @@ from medusa_export.validate import validate
 from medusa_runtime import CandidateTree, Manifest, MedusaLM
 from medusa_runtime.backends.ort_cpu import OrtCpuBackend
 from medusa_runtime.errors import BackendError
-from medusa_runtime.manifest import HEADS, ORT_CPU, PORTABLE, STEP, WEIGHTS_NAME
+from medusa_runtime.manifest import HEADS, ORT_CPU, PORTABLE, STEP, WEIGHTS_NAME, file_facts
+from medusa_runtime.ngrams import NGRAMS_NAME
 from medusa_runtime.text import TextCodec
 from tests.support.cli import fails
 from tests.support.models import VOCAB_SIZE, save_random_heads
@@ -131,6 +132,15 @@ def test_capacity_that_is_not_used_makes_no_difference(model_type: str, exported
         np.testing.assert_array_equal(one, other)
     for one, other in zip(answers(backend, 512, spoil=True), before, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_layer_is_rewritten_for_the_cpu(model_type: str, exported: Make) -> None:
+    kinds = [node.op_type for node in ir.load(exported(model_type) / "step.ort-cpu.onnx").graph]
+    assert "Attention" not in kinds  # over the whole capacity, with a copy of the keys for each query head
+    if model_type in ("llama", "qwen2"):
+        merged = {"SkipSimplifiedLayerNormalization": 8, "QuickGelu": 4, "RMSNormalization": 1, "Split": 8}  # of 4 layers
+        assert {kind: kinds.count(kind) for kind in merged} == merged
 
 
 def test_the_backend_runs_the_graphs_made_for_it(exported: Make, tmp_path: Path) -> None:
@@ -294,6 +304,16 @@ def test_the_original_and_its_text_are_what_quality_is_measured_on(exported: Mak
     assert facts is not None
     text = (tmp_path / "text.txt").read_text()
     assert facts.quality["num_tokens"] == len(TextCodec(exported()).encode(text, raw=True))
+
+
+def test_draft_n_grams_go_along(exported: Make, tmp_path: Path) -> None:
+    bundle = shutil.copytree(exported(), tmp_path / "bundle")
+    (bundle / NGRAMS_NAME).write_bytes(b"n-grams")
+    manifest = Manifest.load(bundle)
+    manifest.files[NGRAMS_NAME] = file_facts(bundle / NGRAMS_NAME)
+    manifest.save(bundle)
+    assert quantize_bundle(QuantizeOptions(bundle, tmp_path / "new")).files[NGRAMS_NAME] == manifest.files[NGRAMS_NAME]
+    Manifest.load(tmp_path / "new").require_intact(tmp_path / "new")
 
 
 def test_smoothing_saves_a_model_with_outliers(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

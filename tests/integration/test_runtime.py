@@ -183,8 +183,8 @@ def test_a_request_that_cannot_fit_is_refused_at_the_call(lm: MedusaLM) -> None:
 def test_a_tree_deeper_or_wider_than_the_heads_is_refused(bundle: Path, lm: MedusaLM) -> None:
     with pytest.raises(TreeError, match="4 deep, the bundle has 3 heads"):
         lm.generate(PROMPT, tree=CandidateTree.from_choices([[0] * 4]))
-    with pytest.raises(TreeError, match="--head-top-k 11"):
-        MedusaLM.from_bundle(bundle, tree=CandidateTree.from_choices([[10]]))
+    with pytest.raises(TreeError, match="--head-top-k 33"):
+        MedusaLM.from_bundle(bundle, tree=CandidateTree.from_choices([[32]]))
 
 
 def test_an_unknown_backend_is_refused(bundle: Path) -> None:

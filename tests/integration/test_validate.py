@@ -92,7 +92,9 @@ def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_
 
 def test_disturbed_weights_fail_even_if_the_manifest_vouches_for_them(bundle: Path, make_model: Make) -> None:
     disturb(bundle, "layers.2.mlp.up_proj", tell_the_manifest=True)
-    failed = "logits of prompts, whole and in chunks (ort-cpu), logits of prompts, whole and in chunks (portable), logits of tree"
+    failed = (
+        "logits of prompts, whole and in chunks (ort-cpu), logits of prompts, whole and in chunks (portable), logits of tree"
+    )
     with pytest.raises(ValidationMismatchError, match=re.escape(failed)):
         validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
     assert Manifest.load(bundle).validation.status == "failed"

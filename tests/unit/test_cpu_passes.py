@@ -533,6 +533,16 @@ def test_products_do_not_saturate_where_everything_is_extreme(bits: int) -> None
         np.testing.assert_allclose(run(model, x=x)[0, 0], x[0, 0] @ (weight * SCALE), rtol=1e-4)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_each_value_is_within_half_a_level(bits: int) -> None:
+    text = PRODUCT.replace("24", "64")  # a weight that gives back what it is multiplied with
+    model = parse(text, w=np.eye(64, dtype=np.int8) * np.int8(127), s=np.full(64, 1 / 127, "f"))
+    IntegerProducts(bits)(model)
+    x = normal(2, 4, 64)
+    whole = np.abs(x).max(-1, keepdims=True) if bits == 8 else np.linalg.norm(x, axis=-1, keepdims=True) / 254
+    assert (np.abs(run(model, x=x) - x) <= whole / 127 / 2 * 1.02).all()
+
+
 def test_sixteen_bits_are_better_than_eight() -> None:
     x = normal(2, 4, 64)
     exact = x.astype(np.float64) @ (WEIGHT.astype(np.float64) * SCALE)

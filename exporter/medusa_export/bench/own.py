@@ -56,7 +56,8 @@ class OwnDecoding:
         tree = CandidateTree.from_json(lm.manifest.tree)
         trees: dict[str, CandidateTree | DynamicTree] = {"plain": tree, "static": tree, "dynamic": DynamicTree(tree.num_nodes)}
         self._engines = {
-            mode: DecodingEngine(clock, chosen, max_batch_size=1, reuse_prefixes=False) for mode, chosen in trees.items()
+            mode: DecodingEngine(clock, chosen, max_batch_size=1, reuse_prefixes=False, ngrams=lm.engine.ngrams)
+            for mode, chosen in trees.items()
         } | {"tuned": lm.engine, "lookup": lm.engine}
 
     def operations(self) -> Operations:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.cli.options import force_option, threads_option, trust_remote_code_option
+from medusa_export.cli.options import exclude_option, force_option, threads_option, trust_remote_code_option
 
 if TYPE_CHECKING:
     from medusa_heads.replay import Evaluation
@@ -147,6 +147,7 @@ def _print_evaluation(result: Evaluation) -> None:
 @click.argument("heads", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The model the heads were made for; after medusa-2, the one trained with them.")
 @click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path), help="What the heads were trained on.")
+@exclude_option
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),

@@ -20,7 +20,7 @@ from medusa_runtime.manifest import Scheme
 @click.option("--dtype", "precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--opset", type=int, default=24, show_default=True, help="ONNX operator set; 24 is the least.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Prompt and answer together. [default: the model's own]")
-@click.option("--head-top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Candidates a head returns.")
+@click.option("--head-top-k", type=click.IntRange(min=1), help="Candidates a head returns. [default: 32]")
 @click.option("--full-head-vocabulary", is_flag=True, help="Let heads guess tokens, too, that they were not trained on.")
 @click.option(
     "--tree", type=click.Path(path_type=Path), help="The bundle's candidate tree, as JSON. [default: by the heads' evaluation]"

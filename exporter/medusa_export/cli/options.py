@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from medusa_runtime.backends import BACKENDS
@@ -12,5 +14,11 @@ trust_remote_code_option = click.option(
 )
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where the bundle runs."
+)
+exclude_option = click.option(
+    "--exclude",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Texts to evaluate on: answers that share 13 words in a row with them, or their prompts, are left out.",
 )
 threads_option = click.option("--threads", type=click.IntRange(0, 512), default=0, help="CPU threads. [default: one a core]")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.options import force_option, threads_option, trust_remote_code_option
+from medusa_export.cli.options import exclude_option, force_option, threads_option, trust_remote_code_option
 from medusa_heads.train.settings import TrainSettings
 
 
@@ -30,12 +30,7 @@ from medusa_heads.train.settings import TrainSettings
     type=click.Path(path_type=Path),
     help="Keep hidden states here, for later runs. [default: kept until heads are made]",
 )
-@click.option(
-    "--exclude",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Texts to evaluate on: answers that share 13 words in a row with them, or their prompts, are left out.",
-)
+@exclude_option
 @click.option("--plot", is_flag=True, help="Draw the curves into the output.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 … With several processes: auto.")
 @options_from(TrainSettings)

@@ -22,7 +22,7 @@ from medusa_export.quantize.text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, an
 from medusa_export.quantize.weights import QuantizeWeights, Storage
 from medusa_export.tune.prompts import read_prompts
 from medusa_export.write import write_graphs
-from medusa_runtime import DecodingEngine
+from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends import open_backend
 from medusa_runtime.errors import BundleError, OptionError, QualityError
 from medusa_runtime.files import new_directory, require_new
@@ -36,7 +36,7 @@ from medusa_runtime.manifest import (
     file_facts,
     is_bundle,
 )
-from medusa_runtime.ngrams import NGRAMS_NAME
+from medusa_runtime.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME, TextCodec
 
 SMOOTHING = 0.5  # as the paper found best for Llama's kin, and we for SmolLM2
@@ -97,7 +97,8 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     calibration_prompts = read_prompts(options.calibration_prompts) if options.calibration_prompts else CALIBRATION_PROMPTS
     graphs = {name: ir.load(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
     before = open_backend(options.bundle, source)
-    engine = DecodingEngine(before)
+    ngrams = NGrams.of_bundle(options.bundle, source)
+    engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
     text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
     with stage("answer prompts with the original"):
         answers, stats = answered(engine, codec, quality_prompts)
@@ -123,7 +124,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         with stage("measure the quality"):
             after = open_backend(directory, manifest)
             quality = compare(before, after, text or answers)
-            _, stats_after = answered(DecodingEngine(after), codec, quality_prompts)
+            _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
             quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step
         note(quality.line())
         if options.max_kl is not None and not quality.mean_kl <= options.max_kl:
@@ -166,7 +167,7 @@ def _storage(scheme: Scheme) -> Callable[[str], Storage]:
         if scheme in ("int8", "int8-blocks"):
             return scheme
         parts = name.lower().split(".")
-        in_layers = parts[0] != "heads" and not LAYERS.isdisjoint(parts)
+        in_layers =  not LAYERS.isdisjoint(parts)
         is_mlp = any(piece in part for part in parts for piece in MLP)
         return "int4" if in_layers and (scheme == "int4" or is_mlp) else "int8-blocks"
 

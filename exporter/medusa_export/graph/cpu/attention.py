@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from medusa_export.graph.values import constant, replace
 
-HIDDEN = -1e4  # half the lowest float32, so that no score added to it overflows
+HIDDEN = -1.7e38  # half the lowest float32, so that no score added to it overflows
 
 
 class GroupedAttention(ir.passes.InPlacePass):
