@@ -208,7 +208,7 @@ class DraftBudget:
         Args:
             probabilities: for each sequence those of its drafts, likeliest first; none where its guide forces them.
             least: nodes that some sequence has to have.
-            capacity: entries a slot has now.
+            capacity: entries in use in the fullest slot.
             looked_up: for each sequence those of the drafts that it would have without heads, likeliest first.
             with_heads: whether the heads were asked.
         """

@@ -350,7 +350,7 @@ class DecodingEngine:
         )
         seconds = time.perf_counter() - started
         if self.costs is not None:
-            self.costs.observe(len(decoding), width, self.backend.capacity, seconds)
+            self.costs.observe(len(decoding), width, int(lengths.max()), seconds)
 
         greedy = accept_greedy(batch, output.greedy_ids)
         accepted = [Accepted([0], 0)] * len(decoding)
@@ -384,7 +384,7 @@ class DecodingEngine:
                     for sequence, found, size in zip(decoding, proposals, sizes, strict=True)
                 ],
                 least=max(fixed, default=1),
-                capacity=self.backend.capacity,
+                capacity=max(sequence.length for sequence in decoding),  # what is allocated is little more
                 looked_up=[sequence.lookup_chances for sequence in decoding],
                 with_heads=any(sequence.head_ids is not None for sequence in decoding),
             )

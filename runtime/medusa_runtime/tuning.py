@@ -93,7 +93,7 @@ class DeviceTuning(_Model):
     costs: StepCosts
     acceptance_from: str = Field(description="where the acceptance is from")
     accuracy: list[list[float]] = Field(description="[K][M]: how often the token of rank r of head k is the right one")
-    capacity: int = Field(gt=0, description="entries a slot, for which the trees were chosen")
+    capacity: int = Field(gt=0, description="entries in use in the fullest slot, for which the trees were chosen")
     batches: list[TunedBatch] = Field(min_length=1, description="by batch size, ascending")
     prompt_lookup: bool = Field(False, description="whether drafts copied from the prompt pay")
     lookup_check: LookupCheck | None = Field(None, description="from which that is known; none: not tried")

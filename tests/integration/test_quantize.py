@@ -24,7 +24,7 @@ from medusa_runtime import CandidateTree, Manifest, MedusaLM
 from medusa_runtime.backends.ort_cpu import OrtCpuBackend
 from medusa_runtime.errors import BackendError
 from medusa_runtime.manifest import HEADS, ORT_CPU, PORTABLE, STEP, WEIGHTS_NAME, file_facts
-from medusa_runtime.ngrams import NGRAMS_NAME
+from medusa_runtime.ngrams import NGRAMS_NAME, NUM_WEIGHTS, NGrams
 from medusa_runtime.text import TextCodec
 from tests.support.cli import fails
 from tests.support.models import VOCAB_SIZE, save_random_heads
@@ -308,7 +308,7 @@ def test_the_original_and_its_text_are_what_quality_is_measured_on(exported: Mak
 
 def test_draft_n_grams_go_along(exported: Make, tmp_path: Path) -> None:
     bundle = shutil.copytree(exported(), tmp_path / "bundle")
-    (bundle / NGRAMS_NAME).write_bytes(b"n-grams")
+    NGrams(np.zeros(16, np.uint16), np.ones((3, NUM_WEIGHTS), np.float32)).save(bundle / NGRAMS_NAME)
     manifest = Manifest.load(bundle)
     manifest.files[NGRAMS_NAME] = file_facts(bundle / NGRAMS_NAME)
     manifest.save(bundle)

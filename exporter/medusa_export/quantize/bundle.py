@@ -167,7 +167,7 @@ def _storage(scheme: Scheme) -> Callable[[str], Storage]:
         if scheme in ("int8", "int8-blocks"):
             return scheme
         parts = name.lower().split(".")
-        in_layers =  not LAYERS.isdisjoint(parts)
+        in_layers = parts[0] != "heads" and not LAYERS.isdisjoint(parts)
         is_mlp = any(piece in part for part in parts for piece in MLP)
         return "int4" if in_layers and (scheme == "int4" or is_mlp) else "int8-blocks"
 

@@ -87,7 +87,8 @@ def tune(options: TuneOptions) -> DeviceTuning:
     batches = []
     with count_stage("decode to check", len(batch_sizes), "batches") as tell:
         for number, batch_size in enumerate(batch_sizes, start=1):
-            batches.append(run.tuned(Place(costs, batch_size, run.capacity(batch_size)), acceptance))
+            run.capacity(batch_size)
+            batches.append(run.tuned(Place(costs, batch_size, run.entries(batch_size)), acceptance))
             tell(number, number - 1, 1)
     found = DeviceTuning(
         backend=BACKENDS[1] if options.backend == "auto" else options.backend,
@@ -98,7 +99,7 @@ def tune(options: TuneOptions) -> DeviceTuning:
         costs=costs,
         acceptance_from=source,
         accuracy=acceptance.accuracy[:, : manifest.heads.top_k].tolist(),
-        capacity=run.capacity(1),
+        capacity=run.entries(1),
         batches=batches,
     )
     lookup = run.lookup(found)
@@ -168,6 +169,12 @@ class _Run:
         longest = max(len(prompt) for prompt in self.prompts) + self.new_tokens + SPARE
         self.backend.resize(batch_size, limits.capacity or min(longest, limits.max_seq_len))
         return self.backend.capacity
+
+    def entries(self, batch_size: int) -> int:
+        """Entries that the longest sequence of a batch uses on average, while it is answered."""
+        groups = [self.prompts[start : start + batch_size] for start in range(0, len(self.prompts), batch_size)]
+        longest = [max(len(prompt) for prompt in group) for group in groups]
+        return round(sum(longest) / len(longest) + self.new_tokens / 2)
 
     def tuned(self, place: Place, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> TunedBatch:
         """The best trees for a batch size, the better of them tried."""
