@@ -35,3 +35,13 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     if old.is_graph_output():
         old.name, new.name = f"{old.name}.before", old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def heads_and_width(value: ir.Value | None) -> tuple[int, int]:
+    """H and D of a value [B, H, T, D], where both are known."""
+    assert value is not None
+    assert value.shape is not None
+    heads, width = value.shape[1], value.shape[3]
+    assert isinstance(heads, int)
+    assert isinstance(width, int)
+    return heads, width

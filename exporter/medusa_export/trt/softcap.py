@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.graph.values import heads_and_width
+
 
 class ExpandSoftcap(ir.passes.InPlacePass):
     """Compute attention that caps its scores (Gemma 2) by products and a softmax: TensorRT's own attention cannot.
@@ -27,7 +29,7 @@ def _expand(graph: ir.Graph, attention: ir.Node) -> None:
     query, key, value, mask = attention.inputs[:4]  # [B, Hq, T, D], [B, Hkv, S, D] twice, [B, 1, T, S]
     assert query is not None
     assert query.dtype is not None
-    dtype, (query_heads, width), (kv_heads, _) = query.dtype, _heads_and_width(query), _heads_and_width(key)
+    dtype, (query_heads, width), (kv_heads, _) = query.dtype, heads_and_width(query), heads_and_width(key)
     scale = attention.attributes["scale"].as_float() if "scale" in attention.attributes else width**-0.5
     cap = attention.attributes["softcap"].as_float()
     tape = ir.tape.Tape()
@@ -52,12 +54,3 @@ def _expand(graph: ir.Graph, attention: ir.Node) -> None:
     graph.insert_before(attention, tape.nodes)
     attention.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(attention, safe=True)
-
-
-def _heads_and_width(value: ir.Value | None) -> tuple[int, int]:
-    assert value is not None
-    assert value.shape is not None
-    heads, width = value.shape[1], value.shape[3]
-    assert isinstance(heads, int)
-    assert isinstance(width, int)
-    return heads, width

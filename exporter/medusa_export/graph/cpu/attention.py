@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.graph.values import constant, replace
+from medusa_export.graph.values import constant, heads_and_width, replace
 
 HIDDEN = -1.7e38  # half the lowest float32, so that no score added to it overflows
 
@@ -46,8 +46,8 @@ def _expand(graph: ir.Graph, attention: ir.Node, biases: dict[tuple[ir.Value, in
     assert query is not None
     assert key is not None
     assert mask is not None
-    (query_heads, width), (kv_heads, _) = _heads_and_width(query), _heads_and_width(key)
-    value_width = _heads_and_width(value)[1] if value is not None else width
+    (query_heads, width), (kv_heads, _) = heads_and_width(query), heads_and_width(key)
+    value_width = heads_and_width(value)[1] if value is not None else width
     groups = query_heads // kv_heads
     scale = attention.attributes.get_float("scale", width**-0.5)
     cap = attention.attributes.get_float("softcap", 0.0)
@@ -73,12 +73,3 @@ def _bias(graph: ir.Graph, tape: ir.tape.Tape, mask: ir.Value, groups: int) -> i
     """What is added to the scores, once for each query head of a group. [B, 1, G·T, S]"""
     bias = tape.op("Where", [mask, constant(graph, "seen", 0.0), constant(graph, "hidden_score", HIDDEN)])
     return bias if groups == 1 else tape.op("Concat", [bias] * groups, {"axis": 2})
-
-
-def _heads_and_width(value: ir.Value | None) -> tuple[int, int]:
-    assert value is not None
-    assert value.shape is not None
-    heads, width = value.shape[1], value.shape[3]
-    assert isinstance(heads, int)
-    assert isinstance(width, int)
-    return heads, width
