@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train.examples import split
 from medusa_heads.train.hidden import backbone_digest, cached_hidden_states
 from medusa_runtime.errors import OptionError
+from medusa_runtime.files import replacing
 from medusa_runtime.ngrams import NGRAMS_NAME
 
 
@@ -80,10 +80,6 @@ def make_ngrams(options: NGramOptions) -> Path:
         raise OptionError("the answers are too short, or too few, to count n-grams in")
     note(f"{int((ngrams.cells > 0).sum())} of {len(ngrams.cells)} cells hold an n-gram")
     target = options.heads / NGRAMS_NAME
-    temporary = target.with_name(f".{NGRAMS_NAME}.partial-{os.getpid()}")
-    try:
+    with replacing(target) as temporary:
         ngrams.save(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target

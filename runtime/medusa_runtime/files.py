@@ -105,9 +105,16 @@ def alone_in(path: Path) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A sibling to write, which takes the file's place if nothing fails, and is gone if something does."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        temporary.write_text(text)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -61,8 +61,6 @@ def command(
         prompt = sys.stdin.buffer.read().decode()
     if tree_file is not None and tree_nodes is not None:
         raise OptionError("--tree and --tree-nodes exclude each other")
-    if no_medusa and fields["prompt_lookup"] is None:
-        fields["prompt_lookup"] = False  # plain, whatever was tuned
     given = {
         "logit_bias": dict(_bias(text) for text in logit_bias) or None,
         "json_schema": _read_schema(json_schema) if json_schema is not None else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 
@@ -20,11 +21,11 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
     return value
 
 
-def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generic) -> ir.Value:
+def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generic | npt.NDArray[np.generic]) -> ir.Value:
     """A small constant of the graph, made once a name: a float as float32, whole numbers as int64, NumPy's as they are."""
     if name not in graph.initializers:
-        if not isinstance(data, np.generic):
-            data = np.array(data, np.float32 if isinstance(data, float) else np.int64)  # type: ignore[assignment]
+        if not isinstance(data, np.generic | np.ndarray):
+            data = np.array(data, np.float32 if isinstance(data, float) else np.int64)
         add_initializer(graph, name, ir.tensor(np.asarray(data), name=name))
     return graph.initializers[name]
 

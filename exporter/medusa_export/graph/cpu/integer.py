@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from medusa_export.graph.cpu.projections import is_int8_weight
-from medusa_export.graph.values import add_initializer, constant, replace
+from medusa_export.graph.values import constant, replace
 
 LEVELS = 127
 TINY = 1e-30  # what keeps a row of zeros from being divided by zero
@@ -60,33 +62,26 @@ class IntegerProducts(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(products))
 
 
+@dataclass(frozen=True)
 class _Rounded:
     """An activation's codes, and how a product with them becomes one with the activation."""
 
-    def __init__(
-        self,
-        codes: ir.Value,
-        level: ir.Value,
-        *,
-        factor: ir.Value | None,
-        divides: bool,
-        shape: ir.Value | None = None,
-    ) -> None:
-        self.codes = codes  # [.., T, K], or twice as long for two terms
-        self.level = level  # what one step of the codes is worth, in the scaled activation
-        self.two_terms, self.shape = shape is not None, shape  # [.., T, -1] for two terms
-        self.factor, self.divides = factor, divides  # [.., T, 1]: what each row was divided or multiplied by, if it was
+    codes: ir.Value  # [.., T, K], or twice as long for two terms
+    level: ir.Value  # what one step of the codes is worth, in the scaled activation
+    factor: ir.Value | None  # [.., T, 1]: what undoes the scaling of each row, if there was one
+    undo: Literal["Mul", "Div"] = "Mul"  # with the factor
+    shape: ir.Value | None = None  # [.., T, -1], for two terms
 
     def product(self, graph: ir.Graph, tape: ir.tape.Tape, weight: ir.Node) -> ir.Value:
         data, scales = weight.inputs
         zero = constant(graph, "code_of_zero", np.uint8(128))
         result = tape.op("MatMulIntegerToFloat", [self.codes, data, self.level, scales, zero], domain="com.microsoft")
-        if self.two_terms:  # their sum as a product with [1, 2]: one pass over both, where Split, Mul and Add are three
+        if self.shape is not None:  # their sum as a product with [1, 2]: one pass over both, where Split, Mul and Add are three
             flat = tape.op("Reshape", [result, constant(graph, "by_term", [2, -1])])
-            total = tape.op("MatMul", [_weights_of_terms(graph), flat])
+            total = tape.op("MatMul", [constant(graph, "weights_of_terms", np.array([[1, SECOND]], np.float32)), flat])
             result = tape.op("Reshape", [total, self.shape])
         if self.factor is not None:
-            result = tape.op("Div" if self.divides else "Mul", [result, self.factor])
+            result = tape.op(self.undo, [result, self.factor])
         return result
 
 
@@ -101,7 +96,7 @@ def _round8(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
     largest = tape.op("Max", [largest, constant(graph, "tiny", TINY)])
     level = constant(graph, "level", 1 / LEVELS)
     codes = tape.op("QuantizeLinear", [tape.op("Div", [x, largest]), level, constant(graph, "code_of_zero", np.uint8(128))])
-    return _Rounded(codes, level, factor=largest, divides=False)
+    return _Rounded(codes, level, largest)
 
 
 def _round16(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
@@ -113,13 +108,16 @@ def _round16(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
         width = _width(x)
         bound = math.sqrt(width)
         x, factor = tape.op_multi_out(
-            "SimplifiedLayerNormalization", [x, _ones(graph, width)], {"axis": -1, "epsilon": TINY}, num_outputs=2
+            "SimplifiedLayerNormalization",
+            [x, constant(graph, f"ones_{width}", np.ones(width, np.float32))],
+            {"axis": -1, "epsilon": TINY},
+            num_outputs=2,
         )
     level, second_level = (_level(graph, bound * part) for part in (1.0, SECOND))
     codes = tape.op("QuantizeLinear", [x, level, zero])
     left = tape.op("Sub", [x, tape.op("DequantizeLinear", [codes, level, zero])])
     codes = tape.op("Concat", [codes, tape.op("QuantizeLinear", [left, second_level, zero])], {"axis": 0})
-    return _Rounded(codes, level, factor=factor, divides=True, shape=shape)
+    return _Rounded(codes, level, factor, "Div", shape)
 
 
 def _bound_after_norm(x: ir.Value) -> float | None:
@@ -142,16 +140,3 @@ def _width(x: ir.Value) -> int:
 
 def _level(graph: ir.Graph, bound: float) -> ir.Value:
     return constant(graph, f"level_{bound / LEVELS!r}", bound / LEVELS)
-
-
-def _weights_of_terms(graph: ir.Graph) -> ir.Value:
-    if "weights_of_terms" not in graph.initializers:
-        add_initializer(graph, "weights_of_terms", ir.tensor(np.array([[1.0, SECOND]], np.float32), name="weights_of_terms"))
-    return graph.initializers["weights_of_terms"]
-
-
-def _ones(graph: ir.Graph, width: int) -> ir.Value:
-    name = f"ones_{width}"
-    if name not in graph.initializers:
-        add_initializer(graph, name, ir.tensor(np.ones(width, np.float32), name=name))
-    return graph.initializers[name]
