@@ -58,7 +58,7 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
             mask = torch.ones_like(tokens)  # else generate masks the prompt's end-of-turn tokens, taking them for padding
             whole = reference.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)[0]
         theirs, seconds = whole[len(prompt_ids) :].tolist(), time.perf_counter() - started
-        ours = lm.generate(prompt, max_new_tokens, ignore_eos=True)
+        ours = lm.generate(prompt, max_new_tokens=max_new_tokens, ignore_eos=True)
         row: dict[str, Any] = {
             "prompt": prompt[:60],
             "num_tokens": len(theirs),
