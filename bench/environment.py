@@ -14,7 +14,10 @@ import click
 
 from medusa_export.bench.machine import machine
 
-PACKAGES = ("medusa-export", "onnxruntime", "torch", "transformers", "numpy", "onnxscript", "tensorrt-rtx-cu13")
+PACKAGES = (
+    "medusa-export", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "numpy", "onnxscript", "tensorrt-cu13",
+    "tensorrt-rtx-cu13", "cuda-bindings",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medusa_export.placement import place
 from medusa_export.progress import count_stage, note, stage
 from medusa_export.provenance import provenance
 from medusa_heads.distill import loop
@@ -17,7 +18,7 @@ from medusa_heads.distill.prompts import Conversation, read_prompts, select, sel
 from medusa_heads.distill.store import AnswerStore, DataFacts, Settings, require_place
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.manifest import MANIFEST_NAME, WEIGHTS_NAME
+from medusa_runtime.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class DistillOptions:
     batch_size: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    cuda_graphs: bool | None = None
     threads: int = 0
     trust_remote_code: bool = False
 
@@ -154,9 +156,12 @@ def _require_meant(options: DistillOptions, backend: str) -> None:
         raise OptionError("a temperature is nan; give a number")
     if options.served_model and backend != "endpoint":
         raise OptionError("--served-model belongs to an endpoint; give its --base-url too")
-    for name, value in (("--dtype", options.dtype), ("--device", options.device)):
-        if value != "auto" and backend != "transformers":
-            raise OptionError(f"{name} belongs to --backend transformers; the backend is {backend}")
+    if options.dtype != "auto" and backend != "transformers":
+        raise OptionError(f"--dtype belongs to --backend transformers; the backend is {backend}")
+    if options.device != "auto" and backend == "endpoint":
+        raise OptionError("--device belongs to transformers or a bundle; an endpoint runs where it runs")
+    if options.cuda_graphs is not None and backend != "bundle":
+        raise OptionError(f"--cuda-graphs and --no-cuda-graphs belong to --backend bundle; the backend is {backend}")
 
 
 def _open_transformers(options: DistillOptions) -> _Model:
@@ -196,11 +201,19 @@ def _open_bundle(options: DistillOptions) -> _Model:
     from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec  # noqa: PLC0415
     from medusa_runtime import MedusaLM  # noqa: PLC0415
 
-    lm = MedusaLM.from_bundle(options.model, max_batch_size=options.batch_size, num_threads=options.threads)
-    manifest = lm.engine.backend.manifest
+    manifest = Manifest.load(options.model)
+    placement = place(manifest, device=options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
+    lm = MedusaLM.from_bundle(
+        options.model,
+        placement.backend,
+        max_batch_size=options.batch_size,
+        device=placement.device,
+        num_threads=options.threads,
+        cuda_graphs=options.cuda_graphs,
+    )
     _require_room(options, manifest.limits.max_seq_len)
     digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())
-    weights = manifest.files[WEIGHTS_NAME].sha256
+    weights = manifest.files[WEIGHTS_NAME].sha256 if WEIGHTS_NAME in manifest.files else manifest.content_digest()
     return _Model(BundleAnswerer(lm.engine), BundleCodec(lm.codec), digest, weights, manifest.precision)
 
 

@@ -27,9 +27,12 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """A stage of unknown length: a spinner on a terminal, and a line with its seconds once it is done."""
-    started = time.perf_counter()
+def stage(name: str) -> Iterator[Callable[[str], None]]:
+    """A stage of unknown length: a spinner on a terminal, and a line with its seconds once it is done.
+
+    Yields a function that may be told what the stage is at. A terminal shows that, a log gets a line a minute.
+    """
+    started = last = time.perf_counter()
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -38,8 +41,16 @@ def stage(name: str) -> Iterator[None]:
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        bar.add_task(name)
-        yield
+        task = bar.add_task(name)
+
+        def tell(what: str) -> None:
+            nonlocal last
+            bar.update(task, description=f"{name}: {what}")
+            if not console.is_terminal and time.perf_counter() - last > NEWS_SECONDS:
+                last = time.perf_counter()
+                note(f"{name}: {what}")
+
+        yield tell
     note(f"{name}: {time.perf_counter() - started:.1f} s")
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from medusa_runtime.manifest import Provenance
 
 PACKAGES = (
-    "medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13",
-    "tensorrt-cu13",
+    "medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "tensorrt-rtx-cu13", "tensorrt-cu13", "cuda-bindings",
 )  # fmt: skip
 FOLDERS = re.compile(
     r"(?<![\w.:/])/(?:[^/\s,=\[\]{}'\"]+/)+"

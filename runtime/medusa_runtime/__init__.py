@@ -5,7 +5,7 @@
 >>> lm.generate("What is the capital of France?", max_new_tokens=32).text
 """
 
-from medusa_runtime.backends import BACKENDS, Backend, open_backend
+from medusa_runtime.backends import BACKENDS, Backend, Placement, choose_backend, open_backend
 from medusa_runtime.budget import LearnedCosts, StepCosts
 from medusa_runtime.engine import DecodingEngine
 from medusa_runtime.errors import (
@@ -55,6 +55,7 @@ __all__ = [
     "Message",
     "MissingExtraError",
     "OptionError",
+    "Placement",
     "Prompt",
     "QueueFullError",
     "RequestError",
@@ -64,6 +65,7 @@ __all__ = [
     "StepCosts",
     "TokenLogprob",
     "TreeError",
+    "choose_backend",
     "most_likely_tree",
     "open_backend",
     "prior_tree",

@@ -304,6 +304,7 @@ class DecodingEngine:
             np.array([[width - 1]]),
             first_slot=slot,
             with_logits=is_last and sequence.needs_logits,
+            propose_ahead=is_last and sequence.candidates.num_nodes > 1,
         )
         self._slots.extend(sequence, chunk)
         sequence.length += width
@@ -347,9 +348,10 @@ class DecodingEngine:
             lengths,
             np.tile(np.arange(width), (len(decoding), 1)),
             with_logits=any(sequence.needs_logits for sequence in decoding),
+            propose_ahead=any(sequence.candidates.num_nodes > 1 for sequence in decoding),
         )
         seconds = time.perf_counter() - started
-        if self.costs is not None:
+        if self.costs is not None and output.is_warm:
             self.costs.observe(len(decoding), width, int(lengths.max()), seconds)
 
         greedy = accept_greedy(batch, output.greedy_ids)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from medusa_runtime.backends import open_backend
+from medusa_runtime.backends import choose_backend, open_backend
 from medusa_runtime.budget import LearnedCosts, StepCosts, fitting_nodes
 from medusa_runtime.engine import DEFAULT_BATCH_SIZE, LOOKUP_NODES, DecodingEngine, check_batch_size
 from medusa_runtime.errors import BundleError, OptionError, QueueFullError
@@ -58,7 +58,9 @@ class MedusaLM:
         costs: StepCosts | Literal["auto", "learn", "measure"] | None = "auto",
         reuse_prefixes: bool = True,
         prompt_lookup: bool | None = None,
+        device: str = "auto",
         num_threads: int = 0,
+        cuda_graphs: bool | None = None,
         verify_files: bool = True,
         allow_failed: bool = False,
     ) -> MedusaLM:
@@ -66,7 +68,7 @@ class MedusaLM:
 
         Args:
             path: the bundle's directory.
-            backend: one of `medusa_runtime.BACKENDS`.
+            backend: one of `medusa_runtime.BACKENDS`; auto takes the best there is here, see `medusa_runtime.choose_backend`.
             tree: which continuations are verified; none for the one that was tuned for this device, or else for one as large
                 as the bundle's own, made anew at each step.
             max_batch_size: answers decoded at a time; none for 8, or as many as the bundle takes.
@@ -78,7 +80,9 @@ class MedusaLM:
             reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
             prompt_lookup: also draft what came after the same tokens before, where a request does not say. None for what was
                 tuned for this device, where costs is "auto", or else for no.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             num_threads: for a CPU backend; 0 for one a core.
+            cuda_graphs: on a GPU, whether steps are captured and replayed; see `medusa_runtime.open_backend`.
             verify_files: compare every file with the manifest's digest first (about a second a gigabyte).
             allow_failed: load even a bundle whose validation failed.
 
@@ -96,13 +100,18 @@ class MedusaLM:
             )
         if verify_files:
             manifest.require_intact(path)
-        runner = open_backend(path, manifest, backend, num_threads=num_threads)
+        place = choose_backend(manifest, backend, device)
+        runner = open_backend(
+            path, manifest, place.backend, device=place.device, num_threads=num_threads, cuda_graphs=cuda_graphs
+        )
         if max_batch_size is None:
             max_batch_size = min(DEFAULT_BATCH_SIZE, manifest.limits.max_batch_size or DEFAULT_BATCH_SIZE)
         check_batch_size(manifest, max_batch_size)
         if costs == "auto":
             costs = "learn"
-            if (found := tuned(path, manifest, device_key(backend, num_threads=num_threads))) is not None:
+            if (
+                found := tuned(path, manifest, device_key(place.backend, num_threads=num_threads, processor=place.processor))
+            ) is not None:
                 prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
                 lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
                 tuned_tree, tuned_costs = found.choice(max_batch_size, lookup_nodes)
@@ -196,6 +205,7 @@ class MedusaLM:
         """End all requests under way with `ClosedError`, and refuse new ones."""
         self._worker.stop()
         self._worker.join()
+        self.engine.backend.close()
 
     def __enter__(self) -> Self:
         return self

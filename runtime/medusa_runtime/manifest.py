@@ -15,12 +15,16 @@ from medusa_runtime.files import write_whole
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "validation.json"
 TUNING_NAME = "tuning.json"  # like the report, none of the files that the digest is of
+RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # what TensorRT-RTX compiled for a GPU; none of the digest's files either
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
-PORTABLE, ORT_CPU = "portable", "ort-cpu"  # what a graph is made for
+EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
+HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
+PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # what a graph is made for
 STEP, HEADS = "step", "heads"
+PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; its heads have one of their own name
 
 
 class _Model(BaseModel):
@@ -114,8 +118,47 @@ class ValidationFacts(_Model):
     summary: dict[str, Any] = Field(default_factory=dict)
 
 
+class PartFacts(_Model):
+    """A weight's rows within those of a region."""
+
+    source: int = Field(ge=0, description="where its first row is in the weights file; the others follow")
+    row_bytes: int = Field(gt=0)
+
+
+class RegionFacts(_Model):
+    """A run of a plan that is weights and nothing else: rows that hold a row of each part, side by side."""
+
+    offset: int = Field(ge=0, description="in the plan, in bytes")
+    rows: int = Field(gt=0)
+    parts: list[PartFacts] = Field(min_length=1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, all parts together."""
+        return sum(part.row_bytes for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the region."""
+        return self.rows * self.row_bytes
+
+
+class StrippedPlan(FileFacts):
+    """What a plan is with its weights put back: its size, its digest, and where they go, in order."""
+
+    regions: list[RegionFacts]
+
+
+class SharedWeights(_Model):
+    """Weights that the plans do not repeat, because the bundle they were built from holds the same bytes."""
+
+    source: str = Field(description="directory of the weights file as seen from the engine bundle, where a copy comes first")
+    file: FileFacts = Field(description=f"of {WEIGHTS_NAME}")
+    plans: dict[str, StrippedPlan] = Field(description="by file name")
+
+
 class EngineFacts(_Model):
-    """What TensorRT engines were built for."""
+    """What TensorRT engines were built for, and with."""
 
     flavor: Literal["tensorrt", "rtx"]
     tensorrt_version: str
@@ -123,6 +166,13 @@ class EngineFacts(_Model):
     profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(description="profile → input → min, opt and max shape")
     aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
     source_bundle: str = Field(description="content digest of the ONNX bundle it was built from")
+    weights: EngineWeights = Field(default="as-is", description="how the weights of products are stored")
+    hardware_compatibility: HardwareCompatibility = "none"
+    version_compatible: bool = Field(default=False, description="newer runtimes of the same major version load it as well")
+    lean_runtime: bool = Field(default=False, description="the plans bring a runtime along, so loading them runs their code")
+    built_with: dict[str, str] = Field(default_factory=dict, description="options, and GPU, driver and CUDA where there were")
+    device_memory: dict[str, int] = Field(default_factory=dict, description="estimate at the largest shapes, bytes by use")
+    shared_weights: SharedWeights | None = None
 
 
 class Manifest(_Model):
@@ -220,7 +270,8 @@ def is_bundle(path: Path, kind: str) -> bool:
     """Whether a directory is a bundle of that kind and holds nothing else, so that it may be replaced by another."""
     try:
         data = json.loads((path / MANIFEST_NAME).read_text())
-        known = {MANIFEST_NAME, REPORT_NAME, TUNING_NAME, *data["files"]}
+        beside = {REPORT_NAME, TUNING_NAME, WEIGHTS_NAME, *(file.name for file in path.glob(RUNTIME_CACHE.format("*")))}
+        known = {MANIFEST_NAME, *data["files"], *beside}
         return bool(data["kind"] == kind and "schema_version" in data and {entry.name for entry in path.iterdir()} <= known)
     except (OSError, ValueError, KeyError, TypeError):
         return False

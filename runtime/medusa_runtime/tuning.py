@@ -10,7 +10,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from medusa_runtime.backends import BACKENDS
 from medusa_runtime.budget import StepCosts
 from medusa_runtime.errors import BundleError, MedusaError
 from medusa_runtime.files import write_whole
@@ -87,7 +86,7 @@ class DeviceTuning(_Model):
 
     backend: str
     processor: str
-    threads: int
+    threads: int = Field(description="of a CPU backend; 0 on a GPU")
     cores: int
     provenance: Provenance
     costs: StepCosts
@@ -194,12 +193,14 @@ def device_key(backend: str, *, num_threads: int = 0, processor: str | None = No
     """What names a device in `tuning.json`: whatever a step's time depends on, in words.
 
     Args:
-        backend: one of `medusa_runtime.BACKENDS`; "auto" is what `open_backend` takes for it.
+        backend: one of `medusa_runtime.BACKENDS`, but for auto; see `medusa_runtime.choose_backend`.
         num_threads: of a CPU backend; 0 for one a core.
         processor: the GPU's name, or none for this machine's CPU.
     """
-    name, cores = BACKENDS[1] if backend == "auto" else backend, num_cores()
-    return f"{name}, {processor or cpu_name()}, {num_threads or cores} threads on {cores} cores"
+    if processor is not None:
+        return f"{backend}, {processor}"
+    cores = num_cores()
+    return f"{backend}, {cpu_name()}, {num_threads or cores} threads on {cores} cores"
 
 
 def num_cores() -> int:

@@ -224,9 +224,16 @@ FILES = {
         ("{model} -o {new} --prompts {p} --base-url http://x/v1 --dtype fp16", 2, "--dtype belongs to --backend transformers"),
         ("{bundle} -o {new} --self-prompts 3", 2, "a bundle's model cannot prompt itself"),
         (
-            "{bundle} -o {new} --prompts {p} --device cpu",
+            "{model} -o {new} --prompts {p} --base-url http://x/v1 --device cpu",
             2,
-            "--device belongs to --backend transformers; the backend is bundle",
+            "--device belongs to transformers or a bundle; an endpoint runs where it runs",
+        ),
+        ("{bundle} -o {new} --prompts {p} --device gpu", 2, "the device is 'gpu'; there are: auto, cpu, cuda"),
+        ("{bundle} -o {new} --prompts {p} --cuda-graphs", 2, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu"),
+        (
+            "{model} -o {new} --prompts {p} --no-cuda-graphs",
+            2,
+            "--no-cuda-graphs belong to --backend bundle; the backend is transformers",
         ),
         ("{bundle} -o {new} --prompts {p}", 2, "make 1280 together, the model takes 256; lower one"),
         ("/nowhere -o {new} --prompts {p}", 1, "there is no tokenizer '/nowhere'"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.trt.build import build_engines
+from medusa_export.trt.design import design_engines
 from medusa_export.trt.flavor import TensorRT
+from medusa_export.trt.network import Network
 from medusa_export.trt.options import EngineOptions
-from medusa_export.trt.plan import Network
+from medusa_export.trt.plan import _config, write_plan
 from medusa_export.trt.softcap import ExpandSoftcap
 from medusa_export.trt.specialize import AdditiveMask, StaticCapacity, specialize
 from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads
+from medusa_runtime.cuda.devices import Gpus
+from medusa_runtime.cuda.driver import GpuFacts
 from medusa_runtime.errors import BackendError, BundleError, ExportError, MissingExtraError, OptionError
 from medusa_runtime.manifest import HEADS, STEP, Manifest, QuantizationFacts, ValidationFacts, sha256_of
 
@@ -104,6 +109,8 @@ def test_engines_keep_the_contract_with_a_static_capacity(get_bundle: GetBundle,
         "greedy_ids": ("int64", ["batch", "num_rows"]),
         "hidden": (dtype, ["batch", "num_rows", HIDDEN]),
         "logits": (dtype, ["batch", "num_rows", VOCAB]),
+        "accepted_rows": ("int64", ["batch"]),
+        "accepted_hidden": (dtype, ["batch", HIDDEN]),
         **{f"present.{pair}": (dtype, cache) for pair in PAIRS},
     }
     assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in heads.outputs} == {
@@ -147,30 +154,21 @@ def test_prompt_chunks_are_never_longer_than_a_sequence(get_bundle: GetBundle, t
     assert (limits.max_seq_len, limits.max_prefill_tokens, limits.capacity) == (256, 256, 320)
 
 
+@pytest.mark.usefixtures("full_tensorrt")
 def test_full_tensorrt_builds_for_the_gpu_it_finds(
     get_bundle: GetBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RTX stands in for full TensorRT, which has the same builder but no list of compute capabilities."""
-    rtx = TensorRT.load("rtx").api
-    stand_in, cuda = ModuleType("tensorrt"), ModuleType("cuda.core")
-    stand_in.__dict__.update({name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
-    cuda.Device = lambda _: SimpleNamespace(compute_capability=(9, 0))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
-    monkeypatch.setitem(sys.modules, "cuda.core", cuda)
-
     bundle = get_bundle("fp16")
-    with pytest.raises(OptionError, match=r"'8\.9'; TensorRT .* builds here for 9\.0"):
-        build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt", compute_capabilities=("8.9",)))
+    with pytest.raises(OptionError, match=r"'8\.6'; TensorRT .* builds here for 8\.9"):
+        build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt", compute_capabilities=("8.6",)))
     manifest = build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt"))
     assert manifest.graphs[STEP].target == "tensorrt"
     assert manifest.engine is not None
-    assert manifest.engine.compute_capabilities == ["9.0"]
+    assert manifest.engine.compute_capabilities == ["8.9"]
+    assert manifest.engine.built_with == {"gpu": "Some GPU", "cuda": "13.0"}
 
-    def no_gpu(_: int) -> None:
-        raise RuntimeError("CUDA_ERROR_NO_DEVICE")
-
-    cuda.Device = no_gpu  # type: ignore[attr-defined]
-    with pytest.raises(BackendError, match=r"finds none here \(CUDA_ERROR_NO_DEVICE\); build on the target machine"):
+    monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: Gpus(why_none="there is no driver"))
+    with pytest.raises(BackendError, match=r"finds none here \(there is no driver\); build on the target machine"):
         build_engines(options(bundle, tmp_path / "other", flavor="tensorrt"))
 
 
@@ -185,6 +183,27 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
         ({"flavor": "lite"}, "--flavor is 'lite'; there are: rtx, tensorrt"),
         ({"compute_capabilities": ("9.0",)}, r"--compute-capability is '9\.0'; TensorRT-RTX .* builds here for .*8\.9"),
         ({"compute_capabilities": ("SM89",)}, "--compute-capability is 'SM89'"),
+        ({"workspace": 0}, "--workspace is 0; it must be 1 or more"),
+        ({"opt_level": 6}, "--opt-level is 6; it must be 0 to 5"),
+        (
+            {"version_compatible": True},
+            "--version-compatible is for --flavor tensorrt; with TensorRT-RTX, build",
+        ),
+        ({"exclude_lean_runtime": True}, "--exclude-lean-runtime is for --version-compatible engines"),
+        (
+            {"hardware_compatibility": "ampere-plus"},
+            "--hardware-compatibility is for --flavor .* every GPU with --compute-capability",
+        ),
+        ({"timing_cache": Path("times")}, "--timing-cache is for --flavor tensorrt; with TensorRT-RTX, leave it out"),
+        ({"strip_weights": True, "weights": "int8"}, "--strip-weights leaves out what the bundle holds, which are no int8"),
+        (
+            {"weights": "fp8", "compute_capabilities": ("8.9", "8.6")},
+            r"fp8 needs compute capability 8\.9, .* has 8\.6; use",
+        ),
+        (
+            {"weights": "int4", "compute_capabilities": ("7.5",)},
+            r"int4 needs compute capability 8\.0, .* has 7\.5",
+        ),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_any_work(
@@ -197,7 +216,7 @@ def test_an_option_out_of_range_is_refused_before_any_work(
 
 def test_bf16_is_refused_where_the_gpu_has_none(get_bundle: GetBundle, tmp_path: Path) -> None:
     bundle = edited(get_bundle("fp16"), tmp_path / "bundle", precision="bf16")
-    with pytest.raises(OptionError, match=r"'7\.5', which has no bf16"):
+    with pytest.raises(OptionError, match=r"the bundle's bf16 needs compute capability 8\.0, one to build for has 7\.5"):
         build_engines(options(bundle, tmp_path / "engine", compute_capabilities=("7.5",)))
 
 
@@ -214,7 +233,7 @@ def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path
     for name, changes, message in (
         ("engines", {"kind": "tensorrt"}, "holds engines already"),
         ("failed", {"validation": failed}, r"failed its validation \(validation\.json\)"),
-        ("quantised", {"quantization": QUANTIZED}, r"is quantised \(int8\); build from the float bundle"),
+        ("quantised", {"quantization": QUANTIZED}, r"is quantised \(int8\); build from the float bundle .*--weights"),
         ("graphs", {"graphs": {}}, "graphs: heads, step is missing"),
     ):
         with pytest.raises(BundleError, match=message):
@@ -335,24 +354,51 @@ def value(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def test_what_tensorrt_refuses_is_told_in_one_line(get_bundle: GetBundle, tmp_path: Path) -> None:
-    rtx = TensorRT.load("rtx")
-    x = value("x", ir.DataType.FLOAT, (1, 4))
-    node = ir.node("Det", [x], name="the_node")
-    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 24})
-    with pytest.raises(ExportError, match="TensorRT-RTX cannot take the odd graph: Det node 'the_node': ") as refused:
-        Network.parse(rtx, "odd", ir.Model(graph, ir_version=10), tmp_path)
+def refused(name: str, nodes: list[ir.Node], inputs: list[ir.Value], directory: Path) -> str:
+    graph = ir.Graph(inputs, [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 24, "odd": 1})
+    with pytest.raises(ExportError) as error:
+        Network.parse(TensorRT.load("rtx"), name, ir.Model(graph, ir_version=10), directory)
+    return str(error.value)
 
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "told"),
+    [
+        ("Det", "", r"Det node 'n': TensorRT has no such operator"),
+        ("Odd", "odd", r"Odd node 'n': Plugin not found, .* \(no operator of TensorRT, nor of standard ONNX\)"),
+        ("Add", "", r"Add node 'n': n: .* must have same input types\. .* \(a type that TensorRT does not take here\)"),
+    ],
+)
+def test_a_node_that_tensorrt_refuses_is_told_in_one_line(tmp_path: Path, operator: str, domain: str, told: str) -> None:
+    x, half = value("x", ir.DataType.FLOAT, (4, 4)), value("half", ir.DataType.FLOAT16, (4, 4))
+    node = ir.node(operator, [x, half] if operator == "Add" else [x], name="n", domain=domain)
+    message = refused("odd", [node], [x, half], tmp_path)
+    assert re.fullmatch(f"TensorRT-RTX cannot take the odd graph: {told}", message)
+    assert "/_src/" not in message
+
+
+def test_all_nodes_that_tensorrt_refuses_are_told(tmp_path: Path) -> None:
+    x = value("x", ir.DataType.FLOAT, (4, 4))
+    lines = refused("odd", [ir.node("Det", [x], name=f"n{index}") for index in range(12)], [x], tmp_path).splitlines()
+    assert lines[0] == "TensorRT-RTX cannot take the odd graph:"
+    assert lines[1:11] == [f"  Det node 'n{index}': TensorRT has no such operator" for index in range(10)]
+    assert lines[11:] == ["  … and 2 more"]
+
+
+def test_what_tensorrt_cannot_compile_is_told_in_one_line(get_bundle: GetBundle, tmp_path: Path) -> None:
     bundle = get_bundle("fp32")
     model = ir.load(bundle / "step.onnx")
     StaticCapacity(CAPACITY)(model)  # and no DecomposableAttention
-    network = Network.parse(rtx, STEP, model, bundle)
-    profiles = build_engines(options(bundle, tmp_path / "engine")).engine.profiles  # type: ignore[union-attr]
+    network = Network.parse(TensorRT.load("rtx"), STEP, model, bundle)
+    asked = options(bundle, tmp_path / "engine")
+    profiles = design_engines(asked).profiles[STEP]
     with pytest.raises(ExportError, match=r"cannot build the step engine: .*not supported by a dedicated kernel") as failed:
-        network.write_plan(tmp_path / "step.plan", {"verify": profiles["verify"]}, ["8.9"])
-    for error in (refused, failed):
-        assert "\n" not in str(error.value)
-        assert "/_src/" not in str(error.value)
+        write_plan(network, tmp_path / "step.plan", {"verify": profiles["verify"]}, ["8.9"], asked)
+    assert "\n" not in str(failed.value)
+    assert "/_src/" not in str(failed.value)
+    with pytest.raises(ExportError, match=r"no tactics .* workspace limit.* \(raise --workspace, or leave it out\)"):
+        build_engines(options(get_bundle("fp16"), tmp_path / "engine", workspace=1))
+    assert not (tmp_path / "engine").exists()
 
 
 def test_a_full_disk_is_told(get_bundle: GetBundle, tmp_path: Path) -> None:
@@ -363,4 +409,53 @@ def test_a_full_disk_is_told(get_bundle: GetBundle, tmp_path: Path) -> None:
     network = Network.parse(TensorRT.load("rtx"), HEADS, ir.load(bundle / "heads.onnx"), bundle)
     shapes = {bound: [1, HIDDEN] for bound in ("min", "opt", "max")}
     with pytest.raises(ExportError, match="/dev/full cannot be written: No space left on device"):
-        network.write_plan(full, {HEADS: {"hidden": shapes}}, ["8.9"])
+        write_plan(network, full, {HEADS: {"hidden": shapes}}, ["8.9"], options(bundle, tmp_path))
+
+
+@pytest.fixture
+def full_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RTX in the place of full TensorRT, and a GPU that it builds for."""
+    rtx = TensorRT.load("rtx").api
+    stand_in = ModuleType("tensorrt")
+    stand_in.__dict__.update({name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
+    gpus = Gpus([GpuFacts(0, "Some GPU", "8.9", 1 << 34)], "13.0")
+    monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: gpus)
+
+
+@pytest.mark.usefixtures("full_tensorrt")
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops in TensorRT-RTX:DeprecationWarning")
+def test_a_timing_cache_is_read_and_written(get_bundle: GetBundle, tmp_path: Path) -> None:
+    cache, bundle = tmp_path / "times", get_bundle("fp16")
+    build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt", timing_cache=cache))
+    assert cache.stat().st_size
+    build_engines(options(bundle, tmp_path / "again", flavor="tensorrt", timing_cache=cache))
+    with pytest.raises(OptionError, match=r"--timing-cache is .*times, whose directory does not exist"):
+        build_engines(options(bundle, tmp_path / "third", flavor="tensorrt", timing_cache=tmp_path / "nowhere" / "times"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "engine", "times"]
+
+
+@pytest.mark.usefixtures("full_tensorrt")
+def test_full_tensorrt_gets_what_makes_engines_compatible(
+    get_bundle: GetBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RTX takes these flags, but for the level, of which it says so."""
+    asked = options(
+        get_bundle("fp16"), tmp_path / "engine", flavor="tensorrt", hardware_compatibility="ampere-plus",
+        version_compatible=True, exclude_lean_runtime=True, opt_level=0, workspace=4000, verbose=True,
+    )  # fmt: skip
+    engine = build_engines(asked).engine
+    assert engine is not None
+    assert (engine.hardware_compatibility, engine.version_compatible, engine.lean_runtime) == ("ampere-plus", True, False)
+    assert engine.built_with == {"gpu": "Some GPU", "cuda": "13.0", "opt_level": "0", "workspace": "4000 MB"}
+    log = capsys.readouterr().err
+    assert "warning: setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX" in log
+    assert "verbose: Parsing node: " in log
+
+
+def test_products_in_float32_are_not_rounded_to_tf32(tmp_path: Path) -> None:
+    tensorrt = TensorRT.load("rtx")
+    builder = tensorrt.api.Builder(tensorrt.api.Logger(tensorrt.api.Logger.ERROR))
+    tf32 = tensorrt.api.BuilderFlag.TF32
+    assert builder.create_builder_config().get_flag(tf32)  # what it would be
+    assert not _config(tensorrt, builder, ["8.9"], EngineOptions(tmp_path, tmp_path)).get_flag(tf32)

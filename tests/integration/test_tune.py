@@ -72,7 +72,7 @@ def test_tuning_is_shown_and_kept(tuned_bundle: Path) -> None:
     assert told.startswith(f"{device_key('ort-cpu')}; acceptance from own prompts (16 answers, ")
     for word in ("batch", "static", "dynamic", "ratio", "batch 1, ", "batch 4, ", "measured", "predicted", "prompt lookup: "):
         assert word in told
-    found = Tuning.load(tuned_bundle).devices[device_key("auto")]
+    found = Tuning.load(tuned_bundle).devices[device_key("ort-cpu")]
     assert found.costs.batch_sizes == [batch.batch_size for batch in found.batches] == [1, 4]
     assert (found.costs.widths, found.costs.capacities) == ([1, 2, 4, 8], [136])
     assert len(found.costs.host_seconds) == 2
@@ -91,7 +91,7 @@ def test_tuning_is_shown_and_kept(tuned_bundle: Path) -> None:
 
 
 def test_a_tuned_bundle_is_opened_with_what_was_tuned(copy: Path) -> None:
-    found = Tuning.load(copy).devices[device_key("auto")]
+    found = Tuning.load(copy).devices[device_key("ort-cpu")]
     with MedusaLM.from_bundle(copy, max_batch_size=4) as lm:
         assert (lm.engine.tree, lm.engine.costs) == found.choice(4, 16 * found.prompt_lookup)
         assert lm.engine.prompt_lookup == found.prompt_lookup
@@ -109,7 +109,7 @@ def test_a_tuned_bundle_is_opened_with_what_was_tuned(copy: Path) -> None:
 
 def with_lookup(bundle: Path, *, wanted: bool) -> DeviceTuning:
     """Say that prompt lookup pays here, or not, beside a small dynamic tree."""
-    tuning, device = Tuning.load(bundle), device_key("auto")
+    tuning, device = Tuning.load(bundle), device_key("ort-cpu")
     small = tuning.devices[device].batches[0]
     small = small.model_copy(update={"best": "dynamic", "dynamic": small.dynamic.model_copy(update={"nodes": 3})})
     found = tuning.devices[device].model_copy(update={"prompt_lookup": wanted, "batches": [small]})
@@ -150,7 +150,7 @@ def test_the_command_line_overrides_a_tuning(copy: Path) -> None:
         host_seconds=[],
     )
     tuning = Tuning.load(copy)
-    Tuning(bundle=tuning.bundle, devices={device_key("auto"): tuned.model_copy(update={"costs": cheap})}).save(copy)
+    Tuning(bundle=tuning.bundle, devices={device_key("ort-cpu"): tuned.model_copy(update={"costs": cheap})}).save(copy)
     words = ["generate", copy, "-p", "fox fox fox", "--max-new-tokens", 40, "--ignore-eos", "--json"]
     words += ["--logit-bias", "60=9", "--logit-bias", "61=9"]  # so that it repeats itself
     found = {flags: json.loads(run(*words, *flags).stdout) for flags in FLAGS}
@@ -191,8 +191,8 @@ def test_accuracy_comes_from_an_evaluation_where_there_is_one(copy: Path, tmp_pa
         assert result.exit_code == 0, result.output
         assert "the heads' evaluation (3 answers, 90 tokens)" in result.stdout
     after = Tuning.load(copy)
-    assert after.devices[device_key("auto")] == before.devices[device_key("auto")]
-    found = after.devices[device_key("auto", num_threads=other)]
+    assert after.devices[device_key("ort-cpu")] == before.devices[device_key("ort-cpu")]
+    found = after.devices[device_key("ort-cpu", num_threads=other)]
     assert found.accuracy[0] == [0.9, 0.05]
     assert found.batches[0].dynamic.nodes == found.batches[0].static.nodes > 1  # these heads are said to be good
 
@@ -217,7 +217,7 @@ def test_prompts_of_ones_own_are_decoded(copy: Path, tmp_path: Path) -> None:
     result = run("tune", copy, *QUICK, "--prompts", tmp_path / "mine.jsonl", "--batch-sizes", "3")
     assert result.exit_code == 0, result.output
     assert "mine.jsonl (2 answers, " in result.stdout
-    assert [batch.batch_size for batch in Tuning.load(copy).devices[device_key("auto")].batches] == [3]
+    assert [batch.batch_size for batch in Tuning.load(copy).devices[device_key("ort-cpu")].batches] == [3]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_what_cannot_be_tuned_is_refused_in_a_line(make_bundle: Make, copy: Path
 
 
 def test_tree_show_draws_the_tuned_tree_or_the_bundles_own(make_bundle: Make, copy: Path, tmp_path: Path) -> None:
-    found = Tuning.load(copy).devices[device_key("auto")]
+    found = Tuning.load(copy).devices[device_key("ort-cpu")]
     drawn = run("tree", "show", copy, "--batch-size", 4).stdout
     assert "the best fixed tree for batch 4 on this device" in drawn
     assert f"root: {found.batch(4).static.nodes} nodes" in drawn

@@ -88,7 +88,16 @@ class FakeBackend:
         self.entries = resized
 
     def step(
-        self, input_ids, position_ids, tree_mask, cache_lengths, logit_rows, *, first_slot=0, with_logits=False
+        self,
+        input_ids,
+        position_ids,
+        tree_mask,
+        cache_lengths,
+        logit_rows,
+        *,
+        first_slot=0,
+        with_logits=False,
+        propose_ahead=False,
     ) -> StepOutput:
         batch, tokens = input_ids.shape
         assert tree_mask.shape == (batch, tokens, tokens)
@@ -135,6 +144,9 @@ class FakeBackend:
 
     def clear(self, slot, start, stop) -> None:
         self.entries[slot, start:stop] = -1
+
+    def close(self) -> None:
+        pass
 
     def _candidates(self, token: int, context: list[int], head: int, width: int) -> list[int]:
         others = [other % VOCAB_SIZE for other in range(token + 1, token + width + 1)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from medusa_runtime.cuda.devices import find_gpus
 
 SHOWN_FLAGS = ("amx_int8", "avx2", "avx512_vnni", "avx512f")
 
@@ -16,8 +19,10 @@ def num_cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and system."""
-    return {"cpu": _cpu(), "cores": num_cores(), "system": platform.system()}
+    """Processor, cores, system and, where there are any, GPUs."""
+    found = find_gpus()
+    gpus = {"gpus": [asdict(gpu) for gpu in found.gpus], "cuda": found.cuda_version} if found.gpus else {}
+    return {"cpu": _cpu(), "cores": num_cores(), "system": platform.system()} | gpus
 
 
 def _cpu() -> str:

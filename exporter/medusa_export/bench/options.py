@@ -36,6 +36,9 @@ class BenchOptions:
     limit: int | None = None
     max_new_tokens: int = 128
     rounds: int = 1
+    backend: str = "auto"
+    device: str = "auto"
+    cuda_graphs: bool | None = None
     threads: int = 0
     steps: tuple[int, ...] = STEP_WIDTHS
     prefill: tuple[int, ...] = PREFILL_LENGTHS

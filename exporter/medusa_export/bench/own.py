@@ -48,8 +48,16 @@ class Clock:
 class OwnDecoding:
     """A bundle, ready to decode in every mode."""
 
-    def __init__(self, bundle: str, threads: int) -> None:
-        lm = MedusaLM.from_bundle(bundle, max_batch_size=1, reuse_prefixes=False, num_threads=threads)
+    def __init__(self, bundle: str, threads: int, backend: str, device: str, *, cuda_graphs: bool | None) -> None:
+        lm = MedusaLM.from_bundle(
+            bundle,
+            backend,
+            max_batch_size=1,
+            reuse_prefixes=False,
+            device=device,
+            num_threads=threads,
+            cuda_graphs=cuda_graphs,
+        )
         self._lm, self._codec = lm, lm.codec
         clock: Any = Clock(lm.engine.backend)
         self._clock, lm.engine.backend = clock, clock
@@ -107,8 +115,9 @@ class OwnDecoding:
 def _fill(backend: Backend, token_ids: list[int], capacity: int) -> None:
     """Read a context into an empty cache, as the engine does."""
     backend.resize(1, capacity)
-    for start in range(0, len(token_ids), PREFILL_CHUNK):
-        _step(backend, token_ids[start : start + PREFILL_CHUNK], start, rows=1)
+    chunk = min(PREFILL_CHUNK, backend.manifest.limits.max_prefill_tokens or PREFILL_CHUNK)
+    for start in range(0, len(token_ids), chunk):
+        _step(backend, token_ids[start : start + chunk], start, rows=1)
 
 
 def _step(backend: Backend, token_ids: list[int], cached: int, rows: int | None = None) -> None:

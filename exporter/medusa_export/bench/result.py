@@ -58,6 +58,8 @@ def slower_than_plain(result: dict[str, Any]) -> str | None:
 def _settings(bench: Bench) -> dict[str, Any]:
     return {
         "threads": bench.threads,
+        "placements": {name: str(placement) for name, placement in bench.placements.items()},
+        "cuda_graphs": bench.options.cuda_graphs,
         "rounds": bench.options.rounds,
         "max_new_tokens": bench.options.max_new_tokens,
         "decoding": "greedy, end-of-sequence tokens ignored, token ids in and token ids out, one request at a time",

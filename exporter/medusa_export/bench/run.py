@@ -21,9 +21,10 @@ from medusa_export.bench.process import WorkerProcess
 from medusa_export.bench.prompts import load_prompts
 from medusa_export.bench.result import result_of
 from medusa_export.bench.state import Bench
+from medusa_export.placement import place
 from medusa_export.progress import count_stage, note, stage
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.manifest import ORT_CPU, Manifest
 from medusa_runtime.text import TOKENIZER_NAME, TextCodec
 
 
@@ -31,13 +32,17 @@ def prepare(options: BenchOptions) -> Bench:
     """Check everything that can be checked before the work.
 
     Raises:
-        OptionError, BundleError: something cannot be used.
+        OptionError, BundleError, BackendError: something cannot be used.
     """
     if unknown := [mode for mode in options.modes if mode not in MODES]:
         raise OptionError(f"there is no mode {unknown[0]!r}; there are: {', '.join(MODES)}")
     bundles = _bundles(options.bundles)
     chosen = choose_peers(options.peers, options.sources, options.peers_python)
-    bench = Bench(options, bundles, [], chosen)
+    placements = {
+        name: place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
+        for name, (_, manifest) in bundles.items()
+    }
+    bench = Bench(options, bundles, [], chosen, placements)
     prompts = load_prompts(options.prompts, options.limit, TextCodec(options.bundles[0]))
     bench.prompts = [one for one in prompts if len(one.token_ids) + options.max_new_tokens <= bench.longest]
     if not bench.prompts:
@@ -85,7 +90,16 @@ def _bundles(paths: Sequence[Path]) -> dict[str, tuple[Path, Manifest]]:
 def _start(bench: Bench, processes: ExitStack) -> None:
     environment = {"OMP_NUM_THREADS": str(bench.threads)}
     for name, (path, _) in bench.bundles.items():
-        settings = json.dumps({"bundle": str(path), "threads": bench.threads})
+        placement = bench.placements[name]
+        settings = json.dumps(
+            {
+                "bundle": str(path),
+                "threads": bench.threads,
+                "backend": placement.backend,
+                "device": placement.device,
+                "cuda_graphs": bench.options.cuda_graphs,
+            }
+        )
         with stage(f"load {name}"):
             command = [sys.executable, "-m", "medusa_export.bench.own", settings]
             process = processes.enter_context(WorkerProcess(name, command, environment))
@@ -134,8 +148,10 @@ def _memory(bench: Bench) -> None:
 def _floors(bench: Bench) -> None:
     with stage("memory bandwidth"):
         for name, (path, manifest) in bench.bundles.items():
+            if bench.placements[name].backend != ORT_CPU:  # a GPU's memory is another one
+                continue
             if (num_bytes := step_weight_bytes(path, manifest)) is None:
-                note("the floor needs packages that are not installed: pip install 'medusa-export[export]'")
+                note("the floor needs packages that are not installed: pip install 'medusa-export[build]'")
                 return
             bandwidth = read_bandwidth(num_bytes, bench.threads)
             bench.floors[name] = {
@@ -148,12 +164,15 @@ def _floors(bench: Bench) -> None:
 def _sections(bench: Bench) -> None:
     options, contestants, prompts = bench.options, bench.contestants, bench.prompts
     cached = min(sections.STEP_CONTEXT, bench.longest // 2)
-    widths = bench.fitting(options.steps, cached)
+    widths = [width for width in bench.fitting(options.steps, cached) if width <= bench.widest]
     context = bench.fitting(options.context, max(sections.CONTEXT_TOKENS, bench.tree_nodes))
     prefill = bench.fitting(options.prefill, 1)
     left_out = {*options.steps} - {*widths} | {*options.context} - {*context} | {*options.prefill} - {*prefill}
     if left_out:
-        note(f"not measured, for a sequence has {bench.longest} tokens at most: sizes {', '.join(map(str, sorted(left_out)))}")
+        note(
+            f"not measured, for a sequence has {bench.longest} tokens at most and a step {bench.widest}: "
+            f"sizes {', '.join(map(str, sorted(left_out)))}"
+        )
     if widths:
         with _counted("step costs", len(bench.bundles)) as tell:
             bench.sections["steps"] = sections.step_costs(contestants, prompts, widths, cached, tell)

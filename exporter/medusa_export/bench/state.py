@@ -12,6 +12,7 @@ from medusa_export.bench.machine import num_cores
 from medusa_export.bench.options import BenchOptions
 from medusa_export.bench.peers import Chosen
 from medusa_export.bench.prompts import BenchPrompt
+from medusa_runtime.backends import Placement
 from medusa_runtime.manifest import Manifest
 
 
@@ -23,6 +24,7 @@ class Bench:
     bundles: dict[str, tuple[Path, Manifest]]  # by the name it has in results
     prompts: list[BenchPrompt]
     chosen: Chosen
+    placements: dict[str, Placement]  # by bundle
     contestants: list[Contestant] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     memory: dict[str, dict[str, float]] = field(default_factory=dict)  # by bundle or peer
@@ -44,6 +46,11 @@ class Bench:
     def tree_nodes(self) -> int:
         """The largest of the bundles' trees."""
         return max(len(manifest.tree["parents"]) for _, manifest in self.bundles.values())
+
+    @property
+    def widest(self) -> int:
+        """Tokens of a step that is evaluated whole, of which every bundle takes as many."""
+        return min(manifest.limits.max_tree_nodes or self.longest for _, manifest in self.bundles.values())
 
     def fitting(self, lengths: Sequence[int], room: int) -> list[int]:
         """Those lengths that leave room in every bundle."""

@@ -25,11 +25,13 @@ COMMANDS = {
     "generate": "Decode a prompt with a bundle.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
+    "doctor": "Tell what can be exported, built and run here.",
 }
 EXTRAS = {
-    "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export",
+    "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
+    "cuda": "cuda", "tensorrt": "trt", "tensorrt_rtx": "rtx",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from medusa_export.bench.options import (
     BenchOptions,
     Sources,
 )
-from medusa_export.cli.options import threads_option
+from medusa_export.cli.options import decodes_a_bundle
 from medusa_runtime.errors import MedusaError, OptionError
 from medusa_runtime.files import write_whole
 
@@ -101,7 +101,7 @@ def _listed(values: tuple[Any, ...]) -> str:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write a row a contestant to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw PNGs into this directory.")
-@threads_option
+@decodes_a_bundle
 def command(
     bundles: tuple[Path, ...],
     *,

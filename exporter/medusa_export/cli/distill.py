@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from medusa_export.cli.options import threads_option, trust_remote_code_option
+from medusa_export.cli.options import cuda_graphs_option, threads_option, trust_remote_code_option
 
 
 @click.command("distill")
@@ -55,7 +55,7 @@ from medusa_export.cli.options import threads_option, trust_remote_code_option
     type=click.Choice(["auto", "transformers", "bundle", "endpoint"]),
     default="auto",
     show_default=True,
-    help="Who answers: PyTorch, a bundle with Medusa, or an OpenAI-compatible endpoint.",
+    help="Who answers: PyTorch, a bundle with Medusa (on what runs it best here), or an OpenAI-compatible endpoint.",
 )
 @click.option("--base-url", help="The endpoint, such as http://localhost:8000/v1; MODEL then gives the tokenizer.")
 @click.option("--served-model", help="The endpoint's name for the model. [default: MODEL]")
@@ -67,7 +67,8 @@ from medusa_export.cli.options import threads_option, trust_remote_code_option
     show_default=True,
     help="Of the weights, for transformers. auto: bf16 where the hardware multiplies it, else fp32.",
 )
-@click.option("--device", default="auto", show_default=True, help="For transformers: auto, cpu, cuda, cuda:1 …")
+@click.option("--device", default="auto", show_default=True, help="Of transformers or a bundle: auto, cpu, cuda, cuda:1 …")
+@cuda_graphs_option
 @threads_option
 @trust_remote_code_option
 def command(mix: tuple[str, ...], prompts: tuple[Path, ...], **options: Any) -> None:

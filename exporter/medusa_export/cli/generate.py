@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.options import backend_option, threads_option
+from medusa_export.cli.options import decodes_a_bundle
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions
 from medusa_runtime.tree import CandidateTree, DynamicTree
@@ -33,8 +33,7 @@ BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags 
 @click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
 @click.option("--allow-failed", is_flag=True, help="Run a bundle even though its validation failed.")
-@backend_option
-@threads_option
+@decodes_a_bundle
 def command(
     bundle: Path,
     prompt: str,
@@ -47,6 +46,8 @@ def command(
     as_json: bool,
     allow_failed: bool,
     backend: str,
+    device: str,
+    cuda_graphs: bool | None,
     threads: int,
     **fields: Any,
 ) -> None:
@@ -55,7 +56,8 @@ def command(
     Greedy without a temperature. With one, answers are samples of exactly the model's distribution, as without Medusa: the same
     seed gives the same text either way (but for --acceptance typical, which accepts more).
     """
-    from medusa_runtime import MedusaLM
+    from medusa_export.placement import place
+    from medusa_runtime import Manifest, MedusaLM
 
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode()
@@ -72,20 +74,22 @@ def command(
         else None,
     }
     options = parse(GenerationOptions, fields | given)
+    placement = place(Manifest.load(bundle), backend, device, threads=threads, cuda_graphs=cuda_graphs, tell=False)
     with MedusaLM.from_bundle(
         bundle,
-        backend,
+        placement.backend,
         max_batch_size=None if options.n > 1 else 1,
         prompt_lookup=options.prompt_lookup,
+        device=placement.device,
         num_threads=threads,
+        cuda_graphs=cuda_graphs,
         allow_failed=allow_failed,
     ) as lm:
         choices = _answer(lm, prompt, options, streamed=not as_json)
     if as_json:
         first, *others = [_facts(choice) for choice in choices]
         click.echo(json.dumps(first | ({"choices": [first, *others]} if others else {}), ensure_ascii=False))
-        return
-    for choice in choices:
+    for choice in () if as_json else choices:
         stats = choice.stats
         click.echo(
             f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens in {stats.num_steps} steps, "
@@ -94,6 +98,7 @@ def command(
             + (f", seed {choice.seed}" if options.is_sampled else ""),
             err=True,
         )
+    click.echo(f"ran with {placement}", err=True)
 
 
 def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> list[Choice]:

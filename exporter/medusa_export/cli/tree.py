@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import backend_option, threads_option
+from medusa_export.cli.options import runs_a_bundle
 from medusa_runtime.errors import OptionError
 
 FORMATS = (".png", ".svg")
@@ -24,9 +24,17 @@ def command() -> None:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="For which the tree was tuned.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this PNG or SVG, too.")
-@backend_option
-@threads_option
-def show(source: Path, *, evaluation: Path | None, batch_size: int, plot: Path | None, backend: str, threads: int) -> None:
+@runs_a_bundle
+def show(
+    source: Path,
+    *,
+    evaluation: Path | None,
+    batch_size: int,
+    plot: Path | None,
+    backend: str,
+    device: str,
+    threads: int,
+) -> None:
     """Draw a tree: each node with its path of ranks, and how often all drafts down to it are right.
 
     Of a bundle, the best fixed tree that was tuned for this device, or else the one in its manifest. Without a tuning or an
@@ -34,8 +42,7 @@ def show(source: Path, *, evaluation: Path | None, batch_size: int, plot: Path |
     """
     from rich.console import Console
 
-    from medusa_export.tune.tree import find_tree
-    from medusa_runtime.tuning import device_key
+    from medusa_export.tune.tree import Device, find_tree
 
     if plot is not None:
         from medusa_export.plots import tree_drawing
@@ -44,7 +51,7 @@ def show(source: Path, *, evaluation: Path | None, batch_size: int, plot: Path |
             raise OptionError(f"--plot {plot}: the name must end in {' or '.join(FORMATS)}")
         if not plot.absolute().parent.is_dir():
             raise OptionError(f"{plot} cannot be written: there is no directory {plot.parent}")
-    found = find_tree(source, device_key(backend, num_threads=threads), batch_size, evaluation)
+    found = find_tree(source, Device(backend, device, threads), batch_size, evaluation)
     console = Console(highlight=False)
     console.print(found.source, markup=False, soft_wrap=True)
     console.print(found.drawn())

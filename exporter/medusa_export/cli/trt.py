@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from medusa_export.cli.options import force_option
+from medusa_runtime.manifest import EngineWeights, HardwareCompatibility
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from medusa_export.trt.design import Design
+    from medusa_export.trt.inspect import Inspection
+
+DEFAULT = "build"
 
 
-@click.command("trt")
+class _DefaultGroup(click.Group):
+    """A group that takes what is no command's name to be the arguments of its default one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = args[:1] and args[0] in {*self.commands, *ctx.help_option_names}
+        return super().parse_args(ctx, args if named else [DEFAULT, *args])
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help(ctx, formatter)
+        default = self.commands[DEFAULT]
+        with formatter.section(f"Options of {DEFAULT}, which is meant where no command is named"):
+            formatter.write_dl([record for option in default.get_params(ctx) if (record := option.get_help_record(ctx))])
+
+
+@click.group("trt", cls=_DefaultGroup)
+def command() -> None:
+    """Build TensorRT engines from the ONNX bundle BUNDLE, or look at built ones.
+
+    medusa-export trt BUNDLE -o ENGINE [OPTIONS]: TensorRT-RTX (rtx) builds for the GPUs that are named and needs none itself;
+    full TensorRT (tensorrt) builds for the GPU it finds. Precision is the bundle's.
+    """
+
+
+@command.command(DEFAULT)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine bundle's directory, a new one."
@@ -26,19 +58,142 @@ from medusa_export.cli.options import force_option
 @click.option("--max-batch-size", type=int, default=1, show_default=True)
 @click.option("--max-tree-nodes", type=int, default=64, show_default=True, help="Tokens a verification step takes.")
 @click.option("--max-prefill-tokens", type=int, default=512, show_default=True, help="Prompt tokens a step takes.")
+@click.option(
+    "--weights",
+    type=click.Choice(get_args(EngineWeights)),
+    default="as-is",
+    show_default=True,
+    help="Round products' weights to fewer bits.",
+)
+@click.option("--strip-weights", is_flag=True, help="Leave out of the plans what BUNDLE's weights.bin holds.")
+@click.option(
+    "--hardware-compatibility",
+    type=click.Choice(get_args(HardwareCompatibility)),
+    default="none",
+    show_default=True,
+    help="tensorrt: other GPUs that may run it.",
+)
+@click.option("--version-compatible", is_flag=True, help="tensorrt: let newer runtimes of the same major version run it.")
+@click.option("--exclude-lean-runtime", is_flag=True, help="Leave the runtime out of --version-compatible plans.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="tensorrt: measured kernels, read if the file is there and written afterwards.",
+)
+@click.option("--workspace", type=int, metavar="MB", help="GPU memory that a layer's kernel may use besides.")
+@click.option("--opt-level", type=int, help="How long to look for the best kernels, 0 to 5. [default: TensorRT's own, 3]")
+@click.option("--dry-run", is_flag=True, help="Build nothing; tell what would be built and what it would take.")
+@click.option("--verbose", is_flag=True, help="TensorRT's own log, on stderr.")
 @force_option
-def command(compute_capabilities: tuple[str, ...], **options: Any) -> None:
-    """Build TensorRT engines from the ONNX bundle BUNDLE.
-
-    TensorRT-RTX (rtx) builds for the GPUs that are named and needs none itself; full TensorRT (tensorrt) builds for the GPU
-    it finds. Precision is the bundle's.
-    """
+def build(*, dry_run: bool, **options: Any) -> None:
+    """Build TensorRT engines from the ONNX bundle BUNDLE."""
     from medusa_export.progress import note
     from medusa_export.trt.build import build_engines
+    from medusa_export.trt.design import design_engines
     from medusa_export.trt.options import EngineOptions
 
-    manifest = build_engines(EngineOptions(compute_capabilities=compute_capabilities, **options))
+    asked = EngineOptions(**options)
+    if dry_run:
+        _tell_design(design_engines(asked))
+        return
+    manifest = build_engines(asked)
     for name, facts in manifest.files.items():
         if name.endswith(".plan"):
             note(f"{name}: {facts.size / 1e6:.0f} MB")
-    click.echo(options["output"])
+    click.echo(asked.output)
+
+
+@command.command("inspect")
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="All of it, for programs.")
+def inspect(engine: Path, *, as_json: bool) -> None:
+    """Tell what the engine bundle ENGINE was built for, takes, and shares; on a GPU also its layers."""
+    from medusa_export.trt.inspect import inspect_engines
+
+    found = inspect_engines(engine)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2, exclude={"engine": {"shared_weights": {"plans"}}}))
+    else:
+        _tell_inspection(found)
+
+
+def _tell_design(design: Design) -> None:
+    from rich.console import Console
+
+    facts, limits = design.source.model, design.limits
+    console = Console(highlight=False)
+    console.print(f"{design.tensorrt.name} {design.tensorrt.version} for {', '.join(design.capabilities)}, {facts.name}")
+    profiles = {name: profile for group in design.profiles.values() for name, profile in group.items()}
+    console.print(_profile_table(profiles))
+    console.print(_size_table("plans on disk, about", design.plan_sizes()))
+    console.print(_size_table("GPU memory, at most about", _in_words(design.device_memory())))
+    console.print(
+        f"KV cache = 2 · {facts.num_layers} layers · {limits.max_batch_size} sequences · {facts.num_kv_heads} heads · "
+        f"{limits.capacity} slots · {facts.head_dim} · {4 if design.source.precision == 'fp32' else 2} bytes",
+        soft_wrap=True,
+    )
+
+
+def _tell_inspection(found: Inspection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    engine = found.engine
+    console = Console(highlight=False)
+    for what, value in (
+        ("built with", f"{engine.flavor} {engine.tensorrt_version}"),
+        ("for GPUs of", f"{', '.join(engine.compute_capabilities)} (hardware compatibility: {engine.hardware_compatibility})"),
+        ("other versions", "newer ones of the same major" if engine.version_compatible else "none"),
+        ("model", f"{found.model}, {found.precision}, weights {engine.weights}"),
+        ("weights from", engine.shared_weights.source if engine.shared_weights else "the plans"),
+        *((f"built: {name}", value) for name, value in engine.built_with.items()),
+        *((f"header of {name}", value) for name, value in found.headers.items()),
+        ("loads here", found.loads_here),
+    ):
+        console.print(f"{what}: {value}", markup=False, soft_wrap=True)
+    tensors = Table(
+        "graph", "tensor", "type", "shape", "shares memory with", title="inputs and outputs; of the caches, the first"
+    )
+    for name, graph in found.graphs.items():
+        for tensor in (*graph.inputs, *graph.outputs):
+            if not _is_further_cache(tensor.name):
+                tensors.add_row(name, tensor.name, tensor.dtype, _shape(tensor.shape), engine.aliases.get(tensor.name, ""))
+    console.print(tensors)
+    console.print(_profile_table(engine.profiles))
+    console.print(_size_table("files", found.file_sizes))
+    console.print(_size_table("GPU memory, at most about", _in_words(engine.device_memory)))
+    for name, built in found.engines.items():
+        console.print(f"{name}: {len(built.layers)} layers, {built.device_memory / 1e6:.1f} MB between them")
+
+
+def _is_further_cache(tensor: str) -> bool:
+    """Whether it is like ``past.0.key`` or ``present.0.key``, of which one line is enough."""
+    return tensor.startswith(("past.", "present.")) and not tensor.endswith(".0.key")
+
+
+def _profile_table(profiles: dict[str, dict[str, dict[str, list[int]]]]) -> Table:
+    from rich.table import Table
+
+    table = Table("profile", "input", "min", "opt", "max", title="profiles")
+    for name, inputs in profiles.items():
+        for tensor, bounds in inputs.items():
+            if not _is_further_cache(tensor):
+                table.add_row(name, tensor, *(_shape(bounds[bound]) for bound in ("min", "opt", "max")))
+    return table
+
+
+def _size_table(title: str, sizes: dict[str, int]) -> Table:
+    from rich.table import Table
+
+    table = Table("", "MB", title=title)
+    for name, size in {**sizes, "all": sum(sizes.values())}.items():
+        table.add_row(name, f"{size / 1e6:.1f}")
+    return table
+
+
+def _in_words(sizes: dict[str, int]) -> dict[str, int]:
+    return {name.replace("_", " "): size for name, size in sizes.items()}
+
+
+def _shape(shape: list[int] | list[int | str]) -> str:
+    return " x ".join(map(str, shape))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from medusa_export.cli.options import backend_option, threads_option
+from medusa_export.cli.options import decodes_a_bundle
 from medusa_runtime.errors import OptionError
 
 QUICK: dict[str, Any] = {"rounds": 2, "batch_sizes": (1, 4), "lengths": (128,), "max_new_tokens": 32}
@@ -34,8 +34,7 @@ def _sizes(_: click.Context, parameter: click.Parameter, text: str | None) -> tu
 @click.option("--max-new-tokens", type=click.IntRange(8), help="A prompt's answer. [default: 64]")
 @click.option("--quick", is_flag=True, help="Rougher, in a fifth of the time: two batch sizes, one length, fewer rounds.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was found to this file, too.")
-@backend_option
-@threads_option
+@decodes_a_bundle
 def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any) -> None:
     """Find the trees with which BUNDLE gives most tokens a second on this machine, and keep them in it.
 
@@ -49,12 +48,11 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     from medusa_export.tune.report import show
     from medusa_export.tune.run import TuneOptions, tune
     from medusa_runtime.files import write_whole
-    from medusa_runtime.tuning import device_key
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OptionError(f"{json_file} cannot be written: there is no directory {json_file.parent}")
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    found = tune(TuneOptions(bundle=bundle, **((QUICK if quick else {}) | given)))
+    device, found = tune(TuneOptions(bundle=bundle, **((QUICK if quick else {}) | given)))
     if json_file is not None:
         write_whole(json_file, found.model_dump_json(indent=1, exclude_none=True) + "\n")
-    show(device_key(options["backend"], num_threads=options["threads"]), found, Console(highlight=False))
+    show(device, found, Console(highlight=False))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import trust_remote_code_option
+from medusa_export.cli.options import runs_a_bundle, trust_remote_code_option
 
 
 @click.command("validate")
@@ -15,6 +15,7 @@ from medusa_export.cli.options import trust_remote_code_option
 @click.option("--heads", type=click.Path(path_type=Path), help="The heads BUNDLE was made from, to compare them too.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: some of our own]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="A prompt's answer.")
+@runs_a_bundle
 @trust_remote_code_option
 def command(
     bundle: Path,
@@ -23,9 +24,15 @@ def command(
     prompts: Path | None,
     max_new_tokens: int,
     *,
+    backend: str,
+    device: str,
+    threads: int,
     trust_remote_code: bool,
 ) -> None:
     """Compare BUNDLE with the PyTorch model: logits of prompts and tree paths, and greedy decoding token by token.
+
+    An ONNX bundle is compared on the CPU, where all its graphs can run, unless a GPU is asked for; TensorRT engines on the GPU
+    that they were built for. PyTorch itself always runs on the CPU, in float32.
 
     The report is kept as validation.json in the bundle. Exit code 3 when it is out of tolerance.
     """
@@ -38,6 +45,9 @@ def command(
         heads=heads,
         prompts=lines,
         max_new_tokens=max_new_tokens,
+        backend=backend,
+        device=device,
+        threads=threads,
         trust_remote_code=trust_remote_code,
     )
     record(bundle, report)

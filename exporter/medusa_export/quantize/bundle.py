@@ -96,7 +96,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     quality_prompts = read_prompts(options.quality_prompts) if options.quality_prompts else QUALITY_PROMPTS
     calibration_prompts = read_prompts(options.calibration_prompts) if options.calibration_prompts else CALIBRATION_PROMPTS
     graphs = {name: ir.load(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
-    before = open_backend(options.bundle, source)
+    before = open_backend(options.bundle, source, "ort-cpu")
     ngrams = NGrams.of_bundle(options.bundle, source)
     engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
     text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
@@ -122,7 +122,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
             }
         )
         with stage("measure the quality"):
-            after = open_backend(directory, manifest)
+            after = open_backend(directory, manifest, "ort-cpu")
             quality = compare(before, after, text or answers)
             _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
             quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step

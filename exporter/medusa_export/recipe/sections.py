@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_type_hints
 
 import click
@@ -16,6 +16,7 @@ from medusa_heads.train.settings import TrainSettings
 SECTIONS = ("distill", "train", "onnx", "validate")
 ELSEWHERE = {"model", "output", "heads", "bundle", "reference", "force"}  # from other steps, or the command that runs all
 MACHINE = {"device", "threads"}  # where a step runs: this changes nothing that it makes
+ON_CPU = {"backend", "device", "threads"}  # a recipe's ONNX bundle is validated where all its graphs run
 TRUST = {"trust_remote_code"}  # is given by who runs a recipe, not by who wrote it
 
 
@@ -49,15 +50,17 @@ def _validate() -> type[BaseModel]:
     from medusa_export.cli.validate import command  # noqa: PLC0415
     from medusa_export.validate import validate  # noqa: PLC0415 - imports PyTorch
 
-    return _derived("validate", validate, command)
+    return _derived("validate", validate, command, leave_out=ON_CPU)
 
 
-def _derived(name: str, target: Callable[..., Any], command: click.Command) -> type[BaseModel]:
+def _derived(
+    name: str, target: Callable[..., Any], command: click.Command, *, leave_out: Collection[str] = ()
+) -> type[BaseModel]:
     """A model with the target's arguments, bounded as the command's options of the same names are."""
     hints, options = get_type_hints(target), {option.name: option for option in command.params}
     fields: dict[str, Any] = {}
     for argument, default in _defaults(target).items():
-        if argument not in ELSEWHERE | TRUST:
+        if argument not in {*ELSEWHERE, *TRUST, *leave_out}:
             option = options.get(argument)
             annotation, bounds = _bounds(hints[argument], option.type if option else None)
             fields[argument] = (annotation, Field(default=default, description=getattr(option, "help", None), **bounds))

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import onnx_ir as ir
-
-from medusa_export.progress import stage
+from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
-from medusa_export.trt.flavor import TensorRT
-from medusa_export.trt.options import EngineOptions, default_tree_nodes, engine_limits, load_source
-from medusa_export.trt.plan import Network
-from medusa_export.trt.profiles import heads_profiles, step_profiles
-from medusa_export.trt.specialize import CAPACITY_AXIS, PAST_PREFIX, specialize
+from medusa_export.trt.design import Design, design_engines
+from medusa_export.trt.flavor import gpu_here
+from medusa_export.trt.network import Network
+from medusa_export.trt.options import EngineOptions
+from medusa_export.trt.plan import write_plan
+from medusa_export.trt.strip import stored_tensors, strip_plan
+from medusa_export.weights import write_weights
 from medusa_runtime.errors import ExportError, OptionError
 from medusa_runtime.files import new_directory, require_new
 from medusa_runtime.manifest import (
     HEADS,
     STEP,
+    WEIGHTS_NAME,
     EngineFacts,
     FileFacts,
-    GraphFacts,
-    Limits,
     Manifest,
-    TensorFacts,
+    SharedWeights,
+    StrippedPlan,
     ValidationFacts,
     is_bundle,
 )
 from medusa_runtime.ngrams import NGRAMS_NAME
 from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
-
-
-@dataclass(frozen=True)
-class _Job:
-    options: EngineOptions
-    source: Manifest
-    limits: Limits
-    capacity: int
-    tensorrt: TensorRT
-    capabilities: list[str]
 
 
 def build_engines(options: EngineOptions) -> Manifest:
@@ -52,19 +45,14 @@ def build_engines(options: EngineOptions) -> Manifest:
         MissingExtraError: the flavour's package is not installed.
         BackendError: the flavour needs a GPU and there is none.
         ExportError: TensorRT cannot build a graph, or what it built does not keep the contract.
+        KeyboardInterrupt: Ctrl-C, as soon as TensorRT has ended the step it was at.
     """
     require_new(options.output, _is_engine_bundle, force=options.force, inputs=(options.bundle,))
-    source = load_source(options.bundle)
-    limits = engine_limits(options, source)
-    assert limits.capacity is not None
-    tensorrt = TensorRT.load(options.flavor)
-    capabilities = tensorrt.choose_compute_capabilities(options.compute_capabilities)
-    if source.precision == "bf16" and "7.5" in capabilities:
-        raise OptionError("--compute-capability is '7.5', which has no bf16; export the bundle with --dtype fp16")
+    design = design_engines(options)
     with stage("check the bundle"):
-        source.require_intact(options.bundle)
+        design.source.require_intact(options.bundle)
     with new_directory(options.output, _is_engine_bundle, force=options.force, inputs=(options.bundle,)) as directory:
-        manifest = _fill(directory, _Job(options, source, limits, limits.capacity, tensorrt, capabilities))
+        manifest = _fill(directory, design)
         manifest.save(directory)
     return manifest
 
@@ -73,38 +61,41 @@ def _is_engine_bundle(path: Path) -> bool:
     return is_bundle(path, "tensorrt")
 
 
-def _fill(directory: Path, job: _Job) -> Manifest:
+def _fill(directory: Path, design: Design) -> Manifest:
     """Write everything but the manifest into the engine bundle's directory. Returns the manifest."""
-    bundle, source, tensorrt = job.options.bundle, job.source, job.tensorrt
-    graphs = {name: plan_facts(source.graphs[name], name, tensorrt.target, job.capacity) for name in (STEP, HEADS)}
-    profiles = {
-        STEP: step_profiles(graphs[STEP], job.limits, default_tree_nodes(source)),
-        HEADS: heads_profiles(graphs[HEADS], job.limits),
-    }
+    options, source, tensorrt = design.options, design.source, design.tensorrt
     files: dict[str, FileFacts] = {}
     aliases: dict[str, str] = {}
-    for name, facts in graphs.items():
-        with stage(f"build {facts.file} with {tensorrt.name} {tensorrt.version} for {', '.join(job.capabilities)}"):
-            network = _network(job, name, facts)
+    for name, facts in design.graphs.items():
+        target = f"{tensorrt.name} {tensorrt.version} for {', '.join(design.capabilities)}"
+        with stage(f"build {facts.file} with {target}") as tell, _network(design, name, directory) as network:
             aliases |= network.aliases()
-            files[facts.file] = network.write_plan(directory / facts.file, profiles[name], job.capabilities)
-            del network  # its weights, before the next graph's are read
+            path = directory / facts.file
+            files[facts.file] = write_plan(network, path, design.profiles[name], design.capabilities, options, tell)
+    shared = _strip(directory, design, files) if options.strip_weights else None
     for name in (TOKENIZER_NAME, CHAT_NAME, *({NGRAMS_NAME} & source.files.keys())):
-        shutil.copyfile(bundle / name, directory / name)
+        shutil.copyfile(options.bundle / name, directory / name)
         files[name] = source.files[name]
     engine = EngineFacts(
         flavor=tensorrt.flavor,
         tensorrt_version=tensorrt.version,
-        compute_capabilities=job.capabilities,
-        profiles=profiles[STEP] | profiles[HEADS],
+        compute_capabilities=design.capabilities,
+        profiles=design.profiles[STEP] | design.profiles[HEADS],
         aliases=aliases,
         source_bundle=source.content_digest(),
+        weights=options.weights,
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        lean_runtime=options.version_compatible and not options.exclude_lean_runtime,
+        built_with=_built_with(options),
+        device_memory=design.device_memory(),
+        shared_weights=shared,
     )
     return source.model_copy(
         update={
             "kind": "tensorrt",
-            "limits": job.limits,
-            "graphs": graphs,
+            "limits": design.limits,
+            "graphs": design.graphs,
             "files": files,
             "provenance": provenance(),
             "validation": ValidationFacts(status="not run"),
@@ -113,34 +104,49 @@ def _fill(directory: Path, job: _Job) -> Manifest:
     )
 
 
-def _network(job: _Job, name: str, facts: GraphFacts) -> Network:
-    """One of the bundle's graphs, specialised, parsed, and found to keep its contract."""
-    model = ir.load(job.options.bundle / job.source.graphs[name].file)
-    if name == STEP:
-        specialize(model, job.source.precision, job.capacity)
-    network = Network.parse(job.tensorrt, name, model, job.options.bundle)
-    network.check_contract(facts)
-    if name == STEP:
-        _check_in_place(network.aliases(), job.source.model.num_layers)
-    return network
-
-
-def plan_facts(portable: GraphFacts, name: str, target: str, capacity: int) -> GraphFacts:
-    """The contract of the engine that is built from a portable graph: the same, but for a static capacity."""
-    symbols = {tensor.shape[CAPACITY_AXIS] for tensor in portable.inputs if tensor.name.startswith(PAST_PREFIX)}
-
-    def fixed(tensor: TensorFacts) -> TensorFacts:
-        return tensor.model_copy(update={"shape": [capacity if size in symbols else size for size in tensor.shape]})
-
-    return GraphFacts(
-        file=f"{name}.plan",
-        target=target,
-        inputs=[fixed(tensor) for tensor in portable.inputs],
-        outputs=[fixed(tensor) for tensor in portable.outputs],
-    )
+@contextmanager
+def _network(design: Design, name: str, directory: Path) -> Iterator[Network]:
+    """One of the bundle's graphs, parsed, and found to keep its contract. Rounded weights are on disk for so long."""
+    options, model = design.options, design.graph(name)
+    tell = note if options.verbose else None
+    with TemporaryDirectory(prefix=".weights-", dir=directory) as scratch:
+        weights = options.bundle
+        if options.weights != "as-is":
+            weights = Path(scratch)
+            write_weights([model], weights)
+        network = Network.parse(design.tensorrt, name, model, weights, tell)
+        network.check_contract(design.graphs[name])
+        if name == STEP:
+            _check_in_place(network.aliases(), design.source.model.num_layers)
+        yield network
 
 
 def _check_in_place(aliases: dict[str, str], num_layers: int) -> None:
     for pair in (f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")):
         if (found := aliases.get(f"present.{pair}")) != f"past.{pair}":
             raise ExportError(f"present.{pair} is not past.{pair} updated in place, but an update of {found or 'no cache'}")
+
+
+def _strip(directory: Path, design: Design, files: dict[str, FileFacts]) -> SharedWeights:
+    """Leave the bundle's weights out of the plans. Changes the plans' facts in `files`."""
+    bundle = design.options.bundle
+    plans: dict[str, StrippedPlan] = {}
+    with stage(f"leave out what {WEIGHTS_NAME} holds"):
+        for name, facts in design.graphs.items():
+            tensors, whole = stored_tensors(design.portable(name)), files[facts.file]
+            files[facts.file], plans[facts.file] = strip_plan(directory / facts.file, bundle / WEIGHTS_NAME, tensors, whole)
+    for name, plan in plans.items():
+        note(f"{name}: {files[name].size / 1e6:.0f} MB of {plan.size / 1e6:.0f} MB are left")
+    try:
+        source = os.path.relpath(bundle.resolve(), design.options.output.resolve())
+    except ValueError as error:  # on Windows
+        raise OptionError("--strip-weights needs BUNDLE and ENGINE on one drive") from error
+    return SharedWeights(source=Path(source).as_posix(), file=design.source.files[WEIGHTS_NAME], plans=plans)
+
+
+def _built_with(options: EngineOptions) -> dict[str, str]:
+    settings = {
+        "opt_level": options.opt_level,
+        "workspace": None if options.workspace is None else f"{options.workspace} MB",
+    }
+    return gpu_here() | {name: str(value) for name, value in settings.items() if value is not None}

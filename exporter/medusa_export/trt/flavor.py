@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from medusa_runtime.errors import BackendError, MissingExtraError, OptionError, first_line
+from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+from medusa_runtime.plans import FLAVOR_NAMES
 
 Flavor = Literal["rtx", "tensorrt"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
@@ -46,7 +48,7 @@ class TensorRT:
     @property
     def name(self) -> str:
         """What the flavour is called in messages."""
-        return "TensorRT-RTX" if self.flavor == "rtx" else "TensorRT"
+        return FLAVOR_NAMES[self.flavor]
 
     @property
     def target(self) -> str:
@@ -63,20 +65,16 @@ class TensorRT:
 
         Raises:
             BackendError: full TensorRT, and this machine has no GPU.
-            MissingExtraError: full TensorRT, and cuda-core is not installed.
         """
         if self.flavor == "rtx":
             return [_dotted(name) for name in self.api.ComputeCapability.__members__ if name.startswith("SM")]
-        try:
-            major, minor = importlib.import_module("cuda.core").Device(0).compute_capability
-        except ImportError as error:
-            raise MissingExtraError("cuda-core", "trt") from error
-        except Exception as error:  # cuda-core's errors have no common base but this
+        found = find_gpus()
+        if not found.gpus:
             raise BackendError(
-                f"TensorRT builds for the GPU it runs on, and finds none here ({first_line(error)}); "
+                f"TensorRT builds for the GPU it runs on, and finds none here ({found.why_none}); "
                 "build on the target machine, or use --flavor rtx"
-            ) from error
-        return [f"{major}.{minor}"]
+            )
+        return [found.gpus[0].compute_capability]
 
     def choose_compute_capabilities(self, asked: Sequence[str]) -> list[str]:
         """What to build for: what was asked for, or, where nothing was, the flavour's default.
@@ -98,6 +96,12 @@ class TensorRT:
             config.num_compute_capabilities = len(capabilities)
             for index, capability in enumerate(capabilities):
                 config.set_compute_capability(self.api.ComputeCapability.__members__[_member(capability)], index)
+
+
+def gpu_here() -> dict[str, str]:
+    """The first GPU of this machine and the CUDA version that its driver knows; empty where there is none."""
+    found = find_gpus()
+    return {"gpu": found.gpus[0].name, "cuda": found.cuda_version or "unknown"} if found.gpus else {}
 
 
 def _dotted(member: str) -> str:

@@ -1,135 +1,99 @@
-"""One ONNX graph in, one serialised TensorRT engine (a *plan*) out."""
+"""One parsed network in, one serialised TensorRT engine (a *plan*) out."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
+from medusa_export.trt.complaints import first_complaint
 from medusa_export.trt.flavor import TensorRT
+from medusa_export.trt.monitor import interruptible, progress_monitor
+from medusa_export.trt.network import Network
+from medusa_export.trt.options import EngineOptions
 from medusa_export.trt.profiles import Profile
-from medusa_runtime.errors import ExportError
-from medusa_runtime.manifest import FileFacts, GraphFacts
-
-_DTYPES = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
-_SOURCE_PLACE = re.compile(r"\.?\s*In \w+ at \S+:\d+\)?")  # TensorRT says where in its own sources it failed
+from medusa_runtime.errors import ExportError, OptionError
+from medusa_runtime.files import replacing
+from medusa_runtime.manifest import FileFacts
 
 
-@dataclass
-class Network:
-    """A parsed network, with what must live as long as it does."""
+def write_plan(
+    network: Network,
+    path: Path,
+    profiles: dict[str, Profile],
+    capabilities: Sequence[str],
+    options: EngineOptions,
+    tell: Callable[[str], None] = lambda _: None,
+) -> FileFacts:
+    """Compile a network, and stream the plan into a file.
 
-    name: str
-    tensorrt: TensorRT
-    log: Any
-    builder: Any
-    parser: Any
-    network: Any
+    Args:
+        network: what to compile.
+        path: the file.
+        profiles: by name, in the order in which they are added.
+        capabilities: what to compile for.
+        options: of the builder.
+        tell: is told what phase the build is in.
 
-    @classmethod
-    def parse(cls, tensorrt: TensorRT, name: str, model: ir.Model, weights: Path) -> Network:
-        """Parse a graph into a strongly typed network.
-
-        Args:
-            tensorrt: the flavour.
-            name: what the graph is called in messages.
-            model: the graph. Its large weights are external and are read where they are.
-            weights: the directory that holds them.
-
-        Raises:
-            ExportError: TensorRT cannot start, or takes no such graph; its first complaint in one line.
-        """
-        trt = tensorrt.api
-        log = _error_log(trt)
-        try:
-            builder = trt.Builder(log)
-            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-            parser = trt.OnnxParser(network, log)
-        except (RuntimeError, TypeError) as error:  # the bindings' way to say that a factory gave nothing
-            raise ExportError(f"{tensorrt.name} cannot start: {_one_line([*log.errors, str(error)])}") from error
-        parsed = cls(name, tensorrt, log, builder, parser, network)
-        # the path is that of a file in the weights' directory; the file itself is not read
-        if not parser.parse(ir.to_proto(model).SerializeToString(), str(weights.absolute() / f"{name}.onnx")):
-            raise ExportError(f"{tensorrt.name} cannot take the {name} graph: {parsed._parser_error()}")
-        return parsed
-
-    def check_contract(self, facts: GraphFacts) -> None:
-        """Raise an `ExportError` where inputs or outputs differ from the contract in name, dtype or shape."""
-        network = self.network
-        for kind, wanted, found in (
-            ("input", facts.inputs, [network.get_input(index) for index in range(network.num_inputs)]),
-            ("output", facts.outputs, [network.get_output(index) for index in range(network.num_outputs)]),
-        ):
-            want = {t.name: (t.dtype, [size if isinstance(size, int) else -1 for size in t.shape]) for t in wanted}
-            have = {t.name: (_DTYPES.get(t.dtype.name, t.dtype.name.lower()), list(t.shape)) for t in found}
-            for name in {**want, **have}:
-                if want.get(name) != have.get(name):
-                    raise ExportError(
-                        f"the {self.name} engine's {kind} {name} is {_tell(have.get(name))}, "
-                        f"the contract says {_tell(want.get(name))}"
-                    )
-
-    def aliases(self) -> dict[str, str]:
-        """Output → the input whose memory it must share, for every cache that is updated in place."""
-        kind = self.tensorrt.api.LayerType.KV_CACHE_UPDATE
-        layers = (self.network.get_layer(index) for index in range(self.network.num_layers))
-        return {layer.get_output(0).name: layer.get_input(0).name for layer in layers if layer.type == kind}
-
-    def write_plan(self, path: Path, profiles: dict[str, Profile], capabilities: Sequence[str]) -> FileFacts:
-        """Compile, and stream the plan into a file.
-
-        Raises:
-            ExportError: TensorRT cannot compile the network, or the file cannot be written.
-        """
-        config = self.builder.create_builder_config()
-        self.tensorrt.set_compute_capabilities(config, capabilities)
-        for shapes in profiles.values():
-            profile = self.builder.create_optimization_profile()
-            for name, bounds in shapes.items():
-                profile.set_shape(name, bounds["min"], bounds["opt"], bounds["max"])
-            config.add_optimization_profile(profile)
-        try:
-            with path.open("wb") as file:
-                writer = _plan_writer(self.tensorrt.api, file)
-                built = self.builder.build_serialized_network_to_stream(self.network, config, writer)
-            if writer.error is not None:
-                raise writer.error
-        except OSError as error:
-            raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
-        if not built or not writer.size:
-            raise ExportError(f"{self.tensorrt.name} cannot build the {self.name} engine: {_one_line(self.log.errors)}")
-        return FileFacts(size=writer.size, sha256=writer.digest.hexdigest())
-
-    def _parser_error(self) -> str:
-        if not self.parser.num_errors:
-            return _one_line(self.log.errors)
-        error = self.parser.get_error(0)
-        place = f"{error.node_operator()} node {error.node_name()!r}: " if error.node_operator() else ""
-        return place + _one_line([error.desc()])
+    Raises:
+        ExportError: TensorRT cannot compile the network, or the file cannot be written.
+        OptionError: the timing cache is another version's or GPU's.
+        KeyboardInterrupt: Ctrl-C, as soon as TensorRT has ended the step it was at.
+    """
+    tensorrt, builder = network.tensorrt, network.builder
+    config = _config(tensorrt, builder, capabilities, options)
+    for shapes in profiles.values():
+        profile = builder.create_optimization_profile()
+        for name, bounds in shapes.items():
+            profile.set_shape(name, bounds["min"], bounds["opt"], bounds["max"])
+        config.add_optimization_profile(profile)
+    try:
+        with path.open("wb") as file, interruptible() as asked, network.weights.released():
+            config.progress_monitor = progress_monitor(tensorrt.api, tell, asked)
+            writer = _plan_writer(tensorrt.api, file)
+            built = builder.build_serialized_network_to_stream(network.network, config, writer)
+        if writer.error is not None:
+            raise writer.error
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
+    if not built or not writer.size:
+        raise ExportError(f"{tensorrt.name} cannot build the {network.name} engine: {first_complaint(network.log.errors)}")
+    if options.timing_cache is not None:
+        with replacing(options.timing_cache) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return FileFacts(size=writer.size, sha256=writer.digest.hexdigest())
 
 
-def _error_log(trt: Any) -> Any:
-    class ErrorLog(trt.ILogger):  # type: ignore[misc]  # a class of a module that is known only now
-        """Keeps errors, in order; the first is the cause. Warnings and the rest are for TensorRT's developers."""
+def _config(tensorrt: TensorRT, builder: Any, capabilities: Sequence[str], options: EngineOptions) -> Any:
+    trt, config = tensorrt.api, builder.create_builder_config()
+    tensorrt.set_compute_capabilities(config, capabilities)
+    config.clear_flag(trt.BuilderFlag.TF32)  # products in float32 are what they are called
+    if options.opt_level is not None:
+        config.builder_optimization_level = options.opt_level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * 1_000_000)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.exclude_lean_runtime:
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+    if options.hardware_compatibility != "none":
+        level = options.hardware_compatibility.upper().replace("-", "_")
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.timing_cache is not None:
+        _load_timing_cache(config, options.timing_cache)
+    return config
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return ErrorLog()
+def _load_timing_cache(config: Any, path: Path) -> None:
+    known = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise OptionError(f"--timing-cache is {path}, which another TensorRT or GPU has written; choose another file")
 
 
 def _plan_writer(trt: Any, file: Any) -> Any:
-    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]  # as above
+    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]  # a class of a module that is known only now
         """Writes and hashes what TensorRT hands out, so that a plan is never whole in memory."""
 
         def __init__(self) -> None:
@@ -149,12 +113,3 @@ def _plan_writer(trt: Any, file: Any) -> Any:
             return len(data)
 
     return PlanWriter()
-
-
-def _tell(tensor: tuple[str, list[int]] | None) -> str:
-    return "missing" if tensor is None else f"{tensor[0]} {tensor[1]}"
-
-
-def _one_line(messages: Sequence[str]) -> str:
-    first = next((message for message in messages if message.strip()), "it gave no reason")
-    return " ".join(_SOURCE_PLACE.sub("", first.strip().splitlines()[0]).split())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from medusa_runtime.errors import BundleError
-from medusa_runtime.manifest import HEADS, GraphFacts, Limits, TensorFacts
+from medusa_runtime.manifest import HEADS, PREFILL, VERIFY, GraphFacts, Limits, TensorFacts
 
-PREFILL, VERIFY = "prefill", "verify"
 Sizes = dict[str, tuple[int, int, int]]  # dimension -> min, opt, max
 Profile = dict[str, dict[str, list[int]]]  # input -> "min", "opt", "max" -> shape
 
@@ -38,6 +37,17 @@ def heads_profiles(graph: GraphFacts, limits: Limits) -> dict[str, Profile]:
     """
     assert limits.max_batch_size is not None
     return {HEADS: _profile(graph, {"batch": (1, limits.max_batch_size, limits.max_batch_size)})}
+
+
+def largest_sizes(graph: GraphFacts, profile: Profile) -> dict[str, int]:
+    """The most that a profile takes of each of a graph's named dimensions."""
+    return {
+        name: size
+        for tensor in graph.inputs
+        if tensor.name in profile
+        for name, size in zip(tensor.shape, profile[tensor.name]["max"], strict=True)
+        if isinstance(name, str)
+    }
 
 
 def _profile(graph: GraphFacts, sizes: Sizes) -> Profile:

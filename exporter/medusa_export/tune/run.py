@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medusa_export.placement import place
 from medusa_export.progress import count_stage, note, stage
 from medusa_export.provenance import provenance
 from medusa_export.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
@@ -13,7 +14,7 @@ from medusa_export.tune.prompts import PROMPTS, read_prompts
 from medusa_export.tune.record import record
 from medusa_export.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
 from medusa_heads.replay import Evaluation
-from medusa_runtime.backends import BACKENDS, Backend, open_backend
+from medusa_runtime.backends import Backend, open_backend
 from medusa_runtime.budget import StepCosts, fitting_capacities, fitting_nodes
 from medusa_runtime.engine import LOOKUP_NODES, DecodingEngine
 from medusa_runtime.errors import BundleError, CapacityError, CheckpointError, OptionError
@@ -50,11 +51,15 @@ class TuneOptions:
     max_new_tokens: int = 64
     rounds: int = 5
     backend: str = "auto"
+    device: str = "auto"
     threads: int = 0
+    cuda_graphs: bool | None = None
 
 
-def tune(options: TuneOptions) -> DeviceTuning:
+def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. Takes a minute or two.
+
+    Returns the device as `tuning.json` names it, and what was found.
 
     Raises:
         OptionError: an option cannot be used, or the prompts cannot be read.
@@ -67,9 +72,17 @@ def tune(options: TuneOptions) -> DeviceTuning:
     texts = read_prompts(options.prompts) if options.prompts else PROMPTS
     batch_sizes = _batch_sizes(options.batch_sizes, manifest.limits)
     max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
+    placement = place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
     with stage("open the bundle"):
         manifest.require_intact(options.bundle)
-        backend = open_backend(options.bundle, manifest, options.backend, num_threads=options.threads)
+        backend = open_backend(
+            options.bundle,
+            manifest,
+            placement.backend,
+            device=placement.device,
+            num_threads=options.threads,
+            cuda_graphs=options.cuda_graphs,
+        )
     new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
     codec = TextCodec(options.bundle)
     prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
@@ -91,9 +104,9 @@ def tune(options: TuneOptions) -> DeviceTuning:
             batches.append(run.tuned(Place(costs, batch_size, run.entries(batch_size)), acceptance))
             tell(number, number - 1, 1)
     found = DeviceTuning(
-        backend=BACKENDS[1] if options.backend == "auto" else options.backend,
-        processor=cpu_name(),
-        threads=options.threads or num_cores(),
+        backend=placement.backend,
+        processor=placement.processor or cpu_name(),
+        threads=0 if placement.processor else options.threads or num_cores(),
         cores=num_cores(),
         provenance=provenance(),
         costs=costs,
@@ -103,10 +116,12 @@ def tune(options: TuneOptions) -> DeviceTuning:
         batches=batches,
     )
     lookup = run.lookup(found)
+    backend.close()
     pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
     found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
-    keep(options.bundle, manifest, device_key(options.backend, num_threads=options.threads), found)
-    return found
+    device = device_key(placement.backend, num_threads=options.threads, processor=placement.processor)
+    keep(options.bundle, manifest, device, found)
+    return device, found
 
 
 def keep(bundle: Path, manifest: Manifest, device: str, found: DeviceTuning) -> None:

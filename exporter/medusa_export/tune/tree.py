@@ -9,11 +9,26 @@ from pathlib import Path
 import numpy as np
 from rich.tree import Tree
 
+from medusa_export.placement import place
 from medusa_export.tune.run import read_evaluation
 from medusa_export.tune.search import path_products
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.tree import CandidateTree
-from medusa_runtime.tuning import DeviceTuning, tuned
+from medusa_runtime.tuning import DeviceTuning, device_key, tuned
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a tree was tuned for, as commands name it."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+
+    def key(self, manifest: Manifest) -> str:
+        """Its name in a bundle's `tuning.json`."""
+        placement = place(manifest, self.backend, self.device, threads=self.threads)
+        return device_key(placement.backend, num_threads=self.threads, processor=placement.processor)
 
 
 @dataclass(frozen=True)
@@ -50,24 +65,25 @@ class ShownTree:
         return float(np.sum(self.acceptance)) if self.acceptance is not None else None
 
 
-def find_tree(path: Path, device: str, batch_size: int, evaluation: Path | None) -> ShownTree:
+def find_tree(path: Path, device: Device, batch_size: int, evaluation: Path | None) -> ShownTree:
     """A tree from a file, or a bundle's for a device and a batch size: the tuned one, or else the manifest's.
 
     Args:
         path: a bundle's directory, or a tree as JSON.
-        device: from `medusa_runtime.tuning.device_key`.
+        device: where the bundle runs.
         batch_size: sequences decoded at a time.
         evaluation: of the heads; without it the tuning tells what is accepted.
 
     Raises:
         BundleError, TreeError, CheckpointError: a file is missing or damaged.
+        OptionError, BackendError: the bundle does not run there.
     """
     accuracy = read_evaluation(evaluation).accuracy if evaluation is not None else None
     if not path.is_dir():
         tree = CandidateTree.from_file(path)
         return ShownTree(tree, str(path), _products(accuracy, tree))
     manifest = Manifest.load(path)
-    found = tuned(path, manifest, device)
+    found = tuned(path, manifest, device.key(manifest))
     if found is not None:
         return _tuned(found, batch_size, accuracy)
     tree = CandidateTree.from_json(manifest.tree)

@@ -17,9 +17,9 @@ import torch
 from medusa_export.checkpoint import Backbone, load_backbone
 from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
-from medusa_runtime.backends import Backend, open_backend
+from medusa_runtime.backends import Backend, HeadOutput, Placement, open_backend
 from medusa_runtime.errors import BundleError, CheckpointError, first_line
-from medusa_runtime.manifest import ORT_CPU, PORTABLE, Manifest
+from medusa_runtime.manifest import PORTABLE, STEP, Manifest
 from medusa_runtime.tree import CandidateTree, IntArray
 
 Rows = npt.NDArray[np.floating]
@@ -28,9 +28,9 @@ BF16_NOTE = "ONNX Runtime has no bfloat16 kernels for the CPU: the graph ran in 
 
 
 @contextmanager
-def runnable_bundle(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, list[str]]]:
+def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -> Iterator[tuple[Path, Manifest, list[str]]]:
     """The bundle itself, or, where the CPU has no kernels for its precision, a temporary copy that it can run."""
-    if manifest.precision != "bf16":
+    if manifest.precision != "bf16" or on_gpu:
         yield bundle, manifest, []
         return
     with TemporaryDirectory(prefix="medusa-export-") as scratch:
@@ -46,12 +46,17 @@ def runnable_bundle(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Ma
         yield Path(scratch), manifest.model_copy(update={"precision": "fp32"}), [BF16_NOTE]
 
 
-def by_target(manifest: Manifest) -> dict[str, Manifest]:
-    """A manifest for each kind of graph the bundle holds, first what the backend runs: its own graphs, or the portable ones."""
+def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:
+    """A manifest for each kind of graph that the backend can run, first what it does run: its own graphs, or the portable ones.
+
+    Of an engine bundle that is its engines.
+    """
+    if manifest.engine is not None:
+        return {manifest.graphs[STEP].target: manifest}
     portable = {name: facts for name, facts in manifest.graphs.items() if facts.target == PORTABLE}
-    if len(portable) == len(manifest.graphs):
-        return {PORTABLE: manifest}
-    return {ORT_CPU: manifest, PORTABLE: manifest.model_copy(update={"graphs": portable})}
+    variants = {PORTABLE: manifest.model_copy(update={"graphs": portable})}
+    has_own = any(facts.target == backend for facts in manifest.graphs.values())
+    return {backend: manifest} | variants if has_own else variants
 
 
 class Reference(Protocol):
@@ -69,14 +74,23 @@ class Reference(Protocol):
 class BundleSide:
     """The bundle's answers, logits included, on its graphs of one target."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: str, target: str = PORTABLE) -> None:
-        self.backend: Backend = open_backend(bundle, manifest, backend)
+    def __init__(
+        self, bundle: Path, manifest: Manifest, placement: Placement, target: str = PORTABLE, *, num_threads: int = 0
+    ) -> None:
+        self.backend: Backend = open_backend(
+            bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads
+        )
         self.target = target
+        self._last_row = 0  # of the last step
 
     def prompt_logits(self, prompt_ids: Sequence[int], chunk: int | None = None) -> Rows:
-        """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]"""
+        """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]
+
+        Engines evaluate no more rows a step than a tree has nodes at most, so there chunks are no longer than that.
+        """
         self.backend.resize(1, len(prompt_ids))
-        chunk = chunk or len(prompt_ids)
+        limit = self.backend.manifest.limits.max_tree_nodes or len(prompt_ids)
+        chunk = min(chunk or len(prompt_ids), limit)
         pieces = []
         for start in range(0, len(prompt_ids), chunk):
             tokens = np.array([prompt_ids[start : start + chunk]], np.int64)
@@ -91,7 +105,12 @@ class BundleSide:
             )
             assert output.logits is not None
             pieces.append(output.logits[0].copy())  # the next step overwrites them
+            self._last_row = count - 1
         return np.concatenate(pieces)
+
+    def proposed(self) -> HeadOutput:
+        """The heads' candidates after the prompt that was read last."""
+        return self.backend.propose(np.array([self._last_row]))
 
     def logits(self, token_ids: Sequence[int]) -> Rows:
         """See `Reference.logits`."""
@@ -105,7 +124,7 @@ class BundleSide:
         """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""
         root = self.prompt_logits(prompt_ids)[-1].argmax()[None]
         cached = len(prompt_ids)
-        proposed = self.backend.propose(np.array([cached - 1]))
+        proposed = self.proposed()
         tokens = np.concatenate([root, proposed.token_ids[0, tree.depths[1:] - 1, list(tree.ranks[1:])]])  # [N]
         self.backend.resize(1, cached + tree.num_nodes, [cached])
         output = self.backend.step(

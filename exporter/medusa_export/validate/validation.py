@@ -9,29 +9,30 @@ import numpy as np
 import torch
 
 from medusa_export.export import require_matching
-from medusa_export.progress import console, stage
+from medusa_export.placement import AUTO, place
+from medusa_export.progress import console, note, stage
 from medusa_export.provenance import provenance
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.prompts import PROMPTS
 from medusa_export.validate.report import (
     ALLOWED_KL,
-    QUANTIZED,
-    TOLERANCES,
     GreedyComparison,
     LogitsDifference,
     ValidationReport,
+    tolerance,
 )
 from medusa_export.validate.runner import BundleSide, Reference, ReferenceSide, by_target, runnable_bundle
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
-from medusa_runtime.errors import BundleError, MedusaError, OptionError, ValidationMismatchError
+from medusa_runtime.backends import Placement
+from medusa_runtime.errors import MedusaError, OptionError, ValidationMismatchError
 from medusa_runtime.files import write_whole
-from medusa_runtime.manifest import REPORT_NAME
+from medusa_runtime.manifest import ORT_CPU, REPORT_NAME
 from medusa_runtime.text import TextCodec
 
 DEFAULT_NEW_TOKENS = 48
-BACKEND = "ort-cpu"
+ON_CPU = Placement(ORT_CPU, "cpu", "where all of an ONNX bundle's graphs can be compared")
 
 
 def validate(
@@ -41,34 +42,40 @@ def validate(
     heads: Path | None = None,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    backend: str = AUTO,
+    device: str = AUTO,
+    threads: int = 0,
     trust_remote_code: bool = False,
 ) -> ValidationReport:
     """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
 
     Where the bundle has graphs of the backend's own beside the portable ones, the logits of both are compared; what decodes is
     the backend's own. A quantised bundle is compared with itself, how it reads a text at once with how it decodes it, and with
-    PyTorch only by the divergence of what both expect next.
+    PyTorch only by the divergence of what both expect next. What keeps a bundle from being opened on a GPU is the GPU's or the
+    packages' as often as the bundle's: it is raised, and no verdict.
 
     In a bundle whose limit is short, prompts are cut and answers shortened to fit it. Nothing is written: see `record`.
 
     Raises:
-        BundleError: it is no ONNX bundle.
+        BundleError: it is no bundle.
+        BackendError, MissingExtraError: it cannot be run there, for want of a GPU or of a package.
         CheckpointError: the reference or the heads cannot be loaded.
         OptionError: the reference or the heads are not those of the bundle, or a prompt cannot be used.
     """
     manifest = Manifest.load(bundle)
-    if manifest.kind != "onnx":
-        raise BundleError(f"{bundle} is a {manifest.kind} bundle; validate the ONNX bundle it was built from")
     if not prompts:
         raise OptionError("there is no prompt to validate with")
+    placement = _placement(manifest, backend, device, threads)
+    on_gpu = placement.backend != ORT_CPU
     report = ValidationReport(
         reference=reference,
-        backend=BACKEND,
+        backend=placement.backend,
+        processor=placement.processor,
         precision=manifest.precision,
         quantization=None if manifest.quantization is None else manifest.quantization.scheme,
-        tolerance=TOLERANCES[manifest.precision] if manifest.quantization is None else QUANTIZED,
+        tolerance=tolerance(manifest.precision, is_quantized=manifest.quantization is not None, on_gpu=on_gpu),
         allowed_kl=_allowed_kl(manifest),
-        targets=list(by_target(manifest)),
+        targets=list(by_target(manifest, placement.backend)),
         provenance=provenance(),
     )
     with stage("check the files"):
@@ -83,20 +90,28 @@ def validate(
             new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
             longest = manifest.limits.max_seq_len - new_tokens
             encoded = {text: codec.encode(text)[:longest] for text in prompts}
-            with runnable_bundle(bundle, manifest) as (runnable, runnable_manifest, notes):
+            with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):
                 report.notes += notes
                 if given is not None and report.quantization is not None:
                     report.notes.append("the heads are quantised too: what that changes is in the manifest, as tokens a step")
-                for target, variant in by_target(runnable_manifest).items():
-                    side = BundleSide(runnable, variant, report.backend, target)
+                for target, variant in by_target(runnable_manifest, placement.backend).items():
+                    side = BundleSide(runnable, variant, placement, target, num_threads=threads)
                     _compare(report, encoded, new_tokens, side, torch_side, given)
+                    side.backend.close()
                     del side  # its weights, before the next one's are read
-        except OptionError:  # the prompts' fault, not the bundle's
-            raise
         except MedusaError as error:  # a bundle that does not run has failed
+            if isinstance(error, OptionError) or (on_gpu and not report.prompt_logits):  # the prompts' fault, or the GPU's
+                raise
             report.errors.append(str(error))
     report.conclude()
     return report
+
+
+def _placement(manifest: Manifest, backend: str, device: str, threads: int) -> Placement:
+    if (backend, device, manifest.kind) != (AUTO, AUTO, "onnx"):
+        return place(manifest, backend, device, threads=threads)
+    note(f"runs with {ON_CPU}")
+    return ON_CPU
 
 
 def _allowed_kl(manifest: Manifest) -> float | None:
@@ -207,7 +222,7 @@ def _compare_greedy(
 def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, heads: MedusaHeads) -> LogitsDifference:
     """The heads' log-probabilities, over the candidates the bundle names. Each row is a head's."""
     side.prompt_logits(prompt_ids)
-    found = side.backend.propose(np.array([len(prompt_ids) - 1]))
+    found = side.proposed()
     heads = heads.to(torch_side.backbone.dtype)
     known = heads.draft_ids if side.backend.manifest.heads.draft_vocab_size else None
     with torch.no_grad():

@@ -13,6 +13,8 @@ from medusa_runtime.errors import CapacityError
 from medusa_runtime.manifest import Manifest
 from medusa_runtime.tree import BoolArray, FloatArray, IntArray
 
+CAPACITY_BUCKET = 64  # entries a cache grows by at least
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -20,6 +22,7 @@ class StepOutput:
 
     greedy_ids: IntArray  # [B, R] the most likely next token
     logits: npt.NDArray[np.floating] | None = None  # [B, R, V], only on request; the next step may overwrite it
+    is_warm: bool = True  # whether such a step will take as long again: a device may prepare itself in a shape's first ones
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,12 @@ class Backend(Protocol):
         *,
         first_slot: int = 0,
         with_logits: bool = False,
+        propose_ahead: bool = False,
     ) -> StepOutput:
         """One forward pass on the slots from `first_slot` on: attend, write T new entries at each length, evaluate R rows.
+
+        With `propose_ahead`, `propose` will be asked next for the rows that greedy decoding accepts: a device that knows them
+        may run the heads at once.
 
         Raises:
             CapacityError: the new entries would pass the capacity, or there are not so many slots.
@@ -107,6 +114,10 @@ class Backend(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Save what the next process may use. Steps are still possible afterwards."""
+        ...
+
 
 def require_room(cache_lengths: IntArray, new_tokens: int, capacity: int) -> None:
     """Refuse a step that would write past the capacity: some engines drop such writes without a word."""
@@ -120,3 +131,12 @@ def require_slots(first_slot: int, batch_size: int, num_slots: int) -> None:
         raise CapacityError(
             f"the step needs the slots {first_slot} to {first_slot + batch_size - 1}, the cache has {num_slots}"
         )
+
+
+def bucket(capacity: int) -> int:
+    """The capacity to allocate: up to the next multiple of 64 entries, or of an eighth of the largest power of two within.
+
+    So at most an eighth is unused, and growing copies little beside the steps between (docs/decisions/0008-cache-growth.md).
+    """
+    step = max(CAPACITY_BUCKET, 1 << max(capacity.bit_length() - 4, 0))
+    return -(-capacity // step) * step

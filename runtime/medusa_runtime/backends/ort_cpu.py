@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
+from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
 from medusa_runtime.manifest import HEADS, ORT_CPU, STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
@@ -26,7 +26,6 @@ except ImportError as error:
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # which Windows has not
 EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # as Linux names what a processor can
-CAPACITY_BUCKET = 64  # entries the cache grows by at least
 
 
 class OrtCpuBackend:
@@ -86,6 +85,7 @@ class OrtCpuBackend:
         *,
         first_slot: int = 0,
         with_logits: bool = False,
+        propose_ahead: bool = False,  # noqa: ARG002 - there is nothing to wait for on a CPU
     ) -> StepOutput:
         """See `Backend.step`."""
         batch, rows = logit_rows.shape
@@ -135,6 +135,9 @@ class OrtCpuBackend:
     def clear(self, slot: int, start: int, stop: int) -> None:
         """See `Backend.clear`."""
         self._cache[:, :, slot, :, start:stop] = 0
+
+    def close(self) -> None:
+        """See `Backend.close`: there is nothing."""
 
     def _new_cache(self, num_slots: int, capacity: int) -> npt.NDArray[np.floating]:
         model = self.manifest.model
@@ -201,15 +204,6 @@ def _has_exact_products() -> bool:
     except OSError:  # not Linux: what the processor has is not known
         return False
     return not EXACT.isdisjoint(flags)
-
-
-def bucket(capacity: int) -> int:
-    """The capacity to allocate: up to the next multiple of 64 entries, or of an eighth of the largest power of two within.
-
-    So at most an eighth is unused, and growing copies little beside the steps between (docs/decisions/0008-cache-growth.md).
-    """
-    step = max(CAPACITY_BUCKET, 1 << max(capacity.bit_length() - 4, 0))
-    return -(-capacity // step) * step
 
 
 def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str) -> None:

@@ -23,7 +23,9 @@ class _Heads:
 
     def __init__(self, directory: Path, lm_head: torch.Tensor, dtype: torch.dtype) -> None:
         config = json.loads((directory / "config.json").read_text())
-        tensors = {name: tensor.to(dtype) for name, tensor in load_file(directory / "heads.safetensors").items()}
+        tensors = {
+            name: tensor.to(lm_head.device, dtype) for name, tensor in load_file(directory / "heads.safetensors").items()
+        }
         self._weights = [  # one a residual block, of all heads: [K, C, C] and [K, 1, C]
             tuple(
                 torch.stack([tensors[f"heads.{head}.blocks.{block}.linear.{part}"] for head in range(config["num_heads"])])
@@ -79,10 +81,13 @@ class _Tree:
 
 
 def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
-    """settings: checkpoint, heads, tree (parents and ranks), dtype, threads."""
+    """settings: checkpoint, heads, tree (parents and ranks), dtype, threads, and maybe device and compile."""
     torch.set_num_threads(settings["threads"])
+    torch.set_default_device(settings.get("device", "cpu"))  # of all that is made below
     dtype = getattr(torch, settings["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=dtype).eval().to(torch.get_default_device())
+    if settings.get("compile"):
+        model.base_model.compile(dynamic=True)
     lm_head = model.get_output_embeddings().weight
     heads = _Heads(Path(settings["heads"]), lm_head, dtype)
     tree = _Tree(**settings["tree"], dtype=dtype)

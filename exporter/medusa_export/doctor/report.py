@@ -1,0 +1,67 @@
+"""The doctor's report, for programs and for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from medusa_export.doctor.facts import Facts
+from medusa_export.doctor.verdicts import MODULES, Verdict
+
+BOTH = (
+    "onnxruntime and onnxruntime-gpu are both installed, in one place: keep one, with "
+    "pip uninstall --yes onnxruntime onnxruntime-gpu && pip install 'medusa-export[gpu]'"
+)
+
+
+def as_json(facts: Facts, found: Sequence[Verdict]) -> dict[str, Any]:
+    """Everything, as JSON has it."""
+    return {
+        "python": facts.python,
+        "system": facts.system,
+        "packages": facts.packages,
+        "onnxruntime_providers": facts.providers,
+        "gpus": [dataclasses.asdict(gpu) for gpu in facts.gpus.gpus],
+        "why_no_gpu": facts.gpus.why_none,
+        "cuda_version": facts.gpus.cuda_version,
+        "tensorrt": {name: dataclasses.asdict(flavor) for name, flavor in facts.flavors.items()},
+        "verdicts": [dataclasses.asdict(verdict) for verdict in found],
+        "warnings": warnings(facts),
+    }
+
+
+def warnings(facts: Facts) -> list[str]:
+    """What is wrong although nothing says so."""
+    return [BOTH] if facts.packages["onnxruntime"] and facts.packages["onnxruntime-gpu"] else []
+
+
+def show(facts: Facts, found: Sequence[Verdict], console: Console) -> None:
+    """What is here, a line each; what works, as a table; and the commands that install the rest."""
+    _line(console, f"{facts.python} on {facts.system}")
+    _line(console, ", ".join(f"{name} {version}" for name, version in facts.packages.items() if version))
+    _line(console, f"not installed: {', '.join(name for name, version in facts.packages.items() if not version)}")
+    _line(console, f"ONNX Runtime's providers: {', '.join(facts.providers) or 'none'}")
+    for gpu in facts.gpus.gpus:
+        _line(console, f"cuda:{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory / 1e9:.0f} GB")
+    cuda = f"the driver knows CUDA {facts.gpus.cuda_version}" if facts.gpus.cuda_version else facts.gpus.why_none
+    _line(console, f"GPUs: {len(facts.gpus.gpus)}; {cuda}")
+    for name, flavor in facts.flavors.items():
+        known = ", ".join(flavor.compute_capabilities) or "no GPU that is here"
+        _line(console, f"{MODULES[name]}: {flavor.why_not or f'{flavor.version}, builds for {known}'}")
+    table = Table("", "", "here", "why")
+    for verdict in found:
+        table.add_row(verdict.action, verdict.what, "[green]yes" if verdict.works else "[red]no", verdict.why)
+    console.print(table)
+    for warning in warnings(facts):
+        _line(console, f"warning: {warning}")
+    for mend in dict.fromkeys(verdict.mend for verdict in found if verdict.mend):
+        names = ", ".join(f"{one.action} {one.what}" for one in found if one.mend == mend)
+        _line(console, f"for {names}: {mend}")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)

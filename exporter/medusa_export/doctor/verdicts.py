@@ -1,0 +1,137 @@
+"""What can be exported, built and run with what is here, and what to do about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medusa_export.doctor.facts import Facts
+
+EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")
+BUILD = ("onnx", "onnx_ir")
+BINDINGS = "cuda.bindings.driver"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+LEAST_CUDA = 13  # that TensorRT's packages are made for
+INSTALL = "pip install 'medusa-export[{}]'"
+NVIDIA_INDEX = " --extra-index-url https://pypi.nvidia.com"  # where full TensorRT's libraries are
+REPLACE = "pip uninstall --yes onnxruntime && "
+MODULES = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+EXTRAS = {"rtx": "rtx", "tensorrt": "trt"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Something a user may want to do, and whether it works here."""
+
+    action: str  # export, build, run
+    what: str
+    works: bool
+    why: str
+    mend: str | None = None  # the command that installs what is missing, where that would mend it
+
+
+def verdicts(facts: Facts) -> list[Verdict]:
+    """All of them."""
+    return [
+        _export(facts),
+        _build(facts, "tensorrt", "trt"),
+        _build(facts, "rtx", "rtx"),
+        _run_on_cpu(facts),
+        _run_on_gpu(facts),
+        _run_engines(facts, "tensorrt", "trt"),
+        _run_engines(facts, "rtx", "trt-rtx"),
+    ]
+
+
+def _export(facts: Facts) -> Verdict:
+    if problems := _missing(facts, EXPORT):
+        return Verdict("export", "onnx", works=False, why=problems, mend=INSTALL.format("export"))
+    return Verdict("export", "onnx", works=True, why=f"PyTorch {facts.packages['torch']}")
+
+
+def _build(facts: Facts, flavor: str, name: str) -> Verdict:
+    found = facts.flavors[flavor]
+    missing = "; ".join(filter(None, (found.why_not, _missing(facts, BUILD))))
+    if missing:
+        why = missing if flavor == "rtx" else _with_gpu(facts, missing)
+        return Verdict("build", name, works=False, why=why, mend=_install(flavor, "build"))
+    title = f"{MODULES[flavor]} {found.version}"
+    if not found.compute_capabilities:
+        return Verdict("build", name, works=False, why=f"{title} builds for the GPU it runs on; {_no_gpu(facts)}")
+    unknown = "" if flavor == "tensorrt" else "".join(f"; {left}" for left in _left_out(facts, flavor))
+    return Verdict("build", name, works=True, why=f"{title}, for {', '.join(found.compute_capabilities)}{unknown}")
+
+
+def _run_on_cpu(facts: Facts) -> Verdict:
+    if problem := facts.missing.get("onnxruntime"):
+        return Verdict("run", "ort-cpu", works=False, why=problem, mend=INSTALL.format("cpu"))
+    return Verdict("run", "ort-cpu", works=True, why=f"ONNX Runtime {_onnxruntime(facts)}")
+
+
+def _run_on_gpu(facts: Facts) -> Verdict:
+    is_for_cpu = "onnxruntime" not in facts.missing and CUDA_PROVIDER not in facts.providers
+    problems = _missing(facts, ("onnxruntime", BINDINGS))
+    if is_for_cpu:
+        problems = "; ".join(filter(None, (f"ONNX Runtime {_onnxruntime(facts)} is for the CPU alone", problems)))
+    if problems:
+        mend, why = INSTALL.format("gpu"), _with_gpu(facts, problems)
+        return Verdict("run", "ort-cuda", works=False, why=why, mend=REPLACE + mend if is_for_cpu else mend)
+    if not facts.gpus.gpus:
+        return Verdict("run", "ort-cuda", works=False, why=_no_gpu(facts))
+    return Verdict("run", "ort-cuda", works=True, why=f"ONNX Runtime {_onnxruntime(facts)}, {_gpus(facts)}")
+
+
+def _run_engines(facts: Facts, flavor: str, name: str) -> Verdict:
+    found = facts.flavors[flavor]
+    missing = "; ".join(filter(None, (found.why_not, _missing(facts, (BINDINGS,)))))
+    if missing:
+        return Verdict("run", name, works=False, why=_with_gpu(facts, missing), mend=_install(flavor))
+    if not facts.gpus.gpus:
+        return Verdict("run", name, works=False, why=_no_gpu(facts))
+    cuda = facts.gpus.cuda_version or "0"
+    if int(cuda.partition(".")[0]) < LEAST_CUDA:
+        why = f"{MODULES[flavor]} {found.version} needs CUDA {LEAST_CUDA}, the driver knows {cuda}; update the driver"
+        return Verdict("run", name, works=False, why=why)
+    left_out = _left_out(facts, flavor)
+    if len(left_out) == len(facts.gpus.gpus):
+        return Verdict("run", name, works=False, why=f"{'; '.join(left_out)}; take ort-cuda or full TensorRT")
+    return Verdict("run", name, works=True, why=f"{MODULES[flavor]} {found.version}, {_gpus(facts)}")
+
+
+def _left_out(facts: Facts, flavor: str) -> list[str]:
+    """GPUs of this machine that a flavour does not build for, a line each. Full TensorRT builds for any it finds."""
+    known = facts.flavors[flavor].compute_capabilities
+    if flavor == "tensorrt":
+        return []
+    return [
+        f"{gpu.name} ({gpu.compute_capability}) is none that {MODULES[flavor]} builds for ({', '.join(known)})"
+        for gpu in facts.gpus.gpus
+        if gpu.compute_capability not in known
+    ]
+
+
+def _missing(facts: Facts, modules: Sequence[str]) -> str:
+    return "; ".join(facts.missing[name] for name in modules if name in facts.missing)
+
+
+def _install(flavor: str, *more: str) -> str:
+    command = INSTALL.format(",".join((EXTRAS[flavor], *more)))
+    return command + NVIDIA_INDEX if flavor == "tensorrt" else command
+
+
+def _onnxruntime(facts: Facts) -> str:
+    return facts.packages["onnxruntime-gpu"] or facts.packages["onnxruntime"] or "of unknown version"
+
+
+def _no_gpu(facts: Facts) -> str:
+    """Without the details, which are told once of the machine."""
+    return (facts.gpus.why_none or "there is no GPU").partition(" (")[0]
+
+
+def _with_gpu(facts: Facts, problems: str) -> str:
+    """Problems with packages, and with the GPU where it is known to be missing as well."""
+    return problems if facts.gpus.gpus or BINDINGS in facts.missing else f"{problems}; {_no_gpu(facts)}"
+
+
+def _gpus(facts: Facts) -> str:
+    return ", ".join(gpu.name for gpu in facts.gpus.gpus)

@@ -1,0 +1,100 @@
+"""Greedy acceptance as part of the step graph, so that the heads can follow it without asking the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, ACCEPTED_ROWS
+from medusa_runtime.manifest import GraphFacts, TensorFacts
+
+
+class AcceptGreedily(ir.passes.InPlacePass):
+    """Tell of each sequence the deepest row that greedy decoding accepts, and its hidden state.
+
+    Needs: the step graph of docs/onnx-contract.md; another one stays as it is. Leaves: two more outputs, ``accepted_rows`` [B]
+    and ``accepted_hidden`` [B, C]. A row is right when its token is the greedy one after its parent's, and accepted when all
+    rows that it sees are; a row that sees no other one is a root, and right. Of equally deep rows the first is taken: what pads
+    a tree comes last.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Extend in place."""
+        graph = model.graph
+        inputs = {value.name: value for value in graph.inputs}
+        outputs = {value.name: value for value in graph.outputs}
+        if not {"input_ids", "tree_mask", "logit_rows"} <= inputs.keys() or not {"greedy_ids", "hidden"} <= outputs.keys():
+            return ir.passes.PassResult(model, modified=False)
+        shape = outputs["hidden"].shape
+        assert shape is not None
+        writer = _Writer(ir.tape.Tape())
+        rows, hidden = writer.accepted(
+            inputs["input_ids"], inputs["tree_mask"], inputs["logit_rows"], outputs["greedy_ids"], outputs["hidden"]
+        )
+        rows.name, rows.type, rows.shape = ACCEPTED_ROWS, ir.TensorType(ir.DataType.INT64), ir.Shape([shape[0]])
+        hidden.name, hidden.type, hidden.shape = ACCEPTED_HIDDEN, outputs["hidden"].type, ir.Shape([shape[0], shape[2]])
+        graph.extend(writer.tape.nodes)
+        graph.outputs.extend([rows, hidden])
+        return ir.passes.PassResult(model, modified=True)
+
+
+def with_acceptance(step: GraphFacts) -> GraphFacts:
+    """The contract of a step graph that accepts greedily by itself."""
+    hidden = next(tensor for tensor in step.outputs if tensor.name == "hidden")
+    batch, _, width = hidden.shape
+    rows = TensorFacts(name=ACCEPTED_ROWS, dtype="int64", shape=[batch])
+    states = TensorFacts(name=ACCEPTED_HIDDEN, dtype=hidden.dtype, shape=[batch, width])
+    return step.model_copy(update={"outputs": [*step.outputs, rows, states]})
+
+
+class _Writer:
+    """Writes the nodes; truth is 1 and 0 in float32, for whose sums and maxima every runtime has kernels."""
+
+    def __init__(self, tape: ir.tape.Tape) -> None:
+        self.tape = tape
+
+    def accepted(
+        self, input_ids: ir.Value, tree_mask: ir.Value, logit_rows: ir.Value, greedy_ids: ir.Value, hidden: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        op = self.tape.op
+        axis_1, axis_2 = self._ints([1]), self._ints([2])
+        tokens = op("GatherElements", [input_ids, logit_rows], {"axis": 1})  # [B, R]
+        seen = self._seen(tree_mask, logit_rows)  # [B, R, R]: row i is seen by row j
+        depths = op("ReduceSum", [seen, axis_1], {"keepdims": 0})  # [B, R]: a root's is 1
+
+        by_depth = op("Unsqueeze", [depths, axis_2])  # [B, R, 1]
+        above = op("Less", [by_depth, op("Unsqueeze", [depths, axis_1])])  # [B, R, R]
+        ancestors = op("Mul", [op("Mul", [seen, self._float(above)]), by_depth])
+        parents = op("ArgMax", [ancestors], {"axis": 1, "keepdims": 0})  # [B, R]: the deepest row above; a root's own is 0
+        expected = op("GatherElements", [greedy_ids, parents], {"axis": 1})
+        is_root = op("Less", [depths, self._floats(1.5)])
+        wrong = op("Not", [op("Or", [op("Equal", [tokens, expected]), is_root])])  # [B, R]
+
+        faults = op("Mul", [seen, op("Unsqueeze", [self._float(wrong), axis_2])])
+        rejected = op("ReduceMax", [faults, axis_1], {"keepdims": 0})  # [B, R]
+        accepted_depths = op("Mul", [depths, op("Sub", [self._floats(1.0), rejected])])
+        row = self._deepest(accepted_depths)  # [B]
+        return row, op("GatherND", [hidden, op("Unsqueeze", [row, axis_1])], {"batch_dims": 1})
+
+    def _seen(self, tree_mask: ir.Value, logit_rows: ir.Value) -> ir.Value:
+        """The mask among the rows that are evaluated, turned over."""
+        op, index = self.tape.op, self.tape.op("Unsqueeze", [logit_rows, self._ints([2])])  # [B, R, 1]
+        rows = op("GatherND", [self._float(tree_mask), index], {"batch_dims": 1})  # [B, R, T]
+        return op("GatherND", [op("Transpose", [rows], {"perm": [0, 2, 1]}), index], {"batch_dims": 1})
+
+    def _deepest(self, depths: ir.Value) -> ir.Value:
+        """The first of the deepest rows: not every runtime's ArgMax takes the first of equals."""
+        op = self.tape.op
+        num_rows = op("Shape", [depths], {"start": 1, "end": 2})
+        count = op("Squeeze", [self._float(num_rows)])
+        places = op("Div", [op("Range", [self._floats(0.0), count, self._floats(1.0)]), count])  # [R], below 1
+        return op("ArgMax", [op("Sub", [depths, places])], {"axis": 1, "keepdims": 0})
+
+    def _float(self, value: ir.Value) -> ir.Value:
+        return self.tape.op("Cast", [value], {"to": ir.DataType.FLOAT})
+
+    def _floats(self, number: float) -> ir.Value:
+        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.float32))})
+
+    def _ints(self, numbers: list[int]) -> ir.Value:
+        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})

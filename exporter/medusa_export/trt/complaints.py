@@ -1,0 +1,76 @@
+"""What TensorRT says where it refuses a graph, in a line a node."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MAX_NODES = 10
+_SOURCE_PLACE = re.compile(r"\.?\s*\(?In \w+ at \S+:\d+\)?")  # TensorRT says where in its own sources it failed
+_PREAMBLE = re.compile(r"^(?:\w+::\w+: )?Error Code \d+: [\w ]+ \(|^Assertion failed: |^Invalid Node - .*")
+_CONDITION = re.compile(r'^.* && "(?P<words>[^"]+)"$')  # what should hold, in C++, and then in words
+_CAUSES = (  # in what was said → what it comes from
+    (("dynamic",), "the size must be known when the engine is built"),
+    (("convertdtype", "same input types", "data type", "convertonnxweights"), "a type that TensorRT does not take here"),
+    (("plugin not found",), "no operator of TensorRT, nor of standard ONNX"),
+    (("workspace",), "raise --workspace, or leave it out"),
+    (("hw-specific datatypes",), "leave that GPU out, or use other --weights"),
+    (("dedicated kernel",), "TensorRT has no kernel for attention of this dtype or shape"),
+)
+
+
+def error_log(trt: Any, tell: Callable[[str], None] | None = None) -> Any:
+    """A logger that keeps errors, in order.
+
+    Args:
+        trt: the flavour's module.
+        tell: is told all that is logged.
+    """
+
+    class ErrorLog(trt.ILogger):  # type: ignore[misc]  # a class of a module that is known only now
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+            if tell is not None:
+                tell(f"{severity.name.lower()}: {message}")
+
+    return ErrorLog()
+
+
+def parser_complaints(parser: Any) -> list[str]:
+    """A line for each node that a parser has refused, the first `MAX_NODES` of them and a count of the others."""
+    lines = list(dict.fromkeys(_complaint(parser.get_error(index)) for index in range(parser.num_errors)))
+    more = len(lines) - MAX_NODES
+    return [*lines[:MAX_NODES], f"… and {more} more"] if more > 0 else lines
+
+
+def first_complaint(messages: Sequence[str]) -> str:
+    """The first of the logged errors, which is the cause of the others, in one line."""
+    first = next((message for message in messages if message.strip()), "it gave no reason")
+    return _with_cause(_SOURCE_PLACE.sub("", first.strip().splitlines()[0]))
+
+
+def _complaint(error: Any) -> str:
+    place = f"{error.node_operator()} node {error.node_name()!r}: " if error.node_operator() else ""
+    return place + _with_cause(_reason(error.desc()))
+
+
+def _reason(description: str) -> str:
+    """The words of a description: a C++ condition and the place it stands at are for TensorRT's developers."""
+    lines = (_PREAMBLE.sub("", _SOURCE_PLACE.sub("", line)).strip() for line in description.splitlines())
+    first = next((line for line in lines if line), "it gave no reason")
+    if first in ("false", "0"):  # all that is said of an operator that there is not
+        return "TensorRT has no such operator"
+    worded = _CONDITION.match(first)
+    return worded["words"] if worded else first
+
+
+def _with_cause(reason: str) -> str:
+    line = " ".join(reason.split())
+    cause = next((cause for words, cause in _CAUSES if any(word in line.lower() for word in words)), None)
+    return f"{line} ({cause})" if cause else line

@@ -1,0 +1,60 @@
+"""TensorRT's progress on the terminal, and Ctrl-C while it builds."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of raising: an exception must not cross TensorRT's C++. It is raised at the end."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield asked
+        return
+
+    def ask(_: int, __: FrameType | None) -> None:
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+
+def progress_monitor(trt: Any, tell: Callable[[str], None], asked: threading.Event) -> Any:
+    """A progress monitor for a builder configuration.
+
+    Args:
+        trt: the flavour's module.
+        tell: is told the phase that a build is in, and how far that is.
+        asked: stops the build once it is set.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of a module that is known only now
+        """Tells of phases that have steps to count; the finer ones come and go within milliseconds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, _: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if (steps := self.steps.get(phase_name, 0)) > 1:
+                tell(f"{phase_name.lower()}, {step + 1} of {steps}")
+            return not asked.is_set()
+
+    return Monitor()

@@ -1,0 +1,282 @@
+"""The calls of NVIDIA's driver that are made here, and one GPU behind them: memory, copies, one stream, captured graphs.
+
+Everything but allocation is asynchronous: calls are queued on the GPU's one stream, in order, and done when `Gpu.synchronize`
+returns. The driver's functions are named in the CUDA Driver API reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
+
+NON_BLOCKING = 1  # of a stream: it does not wait for the default one
+THREAD_LOCAL = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"  # other threads may do as they like while this one captures
+
+
+class NoGpuError(BackendError):
+    """There is no NVIDIA driver, or no GPU, on this machine."""
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What a GPU is."""
+
+    index: int
+    name: str
+    compute_capability: str  # such as "8.9"
+    memory: int  # bytes in all
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a block of entries lies: `depth` times `height` runs of `width` bytes.
+
+    Runs of one depth are `pitch` bytes apart, and the first runs of two depths are `rows` times that.
+    """
+
+    address: int
+    width: int
+    height: int
+    depth: int
+    pitch: int
+    rows: int
+
+
+class Driver:
+    """NVIDIA's driver, through its Python bindings.
+
+    Raises:
+        MissingExtraError: the bindings are not installed.
+        NoGpuError: there is no driver, or it finds no GPU.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.api: Any = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise MissingExtraError("cuda-bindings", "cuda") from error
+        try:
+            code, *_ = self.api.cuInit(0)
+        except Exception as error:  # the bindings find no library, in an error of their own
+            raise NoGpuError(f"there is no NVIDIA driver on this machine ({first_line(error)})") from error
+        if code != self.api.CUresult.CUDA_SUCCESS:
+            raise NoGpuError(f"the NVIDIA driver finds no GPU here ({self._name(code)})")
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the driver by name; what it returns besides its status.
+
+        Raises:
+            CapacityError: the GPU's memory is full.
+            BackendError: any other status than success.
+        """
+        code, *values = getattr(self.api, name)(*arguments)
+        if code == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise CapacityError(f"the GPU has no memory left ({name})")
+        if code != self.api.CUresult.CUDA_SUCCESS:
+            raise BackendError(f"the GPU's driver failed: {name} says {self._name(code)}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    @property
+    def version(self) -> str:
+        """The newest CUDA version that the driver knows, such as ``13.0``."""
+        number = int(self("cuDriverGetVersion"))
+        return f"{number // 1000}.{number % 1000 // 10}"
+
+    def gpus(self) -> list[GpuFacts]:
+        """All GPUs of this machine that are visible to this process."""
+        return [self.facts(index) for index in range(int(self("cuDeviceGetCount")))]
+
+    def facts(self, index: int) -> GpuFacts:
+        """What one GPU is."""
+        device = self("cuDeviceGet", index)
+        attribute = self.api.CUdevice_attribute
+        major = self("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = self("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        name = self("cuDeviceGetName", 256, device).decode(errors="replace").strip("\x00 ")
+        return GpuFacts(index, name, f"{major}.{minor}", int(self("cuDeviceTotalMem", device)))
+
+    def _name(self, code: Any) -> str:
+        return str(getattr(code, "name", code))
+
+
+class Gpu:
+    """One GPU: its primary context, so that other libraries of the process share its memory, and one stream of our own.
+
+    Args:
+        index: which of the visible GPUs.
+
+    Raises:
+        MissingExtraError, NoGpuError: see `Driver`.
+        BackendError: there is no GPU of that index.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self._driver = Driver()
+        if index >= (count := int(self._driver("cuDeviceGetCount"))):
+            raise BackendError(f"there is no cuda:{index}; this machine has {count} GPU{'s' * (count != 1)}")
+        self.facts = self._driver.facts(index)
+        self._context = self._driver("cuDevicePrimaryCtxRetain", self._driver("cuDeviceGet", index))
+        self.make_current()
+        self._stream = self._driver("cuStreamCreate", NON_BLOCKING)
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, for libraries that queue their own work on it."""
+        return int(self._stream)
+
+    def make_current(self) -> None:
+        """Have this thread's calls go to this GPU."""
+        self._driver("cuCtxSetCurrent", self._context)
+
+    def free_memory(self) -> int:
+        """Bytes that are free now."""
+        free, _ = self._driver("cuMemGetInfo")
+        return int(free)
+
+    def allocate(self, num_bytes: int, what: str) -> DeviceMemory:
+        """Memory on the GPU, all zeros.
+
+        Args:
+            num_bytes: how much.
+            what: what it is for, in messages.
+
+        Raises:
+            CapacityError: there is not so much; it says what is needed and what there is.
+        """
+        if num_bytes > (free := self.free_memory()):
+            raise CapacityError(
+                f"{what} needs {num_bytes / 1e6:.1f} MB of GPU memory, {free / 1e6:.1f} MB are free on {self.facts.name}; "
+                "lower max_batch_size, or export or build with shorter sequences (--max-seq-len)"
+            )
+        memory = DeviceMemory(self, int(self._driver("cuMemAlloc", max(num_bytes, 1))), num_bytes)
+        self._driver("cuMemsetD8Async", memory.address, 0, max(num_bytes, 1), self._stream)
+        return memory
+
+    def give_back(self, function: str, handle: Any) -> None:
+        """Free something by that function of the driver, once nothing queued can use it."""
+        with suppress(BackendError):  # the process ends, and the driver has gone before us
+            self.make_current()
+            self.synchronize()
+            self._driver(function, handle)
+
+    def pinned(self, num_bytes: int) -> PinnedMemory:
+        """Memory of the host that the GPU reads and writes by itself."""
+        return PinnedMemory(self, int(self._driver("cuMemHostAlloc", max(num_bytes, 1), 0)), max(num_bytes, 1))
+
+    def upload(self, target: int, source: PinnedMemory, num_bytes: int) -> None:
+        """Queue a copy from the host to the GPU."""
+        self._driver("cuMemcpyHtoDAsync", target, source.address, num_bytes, self._stream)
+
+    def download(self, target: PinnedMemory, source: int, num_bytes: int) -> None:
+        """Queue a copy from the GPU to the host."""
+        self._driver("cuMemcpyDtoHAsync", target.address, source, num_bytes, self._stream)
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Queue a copy within the GPU; the two places do not overlap."""
+        self._driver("cuMemcpyDtoDAsync", target, source, num_bytes, self._stream)
+
+    def copy_block(self, target: Block, source: Block) -> None:
+        """Queue a copy of a block within the GPU, in one call; the two do not overlap, and have the same size."""
+        assert (target.width, target.height, target.depth) == (source.width, source.height, source.depth)
+        device = self._driver.api.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        order = self._driver.api.CUDA_MEMCPY3D()
+        order.srcMemoryType, order.srcDevice, order.srcPitch, order.srcHeight = (
+            device,
+            source.address,
+            source.pitch,
+            source.rows,
+        )
+        order.dstMemoryType, order.dstDevice, order.dstPitch, order.dstHeight = (
+            device,
+            target.address,
+            target.pitch,
+            target.rows,
+        )
+        order.WidthInBytes, order.Height, order.Depth = source.width, source.height, source.depth
+        self._driver("cuMemcpy3DAsync", order, self._stream)
+
+    def clear_block(self, block: Block) -> None:
+        """Queue zeros for a block."""
+        height, depth = block.height, block.depth
+        if height == block.rows:  # no gap between two depths
+            height, depth = height * depth, 1
+        for place in range(depth):
+            address = block.address + place * block.rows * block.pitch
+            self._driver("cuMemsetD2D8Async", address, block.pitch, 0, block.width, height, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until all that is queued is done."""
+        self._driver("cuStreamSynchronize", self._stream)
+
+    def capture(self, queue: Callable[[], None]) -> CudaGraph:
+        """Record what a function queues, without doing it, as a graph that is launched by one call.
+
+        Raises:
+            BackendError: something that it calls cannot be captured.
+        """
+        driver, mode = self._driver, getattr(self._driver.api.CUstreamCaptureMode, THREAD_LOCAL)
+        driver("cuStreamBeginCapture", self._stream, mode)
+        try:
+            queue()
+        except BaseException:
+            driver.api.cuStreamEndCapture(self._stream)  # whatever it says: the stream is usable again
+            raise
+        graph = driver("cuStreamEndCapture", self._stream)
+        try:
+            return CudaGraph(self, driver("cuGraphInstantiate", graph, 0))
+        finally:
+            driver("cuGraphDestroy", graph)
+
+    def launch(self, graph: CudaGraph) -> None:
+        """Queue all that a graph holds."""
+        self._driver("cuGraphLaunch", graph.handle, self._stream)
+
+
+class CudaGraph:
+    """Work that was captured. It goes when nobody holds it any more."""
+
+    def __init__(self, gpu: Gpu, handle: Any) -> None:
+        self._gpu = gpu
+        self.handle = handle
+
+    def __del__(self) -> None:
+        self._gpu.give_back("cuGraphExecDestroy", self.handle)
+
+
+class DeviceMemory:
+    """A piece of the GPU's memory. It goes back when nobody holds it any more."""
+
+    def __init__(self, gpu: Gpu, address: int, num_bytes: int) -> None:
+        self._gpu = gpu
+        self.address = address
+        self.num_bytes = num_bytes
+
+    def __del__(self) -> None:
+        self._gpu.give_back("cuMemFree", self.address)
+
+
+class PinnedMemory:
+    """A piece of the host's memory that the GPU can reach, as an array of bytes."""
+
+    def __init__(self, gpu: Gpu, address: int, num_bytes: int) -> None:
+        self._gpu = gpu
+        self.address = address
+        buffer = (ctypes.c_uint8 * num_bytes).from_address(address)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memoryview(buffer), np.uint8)
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array within it, at `offset` bytes. Valid only while this object lives."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self.bytes[offset : offset + size].view(dtype).reshape(shape)
+
+    def __del__(self) -> None:
+        self._gpu.give_back("cuMemFreeHost", self.address)

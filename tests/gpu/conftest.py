@@ -1,0 +1,92 @@
+"""Bundles for the GPU's backends: tiny random models, and engines built for the GPU that is here."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from medusa_export.trt.build import build_engines
+from medusa_export.trt.options import EngineOptions
+from medusa_runtime import Backend, Manifest, open_backend
+from medusa_runtime.backends.gpu import GpuBackend
+from tests.gpu.here import FLAVORS, GPUS
+
+Make = Callable[..., Path]
+Open = Callable[..., GpuBackend]
+Rows = npt.NDArray[np.floating]
+MAX_BATCH_SIZE, MAX_TREE_NODES, MAX_PREFILL_TOKENS = 4, 16, 32  # of the engines
+
+
+@pytest.fixture(scope="session")
+def bundle_for(make_bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The tiny model's bundle for a backend and a precision: engines where the backend runs such."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(backend: str, precision: str = "fp32") -> Path:
+        source = make_bundle("llama", precision=precision)
+        if backend not in FLAVORS:
+            return source
+        if (backend, precision) not in made:
+            output = tmp_path_factory.mktemp("engines") / precision
+            own = (GPUS.gpus[0].compute_capability,)
+            build_engines(
+                EngineOptions(
+                    source,
+                    output,
+                    FLAVORS[backend],
+                    compute_capabilities=own,
+                    max_batch_size=MAX_BATCH_SIZE,
+                    max_tree_nodes=MAX_TREE_NODES,
+                    max_prefill_tokens=MAX_PREFILL_TOKENS,
+                )
+            )
+            made[backend, precision] = output
+        return made[backend, precision]
+
+    return make
+
+
+@pytest.fixture
+def open_gpu(bundle_for: Make) -> Iterator[Open]:
+    """Opens the tiny model on a backend of the GPU. What was opened goes before the next test begins."""
+    opened: list[GpuBackend] = []
+
+    def open_(backend: str, precision: str = "fp32", *, cuda_graphs: bool | None = None) -> GpuBackend:
+        bundle = bundle_for(backend, precision)
+        found = open_backend(bundle, Manifest.load(bundle), backend, device="cuda", cuda_graphs=cuda_graphs)
+        assert isinstance(found, GpuBackend)
+        opened.append(found)
+        return found
+
+    yield open_
+    opened.clear()
+    gc.collect()
+
+
+@pytest.fixture
+def cpu(make_bundle: Make) -> Backend:
+    """The same model on the CPU: what is right."""
+    bundle = make_bundle("llama", precision="fp32")
+    return open_backend(bundle, Manifest.load(bundle), "ort-cpu")
+
+
+def logits(backend: Backend, token_ids: list[int], *, slot: int = 0, start: int = 0) -> Rows:
+    """Write tokens behind `start` entries of a slot, and evaluate all of them. [T, V]"""
+    width = len(token_ids)
+    found = backend.step(
+        np.array([token_ids]),
+        start + np.arange(width)[None],
+        np.tri(width, dtype=np.bool_)[None],
+        np.array([start]),
+        np.arange(width)[None],
+        first_slot=slot,
+        with_logits=True,
+    ).logits
+    assert found is not None
+    rows: Rows = found[0].copy()  # the next step overwrites them
+    return rows

@@ -1,0 +1,185 @@
+"""`--backend`, `--device` and `--cuda-graphs` on the commands that run a bundle: without a GPU, and on a stand-in for one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from medusa_export.cli import main
+from medusa_export.validate.report import BF16_ON_GPU, QUANTIZED, TOLERANCES, tolerance
+from medusa_runtime import Manifest
+from medusa_runtime.backends import ort_cuda
+from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.tuning import Tuning
+from tests.support.cli import fails
+from tests.support.engines import stand_in_engine
+from tests.support.stand_in_cuda import StandInDriver
+from tests.support.stand_in_ort_cuda import StandInOrt
+from tests.support.stand_in_tensorrt import StandInTensorRT
+
+Make = Callable[..., Path]
+NAME = "Stand-in GPU"
+ON_GPU = f"ort-cuda, {NAME}"
+no_gpu = pytest.mark.skipif(find_gpus().why_none is None, reason="there is a GPU")
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def done(*words: object) -> Result:
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, ONNX Runtime for it, and both flavours of TensorRT."""
+    driver = StandInDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, StandInTensorRT(driver))
+    monkeypatch.setattr(ort_cuda, "ort", StandInOrt(driver))
+
+
+@pytest.fixture
+def engines(make_bundle: Make, tmp_path: Path) -> Path:
+    return stand_in_engine(make_bundle(), tmp_path / "engines", max_tree_nodes=32, max_prefill_tokens=48)
+
+
+COMMANDS = [
+    ("generate", "{bundle}", "-p", "x"),
+    ("tune", "{bundle}"),
+    ("tree", "show", "{bundle}"),
+    ("validate", "{bundle}", "--reference", "{model}"),
+    ("bench", "{bundle}"),
+    ("distill", "{bundle}", "-o", "{new}", "--prompts", "{prompts}"),
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+def test_every_command_refuses_what_it_cannot_do(
+    words: tuple[str, ...], make_bundle: Make, make_model: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a question\n")
+    places = {"bundle": make_bundle(), "model": make_model(), "new": tmp_path / "new", "prompts": tmp_path / "p.txt"}
+    command = [word.format(**places) for word in words]
+    fails(run(*command, "--device", "tpu"), 2, "the device is 'tpu'; there are: auto, cpu, cuda, cuda:0, cuda:1")
+    if find_gpus().why_none is not None:
+        fails(run(*command, "--device", "cuda:0"), 1, "ort-cuda needs an NVIDIA GPU: ")
+    if words[0] not in {"validate", "tree"}:
+        message = "--no-cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (asked for)"
+        fails(run(*command, "--device", "cpu", "--no-cuda-graphs"), 2, message)
+    if words[0] != "distill":
+        message = "the backend ort-cuda does not run on the device cpu"
+        fails(run(*command, "--backend", "ort-cuda", "--device", "cpu"), 2, message)
+        message = "trt-rtx runs engine bundles, this is an ONNX bundle; build one with: medusa-export trt"
+        fails(run(*command, "--backend", "trt-rtx"), 1, message)
+
+
+@no_gpu
+def test_engines_need_a_gpu_and_are_not_marked_for_want_of_one(engines: Path, make_model: Make) -> None:
+    fails(run("generate", engines, "-p", "x"), 1, "trt-rtx needs an NVIDIA GPU: ")
+    fails(run("validate", engines, "--reference", make_model()), 1, "trt-rtx needs an NVIDIA GPU: ")
+    fails(run("generate", engines, "-p", "x", "--device", "cpu"), 2, "TensorRT engines do not run on the device cpu")
+    assert Manifest.load(engines).validation.status == "not run"
+
+
+def test_generate_tells_where_it_ran(make_bundle: Make) -> None:
+    words = ("generate", make_bundle(), "-p", "a fox", "--max-new-tokens", 4, "--device", "cpu")
+    assert done(*words).stderr.splitlines()[-1] == "ran with ort-cpu on cpu (asked for)"
+    told = done(*words, "--json")
+    assert told.stderr.splitlines()[-1] == "ran with ort-cpu on cpu (asked for)"
+    assert json.loads(told.stdout)["token_ids"]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_generate_gives_the_same_on_every_device(make_bundle: Make, engines: Path) -> None:
+    words = ("-p", "the quick brown fox", "--max-new-tokens", 24, "--ignore-eos")
+    right = done("generate", make_bundle(), *words, "--device", "cpu")
+    for bundle, place in ((make_bundle(), "ort-cuda"), (engines, "trt-rtx")):
+        for more in ((), ("--no-cuda-graphs",), ("--no-medusa",)):
+            found = done("generate", bundle, *words, "--device", "cuda", *more)
+            assert found.stdout == right.stdout
+            assert found.stderr.splitlines()[-1].startswith(f"ran with {place} on cuda:0 (")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_validation_on_a_gpu_is_of_what_runs_there(make_bundle: Make, make_model: Make, engines: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(make_bundle(), tmp_path / "bundle"))
+    for place, backend, target in ((bundle, "ort-cuda", "portable"), (engines, "trt-rtx", "tensorrt-rtx")):
+        done("validate", place, "--reference", make_model(), "--max-new-tokens", 16, "--device", "cuda")
+        report = json.loads((place / "validation.json").read_text())
+        assert (report["status"], report["backend"], report["processor"]) == ("passed", backend, NAME)
+        assert report["targets"] == [target]
+        assert {row["target"] for row in report["prompt_logits"]} == {target}
+        assert Manifest.load(place).validation.status == "passed"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_what_keeps_engines_from_being_opened_is_no_verdict(engines: Path, make_model: Make) -> None:
+    manifest = Manifest.load(engines)
+    assert manifest.engine is not None
+    manifest.engine.compute_capabilities = ["12.0"]
+    manifest.save(engines)
+    result = run("validate", engines, "--reference", make_model())
+    assert result.exit_code == 1
+    assert re.search(r"was built for GPUs of compute capability 12\.0, this one has 8\.9", result.stderr)
+    assert Manifest.load(engines).validation.status == "not run"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(make_bundle(), tmp_path / "bundle"))
+    small = ("--quick", "--max-nodes", 4, "--max-new-tokens", 8)
+    told = done("tune", bundle, *small, "--device", "cuda")
+    assert told.stdout.startswith(f"{ON_GPU}; acceptance from own prompts")
+    assert "runs with ort-cuda on cuda:0 (asked for)" in told.stderr
+    found = Tuning.load(bundle)
+    assert found is not None
+    assert list(found.devices) == [ON_GPU]
+    assert (found.devices[ON_GPU].backend, found.devices[ON_GPU].processor, found.devices[ON_GPU].threads) == (
+        "ort-cuda",
+        NAME,
+        0,
+    )
+    assert done("tree", "show", bundle, "--device", "cuda").stdout.startswith("the best fixed tree for batch 1")
+    assert done("tree", "show", bundle, "--device", "cpu").stdout.startswith("the bundle's own tree; it is not tuned")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_bundle_answers_prompts_on_a_gpu(make_bundle: Make, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a fox\nthe dog\n")
+    words = ("--prompts", tmp_path / "p.txt", "--max-new-tokens", 12, "--max-prompt-tokens", 64)
+    answers = {}
+    for device in ("cpu", "cuda"):
+        told = done("distill", make_bundle(), "-o", tmp_path / device, *words, "--device", device)
+        assert f"runs with ort-{'cpu on cpu' if device == 'cpu' else 'cuda on cuda:0'} (asked for)" in told.stderr
+        rows = [json.loads(line) for line in (tmp_path / device / "answers.jsonl").read_text().splitlines()]
+        answers[device] = sorted(json.dumps(row["response_token_ids"]) for row in rows)
+    assert answers["cuda"] == answers["cpu"]
+
+
+def test_bench_says_where_a_bundle_ran(make_bundle: Make, tmp_path: Path) -> None:
+    words = ("--limit", 1, "--max-new-tokens", 4, "--steps", "none", "--prefill", "none", "--context", "none")
+    done("bench", make_bundle(), *words, "--modes", "plain", "--device", "cpu", "--json", tmp_path / "out.json")
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert settings["placements"] == {"bundle": "ort-cpu on cpu (asked for)"}
+    assert settings["cuda_graphs"] is None
+
+
+def test_only_bfloat16_is_judged_by_where_it_runs() -> None:
+    for precision, wanted in TOLERANCES.items():
+        assert tolerance(precision, is_quantized=False, on_gpu=False) == wanted
+        on_gpu = tolerance(precision, is_quantized=False, on_gpu=True)
+        assert on_gpu == (BF16_ON_GPU if precision == "bf16" else wanted)
+        assert tolerance(precision, is_quantized=True, on_gpu=False) == QUANTIZED
+    assert TOLERANCES["fp16"].max_abs < BF16_ON_GPU.max_abs

@@ -1,0 +1,200 @@
+"""`medusa-export doctor`: what it says of machines of every kind, and that it needs nothing but the base install."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from medusa_export.cli import main
+from medusa_export.doctor import facts as looking
+from medusa_export.doctor.facts import PACKAGES, Facts, FlavorFacts, find_facts, import_problem
+from medusa_export.doctor.report import as_json, warnings
+from medusa_export.doctor.verdicts import BINDINGS, EXPORT, Verdict, verdicts
+from medusa_runtime.cuda.devices import Gpus
+from medusa_runtime.cuda.driver import GpuFacts
+
+RTX_CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
+ADA = GpuFacts(0, "A GPU", "8.9", 24 * 10**9)
+HOPPER = GpuFacts(0, "H GPU", "9.0", 80 * 10**9)
+NO_DRIVER = "there is no NVIDIA driver on this machine"
+NO_GPU = Gpus(why_none=f"{NO_DRIVER} (libcuda.so was not found)")
+WITHOUT = FlavorFacts(why_not="tensorrt is not installed")
+EVERYTHING = dict.fromkeys(PACKAGES, "1.0") | {"onnxruntime": None}
+
+
+def facts(gpu: GpuFacts | None = ADA, **changed: Any) -> Facts:
+    """A machine with everything, but for what is changed."""
+    gpus = NO_GPU if gpu is None else Gpus([gpu], "13.0")
+    whole = Facts(
+        python="CPython 3.12",
+        system="Linux",
+        packages=EVERYTHING,
+        missing={},
+        providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+        gpus=gpus,
+        flavors={
+            "rtx": FlavorFacts("1.7", RTX_CAPABILITIES),
+            "tensorrt": FlavorFacts("11.0", [gpu.compute_capability] if gpu else []),
+        },
+    )
+    return dataclasses.replace(whole, **changed)
+
+
+def told(found: Facts) -> dict[str, Verdict]:
+    return {f"{verdict.action} {verdict.what}": verdict for verdict in verdicts(found)}
+
+
+def working(found: Facts) -> set[str]:
+    return {name for name, verdict in told(found).items() if verdict.works}
+
+
+def test_a_machine_with_everything_can_do_everything() -> None:
+    everything = ["export onnx", "build trt", "build rtx", "run ort-cpu", "run ort-cuda", "run trt", "run trt-rtx"]
+    assert list(told(facts())) == everything
+    assert working(facts()) == set(everything)
+    assert all(verdict.mend is None for verdict in verdicts(facts()))
+
+
+def test_without_a_gpu_engines_are_built_by_tensorrt_rtx_alone_and_none_runs() -> None:
+    found = told(facts(None))
+    assert working(facts(None)) == {"export onnx", "build rtx", "run ort-cpu"}
+    for name in ("build trt", "run ort-cuda", "run trt", "run trt-rtx"):
+        assert found[name].why.endswith(NO_DRIVER)
+        assert found[name].mend is None  # no command installs a GPU
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_know_is_named_with_what_it_does() -> None:
+    found = told(facts(HOPPER))
+    assert working(facts(HOPPER)) == {"export onnx", "build trt", "build rtx", "run ort-cpu", "run ort-cuda", "run trt"}
+    assert "H GPU (9.0) is none that TensorRT-RTX builds for (7.5, 8.0, 8.6, 8.9, 12.0, 12.1)" in found["build rtx"].why
+    assert found["run trt-rtx"].why.endswith("take ort-cuda or full TensorRT")
+
+
+def test_an_old_driver_does_not_run_engines() -> None:
+    found = told(facts(gpus=Gpus([ADA], "12.8")))
+    assert not found["run trt"].works
+    assert found["run trt-rtx"].why == "TensorRT-RTX 1.7 needs CUDA 13, the driver knows 12.8; update the driver"
+    assert found["run ort-cuda"].works
+
+
+def test_an_onnx_runtime_for_the_cpu_is_replaced_not_joined() -> None:
+    packages = EVERYTHING | {"onnxruntime": "1.31", "onnxruntime-gpu": None}
+    found = told(facts(providers=["CPUExecutionProvider"], packages=packages))
+    assert found["run ort-cpu"].works
+    assert found["run ort-cuda"].why == "ONNX Runtime 1.31 is for the CPU alone"
+    assert found["run ort-cuda"].mend == "pip uninstall --yes onnxruntime && pip install 'medusa-export[gpu]'"
+    assert warnings(facts(packages=EVERYTHING | {"onnxruntime": "1.31"}))[0].startswith(
+        "onnxruntime and onnxruntime-gpu are both"
+    )
+    assert warnings(facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "name", "mend"),
+    [
+        ("torch", "export onnx", "pip install 'medusa-export[export]'"),
+        ("onnx_ir", "build rtx", "pip install 'medusa-export[rtx,build]'"),
+        ("onnx_ir", "build trt", "pip install 'medusa-export[trt,build]' --extra-index-url https://pypi.nvidia.com"),
+        ("onnxruntime", "run ort-cpu", "pip install 'medusa-export[cpu]'"),
+        ("onnxruntime", "run ort-cuda", "pip install 'medusa-export[gpu]'"),
+        ("cuda.bindings.driver", "run ort-cuda", "pip install 'medusa-export[gpu]'"),
+        ("cuda.bindings.driver", "run trt-rtx", "pip install 'medusa-export[rtx]'"),
+    ],
+)
+def test_what_is_missing_is_named_with_what_installs_it(missing: str, name: str, mend: str) -> None:
+    verdict = told(facts(missing={missing: f"{missing} is not installed"}))[name]
+    assert (verdict.works, verdict.mend) == (False, mend)
+    assert verdict.why == f"{missing} is not installed"
+
+
+def test_a_flavour_that_is_not_installed() -> None:
+    found = told(facts(None, flavors=facts().flavors | {"tensorrt": WITHOUT}))
+    for name, extras in (("build trt", "trt,build"), ("run trt", "trt")):
+        assert found[name].why == f"tensorrt is not installed; {NO_DRIVER}"
+        assert found[name].mend == f"pip install 'medusa-export[{extras}]' --extra-index-url https://pypi.nvidia.com"
+
+
+def test_a_base_install_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No extra at all: everything is told to be missing, and how to get it."""
+    base = {"numpy", "medusa-export"}
+    version = importlib.metadata.version
+
+    def only_base(name: str) -> str:
+        if name not in base:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    for name in (*EXPORT, BINDINGS, "onnxruntime", "tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(importlib.metadata, "version", only_base)
+    monkeypatch.setattr(looking, "find_gpus", lambda: Gpus(why_none="cuda-bindings is not installed"))
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {name for name, version in found["packages"].items() if version} == base
+    assert [verdict["works"] for verdict in found["verdicts"]] == [False] * 7
+    assert all(verdict["mend"].startswith("pip install 'medusa-export[") for verdict in found["verdicts"])
+    shown = CliRunner().invoke(main, ["doctor"])
+    assert shown.exit_code == 0, shown.output
+    assert "for export onnx: pip install 'medusa-export[export]'" in shown.stdout
+    assert "GPUs: 0; cuda-bindings is not installed" in shown.stdout
+
+
+def test_a_package_whose_libraries_are_not_there_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "half_there.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_problem("half_there") == "half_there does not load: libnvinfer.so.11: cannot open shared object file"
+    assert import_problem("not.there") == "not.there is not installed"
+    (tmp_path / "needs_another.py").write_text("import another_one")
+    assert import_problem("needs_another") == "needs_another does not load: No module named 'another_one'"
+    assert import_problem("json") is None
+
+
+def test_full_tensorrt_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("tensorrt")
+    module.__version__, module.__spec__ = "11.1", SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: NO_GPU)
+    found = find_facts()
+    assert found.flavors["tensorrt"] == FlavorFacts("11.1", [])
+    assert told(dataclasses.replace(found, gpus=NO_GPU))["build trt"].why.startswith("TensorRT 11.1 builds for the GPU it runs")
+
+
+def test_the_extras_it_names_are_there_and_the_two_onnx_runtimes_never_meet() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"cpu", "gpu", "cuda", "trt", "rtx", "build", "export"} <= extras.keys()
+    of_the_cpu = {name for name, needs in extras.items() if any(re.match(r"onnxruntime\b(?!-)", need) for need in needs)}
+    assert of_the_cpu == {"cpu"}
+    for name in ("gpu", "trt", "rtx", "build", "export"):
+        assert not any("cpu" in need for need in extras[name] if need.startswith("medusa-export["))
+    for name in ("trt", "rtx", "gpu"):
+        assert "medusa-export[cuda]" in extras[name]
+        assert not any(need.startswith("onnx>") for need in extras[name])  # a deployed runtime builds nothing
+
+
+def test_it_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys; from medusa_export.cli import main\n"
+        "try: main(['doctor'])\n"
+        "finally: print('\\n', {'torch', 'transformers', 'onnx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(" set()\n")
+
+
+def test_json_says_all_that_is_shown() -> None:
+    found = as_json(facts(HOPPER), verdicts(facts(HOPPER)))
+    assert json.loads(json.dumps(found)) == found
+    assert found["gpus"] == [{"index": 0, "name": "H GPU", "compute_capability": "9.0", "memory": 80 * 10**9}]
+    assert found["tensorrt"]["rtx"]["compute_capabilities"] == RTX_CAPABILITIES
