@@ -22,7 +22,7 @@ from medusa_runtime import (
     TreeError,
 )
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.ort_cpu import CAPACITY_BUCKET
+from medusa_runtime.backends.base import CAPACITY_BUCKET
 
 PROMPT = "the quick brown fox"
 
