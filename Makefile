@@ -26,7 +26,7 @@ demo: $(VENV)/.export
 
 ## test: lint, types, import rules, and every test there is
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
