@@ -174,7 +174,9 @@ def accept_greedy(drafts: DraftBatch, greedy_ids: IntArray) -> list[Accepted]:
         greedy_ids: the most likely token after each node. [B, N]
     """
     batch, width = drafts.tokens.shape
-    expected = np.take_along_axis(greedy_ids, np.maximum(drafts.parents, 0), axis=1)  # [B, N]
+    if width == 1:
+        return [Accepted([0], bonus_id) for bonus_id in greedy_ids[:, 0].tolist()]
+    expected = greedy_ids[np.arange(batch)[:, None], drafts.parents]  # [B, N]; a root, which has no parent, is right anyway
     right = drafts.tokens == expected
     right[:, 0] = True
     right &= np.arange(width) < drafts.num_nodes[:, None]

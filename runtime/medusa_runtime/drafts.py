@@ -60,6 +60,10 @@ class DraftBatch:
     @classmethod
     def of(cls, drafts: Sequence[Draft]) -> DraftBatch:
         """Pad drafts to the size of the largest."""
+        if len(drafts) == 1:
+            one = drafts[0]
+            count = np.array([one.num_nodes], np.int64)
+            return cls(one.tokens[None], one.depths[None], one.mask[None], one.parents[None], count)
         batch, width = len(drafts), max(draft.num_nodes for draft in drafts)
         tokens, depths, parents = (np.zeros((batch, width), np.int64) for _ in range(3))
         mask = np.repeat(np.eye(width, dtype=np.bool_)[None], batch, axis=0)
@@ -99,6 +103,8 @@ class Candidates:
             num_nodes: at most so many.
             lets_pass: whether a path of tokens below the root may be given out; all may where there is no such function.
         """
+        if len(self.tokens) == 1:
+            return Draft(self.tokens, self.parents, self.depths, np.ones((1, 1), np.bool_), self.looked_up)
         order = np.argsort(-self.scores, kind="stable")
         chosen = np.sort(order[:num_nodes] if lets_pass is None else self._passing(order, num_nodes, lets_pass))
         chosen = chosen[np.argsort(self.depths[chosen], kind="stable")]

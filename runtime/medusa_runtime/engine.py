@@ -373,10 +373,7 @@ class DecodingEngine:
 
     def _drafts(self, decoding: list[Sequence]) -> list[Draft]:
         """What is verified of each sequence: its whole tree, or as much of it as pays."""
-        proposals = [Candidates.chain(sequence.token_ids[-1:]) for sequence in decoding]
-        for row, sequence in enumerate(decoding):
-            with _blame(sequence):  # its guide may fail
-                proposals[row] = sequence.proposals()
+        proposals = [_proposals(sequence) for sequence in decoding]
         sizes = [min(sequence.num_nodes, len(found.scores)) for sequence, found in zip(decoding, proposals, strict=True)]
         if self._budget is not None:
             fixed = [size for sequence, size in zip(decoding, sizes, strict=True) if sequence.has_fixed_tree]
@@ -393,11 +390,7 @@ class DecodingEngine:
             sizes = [
                 size if sequence.has_fixed_tree else min(size, width) for sequence, size in zip(decoding, sizes, strict=True)
             ]
-        drafts = [Draft.chain(sequence.token_ids[-1:]) for sequence in decoding]
-        for row, sequence in enumerate(decoding):
-            with _blame(sequence):
-                drafts[row] = sequence.draft(sizes[row], proposals[row])
-        return drafts
+        return [_draft(sequence, size, found) for sequence, size, found in zip(decoding, sizes, proposals, strict=True)]
 
     def _make_room(self, decoding: list[Sequence], lengths: list[int], width: int) -> bool:
         """Reserve the step's entries; where there is no memory for them, end the longest sequence instead of all."""
@@ -412,7 +405,8 @@ class DecodingEngine:
         """Give out what a sequence's policy accepts, and move its entries to the front."""
         assert sequence.slot is not None
         accepted = greedy if logits is None or not sequence.needs_logits else sequence.verdict(draft, logits)
-        self.backend.commit(sequence.slot, sequence.length, np.array(accepted.nodes))
+        if accepted.nodes[-1] >= len(accepted.nodes):  # else they stand there already
+            self.backend.commit(sequence.slot, sequence.length, np.array(accepted.nodes))
         self._slots.extend(sequence, draft.tokens[accepted.nodes].tolist())
         sequence.take(draft, accepted, logits)
         return accepted
@@ -471,6 +465,20 @@ def _blame(sequence: Sequence) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told to whom it concerns
         sequence.finish("error", error)
+
+
+def _proposals(sequence: Sequence) -> Candidates:
+    """What may follow a sequence's root; nothing where its guide fails."""
+    with _blame(sequence):
+        return sequence.proposals()
+    return Candidates.chain(sequence.token_ids[-1:])
+
+
+def _draft(sequence: Sequence, num_nodes: int, proposals: Candidates) -> Draft:
+    """What a step verifies of a sequence; its root alone where its guide fails."""
+    with _blame(sequence):
+        return sequence.draft(num_nodes, proposals)
+    return Draft.chain(sequence.token_ids[-1:])
 
 
 def _counts(stats: DecodingStats) -> DecodingStats:

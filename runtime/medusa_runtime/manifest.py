@@ -61,10 +61,10 @@ class Limits(_Model):
     """What a request may ask for."""
 
     max_seq_len: int = Field(gt=0, description="prompt and answer together, in tokens")
-    max_batch_size: int | None = Field(default=None, description="none: only memory limits it")
-    max_tree_nodes: int | None = Field(default=None, description="none: only memory limits it")
-    max_prefill_tokens: int | None = Field(default=None, description="prompt tokens a step takes; none: any number")
-    capacity: int | None = Field(default=None, description="cache slots a sequence, where the engine fixes them")
+    max_batch_size: int | None = Field(default=None, gt=0, description="none: only memory limits it")
+    max_tree_nodes: int | None = Field(default=None, gt=0, description="none: only memory limits it")
+    max_prefill_tokens: int | None = Field(default=None, gt=0, description="prompt tokens a step takes; none: any number")
+    capacity: int | None = Field(default=None, gt=0, description="cache slots a sequence, where the engine fixes them")
 
 
 class TensorFacts(_Model):
@@ -218,8 +218,15 @@ class Manifest(_Model):
             field = ".".join(str(part) for part in first["loc"])
             raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
         if problem := manifest.incompleteness():
-            raise BundleError(f"{path}: {problem}; export the bundle again")
+            raise BundleError(f"{path}: {problem}; {manifest.remedy}")
         return manifest
+
+    @property
+    def remedy(self) -> str:
+        """What helps where the bundle is damaged."""
+        if self.kind == "onnx":
+            return "export the bundle again"
+        return "copy the engines again, or build them again with: medusa-export trt"
 
     def incompleteness(self) -> str | None:
         """What a manifest of the right form may still lack."""
@@ -231,6 +238,18 @@ class Manifest(_Model):
             return f"files: {', '.join(sorted(missing))} is missing"
         if strange := [name for name in self.files if Path(name).name != name]:
             return f"files: {strange[0]!r} is not a plain file name"
+        if (self.engine is None) != (self.kind == "onnx"):
+            return f"kind is {self.kind}, and there is {'no' if self.engine is None else 'an'} engine"
+        return None if self.engine is None else self._engine_incompleteness(self.engine)
+
+    def _engine_incompleteness(self, engine: EngineFacts) -> str | None:
+        if missing := [name for name, limit in self.limits.model_dump().items() if limit is None]:
+            return f"limits: {missing[0]} is missing"
+        if lacking := {PREFILL, VERIFY, HEADS} - engine.profiles.keys():
+            return f"engine.profiles: {min(lacking)} is missing"
+        outputs = {tensor.name for tensor in self.graphs[STEP].outputs if tensor.name.startswith("present.")}
+        if unshared := outputs - engine.aliases.keys():
+            return f"engine.aliases: {min(unshared)} is missing"
         return None
 
     def graph(self, name: str, backend: str = PORTABLE) -> GraphFacts:
@@ -263,7 +282,7 @@ class Manifest(_Model):
         """Raise a `BundleError` naming the first file that does not match the manifest."""
         if problems := self.mismatches(bundle):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; export it again")
+            raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; {self.remedy}")
 
 
 def is_bundle(path: Path, kind: str) -> bool:

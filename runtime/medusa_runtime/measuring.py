@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 
 CHUNK = 128  # tokens a step while the cache is filled
 MARGIN = 1.5  # times dearer than could ever pay: there, wider steps are not measured
@@ -94,20 +94,27 @@ def _fill(backend: Backend, num_slots: int, capacity: int, length: int, num_fill
     """Have all slots hold `length` entries, of which there may be some already: zeros would be read faster than real ones."""
     kept = min(length, num_filled)
     backend.resize(num_slots, capacity, [kept] * num_slots if kept else ())
-    for start in range(kept, length, CHUNK):
-        _step(backend, 1, min(CHUNK, length - start), start)()
+    chunk = min(CHUNK, backend.manifest.limits.max_prefill_tokens or CHUNK)
+    for start in range(kept, length, chunk):
+        _step(backend, 1, min(chunk, length - start), start, num_rows=1)()
     for slot in range(1, num_slots):
         backend.copy(0, slot, length)
     return length
 
 
-def _step(backend: Backend, batch: int, width: int, length: int) -> Callable[[], object]:
+def _step(backend: Backend, batch: int, width: int, length: int, num_rows: int | None = None) -> Callable[[], StepOutput]:
+    """A step that evaluates its first rows, or all of them."""
     rows = np.tile(np.arange(width), (batch, 1))  # [B, T]
     mask = np.tile(np.tri(width, dtype=np.bool_), (batch, 1, 1))
-    return partial(backend.step, np.zeros((batch, width), np.int64), length + rows, mask, np.full(batch, length), rows)
+    ids, lengths = np.zeros((batch, width), np.int64), np.full(batch, length)
+    return partial(backend.step, ids, length + rows, mask, lengths, rows[:, :num_rows])
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _seconds(run: Callable[[], StepOutput | HeadOutput]) -> float:
+    """What a run takes, once the backend has prepared itself for its shape."""
+    while True:
+        started = time.perf_counter()
+        output = run()
+        seconds = time.perf_counter() - started
+        if not isinstance(output, StepOutput) or output.is_warm:
+            return seconds

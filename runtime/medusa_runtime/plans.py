@@ -80,15 +80,24 @@ def shared_weights_file(shared: SharedWeights, directory: str | Path) -> Path:
     Raises:
         BundleError: in neither is a file of that size.
     """
-    own, source = Path(directory) / WEIGHTS_NAME, Path(directory) / shared.source / WEIGHTS_NAME
-    for path in (own, source):
-        if path.is_file() and path.stat().st_size == shared.file.size:
+    places = [Path(directory) / WEIGHTS_NAME, (Path(directory) / shared.source).resolve() / WEIGHTS_NAME]
+    found = {path: path.stat().st_size for path in places if path.is_file()}
+    for path, size in found.items():
+        if size == shared.file.size:
             return path
+    others = "".join(f"; {path} has {size} bytes" for path, size in found.items())
     raise BundleError(
         f"{directory} was built with --strip-weights and needs {WEIGHTS_NAME} ({shared.file.size} bytes, sha256 "
-        f"{shared.file.sha256[:12]}…), which is neither in it nor in {source.parent}; copy it into {directory}, or build the "
-        "engines again without --strip-weights"
+        f"{shared.file.sha256[:12]}…), which is neither in it nor in {places[1].parent}{others}; copy it into {directory}, or "
+        "build the engines again without --strip-weights"
     )
+
+
+def plan_size(manifest: Manifest, graph: str) -> int:
+    """Bytes of a plan, its weights included. graph: ``step`` or ``heads``."""
+    name = manifest.graphs[graph].file
+    shared = manifest.engine.shared_weights if manifest.engine else None
+    return (manifest.files[name] if shared is None else shared.plans[name]).size
 
 
 @contextmanager

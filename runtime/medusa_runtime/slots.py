@@ -45,6 +45,8 @@ class SlotPool:
         self._clock = itertools.count(1)
         self._num_small = 0  # sequences admitted since the cache was last of use in its size
         self.num_decoding = 0
+        if self._fixed:
+            self._fit(self._fixed)  # what is too large shows now, not at the first request
 
     @property
     def num_slots(self) -> int:

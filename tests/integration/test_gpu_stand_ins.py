@@ -6,8 +6,10 @@ asked of them. What a GPU computes, and how fast, is for tests/gpu.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ from medusa_runtime.backends.gpu_step import Shape, StepBuffers, Work
 from medusa_runtime.cuda.driver import Gpu
 from medusa_runtime.errors import BackendError, BundleError, CapacityError, MissingExtraError
 from medusa_runtime.manifest import STEP, Manifest
+from medusa_runtime.measuring import measure_grid
 from tests.support.engines import stand_in_engine
 from tests.support.stand_in_cuda import StandInDriver
 from tests.support.stand_in_ort_cuda import CPU, StandInOrt
-from tests.support.stand_in_tensorrt import StandInTensorRT
+from tests.support.stand_in_tensorrt import Context, RuntimeCache, StandInTensorRT
 
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PROMPTS = ["the quick brown fox", "a small model", "many words at once many words at once many words", "lazy"]
@@ -263,6 +266,89 @@ def test_the_first_steps_of_a_shape_say_nothing_of_its_cost(engine: Callable[...
     assert [backend.step(*chain(width)).is_warm for width in (4, 4, 4, 8, 3)] == [False, False, True, False, True]
 
 
+def test_costs_are_measured_on_warm_steps(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:
+    """Nor is anything prepared twice, though the cache is filled again and again."""
+    backend = opened(engine("tensorrt"))
+    timed: list[bool] = []
+    step = backend.step
+
+    def noted(*inputs: object, **options: object) -> object:
+        timed.append((output := step(*inputs, **options)).is_warm)
+        return output
+
+    backend.step = noted
+    widths = (1, 4, 8)
+    costs, heads = measure_grid(backend, (1, 2), widths, (96, 160), rounds=3)
+    assert np.shape(costs) == (2, 2, 3)
+    assert len(heads) == 2
+    shapes = 2 * len(widths)
+    steps = sum(timed)
+    assert steps >= 2 * shapes * 3  # of each point in each round at least one
+    verifying = [context for context in tensorrt.contexts if context.profile == 1]
+    assert len(verifying) <= shapes
+
+
+def test_a_cache_of_the_same_size_stays_where_it_is(
+    engine: Callable[..., Path], bundle: Path, tensorrt: StandInTensorRT
+) -> None:
+    backend, cpu = opened(engine("tensorrt")), on_cpu(bundle)
+    for one in (backend, cpu):
+        for _ in range(2):
+            one.step(*chain(8))
+        one.resize(1, 160, [5])
+    tensorrt.driver.take_calls()
+    found, wanted = (one.step(*chain(8, 5)) for one in (backend, cpu))
+    assert found.is_warm
+    np.testing.assert_array_equal(found.greedy_ids, wanted.greedy_ids)
+    assert "cuGraphLaunch" in tensorrt.driver.take_calls()
+    backend.resize(1, 160)
+    backend.gpu.synchronize()
+    assert not tensorrt.driver.room(tensorrt.contexts[0].addresses["past.0.key"], 2 * 192 * 16 * 4, on_device=True).any()
+
+
+def test_graphs_stay_when_somebody_wants_logits(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:
+    backend = opened(engine("tensorrt"))
+    for _ in range(2):
+        backend.step(*chain(8))
+    for width in (1, 4, 12, 32):
+        backend.step(*chain(width), with_logits=True)
+    tensorrt.driver.take_calls()
+    assert backend.step(*chain(8)).is_warm
+    assert tensorrt.driver.take_calls().count("cuGraphLaunch") == 1
+
+
+def test_what_cannot_be_captured_runs_without(
+    engine: Callable[..., Path], tensorrt: StandInTensorRT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute = Context.execute_async_v3
+
+    def refuse(context: Context, stream: int) -> bool:
+        if context.engine.api.driver.capturing is not None:
+            context.engine.tell(1, "not permitted when the stream is capturing")
+            return False
+        return execute(context, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", refuse)
+    backend = opened(engine("tensorrt"))
+    outputs = [backend.step(*chain(width)).greedy_ids.tolist() for width in (4, 4, 4, 8, 8)]
+    assert outputs[0] == outputs[1] == outputs[2]
+    told = capsys.readouterr().err
+    assert (
+        told.count("steps are not captured as CUDA graphs, which makes them slower: TensorRT cannot run the step engine") == 1
+    )
+    assert "cuGraphLaunch" not in tensorrt.driver.calls
+
+
+def test_an_earlier_complaint_is_not_told_as_the_cause(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:
+    backend = opened(engine())
+    backend.step(*chain(4))
+    [verify] = tensorrt.contexts
+    verify.engine.tell(1, "something harmless")
+    verify.engine.profiles[1]["input_ids"]["max"] = [4, 8]
+    with pytest.raises(BackendError, match=r"input_ids of shape \[1, 12\] in the profile verify: input_ids is out of bounds$"):
+        backend.step(*chain(12))
+
+
 def test_without_cuda_graphs_nothing_is_captured(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:
     for flavor in MODULES:
         backend = opened(engine(flavor), cuda_graphs=False)
@@ -365,7 +451,11 @@ def test_engines_of_another_version_or_gpu_are_refused(
 
 
 def test_what_tensorrt_rtx_compiled_is_kept_beside_the_engine(
-    bundle: Path, tmp_path: Path, tensorrt: StandInTensorRT, capsys: pytest.CaptureFixture[str]
+    bundle: Path,
+    tmp_path: Path,
+    tensorrt: StandInTensorRT,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = stand_in_engine(bundle, tmp_path / "engine", **LIMITS)
     for _ in range(2):
@@ -374,17 +464,25 @@ def test_what_tensorrt_rtx_compiled_is_kept_beside_the_engine(
     kept = path / "runtime-cache.sm89.bin"
     assert kept.read_bytes() == b"compiled"
     assert tensorrt.cached == [b"compiled"]
+    with ThreadPoolExecutor(1) as pool:  # opened by one thread, closed by another
+        backend = pool.submit(opened, path).result()
+    tensorrt.driver.take_calls()
+    backend.close()
+    assert tensorrt.driver.take_calls() == ["cuCtxSetCurrent"]
+    monkeypatch.setattr(RuntimeCache, "serialize", lambda _: None)
+    backend.close()
+    assert "TensorRT-RTX does not tell what it compiled: the next start compiles again" in capsys.readouterr().err
     kept.write_bytes(b"of another driver")
     opened(path)
     assert "runtime-cache.sm89.bin is of another version or GPU: the engine is compiled again" in capsys.readouterr().err
 
 
-def test_too_little_memory_is_told_before_anything_is_loaded_there(
-    engine: Callable[..., Path], tensorrt: StandInTensorRT
-) -> None:
+def test_too_little_memory_is_told_when_the_bundle_is_opened(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:
     tensorrt.driver.memory = 700_000
-    with pytest.raises(CapacityError, match=r"^a cache of 4 times 192 entries needs 0\.8 MB of GPU memory, 0\.\d MB are free"):
-        MedusaLM.from_bundle(engine(), max_batch_size=4).generate("lazy", max_new_tokens=2)
+    with pytest.raises(
+        CapacityError, match=r"^a cache of 4 times 192 entries needs 786\.4 KB of GPU memory, \d+\.\d KB are free"
+    ):
+        MedusaLM.from_bundle(engine(), max_batch_size=4)
 
 
 def test_an_onnx_runtime_for_the_cpu_alone_says_what_to_install(
@@ -421,3 +519,24 @@ def test_the_cache_of_an_onnx_bundle_grows_and_keeps_what_it_holds(bundle: Path,
     found, wanted = (one.step(*chain(6, 12), with_logits=True) for one in (backend, cpu))
     np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-3)
     assert onnxruntime.driver.queue == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"engine": None}, r"kind is tensorrt, and there is no engine"),
+        ({"limits": {"capacity": None}}, r"limits: capacity is missing"),
+        ({"limits": {"capacity": -5}}, r"limits.capacity: Input should be greater than 0"),
+        ({"engine": {"profiles": {}}}, r"engine.profiles: heads is missing"),
+        ({"engine": {"aliases": {}}}, r"engine.aliases: present.0.key is missing"),
+    ],
+)
+def test_an_edited_manifest_is_refused_with_what_it_lacks(
+    engine: Callable[..., Path], tmp_path: Path, change: dict[str, object], line: str
+) -> None:
+    facts = json.loads((engine() / "manifest.json").read_text())
+    for name, value in change.items():
+        facts[name] = facts[name] | value if isinstance(value, dict) else value
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(BundleError, match=rf"{line}; (copy the engines|export the bundle) again"):
+        Manifest.load(tmp_path)

@@ -27,7 +27,11 @@ class StandInOrt:
     def __init__(self, driver: StandInDriver, providers: tuple[str, ...] = (CUDA, CPU), *, loads: bool = True) -> None:
         self.driver, self.providers, self.loads = driver, providers, loads
         self.settings: list[dict[str, str]] = []  # of the sessions
+        self.num_preloads = 0
         self.graph_ids: list[str] = []  # of the runs that have one
+
+    def preload_dlls(self) -> None:
+        self.num_preloads += 1
 
     def get_available_providers(self) -> list[str]:
         return list(self.providers)

@@ -100,7 +100,7 @@ class Engine:
             settings=settings,
             cuda_graph_strategy="off",
             set_execution_context_allocation_strategy=lambda value: settings.update(strategy=value),
-            set_runtime_cache=lambda value: settings.update(cache=value),
+            set_runtime_cache=lambda value: not settings.update(cache=value),
             create_runtime_cache=lambda: RuntimeCache(self.api),
         )
 

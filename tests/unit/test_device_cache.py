@@ -105,7 +105,7 @@ def test_another_cache_takes_over_what_is_kept() -> None:
 def test_too_little_memory_is_told_with_both_numbers() -> None:
     with pytest.raises(
         CapacityError,
-        match=r"^a cache of 3 times 160 entries needs 0.0 MB of GPU memory, 0.0 MB are free on Stand-in GPU; lower max_b",
+        match=r"^a cache of 3 times 160 entries needs 46.1 KB of GPU memory, 10.0 KB are free on Stand-in GPU; lower max_b",
     ):
         Both(memory=10_000)
 

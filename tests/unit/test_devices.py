@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from medusa_runtime import BackendError, OptionError, choose_backend
-from medusa_runtime.cuda.buffers import Layout
+from medusa_runtime.cuda.buffers import Layout, Packet
 from medusa_runtime.cuda.devices import find_gpus, parse_device
 from medusa_runtime.cuda.driver import Gpu
 from medusa_runtime.errors import CapacityError, MissingExtraError
@@ -71,7 +71,7 @@ def test_gpus_are_found(driver: StandInDriver) -> None:
 
 @pytest.mark.usefixtures("_no_gpu")
 def test_without_a_driver_it_says_so() -> None:
-    assert find_gpus().why_none == "there is no NVIDIA driver on this machine (libcuda.so.1 is not there)"
+    assert find_gpus().why_none == "there is no NVIDIA driver on this machine"
 
 
 def test_without_the_bindings_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_a_driver_without_a_gpu_is_no_gpu(driver: StandInDriver, monkeypatch: py
 def test_failures_of_the_driver_are_one_line(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu()
     monkeypatch.setattr(StandInDriver, "_memalloc", lambda *_: (CUresult.CUDA_ERROR_OUT_OF_MEMORY, None))
-    with pytest.raises(CapacityError, match=r"^the GPU has no memory left \(cuMemAlloc\)$"):
+    with pytest.raises(CapacityError, match=r"^x needs 0.0 KB of GPU memory, 1073.7 MB are free on Stand-in GPU; lower max_b"):
         gpu.allocate(8, "x")
     monkeypatch.setattr(StandInDriver, "_streamsynchronize", lambda *_: (CUresult.CUDA_ERROR_INVALID_VALUE,))
     with pytest.raises(BackendError, match=r"cuStreamSynchronize says CUDA_ERROR_INVALID_VALUE$"):
@@ -111,6 +111,31 @@ def test_a_capture_that_fails_leaves_the_stream_usable(driver: StandInDriver) ->
     gpu.synchronize()
 
 
+def test_nothing_is_freed_while_work_is_captured(driver: StandInDriver) -> None:
+    gpu = Gpu()
+    held = [gpu.allocate(8, "x")]
+
+    def queue() -> None:
+        held.clear()
+        assert "cuMemFree" not in driver.calls
+
+    gpu.capture(queue)
+    assert driver.calls.count("cuMemFree") == 1
+
+
+def test_an_array_keeps_the_memory_that_it_lies_in(driver: StandInDriver) -> None:
+    packet = Packet(Gpu(), "x")
+    layout = Layout.of(a=((4,), "int64"))
+    packet.reserve(layout.num_bytes)
+    array = packet.host(layout.places["a"])
+    array[:] = 7
+    packet.reserve(9999)
+    assert "cuMemFreeHost" not in driver.calls
+    assert array.tolist() == [7] * 4
+    del array
+    assert "cuMemFreeHost" in driver.calls
+
+
 def test_arrays_of_a_packet_are_aligned_and_apart() -> None:
     layout = Layout.of(a=((3,), "int8"), b=((2, 40), "float64"), c=((1,), "int64"))
     assert [(place.offset, place.shape) for place in layout.places.values()] == [(0, (3,)), (256, (2, 40)), (1024, (1,))]
@@ -121,7 +146,7 @@ def test_arrays_of_a_packet_are_aligned_and_apart() -> None:
 def test_without_a_gpu_auto_is_the_cpu() -> None:
     place = choose_backend(fake_manifest())
     assert (place.backend, place.device, place.processor) == ("ort-cpu", "cpu", None)
-    assert str(place).startswith("ort-cpu on cpu (there is no NVIDIA driver on this machine")
+    assert str(place) == "ort-cpu on cpu (there is no NVIDIA driver on this machine)"
 
 
 def test_with_a_gpu_auto_is_the_gpu_if_onnx_runtime_can(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,11 +159,13 @@ def test_with_a_gpu_auto_is_the_gpu_if_onnx_runtime_can(driver: StandInDriver, m
     assert "Stand-in GPU, but ONNX Runtime is installed without CUDA" in place.why
 
 
-def test_quantised_bundles_stay_on_the_cpu_unless_told(driver: StandInDriver) -> None:
+def test_quantised_bundles_stay_on_the_cpu(driver: StandInDriver) -> None:
     facts = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0, source_bundle="", quality={})
     manifest = fake_manifest().model_copy(update={"quantization": facts})
     assert choose_backend(manifest).backend == "ort-cpu"
-    assert choose_backend(manifest, device="cuda:0").backend == "ort-cuda"
+    for backend, device in (("auto", "cuda:0"), ("ort-cuda", "auto")):
+        with pytest.raises(BackendError, match=r"^this bundle is quantised for CPUs \(int8\); take the float bundle"):
+            choose_backend(manifest, backend, device)
 
 
 @pytest.mark.parametrize(("flavor", "backend"), [("rtx", "trt-rtx"), ("tensorrt", "trt")])

@@ -83,5 +83,5 @@ def test_each_kind_of_damage_is_told(bundle) -> None:
     assert manifest.mismatches(bundle) == ["weights.bin has 10 bytes, the manifest says 1000"]
     weights.unlink()
     assert manifest.mismatches(bundle) == ["weights.bin is missing"]
-    with pytest.raises(BundleError, match=r"does not match its manifest: weights\.bin is missing; export it again"):
+    with pytest.raises(BundleError, match=r"does not match its manifest: weights\.bin is missing; export the bundle again"):
         manifest.require_intact(bundle)

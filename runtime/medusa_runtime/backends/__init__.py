@@ -58,6 +58,11 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
         raise BackendError(f"{backend} runs engine bundles, this is an ONNX bundle; build one with: medusa-export trt{flavor}")
     if (backend, kind) in ((ORT_CPU, "cuda"), (ORT_CUDA, "cpu")):
         raise OptionError(f"the backend {backend} does not run on the device {device}")
+    if manifest.quantization is not None and (backend == ORT_CUDA or kind == "cuda"):
+        raise BackendError(
+            f"this bundle is quantised for CPUs ({manifest.quantization.scheme}); take the float bundle that it was made from, "
+            "or engines with rounded weights (medusa-export trt --weights)"
+        )
     if backend == ORT_CPU or kind == "cpu":
         return Placement(ORT_CPU, "cpu", "asked for")
     if backend == ORT_CUDA or kind == "cuda":

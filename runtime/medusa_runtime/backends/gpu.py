@@ -5,6 +5,7 @@ How a graph runs is an `Executor`'s business: TensorRT's contexts, or ONNX Runti
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -14,13 +15,14 @@ from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require
 from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, DTYPES, Executor, Shape, StepBuffers, Work
 from medusa_runtime.cuda.cache import DeviceCache
 from medusa_runtime.cuda.driver import Gpu
-from medusa_runtime.errors import CapacityError
+from medusa_runtime.errors import BackendError, CapacityError
 from medusa_runtime.manifest import STEP, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # verification steps are padded to these, so that few shapes occur
 COLD_RUNS = 2  # of a shape: engines compile in the first one, and the second one is captured
 MAX_WORKS = 64  # shapes of verification steps that are kept ready; then the one goes that was not used longest
+log = logging.getLogger(__name__)
 
 
 class GpuBackend:
@@ -52,7 +54,8 @@ class GpuBackend:
         self._works: OrderedDict[Shape, Work] = OrderedDict()
         self._num_rows = 0  # R of the last step
         self._ahead: tuple[IntArray, HeadOutput] | None = None  # rows that the GPU accepted, and the heads' guesses there
-        self._reserve_limits()
+        self.gpu.make_current()
+        self._reserve_limits(with_logits=False)
 
     @property
     def num_slots(self) -> int:
@@ -70,15 +73,23 @@ class GpuBackend:
         return {"cache": cache, "buffers": self._buffers.num_bytes, **self._executor.memory()}
 
     def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
-        """See `Backend.resize`. The capacity of an engine was fixed when it was built, and is allocated whole."""
+        """See `Backend.resize`. The capacity of an engine was fixed when it was built, and is allocated whole.
+
+        Where the size stays, so do all addresses, and what is ready for them.
+        """
         if (fixed := self.manifest.limits.capacity) is not None and capacity > fixed:
             raise CapacityError(
                 f"the engine was built for {fixed} cache entries a sequence, {capacity} are needed; "
                 "rebuild it with a larger --max-seq-len"
             )
         self.gpu.make_current()
+        size = (num_slots, fixed or bucket(capacity))
+        if self._cache is not None and size == (self._cache.num_slots, self._cache.capacity):
+            for slot in range(num_slots):
+                self._cache.clear(slot, lengths[slot] if slot < len(lengths) else 0, self._cache.capacity)
+            return
         item_size = np.dtype(DTYPES[self.manifest.precision]).itemsize
-        resized = DeviceCache(self.gpu, self.manifest.model, item_size, num_slots, fixed or bucket(capacity))
+        resized = DeviceCache(self.gpu, self.manifest.model, item_size, *size)
         if self._cache is not None:
             resized.take(self._cache, lengths)
         self._forget()
@@ -141,6 +152,7 @@ class GpuBackend:
 
     def close(self) -> None:
         """Save what is worth keeping for the next process."""
+        self.gpu.make_current()
         self._executor.close()
 
     def _current_cache(self) -> DeviceCache:
@@ -148,13 +160,12 @@ class GpuBackend:
         assert self._cache is not None
         return self._cache
 
-    def _reserve_limits(self) -> None:
+    def _reserve_limits(self, *, with_logits: bool) -> None:
         """Allocate all buffers now, where the bundle says how large a step can get."""
         limits = self.manifest.limits
         batch, nodes, chunk = limits.max_batch_size, limits.max_tree_nodes, limits.max_prefill_tokens
         if batch is not None and nodes is not None and chunk is not None:
-            self.gpu.make_current()
-            self._buffers.reserve(batch, max(nodes, chunk), nodes, with_logits=False)
+            self._buffers.reserve(batch, max(nodes, chunk), nodes, with_logits=with_logits)
 
     def _require_limits(self, batch: int, width: int, rows: int) -> None:
         """Refuse what no profile of an engine takes: TensorRT would have less to say."""
@@ -176,22 +187,27 @@ class GpuBackend:
 
     def _work(self, shape: Shape) -> Work:
         """What a step of that shape queues: prepared before, or made now."""
+        if (work := self._works.get(shape)) is not None:
+            self._works.move_to_end(shape)
+            return work
+        if shape.with_logits:
+            self._reserve_limits(with_logits=True)  # where logits come down: not needed before the first step that wants any
         if self._buffers.reserve(shape.batch, shape.width, shape.rows, with_logits=shape.with_logits):
             self._forget()
         assert self._cache is not None
-        work = self._works.get(shape) or self._buffers.work(shape, self._cache)
+        work = self._buffers.work(shape, self._cache)
         if shape.is_verification:
             self._works[shape] = work
-            self._works.move_to_end(shape)
         if len(self._works) > MAX_WORKS:
-            oldest, _ = self._works.popitem(last=False)
+            oldest = next(iter(self._works))
+            del self._works[oldest]  # its graph goes before what the graph was captured from
             self._executor.forget(oldest)
         return work
 
     def _run(self, work: Work) -> None:
         """Queue all that a step is, and wait for it. The second time it is captured; from then on it is one launch."""
-        if work.graph is None and self._captures and work.num_runs == 1:
-            work.graph = self.gpu.capture(lambda: self._queue(work))
+        if work.graph is None and self._captures and work.num_runs == 1 and work.shape.is_verification:
+            self._capture(work)
         work.num_runs += 1
         if work.graph is None:
             self._queue(work)
@@ -199,6 +215,13 @@ class GpuBackend:
             self.gpu.launch(work.graph)
         self.gpu.synchronize()
         self.num_bytes_down += work.down.num_bytes + (work.logits.num_bytes if work.logits else 0)
+
+    def _capture(self, work: Work) -> None:
+        try:
+            work.graph = self.gpu.capture(lambda: self._queue(work))
+        except BackendError as error:
+            self._captures = False
+            log.warning("steps are not captured as CUDA graphs, which makes them slower: %s", error)
 
     def _queue(self, work: Work) -> None:
         self._buffers.upload(work)

@@ -225,9 +225,9 @@ class StepBuffers:
         )
 
     def _down_layout(self, batch: int, rows: int, *, with_heads: bool) -> Layout:
+        heads = self._heads_arrays(batch) if with_heads else {}  # first: their addresses do not depend on the rows then
         accepted = {ACCEPTED_ROWS: ((batch,), np.int64)} if self._accepts else {}
-        heads = self._heads_arrays(batch) if with_heads else {}
-        return Layout.of(greedy_ids=((batch, rows), np.int64), **accepted, **heads)
+        return Layout.of(**heads, **accepted, greedy_ids=((batch, rows), np.int64))
 
     def _heads_arrays(self, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         shape = (batch, self._manifest.heads.num_heads, self._manifest.heads.top_k)

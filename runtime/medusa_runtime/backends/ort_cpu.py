@@ -44,7 +44,8 @@ class OrtCpuBackend:
             raise BackendError(f"ort-cpu runs ONNX bundles; {bundle} is a {manifest.kind} bundle")
         if manifest.precision not in CACHE_DTYPES:
             raise BackendError(
-                f"ONNX Runtime has no {manifest.precision} kernels for the CPU; export with --dtype fp32 or fp16"
+                f"ONNX Runtime has no {manifest.precision} kernels for the CPU; export with --dtype fp32 or fp16, "
+                "or run it on a GPU (medusa-export doctor says what that takes)"
             )
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ def open_ort_cuda(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
             "the ONNX Runtime that is installed is for the CPU alone; replace it with: "
             "pip uninstall onnxruntime && pip install 'medusa-export[gpu]'"
         )
+    with redirect_stdout(sys.stderr):  # on which it says what it does not find
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries, where they are packages of this Python
     gpu.make_current()
     return GpuBackend(manifest, gpu, OrtCudaExecutor(Path(bundle), manifest, gpu, cuda_graphs=cuda_graphs))
 

@@ -14,7 +14,7 @@ from medusa_runtime.cuda.driver import DeviceMemory, Gpu
 from medusa_runtime.errors import BackendError, MissingExtraError, first_line
 from medusa_runtime.files import replacing
 from medusa_runtime.manifest import HEADS, RUNTIME_CACHE, STEP, Manifest
-from medusa_runtime.plans import FLAVOR_NAMES, open_plan, require_loadable
+from medusa_runtime.plans import FLAVOR_NAMES, open_plan, plan_size, require_loadable
 
 PACKAGES = {"rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}  # by flavour: module and extra
 log = logging.getLogger(__name__)
@@ -68,6 +68,12 @@ class TensorRTExecutor:
 
     def __init__(self, api: Any, bundle: Path, manifest: Manifest, gpu: Gpu, *, cuda_graphs: bool) -> None:
         assert manifest.engine is not None
+        # They go in this order: what was made of others before those.
+        self._bound: dict[tuple[str, str, Shape | None], dict[str, Tensor]] = {}
+        self._contexts: dict[tuple[str, str, Shape | None], Any] = {}  # by graph, profile and, where it is captured, shape
+        self._runtime_cache: Any = None
+        self._configs: list[Any] = []
+        self._engines: dict[str, Any] = {}
         self._api, self._gpu, self._manifest = api, gpu, manifest
         self._is_rtx = manifest.engine.flavor == "rtx"
         self._name = FLAVOR_NAMES[manifest.engine.flavor]
@@ -77,15 +83,16 @@ class TensorRTExecutor:
         self._runtime = api.Runtime(self._log)
         if manifest.engine.lean_runtime:
             self._runtime.engine_host_code_allowed = True  # the plans bring the code along that runs them
-        self._engines = {graph: self._engine(bundle, graph) for graph in (STEP, HEADS)}
+        for graph in (STEP, HEADS):
+            self._engines[graph] = self._engine(bundle, graph)
         self._cache_file = bundle / RUNTIME_CACHE.format(gpu.facts.compute_capability.replace(".", ""))
-        self._runtime_cache = self._load_runtime_cache() if self._is_rtx else None
+        if self._is_rtx:
+            self._runtime_cache = self._load_runtime_cache()
         self._scratch = self._allocate_scratch()
-        self._contexts: dict[tuple[str, str, Shape | None], Any] = {}  # by graph, profile and, where it is captured, shape
-        self._bound: dict[tuple[str, str, Shape | None], dict[str, Tensor]] = {}
 
     def run(self, call: Call) -> None:
         """See `Executor.run`."""
+        self._log.errors.clear()
         captured = self._cuda_graphs and self.can_be_captured
         key = (call.graph, call.profile, call.key if captured else None)
         if key not in self._contexts:
@@ -118,10 +125,13 @@ class TensorRTExecutor:
         """Keep what TensorRT-RTX has compiled for this GPU: the next process then starts in a fraction of the time."""
         if self._runtime_cache is None:
             return
-        compiled = bytes(self._runtime_cache.serialize())
+        compiled = self._runtime_cache.serialize()
+        if compiled is None:
+            log.warning("%s does not tell what it compiled: the next start compiles again", self._name)
+            return
         try:
             with replacing(self._cache_file) as temporary:
-                temporary.write_bytes(compiled)
+                temporary.write_bytes(bytes(compiled))
         except OSError as error:
             log.warning("%s cannot be written (%s): the next start compiles again", self._cache_file, error.strerror or error)
 
@@ -130,7 +140,11 @@ class TensorRTExecutor:
         with open_plan(self._manifest, bundle, graph) as plan:
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
+            needed = plan_size(self._manifest, graph)
+            if needed > self._gpu.free_memory():
+                raise self._gpu.shortage(f"{path.name} of {bundle}", needed)
             raise self._failure(f"cannot load {path}")
+        self._log.errors.clear()
         self._require_contract(engine, graph, path)
         return engine
 
@@ -150,7 +164,7 @@ class TensorRTExecutor:
                 have, want = found.get(name, "missing"), wanted.get(name, "missing")
                 raise BackendError(f"{path} has the tensor {name} as {have}, the manifest says {want}; build the engine again")
         for tensor in facts.outputs:
-            shared, expected = engine.get_aliased_input_tensor(tensor.name), aliases.get(tensor.name)
+            shared, expected = engine.get_aliased_input_tensor(tensor.name) or None, aliases.get(tensor.name)
             if shared != expected:
                 raise BackendError(
                     f"{path} writes {tensor.name} into {shared or 'memory of its own'}, "
@@ -164,11 +178,12 @@ class TensorRTExecutor:
     def _context(self, call: Call) -> Any:
         engine, strategy = self._engines[call.graph], self._api.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._is_rtx:
-            config = engine.create_runtime_config()
+            config = self._config(engine)
             config.set_execution_context_allocation_strategy(strategy)
             graphs = self._api.CudaGraphStrategy
             config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._captures(call) else graphs.DISABLED
-            config.set_runtime_cache(self._runtime_cache)
+            if not config.set_runtime_cache(self._runtime_cache):
+                raise self._failure("does not take its runtime cache")
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
@@ -181,12 +196,18 @@ class TensorRTExecutor:
             raise self._failure(f"cannot set the profile {call.profile}")
         return context
 
+    def _config(self, engine: Any) -> Any:
+        """A runtime configuration, which lives as long as what is made with it may need it."""
+        config = engine.create_runtime_config()
+        self._configs.append(config)
+        return config
+
     def _captures(self, call: Call) -> bool:
         """Whether TensorRT-RTX should capture: shapes of prompts come too rarely again."""
         return self._cuda_graphs and (call.graph == HEADS or call.key is not None)
 
     def _load_runtime_cache(self) -> Any:
-        cache = self._engines[STEP].create_runtime_config().create_runtime_cache()
+        cache = self._config(self._engines[STEP]).create_runtime_cache()
         try:
             compiled = self._cache_file.read_bytes()
         except FileNotFoundError:

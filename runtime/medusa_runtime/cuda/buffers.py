@@ -73,7 +73,7 @@ class Packet:
         if self._device is None or num_bytes > self._device.num_bytes:
             self._device = None  # goes before the new one comes
             self._device, changed = self._gpu.allocate(num_bytes, self._what), True
-        if on_host and (self._host is None or num_bytes > len(self._host.bytes)):
+        if on_host and (self._host is None or num_bytes > self._host.num_bytes):
             self._host, changed = self._gpu.pinned(num_bytes), True
         return changed
 

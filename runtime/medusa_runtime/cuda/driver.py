@@ -6,8 +6,8 @@ returns. The driver's functions are named in the CUDA Driver API reference.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
+from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
 
 NON_BLOCKING = 1  # of a stream: it does not wait for the default one
 THREAD_LOCAL = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"  # other threads may do as they like while this one captures
@@ -67,7 +67,7 @@ class Driver:
         try:
             code, *_ = self.api.cuInit(0)
         except Exception as error:  # the bindings find no library, in an error of their own
-            raise NoGpuError(f"there is no NVIDIA driver on this machine ({first_line(error)})") from error
+            raise NoGpuError("there is no NVIDIA driver on this machine") from error
         if code != self.api.CUresult.CUDA_SUCCESS:
             raise NoGpuError(f"the NVIDIA driver finds no GPU here ({self._name(code)})")
 
@@ -127,6 +127,8 @@ class Gpu:
         self._context = self._driver("cuDevicePrimaryCtxRetain", self._driver("cuDeviceGet", index))
         self.make_current()
         self._stream = self._driver("cuStreamCreate", NON_BLOCKING)
+        self._is_capturing = False
+        self._left: list[tuple[str, Any]] = []  # what was to be given back meanwhile
 
     @property
     def stream(self) -> int:
@@ -152,25 +154,40 @@ class Gpu:
         Raises:
             CapacityError: there is not so much; it says what is needed and what there is.
         """
-        if num_bytes > (free := self.free_memory()):
-            raise CapacityError(
-                f"{what} needs {num_bytes / 1e6:.1f} MB of GPU memory, {free / 1e6:.1f} MB are free on {self.facts.name}; "
-                "lower max_batch_size, or export or build with shorter sequences (--max-seq-len)"
-            )
-        memory = DeviceMemory(self, int(self._driver("cuMemAlloc", max(num_bytes, 1))), num_bytes)
+        try:
+            memory = DeviceMemory(self, int(self._driver("cuMemAlloc", max(num_bytes, 1))), num_bytes)
+        except CapacityError as error:
+            raise self.shortage(what, num_bytes) from error
         self._driver("cuMemsetD8Async", memory.address, 0, max(num_bytes, 1), self._stream)
         return memory
 
+    def shortage(self, what: str, num_bytes: int) -> CapacityError:
+        """What to say where so much memory is not there. What is free is asked late: on Jetson the system may give more."""
+        return CapacityError(
+            f"{what} needs {_told(num_bytes)} of GPU memory, {_told(self.free_memory())} are free on {self.facts.name}; "
+            "lower max_batch_size, or export or build with shorter sequences (--max-seq-len)"
+        )
+
     def give_back(self, function: str, handle: Any) -> None:
         """Free something by that function of the driver, once nothing queued can use it."""
+        if self._is_capturing:  # nothing may be freed then
+            self._left.append((function, handle))
+            return
         with suppress(BackendError):  # the process ends, and the driver has gone before us
             self.make_current()
             self.synchronize()
             self._driver(function, handle)
 
     def pinned(self, num_bytes: int) -> PinnedMemory:
-        """Memory of the host that the GPU reads and writes by itself."""
-        return PinnedMemory(self, int(self._driver("cuMemHostAlloc", max(num_bytes, 1), 0)), max(num_bytes, 1))
+        """Memory of the host that the GPU reads and writes by itself.
+
+        Raises:
+            CapacityError: there is not so much.
+        """
+        try:
+            return PinnedMemory(self, int(self._driver("cuMemHostAlloc", max(num_bytes, 1), 0)), max(num_bytes, 1))
+        except CapacityError as error:
+            raise CapacityError(f"this machine has no {_told(num_bytes)} of memory left that a GPU can reach") from error
 
     def upload(self, target: int, source: PinnedMemory, num_bytes: int) -> None:
         """Queue a copy from the host to the GPU."""
@@ -225,12 +242,18 @@ class Gpu:
         """
         driver, mode = self._driver, getattr(self._driver.api.CUstreamCaptureMode, THREAD_LOCAL)
         driver("cuStreamBeginCapture", self._stream, mode)
+        self._is_capturing = True
         try:
             queue()
         except BaseException:
             driver.api.cuStreamEndCapture(self._stream)  # whatever it says: the stream is usable again
             raise
-        graph = driver("cuStreamEndCapture", self._stream)
+        else:
+            graph = driver("cuStreamEndCapture", self._stream)
+        finally:
+            self._is_capturing = False
+            while self._left:
+                self.give_back(*self._left.pop())
         try:
             return CudaGraph(self, driver("cuGraphInstantiate", graph, 0))
         finally:
@@ -265,18 +288,26 @@ class DeviceMemory:
 
 
 class PinnedMemory:
-    """A piece of the host's memory that the GPU can reach, as an array of bytes."""
+    """A piece of the host's memory that the GPU can reach. It goes when neither it nor an array within it is held any more."""
 
     def __init__(self, gpu: Gpu, address: int, num_bytes: int) -> None:
         self._gpu = gpu
         self.address = address
-        buffer = (ctypes.c_uint8 * num_bytes).from_address(address)
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memoryview(buffer), np.uint8)
+        self.num_bytes = num_bytes
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """NumPy's protocol, by which an array keeps what it is made of: see "The array interface protocol" in its manual."""
+        return {"version": 3, "typestr": "|u1", "shape": (self.num_bytes,), "data": (self.address, False)}
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array within it, at `offset` bytes. Valid only while this object lives."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        return self.bytes[offset : offset + size].view(dtype).reshape(shape)
+        """An array within it, at `offset` bytes."""
+        size = math.prod(shape) * dtype.itemsize
+        return np.asarray(self)[offset : offset + size].view(dtype).reshape(shape)
 
     def __del__(self) -> None:
         self._gpu.give_back("cuMemFreeHost", self.address)
+
+
+def _told(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} KB"
