@@ -1,20 +1,25 @@
 """What `scripts/gpu_check.sh` runs once all is installed: everything that needs a GPU, into one JSON.
 
-    python scripts/gpu_check.py [--output JSON] [--bundle DIR]... [--model DIR --heads DIR]
+    python scripts/gpu_check.py [--output JSON] [--bundle DIR]... [--model DIR --heads DIR] [--timeout SECONDS]
 
-Without bundles the real small model is exported. A part that fails is recorded, and the rest still runs.
+Without bundles the real small model is exported. A part that fails is recorded, and the rest still runs. The JSON is written
+after every part, so what was found is there whatever happens next.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -26,38 +31,59 @@ HEADS = ROOT / "recipes" / "heads" / "smollm2-135m-instruct"
 PRECISIONS = ("fp16", "bf16", "fp32")
 MEDUSA = (sys.executable, "-m", "medusa_export")
 TAIL = 2000  # characters of what a failed command said
+TIMEOUT = 1800  # seconds that a command may take, and the benchmark of a bundle
+BROKEN = (OSError, ValueError, KeyError)  # answers that are not what they should be
 Report = dict[str, Any]
+Run = Callable[..., str]  # `run_command` with the timeout that was asked for
+Part = Callable[[str], AbstractContextManager[Report]]  # `record_part` of this report
 
 
 class Failed(Exception):  # noqa: N818 - a part's end, not an error of ours
     """A part did not succeed; what it said."""
 
 
-def run(*words: object, ends_with: tuple[int, ...] = (0,)) -> str:
-    """A command's stdout.
+def run_command(*words: object, timeout: float, ends_with: tuple[int, ...] = (0,)) -> str:
+    """A command's stdout. It ends with all that it has started, whether it takes too long or is interrupted.
 
     Raises:
-        Failed: its exit code is none of those.
+        Failed: its exit code is none of those, or it took more than `timeout` seconds.
     """
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode not in ends_with:
-        raise Failed(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-TAIL:]}")
-    return done.stdout
+    command = [str(word) for word in words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            out, err = process.communicate()
+            raise Failed(f"not done after {timeout:g} s: {_tail(out, err)}") from error
+    if process.returncode not in ends_with:
+        raise Failed(f"exit code {process.returncode}: {_tail(out, err)}")
+    return out
+
+
+def _tail(out: str, err: str) -> str:
+    return (err or out).strip()[-TAIL:] or "it said nothing"
 
 
 @contextmanager
-def part(report: Report, name: str) -> Iterator[Report]:
-    """A part of the report: what it found, how long it took, and how it failed."""
+def record_part(report: Report, write: Callable[[], object], name: str) -> Iterator[Report]:
+    """A part of the report: what it found, how long it took, and how it failed. Then what there is, is written."""
     started = time.monotonic()
     found: Report = {}
     report[name] = found
     click.echo(f"== {name}", err=True)
     try:
         yield found
-    except (Failed, OSError, ValueError, KeyError) as error:  # commands' failures, and answers that are not what they should be
+    except (Failed, *BROKEN) as error:
         found["failed"] = str(error) or type(error).__name__
         click.echo(f"   failed: {found['failed'].splitlines()[-1]}", err=True)
     found["seconds"] = round(time.monotonic() - started, 1)
+    write()
 
 
 def counted(junit: str) -> Report:
@@ -76,7 +102,7 @@ def counted(junit: str) -> Report:
     return {"passed": passed, "num_failed": len(failures), "failures": failures, "skipped": skips}
 
 
-def tested(found: Report, place: str) -> None:
+def tested(run: Run, found: Report, place: str) -> None:
     """Run the tests. Failures are failures of this part."""
     with tempfile.TemporaryDirectory() as scratch:
         junit = Path(scratch) / "junit.xml"
@@ -87,9 +113,13 @@ def tested(found: Report, place: str) -> None:
         raise Failed(f"{found['num_failed']} tests failed, {found['passed']} passed")
 
 
-def exported(found: Report, model: Path | None, heads: Path, work: Path) -> list[Path]:
+def fetched(run: Run) -> str:
+    """The real small model, which is fetched once."""
+    return run(*MEDUSA, "fetch", "smollm2-135m-instruct").splitlines()[-1]
+
+
+def exported(run: Run, found: Report, source: str, heads: Path, work: Path) -> list[Path]:
     """ONNX bundles of the model in every precision."""
-    source = str(model) if model else run(*MEDUSA, "fetch", "smollm2-135m-instruct").splitlines()[-1]
     bundles = []
     for precision in PRECISIONS:
         target = work / precision
@@ -99,7 +129,7 @@ def exported(found: Report, model: Path | None, heads: Path, work: Path) -> list
     return bundles
 
 
-def built(found: Report, bundles: list[Path], flavor: str, capability: str, work: Path) -> list[Path]:
+def built(run: Run, found: Report, bundles: list[Path], flavor: str, capability: str, work: Path) -> list[Path]:
     """Engines of the bundles for the GPU here. What TensorRT says of one that it cannot build is kept."""
     engines = []
     for bundle in bundles:
@@ -117,22 +147,31 @@ def built(found: Report, bundles: list[Path], flavor: str, capability: str, work
     return engines
 
 
-def validated(found: Report, bundles: list[Path], model: str) -> None:
-    """Every bundle on the GPU against PyTorch."""
+def validated(run: Run, found: Report, bundles: list[Path], model: str) -> None:
+    """Every bundle on the GPU against PyTorch. What keeps one from being compared is kept."""
     for bundle in bundles:
-        run(*MEDUSA, "validate", bundle, "--reference", model, "--device", "cuda", ends_with=(0, 3))
-        facts = json.loads((bundle / "validation.json").read_text())
-        found[bundle.name] = {name: facts[name] for name in ("status", "backend", "processor", "precision")}
-        found[bundle.name] |= json.loads((bundle / "manifest.json").read_text())["validation"]["summary"]
-    if wrong := [name for name, facts in found.items() if facts["status"] != "passed"]:
-        raise Failed(f"not what PyTorch says: {', '.join(wrong)}")
+        try:
+            run(*MEDUSA, "validate", bundle, "--reference", model, "--device", "cuda", ends_with=(0, 3))
+            found[bundle.name] = verdict_of(bundle)
+        except (Failed, *BROKEN) as error:
+            found[bundle.name] = {"failed": str(error)}
+    wrong = {name: "not compared" if "failed" in facts else facts["status"] for name, facts in found.items()}
+    if wrong := {name: status for name, status in wrong.items() if status != "passed"}:
+        raise Failed(f"not what PyTorch says: {', '.join(f'{name} ({status})' for name, status in wrong.items())}")
 
 
-def benchmarked(found: Report, bundles: list[Path], words: list[str]) -> None:
+def verdict_of(bundle: Path) -> Report:
+    """What `medusa-export validate` has left in a bundle."""
+    facts = json.loads((bundle / "validation.json").read_text())
+    summary = json.loads((bundle / "manifest.json").read_text())["validation"]["summary"]
+    return {name: facts[name] for name in ("status", "backend", "processor", "precision")} | summary
+
+
+def benchmarked(run: Run, found: Report, bundles: list[Path], words: list[str], timeout: float) -> None:
     """`bench/gpu.py`; what it measured is kept even where one of the bundles failed."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "gpu.json"
-        run(sys.executable, "bench/gpu.py", *bundles, *words, "-o", target, ends_with=(0, 1))
+        run(sys.executable, "bench/gpu.py", *bundles, *words, "-o", target, timeout=timeout * len(bundles), ends_with=(0, 1))
         found |= json.loads(target.read_text())
     if wrong := [name for name, ways in found["runs"].items() if all("failed" in way for way in ways.values())]:
         raise Failed(f"not measured: {', '.join(wrong)}")
@@ -144,41 +183,48 @@ def why_not(doctor: Report, action: str, what: str) -> str | None:
     return None if found["works"] else found["why"]
 
 
-def check(report: Report, bundles: list[Path], model: Path | None, heads: Path, words: list[str], tests: str) -> None:
-    """All parts, one after the other."""
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for."""
+
+    bundles: list[Path]
+    model: Path | None
+    heads: Path
+    tests: str
+    timeout: float
+    bench: list[str]  # options of bench/gpu.py
+
+
+def check(asked: Asked, report: Report, run: Run, part: Part) -> None:
+    """All parts, one after the other. The doctor's is in the report."""
     doctor, gpu = report["doctor"], report["doctor"]["gpus"][0]
     work = ROOT / "build" / "gpu-check"
     work.mkdir(parents=True, exist_ok=True)
-    with part(report, "tests") as found:
-        tested(found, tests)
+    bundles, source = asked.bundles, str(asked.model) if asked.model else None
+    with part("tests") as found:
+        tested(run, found, asked.tests)
     if not why_not(doctor, "build", "rtx"):
-        with part(report, "rtx_verdict") as found:  # for GPUs that it does not list, too
+        with part("rtx_verdict") as found:  # for GPUs that it does not list, too
             found.update(json.loads(run(sys.executable, "scripts/rtx_verdict.py", gpu["compute_capability"])))
     if not bundles:
-        with part(report, "export") as found:
-            bundles = exported(found, model, heads, work)
+        with part("export") as found:
+            source = source or fetched(run)
+            bundles = exported(run, found, source, asked.heads, work)
     runnable = list(bundles) if not why_not(doctor, "run", "ort-cuda") else []
     for flavor, builds, runs in (("rtx", "rtx", "trt-rtx"), ("tensorrt", "trt", "trt")):
         if why := why_not(doctor, "build", builds) or why_not(doctor, "run", runs):
             report[f"build_{flavor}"] = {"left_out": why}
         elif bundles:
-            with part(report, f"build_{flavor}") as found:
-                runnable += built(found, bundles, flavor, gpu["compute_capability"], work)
-    source = str(model) if model else _fetched(report)
+            with part(f"build_{flavor}") as found:
+                runnable += built(run, found, bundles, flavor, gpu["compute_capability"], work)
+    words = asked.bench
     if runnable and source:
-        with part(report, "validation") as found:
-            validated(found, runnable, source)
-        words = [*words, "--checkpoint", source, "--heads", str(heads)]
+        with part("validation") as found:
+            validated(run, found, runnable, source)
+        words = [*words, "--checkpoint", source, "--heads", str(asked.heads)]
     if runnable:
-        with part(report, "benchmark") as found:
-            benchmarked(found, runnable, words)
-
-
-def _fetched(report: Report) -> str | None:
-    """The model that was exported here, if one was."""
-    if "bundles" not in report.get("export", {}):
-        return None
-    return run(*MEDUSA, "fetch", "smollm2-135m-instruct").splitlines()[-1]
+        with part("benchmark") as found:
+            benchmarked(run, found, runnable, words, asked.timeout)
 
 
 @click.command()
@@ -190,22 +236,37 @@ def _fetched(report: Report) -> str | None:
 @click.option("--limit", type=click.IntRange(min=1), help="For the benchmark: so many of the prompts.")
 @click.option("--max-new-tokens", type=click.IntRange(min=8), help="For the benchmark.")
 @click.option("--tests", default="tests/gpu", show_default=True, help="The tests to run.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=TIMEOUT,
+    show_default=True,
+    help="Seconds for each command, and for a bundle's benchmark.",
+)
 def main(
-    output: Path | None, bundles: tuple[Path, ...], model: Path | None, heads: Path, tests: str, **bench: str | int | None
+    output: Path | None,
+    bundles: tuple[Path, ...],
+    model: Path | None,
+    heads: Path,
+    tests: str,
+    timeout: float,
+    **bench: str | int | None,
 ) -> None:
     """Check everything that needs a GPU."""
     report: Report = {"command": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]}
-    with part(report, "doctor") as found:
+    run = partial(run_command, timeout=timeout)
+    with record_part(report, lambda: None, "doctor") as found:
         found.update(json.loads(run(*MEDUSA, "doctor", "--json")))
     if not report["doctor"].get("gpus"):
         why = report["doctor"].get("why_no_gpu") or report["doctor"].get("failed")
         raise click.ClickException(f"there is no GPU to check: {why}")
-    words = [word for name, value in bench.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
     name = re.sub(r"[^a-z0-9]+", "-", report["doctor"]["gpus"][0]["name"].lower()).strip("-")
     target = output or ROOT / "bench" / "results" / f"gpu_{name}.json"
     write: Callable[[], int] = lambda: target.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
+    write()
+    words = [word for name, value in bench.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
     try:
-        check(report, list(bundles), model, heads, words, tests)
+        check(Asked(list(bundles), model, heads, tests, timeout, words), report, run, partial(record_part, report, write))
     finally:
         write()
     failed = [part for part, found in report.items() if isinstance(found, dict) and "failed" in found]

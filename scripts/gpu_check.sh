@@ -22,7 +22,7 @@ while [ "$left" -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
         --system) system=yes && shift && left=$((left - 1)) && continue ;;
-        --wheels | --python | --venv | --output | --bundle | --model | --heads | --prompts | --max-new-tokens | --limit | --tests) ;;
+        --wheels | --python | --venv | --output | --bundle | --model | --heads | --prompts | --max-new-tokens | --limit | --tests | --timeout) ;;
         *) usage "there is no option $1" ;;
     esac
     [ "$left" -ge 2 ] || usage "$1 needs a value"

@@ -36,6 +36,19 @@ def place(
         MissingExtraError: what would run it is not installed.
     """
     placement = choose_backend(manifest, backend, device)
+    require_usable(placement, threads=threads, cuda_graphs=cuda_graphs)
+    if tell and backend == AUTO:
+        note(f"runs with {placement}")
+    return placement
+
+
+def require_usable(placement: Placement, *, threads: int, cuda_graphs: bool | None) -> None:
+    """Check that a GPU is there where one is needed, and that what was asked for has a meaning there.
+
+    Raises:
+        OptionError: it has none.
+        BackendError: there is no GPU.
+    """
     if placement.backend == ORT_CPU:
         if cuda_graphs is not None:
             flag = "--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"
@@ -44,6 +57,3 @@ def place(
         raise BackendError(f"{placement.backend} needs an NVIDIA GPU: {why}")
     elif threads:
         raise OptionError(f"--threads is for the CPU, the bundle runs on {placement.device}; leave it out or take --device cpu")
-    if tell and backend == AUTO:
-        note(f"runs with {placement}")
-    return placement

@@ -62,8 +62,8 @@ class DraftBatch:
         """Pad drafts to the size of the largest."""
         if len(drafts) == 1:
             one = drafts[0]
-            count = np.array([one.num_nodes], np.int64)
-            return cls(one.tokens[None], one.depths[None], one.mask[None], one.parents[None], count)
+            num_nodes = np.array([one.num_nodes], np.int64)
+            return cls(one.tokens[None], one.depths[None], one.mask[None], one.parents[None], num_nodes)
         batch, width = len(drafts), max(draft.num_nodes for draft in drafts)
         tokens, depths, parents = (np.zeros((batch, width), np.int64) for _ in range(3))
         mask = np.repeat(np.eye(width, dtype=np.bool_)[None], batch, axis=0)

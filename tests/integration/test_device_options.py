@@ -8,14 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
+from medusa_export.validate import runner
 from medusa_export.validate.report import BF16_ON_GPU, QUANTIZED, TOLERANCES, tolerance
 from medusa_runtime import Manifest
-from medusa_runtime.backends import ort_cuda
+from medusa_runtime.backends import Backend, open_backend, ort_cuda
 from medusa_runtime.cuda.devices import find_gpus
 from medusa_runtime.tuning import Tuning
 from tests.support.cli import fails
@@ -75,7 +77,7 @@ def test_every_command_refuses_what_it_cannot_do(
     fails(run(*command, "--device", "tpu"), 2, "the device is 'tpu'; there are: auto, cpu, cuda, cuda:0, cuda:1")
     if find_gpus().why_none is not None:
         fails(run(*command, "--device", "cuda:0"), 1, "ort-cuda needs an NVIDIA GPU: ")
-    if words[0] not in {"validate", "tree"}:
+    if words[0] != "tree":
         message = "--no-cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (asked for)"
         fails(run(*command, "--device", "cpu", "--no-cuda-graphs"), 2, message)
     if words[0] != "distill":
@@ -124,6 +126,29 @@ def test_validation_on_a_gpu_is_of_what_runs_there(make_bundle: Make, make_model
         assert Manifest.load(place).validation.status == "passed"
 
 
+def test_cuda_graphs_are_for_gpus_where_validation_runs_on_the_cpu_by_itself(make_bundle: Make, make_model: Make) -> None:
+    words = ("validate", make_bundle(), "--reference", make_model(), "--cuda-graphs")
+    fails(
+        run(*words), 2, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (where all of an ONNX bundle's graphs"
+    )
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("flag", ["--cuda-graphs", "--no-cuda-graphs"])
+def test_validation_is_of_captured_steps_or_not_as_asked(
+    make_model: Make, engines: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    opened: list[bool | None] = []
+
+    def spy(*places: Any, **options: Any) -> Backend:
+        opened.append(options["cuda_graphs"])
+        return open_backend(*places, **options)
+
+    monkeypatch.setattr(runner, "open_backend", spy)
+    done("validate", engines, "--reference", make_model(), "--max-new-tokens", 8, flag)
+    assert opened == [flag == "--cuda-graphs"]
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_what_keeps_engines_from_being_opened_is_no_verdict(engines: Path, make_model: Make) -> None:
     manifest = Manifest.load(engines)
@@ -153,6 +178,20 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
     )
     assert done("tree", "show", bundle, "--device", "cuda").stdout.startswith("the best fixed tree for batch 1")
     assert done("tree", "show", bundle, "--device", "cpu").stdout.startswith("the bundle's own tree; it is not tuned")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_an_engine_of_one_sequence_is_tuned_within_its_limits(make_bundle: Make, tmp_path: Path) -> None:
+    """Defaults, also those of --quick, are cut to what it takes; what was asked for is refused."""
+    engine = stand_in_engine(make_bundle(), tmp_path / "engine", max_batch_size=1)
+    done("tune", engine, "--quick", "--max-new-tokens", 8)
+    found = Tuning.load(engine)
+    assert found is not None
+    [device] = found.devices.values()
+    assert [batch.batch_size for batch in device.batches] == device.costs.batch_sizes == [1]
+    assert device.backend == "trt-rtx"
+    message = "--batch-sizes asks for 4, the bundle takes 1"
+    fails(run("tune", engine, "--quick", "--batch-sizes", "1,4"), 1, message)
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -31,7 +31,7 @@ from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.cuda.devices import Gpus
 from medusa_runtime.cuda.driver import GpuFacts
-from medusa_runtime.errors import BackendError, BundleError, ExportError, MissingExtraError, OptionError
+from medusa_runtime.errors import BackendError, BundleError, ExportError, OptionError
 from medusa_runtime.manifest import HEADS, STEP, Manifest, QuantizationFacts, ValidationFacts, sha256_of
 
 pytest.importorskip("tensorrt_rtx")
@@ -189,7 +189,6 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
             {"version_compatible": True},
             "--version-compatible is for --flavor tensorrt; with TensorRT-RTX, build",
         ),
-        ({"exclude_lean_runtime": True}, "--exclude-lean-runtime is for --version-compatible engines"),
         (
             {"hardware_compatibility": "ampere-plus"},
             "--hardware-compatibility is for --flavor .* every GPU with --compute-capability",
@@ -220,24 +219,45 @@ def test_bf16_is_refused_where_the_gpu_has_none(get_bundle: GetBundle, tmp_path:
         build_engines(options(bundle, tmp_path / "engine", compute_capabilities=("7.5",)))
 
 
-def test_a_missing_package_names_its_extra(get_bundle: GetBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package, flavor, extra in (("tensorrt", "tensorrt", "trt"), ("tensorrt_rtx", "rtx", "rtx")):
-        monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(MissingExtraError, match=rf"{package} is not installed.*medusa-export\[{extra}\]"):
-            build_engines(options(get_bundle("fp16"), tmp_path / "engine", flavor=flavor))
+INSTALL_RTX = "pip install 'medusa-export[rtx,build]'"
+INSTALL_FULL = "pip install 'medusa-export[trt,build]' --extra-index-url https://pypi.nvidia.com"
+
+
+@pytest.mark.parametrize(
+    ("flavor", "module", "command"), [("tensorrt", "tensorrt", INSTALL_FULL), ("rtx", "tensorrt_rtx", INSTALL_RTX)]
+)
+def test_what_a_flavour_lacks_is_told_with_what_installs_it(
+    get_bundle: GetBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavor: str, module: str, command: str
+) -> None:
+    asked = options(get_bundle("fp16"), tmp_path / "engine", flavor=flavor)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendError, match=f"^{re.escape(f'{module} is not installed; install it with: {command}')}$"):
+        build_engines(asked)
+    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{module}.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file\\nmore')")
+    why = "libraries that it needs are missing (libnvinfer.so.11: cannot open shared object file)"
+    message = f"{module} is installed, but {why}; install them with: {command}"
+    with pytest.raises(BackendError, match=f"^{re.escape(message)}$"):
+        build_engines(asked)
+    (tmp_path / f"{module}.py").write_text("import tensorrt_libs_of_no_version")
+    with pytest.raises(BackendError, match=r"are missing \(No module named 'tensorrt_libs_of_no_version'\)"):
+        build_engines(asked)
 
 
 def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path) -> None:
     source = get_bundle("fp16")
     failed = ValidationFacts(status="failed", report="validation.json")
     for name, changes, message in (
-        ("engines", {"kind": "tensorrt"}, "holds engines already"),
         ("failed", {"validation": failed}, r"failed its validation \(validation\.json\)"),
         ("quantised", {"quantization": QUANTIZED}, r"is quantised \(int8\); build from the float bundle .*--weights"),
         ("graphs", {"graphs": {}}, "graphs: heads, step is missing"),
     ):
         with pytest.raises(BundleError, match=message):
             build_engines(options(edited(source, tmp_path / name, **changes), tmp_path / "engine"))
+    build_engines(options(source, tmp_path / "engines"))
+    with pytest.raises(BundleError, match="holds engines already; build from the ONNX bundle"):
+        build_engines(options(tmp_path / "engines", tmp_path / "engine"))
     damaged = edited(source, tmp_path / "damaged")
     (damaged / "weights.bin").write_bytes(b"")
     with pytest.raises(BundleError, match=r"weights\.bin has 0 bytes"):
@@ -437,16 +457,25 @@ def test_a_timing_cache_is_read_and_written(get_bundle: GetBundle, tmp_path: Pat
 
 @pytest.mark.usefixtures("full_tensorrt")
 def test_full_tensorrt_gets_what_makes_engines_compatible(
-    get_bundle: GetBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    get_bundle: GetBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RTX takes these flags, but for the level, of which it says so."""
+    """RTX takes these flags, but for the level, of which it says so, and it has no lean runtime to put into plans."""
+
+    def without_lean_runtime(tensorrt: TensorRT, *rest: Any) -> Any:
+        config, flags = _config(tensorrt, *rest), tensorrt.api.BuilderFlag
+        assert config.get_flag(flags.VERSION_COMPATIBLE)
+        assert not config.get_flag(flags.EXCLUDE_LEAN_RUNTIME)
+        config.set_flag(flags.EXCLUDE_LEAN_RUNTIME)
+        return config
+
+    monkeypatch.setattr("medusa_export.trt.plan._config", without_lean_runtime)
     asked = options(
         get_bundle("fp16"), tmp_path / "engine", flavor="tensorrt", hardware_compatibility="ampere-plus",
-        version_compatible=True, exclude_lean_runtime=True, opt_level=0, workspace=4000, verbose=True,
+        version_compatible=True, opt_level=0, workspace=4000, verbose=True,
     )  # fmt: skip
     engine = build_engines(asked).engine
     assert engine is not None
-    assert (engine.hardware_compatibility, engine.version_compatible, engine.lean_runtime) == ("ampere-plus", True, False)
+    assert (engine.hardware_compatibility, engine.version_compatible, engine.lean_runtime) == ("ampere-plus", True, True)
     assert engine.built_with == {"gpu": "Some GPU", "cuda": "13.0", "opt_level": "0", "workspace": "4000 MB"}
     log = capsys.readouterr().err
     assert "warning: setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX" in log

@@ -194,7 +194,6 @@ def test_accuracy_comes_from_an_evaluation_where_there_is_one(copy: Path, tmp_pa
     assert after.devices[device_key("ort-cpu")] == before.devices[device_key("ort-cpu")]
     found = after.devices[device_key("ort-cpu", num_threads=other)]
     assert found.accuracy[0] == [0.9, 0.05]
-    assert found.batches[0].dynamic.nodes == found.batches[0].static.nodes > 1  # these heads are said to be good
 
 
 def test_tuning_needs_no_torch(copy: Path) -> None:

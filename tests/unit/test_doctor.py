@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import re
@@ -18,9 +19,10 @@ from click.testing import CliRunner
 
 from medusa_export.cli import main
 from medusa_export.doctor import facts as looking
-from medusa_export.doctor.facts import PACKAGES, Facts, FlavorFacts, find_facts, import_problem
+from medusa_export.doctor.facts import CUDA_LIBRARY, CUDA_PROVIDER, PACKAGES, Facts, FlavorFacts, find_facts
 from medusa_export.doctor.report import as_json, warnings
 from medusa_export.doctor.verdicts import BINDINGS, EXPORT, Verdict, verdicts
+from medusa_export.packages import import_problem
 from medusa_runtime.cuda.devices import Gpus
 from medusa_runtime.cuda.driver import GpuFacts
 
@@ -41,7 +43,7 @@ def facts(gpu: GpuFacts | None = ADA, **changed: Any) -> Facts:
         system="Linux",
         packages=EVERYTHING,
         missing={},
-        providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+        providers=[CUDA_PROVIDER, "CPUExecutionProvider"],
         gpus=gpus,
         flavors={
             "rtx": FlavorFacts("1.7", RTX_CAPABILITIES),
@@ -98,6 +100,43 @@ def test_an_onnx_runtime_for_the_cpu_is_replaced_not_joined() -> None:
         "onnxruntime and onnxruntime-gpu are both"
     )
     assert warnings(facts()) == []
+
+
+def test_a_cuda_provider_without_its_libraries_runs_nothing() -> None:
+    found = told(facts(why_no_cuda="libcublasLt.so.13: cannot open shared object file"))["run ort-cuda"]
+    assert not found.works
+    assert found.why == "ONNX Runtime's CUDA provider does not load: libcublasLt.so.13: cannot open shared object file"
+    assert found.mend == "pip install 'medusa-export[gpu]'"
+    assert as_json(facts(why_no_cuda="a reason"), [])["why_no_cuda_provider"] == "a reason"
+
+
+def install_onnxruntime_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Path:
+    """An ONNX Runtime with a CUDA provider in a directory. Returns where the provider's library is to be."""
+    module: Any = ModuleType("onnxruntime")
+    module.__file__ = str(directory / "__init__.py")
+    module.get_available_providers = lambda: [CUDA_PROVIDER, "CPUExecutionProvider"]
+    module.preload_dlls = lambda: print("Failed to load libcudnn.so.9")
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    library = directory / CUDA_LIBRARY
+    library.parent.mkdir()
+    return library
+
+
+def test_the_cuda_provider_is_loaded_where_there_is_a_gpu_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = install_onnxruntime_gpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(looking, "find_gpus", lambda: NO_GPU)
+    assert find_facts().why_no_cuda is None
+    monkeypatch.setattr(looking, "find_gpus", lambda: Gpus([ADA], "13.0"))
+    assert "libonnxruntime_providers_cuda.so: cannot open shared object file" in str(find_facts().why_no_cuda)
+    library.write_text("no library")
+    assert "libonnxruntime_providers_cuda.so: file too short" in str(find_facts().why_no_cuda)
+    library.unlink()
+    library.symlink_to(importlib.import_module("_ctypes").__file__)  # a library that loads
+    assert find_facts().why_no_cuda is None
+    told = capsys.readouterr()
+    assert (told.out, "Failed to load libcudnn.so.9" in told.err) == ("", True)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +215,7 @@ def test_the_extras_it_names_are_there_and_the_two_onnx_runtimes_never_meet() ->
     assert {"cpu", "gpu", "cuda", "trt", "rtx", "build", "export"} <= extras.keys()
     of_the_cpu = {name for name, needs in extras.items() if any(re.match(r"onnxruntime\b(?!-)", need) for need in needs)}
     assert of_the_cpu == {"cpu"}
+    assert any(need.startswith("onnxruntime-gpu[cuda,cudnn]>=") for need in extras["gpu"])  # nothing else brings CUDA
     for name in ("gpu", "trt", "rtx", "build", "export"):
         assert not any("cpu" in need for need in extras[name] if need.startswith("medusa-export["))
     for name in ("trt", "rtx", "gpu"):

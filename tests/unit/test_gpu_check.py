@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +28,12 @@ JUNIT = """<testsuites><testsuite>
 
 
 @pytest.fixture
-def check() -> ModuleType:
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPTS / "gpu_check.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)  # where its dataclass is looked for
     spec.loader.exec_module(module)
     return module
 
@@ -86,13 +89,55 @@ def test_tests_are_counted_with_their_texts(check: ModuleType) -> None:
 
 def test_what_a_failed_command_says_is_kept(check: ModuleType) -> None:
     report: dict[str, Any] = {}
-    with check.part(report, "fine") as found:
-        found["said"] = check.run(sys.executable, "-c", "print('well')")
-    with check.part(report, "bad"):
-        check.run(sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)")
+    written: list[set[str]] = []
+    write = lambda: written.append(set(report))  # noqa: E731
+    with check.record_part(report, write, "fine") as found:
+        found["said"] = check.run_command(sys.executable, "-c", "print('well')", timeout=60)
+    with check.record_part(report, write, "bad"):
+        check.run_command(sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)", timeout=60)
+    assert written == [{"fine"}, {"fine", "bad"}]
     assert report["fine"]["said"] == "well\n"
     assert "failed" not in report["fine"]
     assert report["bad"]["failed"] == "exit code 3: why"
+
+
+def test_a_command_that_takes_too_long_ends_with_what_it_started(check: ModuleType, tmp_path: Path) -> None:
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    with pytest.raises(check.Failed, match=r"^not done after 5 s: begun$"):
+        check.run_command(sys.executable, "-c", program, timeout=5)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # until whoever takes in orphans has seen that it is gone
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.05)
+
+
+def bundle_in(directory: Path, status: str) -> Path:
+    """What validation leaves of a bundle."""
+    directory.mkdir()
+    facts = {"status": status, "backend": "ort-cuda", "processor": "A GPU", "precision": "fp16"}
+    (directory / "validation.json").write_text(json.dumps(facts))
+    (directory / "manifest.json").write_text(json.dumps({"validation": {"summary": {"greedy": 0.9}}}))
+    return directory
+
+
+def test_a_bundle_that_cannot_be_compared_does_not_keep_the_others_from_it(check: ModuleType, tmp_path: Path) -> None:
+    bundles = [bundle_in(tmp_path / name, status) for name, status in (("a", "passed"), ("b", "failed"), ("c", "passed"))]
+
+    def run(*words: object, ends_with: tuple[int, ...]) -> str:
+        assert ends_with == (0, 3)
+        if bundles[0] in words:
+            raise check.Failed("exit code 1: no memory")
+        return ""
+
+    found: dict[str, Any] = {}
+    with pytest.raises(check.Failed, match=r"^not what PyTorch says: a \(not compared\), b \(failed\)$"):
+        check.validated(run, found, bundles, "model")
+    assert found["a"] == {"failed": "exit code 1: no memory"}  # and not what an earlier validation left there
+    assert (found["b"]["status"], found["c"]["status"], found["c"]["greedy"]) == ("failed", "passed", 0.9)
+    (tmp_path / "c" / "validation.json").write_text("{")
+    with pytest.raises(check.Failed, match=r"c \(not compared\)$"):
+        check.validated(run, {}, bundles[1:], "model")
 
 
 GOOD = {"cuda-graphs": {"failed": "cannot be captured"}, "no-cuda-graphs": {"backend": "ort-cuda"}}
@@ -111,25 +156,28 @@ def test_a_part_that_fails_is_recorded_and_the_rest_still_runs(
     doctor = {"gpus": [{"name": "A GPU (big)", "compute_capability": "9.0"}], "verdicts": verdicts}
     asked: list[tuple[str, ...]] = []
 
-    def run(*words: object, ends_with: tuple[int, ...] = (0,)) -> str:
+    def run(*words: object, timeout: float, ends_with: tuple[int, ...] = (0,)) -> str:
         texts = tuple(str(word) for word in words)
         asked.append(texts)
         if "doctor" in texts:
             return json.dumps(doctor)
         if "pytest" in texts:
             raise check.Failed("exit code 4: no tests")
+        assert timeout == 7
         if "scripts/rtx_verdict.py" in texts:
+            assert json.loads(output.read_text())["tests"]["failed"] == "exit code 4: no tests"  # whatever happens now
             return json.dumps({"CURRENT": {"builds": False}})
         assert "bench/gpu.py" in texts
         Path(texts[-1]).write_text(json.dumps({"runs": {"bad": {"cuda-graphs": {"failed": "no memory"}}, "good": GOOD}}))
         return ""
 
-    monkeypatch.setattr(check, "run", run)
+    output = tmp_path / "bench" / "results" / "gpu_a-gpu-big.json"
+    monkeypatch.setattr(check, "run_command", run)
     monkeypatch.setattr(check, "ROOT", tmp_path)
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    result = CliRunner().invoke(check.main, ["--bundle", str(tmp_path), "--limit", "3"])
+    result = CliRunner().invoke(check.main, ["--bundle", str(tmp_path), "--limit", "3", "--timeout", "7"])
     assert result.exit_code == 1
-    report = json.loads((tmp_path / "bench" / "results" / "gpu_a-gpu-big.json").read_text())
+    report = json.loads(output.read_text())
     assert report["tests"]["failed"] == "exit code 4: no tests"
     assert report["rtx_verdict"]["CURRENT"] == {"builds": False}
     assert report["build_rtx"] == {"left_out": "trt-rtx says why"}

@@ -79,6 +79,6 @@ def test_names_of_tensorrt() -> None:
 
 def test_tensorrt_takes_a_runtime_without_a_gpu_and_refuses_what_is_no_plan() -> None:
     api = pytest.importorskip("tensorrt_rtx")
-    log = trt._log_of(api)
+    log = trt.error_log(api)
     assert api.Runtime(log).deserialize_cuda_engine(b"no plan at all") is None
     assert log.errors

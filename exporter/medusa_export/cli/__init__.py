@@ -31,7 +31,7 @@ EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
-    "cuda": "cuda", "tensorrt": "trt", "tensorrt_rtx": "rtx",
+    "cuda": "cuda",
 }  # fmt: skip
 
 

@@ -74,7 +74,6 @@ def command() -> None:
     help="tensorrt: other GPUs that may run it.",
 )
 @click.option("--version-compatible", is_flag=True, help="tensorrt: let newer runtimes of the same major version run it.")
-@click.option("--exclude-lean-runtime", is_flag=True, help="Leave the runtime out of --version-compatible plans.")
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),

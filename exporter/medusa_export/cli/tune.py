@@ -10,7 +10,7 @@ import click
 from medusa_export.cli.options import decodes_a_bundle
 from medusa_runtime.errors import OptionError
 
-QUICK: dict[str, Any] = {"rounds": 2, "batch_sizes": (1, 4), "lengths": (128,), "max_new_tokens": 32}
+QUICK: dict[str, Any] = {"rounds": 2, "default_batch_sizes": (1, 4), "lengths": (128,), "max_new_tokens": 32}
 
 
 def _sizes(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:

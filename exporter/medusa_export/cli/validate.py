@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import runs_a_bundle, trust_remote_code_option
+from medusa_export.cli.options import decodes_a_bundle, trust_remote_code_option
 
 
 @click.command("validate")
@@ -15,7 +15,7 @@ from medusa_export.cli.options import runs_a_bundle, trust_remote_code_option
 @click.option("--heads", type=click.Path(path_type=Path), help="The heads BUNDLE was made from, to compare them too.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: some of our own]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="A prompt's answer.")
-@runs_a_bundle
+@decodes_a_bundle
 @trust_remote_code_option
 def command(
     bundle: Path,
@@ -27,6 +27,7 @@ def command(
     backend: str,
     device: str,
     threads: int,
+    cuda_graphs: bool | None,
     trust_remote_code: bool,
 ) -> None:
     """Compare BUNDLE with the PyTorch model: logits of prompts and tree paths, and greedy decoding token by token.
@@ -48,6 +49,7 @@ def command(
         backend=backend,
         device=device,
         threads=threads,
+        cuda_graphs=cuda_graphs,
         trust_remote_code=trust_remote_code,
     )
     record(bundle, report)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from medusa_export.trt.flavor import FLAVORS, TensorRT
+from medusa_export.packages import import_problem
+from medusa_export.trt.flavor import FLAVORS, TensorRT, module_of
 from medusa_runtime.cuda.devices import Gpus, find_gpus
 from medusa_runtime.errors import MedusaError, first_line
 
@@ -16,6 +21,8 @@ PACKAGES = (
     "medusa-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13",
     "cuda-bindings", "onnx", "onnx-ir", "torch", "transformers",
 )  # fmt: skip
+CUDA_PROVIDER = "CUDAExecutionProvider"
+CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"  # that provider's, within the module `onnxruntime`
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,12 @@ class Facts:
     providers: list[str]  # of ONNX Runtime
     gpus: Gpus
     flavors: dict[str, FlavorFacts]
+    why_no_cuda: str | None = None  # ONNX Runtime's CUDA provider does not load; not asked where there is no GPU for it
 
 
 def find_facts() -> Facts:
     """Look around. Imports ONNX Runtime and TensorRT where they are installed, and neither PyTorch nor Transformers."""
-    gpus = find_gpus()
+    gpus, providers = find_gpus(), _providers()
     missing = {name: why for name in ("onnxruntime", "cuda.bindings.driver") if (why := import_problem(name))}
     for name in ("onnx", "onnx_ir", "onnxscript", "torch", "transformers", "optimum", "safetensors", "accelerate"):
         if importlib.util.find_spec(name) is None:
@@ -52,21 +60,11 @@ def find_facts() -> Facts:
         system=platform.platform(),
         packages={name: _version(name) for name in PACKAGES},
         missing=missing,
-        providers=[] if "onnxruntime" in missing else _providers(),
+        providers=providers,
         gpus=gpus,
         flavors={flavor: _flavor(flavor) for flavor in FLAVORS},
+        why_no_cuda=_why_no_cuda() if gpus.gpus and CUDA_PROVIDER in providers else None,
     )
-
-
-def import_problem(module: str) -> str | None:
-    """Why a module cannot be imported, in a line; none where it can be."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever a package says when its libraries are not there
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
-            return f"{module} is not installed"
-        return f"{module} does not load: {first_line(error)}"
-    return None
 
 
 def _version(package: str) -> str | None:
@@ -77,12 +75,24 @@ def _version(package: str) -> str | None:
 
 
 def _providers() -> list[str]:
-    return list(importlib.import_module("onnxruntime").get_available_providers())
+    """What this ONNX Runtime was built with; none where there is none."""
+    return [] if import_problem("onnxruntime") else list(importlib.import_module("onnxruntime").get_available_providers())
+
+
+def _why_no_cuda() -> str | None:
+    """What keeps the CUDA provider's library, and with it CUDA's, from being loaded; a session would say less."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    try:
+        with redirect_stdout(sys.stderr):  # on which it says what it does not find
+            onnxruntime.preload_dlls()
+        ctypes.CDLL(str(Path(str(onnxruntime.__file__)).parent / CUDA_LIBRARY))
+    except Exception as error:  # noqa: BLE001 - whatever keeps a library from being loaded
+        return first_line(error)
+    return None
 
 
 def _flavor(flavor: str) -> FlavorFacts:
-    module = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}[flavor]
-    if (why := import_problem(module)) is not None:
+    if (why := import_problem(module_of(flavor))) is not None:
         return FlavorFacts(why_not=why)
     tensorrt = TensorRT.load(flavor)
     try:

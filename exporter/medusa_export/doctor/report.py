@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.doctor.facts import Facts
-from medusa_export.doctor.verdicts import MODULES, Verdict
+from medusa_export.doctor.verdicts import Verdict
+from medusa_export.packages import install_command
+from medusa_runtime.plans import FLAVOR_NAMES
 
 BOTH = (
     "onnxruntime and onnxruntime-gpu are both installed, in one place: keep one, with "
-    "pip uninstall --yes onnxruntime onnxruntime-gpu && pip install 'medusa-export[gpu]'"
+    f"pip uninstall --yes onnxruntime onnxruntime-gpu && {install_command('gpu')}"
 )
 
 
@@ -25,6 +27,7 @@ def as_json(facts: Facts, found: Sequence[Verdict]) -> dict[str, Any]:
         "system": facts.system,
         "packages": facts.packages,
         "onnxruntime_providers": facts.providers,
+        "why_no_cuda_provider": facts.why_no_cuda,
         "gpus": [dataclasses.asdict(gpu) for gpu in facts.gpus.gpus],
         "why_no_gpu": facts.gpus.why_none,
         "cuda_version": facts.gpus.cuda_version,
@@ -51,7 +54,7 @@ def show(facts: Facts, found: Sequence[Verdict], console: Console) -> None:
     _line(console, f"GPUs: {len(facts.gpus.gpus)}; {cuda}")
     for name, flavor in facts.flavors.items():
         known = ", ".join(flavor.compute_capabilities) or "no GPU that is here"
-        _line(console, f"{MODULES[name]}: {flavor.why_not or f'{flavor.version}, builds for {known}'}")
+        _line(console, f"{FLAVOR_NAMES[name]}: {flavor.why_not or f'{flavor.version}, builds for {known}'}")
     table = Table("", "", "here", "why")
     for verdict in found:
         table.add_row(verdict.action, verdict.what, "[green]yes" if verdict.works else "[red]no", verdict.why)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medusa_export.doctor.facts import Facts
+from medusa_export.doctor.facts import CUDA_PROVIDER, Facts
+from medusa_export.packages import install_command
+from medusa_export.trt.flavor import install_flavor
+from medusa_runtime.plans import FLAVOR_NAMES
 
 EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")
 BUILD = ("onnx", "onnx_ir")
 BINDINGS = "cuda.bindings.driver"
-CUDA_PROVIDER = "CUDAExecutionProvider"
 LEAST_CUDA = 13  # that TensorRT's packages are made for
-INSTALL = "pip install 'medusa-export[{}]'"
-NVIDIA_INDEX = " --extra-index-url https://pypi.nvidia.com"  # where full TensorRT's libraries are
 REPLACE = "pip uninstall --yes onnxruntime && "
-MODULES = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-EXTRAS = {"rtx": "rtx", "tensorrt": "trt"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def verdicts(facts: Facts) -> list[Verdict]:
 
 def _export(facts: Facts) -> Verdict:
     if problems := _missing(facts, EXPORT):
-        return Verdict("export", "onnx", works=False, why=problems, mend=INSTALL.format("export"))
+        return Verdict("export", "onnx", works=False, why=problems, mend=install_command("export"))
     return Verdict("export", "onnx", works=True, why=f"PyTorch {facts.packages['torch']}")
 
 
@@ -54,8 +52,8 @@ def _build(facts: Facts, flavor: str, name: str) -> Verdict:
     missing = "; ".join(filter(None, (found.why_not, _missing(facts, BUILD))))
     if missing:
         why = missing if flavor == "rtx" else _with_gpu(facts, missing)
-        return Verdict("build", name, works=False, why=why, mend=_install(flavor, "build"))
-    title = f"{MODULES[flavor]} {found.version}"
+        return Verdict("build", name, works=False, why=why, mend=install_flavor(flavor, "build"))
+    title = f"{FLAVOR_NAMES[flavor]} {found.version}"
     if not found.compute_capabilities:
         return Verdict("build", name, works=False, why=f"{title} builds for the GPU it runs on; {_no_gpu(facts)}")
     unknown = "" if flavor == "tensorrt" else "".join(f"; {left}" for left in _left_out(facts, flavor))
@@ -64,7 +62,7 @@ def _build(facts: Facts, flavor: str, name: str) -> Verdict:
 
 def _run_on_cpu(facts: Facts) -> Verdict:
     if problem := facts.missing.get("onnxruntime"):
-        return Verdict("run", "ort-cpu", works=False, why=problem, mend=INSTALL.format("cpu"))
+        return Verdict("run", "ort-cpu", works=False, why=problem, mend=install_command("cpu"))
     return Verdict("run", "ort-cpu", works=True, why=f"ONNX Runtime {_onnxruntime(facts)}")
 
 
@@ -74,10 +72,13 @@ def _run_on_gpu(facts: Facts) -> Verdict:
     if is_for_cpu:
         problems = "; ".join(filter(None, (f"ONNX Runtime {_onnxruntime(facts)} is for the CPU alone", problems)))
     if problems:
-        mend, why = INSTALL.format("gpu"), _with_gpu(facts, problems)
+        mend, why = install_command("gpu"), _with_gpu(facts, problems)
         return Verdict("run", "ort-cuda", works=False, why=why, mend=REPLACE + mend if is_for_cpu else mend)
     if not facts.gpus.gpus:
         return Verdict("run", "ort-cuda", works=False, why=_no_gpu(facts))
+    if facts.why_no_cuda:
+        why = f"ONNX Runtime's CUDA provider does not load: {facts.why_no_cuda}"
+        return Verdict("run", "ort-cuda", works=False, why=why, mend=install_command("gpu"))
     return Verdict("run", "ort-cuda", works=True, why=f"ONNX Runtime {_onnxruntime(facts)}, {_gpus(facts)}")
 
 
@@ -85,17 +86,17 @@ def _run_engines(facts: Facts, flavor: str, name: str) -> Verdict:
     found = facts.flavors[flavor]
     missing = "; ".join(filter(None, (found.why_not, _missing(facts, (BINDINGS,)))))
     if missing:
-        return Verdict("run", name, works=False, why=_with_gpu(facts, missing), mend=_install(flavor))
+        return Verdict("run", name, works=False, why=_with_gpu(facts, missing), mend=install_flavor(flavor))
     if not facts.gpus.gpus:
         return Verdict("run", name, works=False, why=_no_gpu(facts))
     cuda = facts.gpus.cuda_version or "0"
     if int(cuda.partition(".")[0]) < LEAST_CUDA:
-        why = f"{MODULES[flavor]} {found.version} needs CUDA {LEAST_CUDA}, the driver knows {cuda}; update the driver"
+        why = f"{FLAVOR_NAMES[flavor]} {found.version} needs CUDA {LEAST_CUDA}, the driver knows {cuda}; update the driver"
         return Verdict("run", name, works=False, why=why)
     left_out = _left_out(facts, flavor)
     if len(left_out) == len(facts.gpus.gpus):
         return Verdict("run", name, works=False, why=f"{'; '.join(left_out)}; take ort-cuda or full TensorRT")
-    return Verdict("run", name, works=True, why=f"{MODULES[flavor]} {found.version}, {_gpus(facts)}")
+    return Verdict("run", name, works=True, why=f"{FLAVOR_NAMES[flavor]} {found.version}, {_gpus(facts)}")
 
 
 def _left_out(facts: Facts, flavor: str) -> list[str]:
@@ -104,7 +105,7 @@ def _left_out(facts: Facts, flavor: str) -> list[str]:
     if flavor == "tensorrt":
         return []
     return [
-        f"{gpu.name} ({gpu.compute_capability}) is none that {MODULES[flavor]} builds for ({', '.join(known)})"
+        f"{gpu.name} ({gpu.compute_capability}) is none that {FLAVOR_NAMES[flavor]} builds for ({', '.join(known)})"
         for gpu in facts.gpus.gpus
         if gpu.compute_capability not in known
     ]
@@ -112,11 +113,6 @@ def _left_out(facts: Facts, flavor: str) -> list[str]:
 
 def _missing(facts: Facts, modules: Sequence[str]) -> str:
     return "; ".join(facts.missing[name] for name in modules if name in facts.missing)
-
-
-def _install(flavor: str, *more: str) -> str:
-    command = INSTALL.format(",".join((EXTRAS[flavor], *more)))
-    return command + NVIDIA_INDEX if flavor == "tensorrt" else command
 
 
 def _onnxruntime(facts: Facts) -> str:

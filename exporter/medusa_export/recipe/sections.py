@@ -16,7 +16,7 @@ from medusa_heads.train.settings import TrainSettings
 SECTIONS = ("distill", "train", "onnx", "validate")
 ELSEWHERE = {"model", "output", "heads", "bundle", "reference", "force"}  # from other steps, or the command that runs all
 MACHINE = {"device", "threads"}  # where a step runs: this changes nothing that it makes
-ON_CPU = {"backend", "device", "threads"}  # a recipe's ONNX bundle is validated where all its graphs run
+ON_CPU = {"backend", "device", "threads", "cuda_graphs"}  # a recipe's ONNX bundle is validated where all its graphs run
 TRUST = {"trust_remote_code"}  # is given by who runs a recipe, not by who wrote it
 
 

@@ -86,7 +86,7 @@ def _fill(directory: Path, design: Design) -> Manifest:
         weights=options.weights,
         hardware_compatibility=options.hardware_compatibility,
         version_compatible=options.version_compatible,
-        lean_runtime=options.version_compatible and not options.exclude_lean_runtime,
+        lean_runtime=options.version_compatible,
         built_with=_built_with(options),
         device_memory=design.device_memory(),
         shared_weights=shared,

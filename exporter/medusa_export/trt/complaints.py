@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 MAX_NODES = 10
@@ -18,28 +18,6 @@ _CAUSES = (  # in what was said → what it comes from
     (("hw-specific datatypes",), "leave that GPU out, or use other --weights"),
     (("dedicated kernel",), "TensorRT has no kernel for attention of this dtype or shape"),
 )
-
-
-def error_log(trt: Any, tell: Callable[[str], None] | None = None) -> Any:
-    """A logger that keeps errors, in order.
-
-    Args:
-        trt: the flavour's module.
-        tell: is told all that is logged.
-    """
-
-    class ErrorLog(trt.ILogger):  # type: ignore[misc]  # a class of a module that is known only now
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-            if tell is not None:
-                tell(f"{severity.name.lower()}: {message}")
-
-    return ErrorLog()
 
 
 def parser_complaints(parser: Any) -> list[str]:

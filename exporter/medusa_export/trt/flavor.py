@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from medusa_export.packages import install_command, is_absent
+from medusa_runtime.backends.trt import PACKAGES
 from medusa_runtime.cuda.devices import find_gpus
-from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+from medusa_runtime.errors import BackendError, OptionError, first_line
 from medusa_runtime.plans import FLAVOR_NAMES
 
 Flavor = Literal["rtx", "tensorrt"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 DEFAULT_RTX_CAPABILITY = "8.9"
-_PACKAGES: dict[Flavor, tuple[str, str]] = {"rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
+NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"  # where full TensorRT's libraries are
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class TensorRT:
 
         Raises:
             OptionError: there is no such flavour.
-            MissingExtraError: its package, or a library that it loads, is not installed.
+            BackendError: its package, or a library that it loads, is not installed.
         """
-        for known, (package, extra) in _PACKAGES.items():
+        for known in FLAVORS:
             if known == flavor:
                 try:
-                    return cls(known, importlib.import_module(package))
-                except (ImportError, OSError) as error:  # OSError: the package is there, its libraries are not
-                    raise MissingExtraError(package, extra) from error
+                    return cls(known, importlib.import_module(module_of(known)))
+                except (ImportError, OSError) as error:
+                    raise _missing(known, error) from error
         raise OptionError(f"--flavor is {flavor!r}; there are: {', '.join(FLAVORS)}")
 
     @property
@@ -98,10 +100,29 @@ class TensorRT:
                 config.set_compute_capability(self.api.ComputeCapability.__members__[_member(capability)], index)
 
 
+def module_of(flavor: str) -> str:
+    """The module that a flavour is imported as."""
+    return PACKAGES[flavor][0]
+
+
+def install_flavor(flavor: str, *more: str) -> str:
+    """The command that installs a flavour, and further extras with it."""
+    command = install_command(PACKAGES[flavor][1], *more)
+    return f"{command} {NVIDIA_INDEX}" if flavor == "tensorrt" else command
+
+
 def gpu_here() -> dict[str, str]:
     """The first GPU of this machine and the CUDA version that its driver knows; empty where there is none."""
     found = find_gpus()
     return {"gpu": found.gpus[0].name, "cuda": found.cuda_version or "unknown"} if found.gpus else {}
+
+
+def _missing(flavor: Flavor, error: Exception) -> BackendError:
+    module, command = module_of(flavor), install_flavor(flavor, "build")
+    if is_absent(module, error):
+        return BackendError(f"{module} is not installed; install it with: {command}")
+    why = first_line(error)
+    return BackendError(f"{module} is installed, but libraries that it needs are missing ({why}); install them with: {command}")
 
 
 def _dotted(member: str) -> str:

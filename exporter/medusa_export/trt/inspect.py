@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from medusa_export.trt.complaints import error_log, first_complaint
+from medusa_export.trt.complaints import first_complaint
 from medusa_export.trt.flavor import TensorRT
+from medusa_runtime.backends.trt import error_log
 from medusa_runtime.cuda.devices import find_gpus
-from medusa_runtime.errors import BackendError, BundleError, MissingExtraError
+from medusa_runtime.errors import BackendError, BundleError
 from medusa_runtime.manifest import EngineFacts, GraphFacts, Limits, Manifest, Precision
 from medusa_runtime.plans import open_plan, require_loadable
 
@@ -68,7 +67,7 @@ def inspect_engines(bundle: Path) -> Inspection:
             engines = {name: _built(tensorrt, manifest, bundle, name) for name in manifest.graphs}
         else:
             loads_here = f"nobody can tell without a GPU ({find_gpus().why_none}); layers and memory need one, too"
-    except (BackendError, MissingExtraError) as error:
+    except BackendError as error:
         loads_here = f"no: {error}"
     return Inspection(
         model=manifest.model.name,
@@ -103,17 +102,16 @@ def _headers(tensorrt: TensorRT, manifest: Manifest, bundle: Path) -> dict[str, 
 
 
 def _built(tensorrt: TensorRT, manifest: Manifest, bundle: Path, name: str) -> BuiltEngine:
-    with _engine(tensorrt, manifest, bundle, name) as engine:
-        told = engine.create_engine_inspector().get_engine_information(tensorrt.api.LayerInformationFormat.JSON)
-        layers = json.loads(told).get("Layers", [])
-        return BuiltEngine(
-            device_memory=engine.device_memory_size_v2,
-            layers=[layer if isinstance(layer, str) else layer["Name"] for layer in layers],
-        )
+    engine = _engine(tensorrt, manifest, bundle, name)
+    told = engine.create_engine_inspector().get_engine_information(tensorrt.api.LayerInformationFormat.JSON)
+    layers = json.loads(told).get("Layers", [])
+    return BuiltEngine(
+        device_memory=engine.device_memory_size_v2,
+        layers=[layer if isinstance(layer, str) else layer["Name"] for layer in layers],
+    )
 
 
-@contextmanager
-def _engine(tensorrt: TensorRT, manifest: Manifest, bundle: Path, name: str) -> Iterator[Any]:
+def _engine(tensorrt: TensorRT, manifest: Manifest, bundle: Path, name: str) -> Any:
     trt = tensorrt.api
     log = error_log(trt)
     runtime = trt.Runtime(log)
@@ -126,4 +124,4 @@ def _engine(tensorrt: TensorRT, manifest: Manifest, bundle: Path, name: str) -> 
             f"{tensorrt.name} cannot load {bundle / manifest.graphs[name].file}: {first_complaint(log.errors)}; "
             "build the engines again"
         )
-    yield engine
+    return engine  # it keeps its runtime, and that its log, alive

@@ -9,9 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from medusa_export.trt.complaints import error_log, first_complaint, parser_complaints
+from medusa_export.trt.complaints import first_complaint, parser_complaints
 from medusa_export.trt.flavor import TensorRT
 from medusa_export.trt.memory import MappedWeights
+from medusa_runtime.backends.trt import error_log
 from medusa_runtime.errors import ExportError
 from medusa_runtime.manifest import GraphFacts
 

@@ -33,7 +33,6 @@ class EngineOptions:
     strip_weights: bool = False
     hardware_compatibility: HardwareCompatibility = "none"
     version_compatible: bool = False
-    exclude_lean_runtime: bool = False
     timing_cache: Path | None = None
     workspace: int | None = None  # MB; none: what TensorRT takes
     opt_level: int | None = None  # none: TensorRT's default
@@ -100,8 +99,6 @@ def require_flavor_takes(options: EngineOptions, tensorrt: TensorRT) -> None:
         _require_range("--opt-level", options.opt_level, 0, MAX_OPT_LEVEL)
     if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
         raise OptionError(f"--timing-cache is {options.timing_cache}, whose directory does not exist; make it first")
-    if options.exclude_lean_runtime and not options.version_compatible:
-        raise OptionError("--exclude-lean-runtime is for --version-compatible engines: others bring no runtime along")
     if options.strip_weights and options.weights != "as-is":
         raise OptionError(f"--strip-weights leaves out what the bundle holds, which are no {options.weights} weights")
     if tensorrt.flavor == "rtx":

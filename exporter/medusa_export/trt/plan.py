@@ -75,8 +75,6 @@ def _config(tensorrt: TensorRT, builder: Any, capabilities: Sequence[str], optio
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * 1_000_000)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.exclude_lean_runtime:
-        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if options.hardware_compatibility != "none":
         level = options.hardware_compatibility.upper().replace("-", "_")
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)

@@ -46,6 +46,7 @@ class TuneOptions:
     evaluation: Path | None = None
     prompts: Path | None = None
     batch_sizes: tuple[int, ...] = ()
+    default_batch_sizes: tuple[int, ...] = BATCH_SIZES  # where none are asked for, those that the bundle takes
     max_nodes: int = MAX_NODES
     lengths: tuple[int, ...] = ()
     max_new_tokens: int = 64
@@ -70,7 +71,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     manifest = _checked(options.bundle)
     evaluation = _evaluation(options, manifest)
     texts = read_prompts(options.prompts) if options.prompts else PROMPTS
-    batch_sizes = _batch_sizes(options.batch_sizes, manifest.limits)
+    batch_sizes = _batch_sizes(options, manifest.limits)
     max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
     placement = place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
     with stage("open the bundle"):
@@ -296,8 +297,8 @@ def read_evaluation(path: Path) -> Evaluation:
         ) from error
 
 
-def _batch_sizes(wanted: Sequence[int], limits: Limits) -> list[int]:
-    largest = limits.max_batch_size
+def _batch_sizes(options: TuneOptions, limits: Limits) -> list[int]:
+    wanted, largest = options.batch_sizes, limits.max_batch_size
     if wanted and largest is not None and max(wanted) > largest:
         raise CapacityError(f"--batch-sizes asks for {max(wanted)}, the bundle takes {largest}")
-    return sorted({size for size in wanted or BATCH_SIZES if largest is None or size <= largest})
+    return sorted({size for size in wanted or options.default_batch_sizes if largest is None or size <= largest})

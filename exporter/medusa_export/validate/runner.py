@@ -75,10 +75,17 @@ class BundleSide:
     """The bundle's answers, logits included, on its graphs of one target."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, placement: Placement, target: str = PORTABLE, *, num_threads: int = 0
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        placement: Placement,
+        target: str = PORTABLE,
+        *,
+        num_threads: int = 0,
+        cuda_graphs: bool | None = None,
     ) -> None:
         self.backend: Backend = open_backend(
-            bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads
+            bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads, cuda_graphs=cuda_graphs
         )
         self.target = target
         self._last_row = 0  # of the last step

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from medusa_export.export import require_matching
-from medusa_export.placement import AUTO, place
+from medusa_export.placement import AUTO, place, require_usable
 from medusa_export.progress import console, note, stage
 from medusa_export.provenance import provenance
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
@@ -45,6 +45,7 @@ def validate(
     backend: str = AUTO,
     device: str = AUTO,
     threads: int = 0,
+    cuda_graphs: bool | None = None,
     trust_remote_code: bool = False,
 ) -> ValidationReport:
     """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
@@ -65,7 +66,7 @@ def validate(
     manifest = Manifest.load(bundle)
     if not prompts:
         raise OptionError("there is no prompt to validate with")
-    placement = _placement(manifest, backend, device, threads)
+    placement = _placement(manifest, backend, device, threads=threads, cuda_graphs=cuda_graphs)
     on_gpu = placement.backend != ORT_CPU
     report = ValidationReport(
         reference=reference,
@@ -95,7 +96,7 @@ def validate(
                 if given is not None and report.quantization is not None:
                     report.notes.append("the heads are quantised too: what that changes is in the manifest, as tokens a step")
                 for target, variant in by_target(runnable_manifest, placement.backend).items():
-                    side = BundleSide(runnable, variant, placement, target, num_threads=threads)
+                    side = BundleSide(runnable, variant, placement, target, num_threads=threads, cuda_graphs=cuda_graphs)
                     _compare(report, encoded, new_tokens, side, torch_side, given)
                     side.backend.close()
                     del side  # its weights, before the next one's are read
@@ -107,9 +108,10 @@ def validate(
     return report
 
 
-def _placement(manifest: Manifest, backend: str, device: str, threads: int) -> Placement:
+def _placement(manifest: Manifest, backend: str, device: str, *, threads: int, cuda_graphs: bool | None) -> Placement:
     if (backend, device, manifest.kind) != (AUTO, AUTO, "onnx"):
-        return place(manifest, backend, device, threads=threads)
+        return place(manifest, backend, device, threads=threads, cuda_graphs=cuda_graphs)
+    require_usable(ON_CPU, threads=threads, cuda_graphs=cuda_graphs)
     note(f"runs with {ON_CPU}")
     return ON_CPU
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
     package, extra = PACKAGES[manifest.engine.flavor]
     try:
         api = importlib.import_module(package)
-    except (ImportError, OSError) as error:  # OSError: the package is there, its libraries are not
+    except OSError as error:
+        raise BackendError(f"{package} is installed, but libraries that it needs are missing ({first_line(error)})") from error
+    except ImportError as error:
         raise MissingExtraError(package, extra) from error
     require_loadable(
         manifest,
@@ -79,7 +82,7 @@ class TensorRTExecutor:
         self._name = FLAVOR_NAMES[manifest.engine.flavor]
         self._cuda_graphs = cuda_graphs
         self.can_be_captured = not self._is_rtx
-        self._log = _log_of(api)
+        self._log = error_log(api)
         self._runtime = api.Runtime(self._log)
         if manifest.engine.lean_runtime:
             self._runtime.engine_host_code_allowed = True  # the plans bring the code along that runs them
@@ -225,10 +228,15 @@ class TensorRTExecutor:
         return BackendError(f"{self._name} {what}: {first_line(Exception(reason))}")
 
 
-def _log_of(api: Any) -> Any:
-    class ErrorLog(api.ILogger):  # type: ignore[misc]  # a class of a module that is known only now
-        """Keeps errors, in order: the first is the cause."""
+def error_log(api: Any, tell: Callable[[str], None] | None = None) -> Any:
+    """A logger for TensorRT that keeps errors, in order: the first is the cause.
 
+    Args:
+        api: the module `tensorrt` or `tensorrt_rtx`.
+        tell: is told all that is logged.
+    """
+
+    class ErrorLog(api.ILogger):  # type: ignore[misc]  # a class of a module that is known only now
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -236,5 +244,7 @@ def _log_of(api: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= api.ILogger.ERROR:
                 self.errors.append(message)
+            if tell is not None:
+                tell(f"{severity.name.lower()}: {message}")
 
     return ErrorLog()
