@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
+from medusa_export.checkpoint import Backbone, load_backbone
+from medusa_export.progress import stage
 from medusa_runtime.errors import OptionError
 from medusa_runtime.manifest import Precision
 
@@ -29,3 +33,24 @@ def fast_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"  # noqa: SLF001 - PyTorch's own question
+
+
+def load_on_device(source: str, dtype: str, device: str, *, trust_remote_code: bool) -> Backbone:
+    """A backbone to run as it is, where it runs.
+
+    Args:
+        source: a directory, a hub id or a GGUF file.
+        dtype: a precision, or `auto` for the fast one there.
+        device: see `torch_device`.
+        trust_remote_code: run Python code that comes with it.
+
+    Raises:
+        OptionError: there is no such device here.
+        CheckpointError: it cannot be loaded.
+    """
+    place = torch_device(device)
+    precision = fast_precision(place) if dtype == "auto" else cast(Precision, dtype)
+    with stage(f"load {source}"):
+        backbone = load_backbone(source, precision, attention="sdpa", trust_remote_code=trust_remote_code)
+    backbone.model.to(place)  # type: ignore[arg-type] # PreTrainedModel's own wrapper has lost torch's signature
+    return backbone

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.checkpoint import load_backbone, load_tokenizer
-from medusa_export.devices import fast_precision, torch_device
+from medusa_export.checkpoint import load_tokenizer
+from medusa_export.devices import load_on_device
 from medusa_export.export import require_matching
 from medusa_export.progress import count_stage, stage
 from medusa_heads.evaluate import evaluate as judge
@@ -61,25 +61,16 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         torch.set_num_threads(options.threads)
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
     examples = _examples(options, codec)
-    device = torch_device(options.device)
-    precision = fast_precision(device) if options.dtype == "auto" else options.dtype
-    with stage(f"load {options.model}"):
-        backbone = load_backbone(
-            options.model,
-            precision,  # type: ignore[arg-type] # click has checked it
-            attention="sdpa",
-            trust_remote_code=options.trust_remote_code,
-        )
+    backbone = load_on_device(options.model, options.dtype, options.device, trust_remote_code=options.trust_remote_code)
     require_matching(heads, backbone, options.heads)
     if options.max_length > backbone.max_seq_len:
         raise OptionError(f"--max-length is {options.max_length}, the model takes {backbone.max_seq_len}; lower it")
     model = backbone.model
-    model.to(device)  # type: ignore[arg-type] # PreTrainedModel's own wrapper has lost torch's signature
     with _hidden_directory(options) as directory, count_stage("hidden states") as tell:
         states = _states(model, examples, directory, tell)
         with stage("judge"):
             return judge(
-                heads.to(device, model.dtype),
+                heads.to(model.device, model.dtype),
                 model.get_output_embeddings(),
                 states,
                 digest=own_digest,

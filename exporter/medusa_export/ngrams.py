@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from medusa_export.checkpoint import load_backbone, load_tokenizer
-from medusa_export.devices import fast_precision, torch_device
+from medusa_export.checkpoint import load_tokenizer
+from medusa_export.devices import load_on_device
 from medusa_export.export import require_matching
 from medusa_export.progress import count_stage, note, stage
 from medusa_export.training import examples_without
@@ -54,18 +54,9 @@ def make_ngrams(options: NGramOptions) -> Path:
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
     examples, _ = examples_without(options.data, options.exclude, codec, options.max_length)
     training, held_out = split(examples, options.held_out)
-    device = torch_device(options.device)
-    precision = fast_precision(device) if options.dtype == "auto" else options.dtype
-    with stage(f"load {options.model}"):
-        backbone = load_backbone(
-            options.model,
-            precision,  # type: ignore[arg-type] # click has checked it
-            attention="sdpa",
-            trust_remote_code=options.trust_remote_code,
-        )
+    backbone = load_on_device(options.model, options.dtype, options.device, trust_remote_code=options.trust_remote_code)
     require_matching(heads, backbone, options.heads)
     model = backbone.model
-    model.to(device)  # type: ignore[arg-type] # PreTrainedModel's own wrapper has lost torch's signature
     states = None
     with tempfile.TemporaryDirectory(prefix="medusa-export-") as directory, count_stage("hidden states") as tell:
         if held_out:
@@ -74,7 +65,7 @@ def make_ngrams(options: NGramOptions) -> Path:
                 model, held_out, Path(directory), identity=identity, tell=lambda done: tell(done, 0, done, total)
             )
         with stage("count and fit"):
-            heads = heads.to(device, model.dtype)
+            heads = heads.to(model.device, model.dtype)
             ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states)
     if ngrams is None:
         raise OptionError("the answers are too short, or too few, to count n-grams in")

@@ -19,7 +19,7 @@ from medusa_runtime.sampling import Guide
 from medusa_runtime.service import Handle, Request, Worker
 from medusa_runtime.text import Prompt, TextCodec
 from medusa_runtime.tree import CandidateTree, DynamicTree
-from medusa_runtime.tuning import device_key, tuned
+from medusa_runtime.tuning import DeviceTuning, device_key, tuned
 
 if TYPE_CHECKING:
     from medusa_runtime.grammar import GrammarCompiler
@@ -108,14 +108,10 @@ class MedusaLM:
             max_batch_size = min(DEFAULT_BATCH_SIZE, manifest.limits.max_batch_size or DEFAULT_BATCH_SIZE)
         check_batch_size(manifest, max_batch_size)
         if costs == "auto":
-            costs = "learn"
-            if (
-                found := tuned(path, manifest, device_key(place.backend, num_threads=num_threads, processor=place.processor))
-            ) is not None:
-                prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
-                lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
-                tuned_tree, tuned_costs = found.choice(max_batch_size, lookup_nodes)
-                tree, costs = (tuned_tree, tuned_costs) if tree is None else (tree, found.costs)
+            key = device_key(place.backend, num_threads=num_threads, processor=place.processor)
+            tree, costs, prompt_lookup = _tuned_choice(
+                tuned(path, manifest, key), manifest, max_batch_size, tree, prompt_lookup
+            )
         tree = tree or DynamicTree(len(manifest.tree["parents"]))
         if costs == "measure":
             costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
@@ -233,3 +229,20 @@ class MedusaLM:
             self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)
         guide = self._grammars.compile(options.structure)
         return [guide, *(guide.copy() for _ in range(options.n - 1))]
+
+
+def _tuned_choice(
+    found: DeviceTuning | None,
+    manifest: Manifest,
+    max_batch_size: int,
+    tree: CandidateTree | DynamicTree | None,
+    prompt_lookup: bool | None,
+) -> tuple[CandidateTree | DynamicTree | None, StepCosts | Literal["learn"] | None, bool | None]:
+    """Tree, costs and prompt lookup from a device's tuning, where there is one; what the caller says comes first."""
+    if found is None:
+        return tree, "learn", prompt_lookup
+    prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
+    if tree is not None:
+        return tree, found.costs, prompt_lookup
+    lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
+    return *found.choice(max_batch_size, lookup_nodes), prompt_lookup
