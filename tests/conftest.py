@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+if threading.current_thread() is threading.main_thread():  # a shell's background jobs ignore it, and so would what is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = "the quick brown fox jumps over the lazy dog while a small model learns to speak in many words at once"
 

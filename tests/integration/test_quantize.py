@@ -27,6 +27,7 @@ from medusa_runtime.manifest import HEADS, ORT_CPU, PORTABLE, STEP, WEIGHTS_NAME
 from medusa_runtime.ngrams import NGRAMS_NAME, NUM_WEIGHTS, NGrams
 from medusa_runtime.text import TextCodec
 from tests.support.cli import fails
+from tests.support.engines import stand_in_engine
 from tests.support.models import VOCAB_SIZE, save_random_heads
 
 Make = Callable[..., Path]
@@ -451,7 +452,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         "half": lambda: changed(exported(), tmp_path / "half"),
         "gpt2": lambda: exported("gpt2"),
         "model": lambda: make_model("llama", **MODELS["llama"]),
-        "engines": lambda: changed(exported(), tmp_path / "engines"),
+        "engines": lambda: stand_in_engine(exported(), tmp_path / "engines"),
         "damaged": lambda: changed(exported(), tmp_path / "damaged"),
         "prompts": lambda: tmp_path / "prompts.txt",
     }
@@ -463,11 +464,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 
 def changed(bundle: Path, place: Path) -> Path:
-    """A copy of a bundle that says it holds engines or is in fp16, or whose weights are cut short."""
+    """A copy of a bundle that says it is in fp16, or whose weights are cut short."""
     shutil.copytree(bundle, place)
     if place.name == "damaged":
         (place / WEIGHTS_NAME).write_bytes(b"")
     else:
-        changes = {"engines": {"kind": "tensorrt"}, "half": {"precision": "fp16"}}
-        Manifest.load(place).model_copy(update=changes[place.name]).save(place)
+        Manifest.load(place).model_copy(update={"precision": "fp16"}).save(place)
     return place
