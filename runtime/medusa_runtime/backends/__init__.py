@@ -9,9 +9,9 @@ from pathlib import Path
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 from medusa_runtime.cuda.devices import find_gpus, parse_device
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.manifest import ORT_CPU, ORT_CUDA, Manifest
 
-AUTO, ORT_CPU, ORT_CUDA, TRT, TRT_RTX = "auto", "ort-cpu", "ort-cuda", "trt", "trt-rtx"
+AUTO, TRT, TRT_RTX = "auto", "trt", "trt-rtx"
 BACKENDS = (AUTO, ORT_CPU, ORT_CUDA, TRT, TRT_RTX)
 OF_FLAVOR = {"tensorrt": TRT, "rtx": TRT_RTX}
 

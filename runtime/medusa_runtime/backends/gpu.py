@@ -219,7 +219,7 @@ class GpuBackend:
     def _capture(self, work: Work) -> None:
         try:
             work.graph = self.gpu.capture(lambda: self._queue(work))
-        except BackendError as error:
+        except (BackendError, CapacityError) as error:
             self._captures = False
             log.warning("steps are not captured as CUDA graphs, which makes them slower: %s", error)
 

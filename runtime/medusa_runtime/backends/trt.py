@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
     return GpuBackend(manifest, gpu, executor, cuda_graphs=cuda_graphs)
 
 
+@dataclass
+class _Bound:
+    """An execution context, and what it is bound to."""
+
+    context: Any
+    call: Call | None = None  # whose tensors these are, once all of them are bound
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
 class TensorRTExecutor:
     """Runs the step's and the heads' engine.
 
@@ -72,8 +82,7 @@ class TensorRTExecutor:
     def __init__(self, api: Any, bundle: Path, manifest: Manifest, gpu: Gpu, *, cuda_graphs: bool) -> None:
         assert manifest.engine is not None
         # They go in this order: what was made of others before those.
-        self._bound: dict[tuple[str, str, Shape | None], dict[str, Tensor]] = {}
-        self._contexts: dict[tuple[str, str, Shape | None], Any] = {}  # by graph, profile and, where it is captured, shape
+        self._contexts: dict[tuple[str, str, Shape | None], _Bound] = {}  # by graph, profile and, where it is captured, shape
         self._runtime_cache: Any = None
         self._configs: list[Any] = []
         self._engines: dict[str, Any] = {}
@@ -99,24 +108,17 @@ class TensorRTExecutor:
         captured = self._cuda_graphs and self.can_be_captured
         key = (call.graph, call.profile, call.key if captured else None)
         if key not in self._contexts:
-            self._contexts[key], self._bound[key] = self._context(call), {}
-        context, bound = self._contexts[key], self._bound[key]
-        inputs = {tensor.name for tensor in self._manifest.graphs[call.graph].inputs}
-        for name, tensor in call.tensors.items():
-            if bound.get(name) == tensor:
-                continue
-            if name in inputs and not context.set_input_shape(name, tensor.shape):
-                raise self._failure(f"does not take {name} of shape {list(tensor.shape)} in the profile {call.profile}")
-            if not context.set_tensor_address(name, tensor.address):
-                raise self._failure(f"does not take an address for {name}")
-            bound[name] = tensor
-        if not context.execute_async_v3(self._gpu.stream):
+            self._contexts[key] = _Bound(self._context(call))
+        bound = self._contexts[key]
+        if bound.call is not call:
+            self._bind(bound, call)
+        if not bound.context.execute_async_v3(self._gpu.stream):
             raise self._failure(f"cannot run the {call.graph} engine")
 
     def forget(self, key: Shape | None = None) -> None:
         """See `Executor.forget`. Contexts of no certain shape stay: they are bound to what they are given."""
         for place in [place for place in self._contexts if place[2] is not None and key in (None, place[2])]:
-            del self._contexts[place], self._bound[place]
+            del self._contexts[place]
 
     def memory(self) -> dict[str, int]:
         """See `Executor.memory`."""
@@ -178,6 +180,20 @@ class TensorRTExecutor:
         size = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
         return self._gpu.allocate(size, "what lies between the engine's layers")
 
+    def _bind(self, bound: _Bound, call: Call) -> None:
+        """Bind a context to a call's tensors, as far as they are others than before."""
+        inputs = {tensor.name for tensor in self._manifest.graphs[call.graph].inputs}
+        bound.call = None
+        for name, tensor in call.tensors.items():
+            if bound.tensors.get(name) == tensor:
+                continue
+            if name in inputs and not bound.context.set_input_shape(name, tensor.shape):
+                raise self._failure(f"does not take {name} of shape {list(tensor.shape)} in the profile {call.profile}")
+            if not bound.context.set_tensor_address(name, tensor.address):
+                raise self._failure(f"does not take an address for {name}")
+            bound.tensors[name] = tensor
+        bound.call = call
+
     def _context(self, call: Call) -> Any:
         engine, strategy = self._engines[call.graph], self._api.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._is_rtx:
@@ -225,7 +241,7 @@ class TensorRTExecutor:
     def _failure(self, what: str) -> BackendError:
         reason = next((message for message in self._log.errors if message.strip()), "it gave no reason")
         self._log.errors.clear()
-        return BackendError(f"{self._name} {what}: {first_line(Exception(reason))}")
+        return BackendError(f"{self._name} {what}: {reason.strip().splitlines()[0]}")
 
 
 def error_log(api: Any, tell: Callable[[str], None] | None = None) -> Any:
