@@ -8,10 +8,21 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from medusa_export.graph.cpu import for_ort_cpu
+from medusa_export.graph.cpu import for_one_sequence, for_ort_cpu
 from medusa_export.progress import byte_stage
 from medusa_export.weights import total_bytes, write_weights
-from medusa_runtime.manifest import ORT_CPU, PORTABLE, WEIGHTS_NAME, FileFacts, GraphFacts, Precision, TensorFacts, file_facts
+from medusa_runtime.manifest import (
+    ORT_CPU,
+    ORT_CPU_SINGLE,
+    PORTABLE,
+    STEP,
+    WEIGHTS_NAME,
+    FileFacts,
+    GraphFacts,
+    Precision,
+    TensorFacts,
+    file_facts,
+)
 
 
 def write_graphs(
@@ -37,6 +48,8 @@ def write_graphs(
             derived = ir.load(directory / facts[name].file)
             for_ort_cpu(derived, activation_bits)
             facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
+    if precision == "fp32" and for_one_sequence(single := ir.load(directory / facts[STEP].file), activation_bits):
+        facts[f"{STEP}.{ORT_CPU_SINGLE}"] = _save(single, f"{STEP}.{ORT_CPU_SINGLE}", directory, ORT_CPU_SINGLE)
     return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
 
 

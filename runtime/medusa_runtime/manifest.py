@@ -23,6 +23,7 @@ Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
 EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # what a graph is made for
+ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider, a step of one sequence
 STEP, HEADS = "step", "heads"
 PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; its heads have one of their own name
 
@@ -186,7 +187,7 @@ class Manifest(_Model):
     opset: int
     limits: Limits
     quantization: QuantizationFacts | None = None
-    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.BACKEND` where one has its own graph")
+    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.TARGET` where one has graphs of its own")
     tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
     files: dict[str, FileFacts]
     provenance: Provenance

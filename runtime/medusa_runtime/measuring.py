@@ -45,6 +45,30 @@ def measure_grid(
     Raises:
         CapacityError: there is no memory for the cache.
     """
+    apart = [batch_sizes[:1], batch_sizes[1:]] if batch_sizes[0] == 1 else [batch_sizes]  # for one there may be another graph
+    step_seconds: list[list[list[float]]] = [[] for _ in capacities]
+    head_seconds: list[float] = []
+    groups = [group for group in apart if group]
+    for group in groups:
+        is_last = group is groups[-1]
+        steps, heads = _measure(backend, group, widths, capacities, rounds=rounds, tell=tell if is_last else lambda _: None)
+        for place, capacity in enumerate(capacities):
+            rows = [np.median(steps[capacity, batch], axis=0).tolist() for batch in group]
+            step_seconds[place] += [_extended(row, widths) for row in rows]
+        head_seconds += [median(heads[batch]) for batch in group]
+    return step_seconds, head_seconds
+
+
+def _measure(
+    backend: Backend,
+    batch_sizes: Sequence[int],
+    widths: Sequence[int],
+    capacities: Sequence[int],
+    *,
+    rounds: int,
+    tell: Callable[[int], None],
+) -> tuple[dict[tuple[int, int], list[list[float]]], dict[int, list[float]]]:
+    """Seconds of each round: of steps by capacity and batch, a row of widths a round, and of the heads by batch."""
     useful: dict[tuple[int, int], Sequence[int]] = {}  # by capacity and batch: widths that are measured
     steps: dict[tuple[int, int], list[list[float]]] = defaultdict(list)
     heads: dict[int, list[float]] = defaultdict(list)
@@ -61,11 +85,7 @@ def measure_grid(
                 steps[point].append([_seconds(_step(backend, batch, width, num_filled)) for width in useful[point]])
                 heads[batch].append(_seconds(partial(backend.propose, np.zeros(batch, np.int64))))
         tell(number + 1)
-    step_seconds = [
-        [_extended(np.median(steps[capacity, batch], axis=0).tolist(), widths) for batch in batch_sizes]
-        for capacity in capacities
-    ]
-    return step_seconds, [median(heads[batch]) for batch in batch_sizes]
+    return steps, heads
 
 
 def _useful(backend: Backend, batch: int, widths: Sequence[int], length: int) -> Sequence[int]:

@@ -21,9 +21,10 @@ from medusa_export.quantize import QuantizeOptions, quantize_bundle
 from medusa_export.quantize import bundle as quantizing
 from medusa_export.validate import validate
 from medusa_runtime import CandidateTree, Manifest, MedusaLM
+from medusa_runtime.backends.base import StepOutput
 from medusa_runtime.backends.ort_cpu import OrtCpuBackend
 from medusa_runtime.errors import BackendError
-from medusa_runtime.manifest import HEADS, ORT_CPU, PORTABLE, STEP, WEIGHTS_NAME, file_facts
+from medusa_runtime.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, WEIGHTS_NAME, file_facts
 from medusa_runtime.ngrams import NGRAMS_NAME, NUM_WEIGHTS, NGrams
 from medusa_runtime.text import TextCodec
 from tests.support.cli import fails
@@ -83,6 +84,7 @@ def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[
     rng = np.random.default_rng(0)
     tree = CandidateTree.from_json(backend.manifest.tree).pruned(6)
     count, lengths = tree.num_nodes, np.array([13, 5, 9])
+    backend.resize(1, capacity)  # so that prompts are read with the graph for one sequence, whatever went before
     backend.resize(3, capacity)
     found: list[np.ndarray] = []
 
@@ -139,6 +141,12 @@ def test_capacity_that_is_not_used_makes_no_difference(model_type: str, exported
 def test_every_layer_is_rewritten_for_the_cpu(model_type: str, exported: Make) -> None:
     kinds = [node.op_type for node in ir.load(exported(model_type) / "step.ort-cpu.onnx").graph]
     assert "Attention" not in kinds  # over the whole capacity, with a copy of the keys for each query head
+    of_one = [node.op_type for node in ir.load(exported(model_type) / "step.ort-cpu-single.onnx").graph]
+    assert of_one.count("GroupQueryAttention") == 4
+    assert {"Attention", "TensorScatter"}.isdisjoint(of_one)
+    if model_type == "llama":
+        assert "RotaryEmbedding" not in of_one
+        assert of_one.count("Split") == 4  # of gate and up
     if model_type in ("llama", "qwen2"):
         merged = {"SkipSimplifiedLayerNormalization": 8, "QuickGelu": 4, "RMSNormalization": 1, "Split": 8}  # of 4 layers
         assert {kind: kinds.count(kind) for kind in merged} == merged
@@ -151,6 +159,7 @@ def test_the_backend_runs_the_graphs_made_for_it(exported: Make, tmp_path: Path)
     assert {name: facts.file for name, facts in manifest.graphs.items()} == {
         "step": "step.onnx",
         "step.ort-cpu": "step.ort-cpu.onnx",
+        "step.ort-cpu-single": "step.ort-cpu-single.onnx",
         "heads": "heads.onnx",
         "heads.ort-cpu": "heads.ort-cpu.onnx",
     }
@@ -158,23 +167,59 @@ def test_the_backend_runs_the_graphs_made_for_it(exported: Make, tmp_path: Path)
         assert manifest.graphs[name].inputs == manifest.graphs[f"{name}.{ORT_CPU}"].inputs
         assert manifest.graphs[name].outputs == manifest.graphs[f"{name}.{ORT_CPU}"].outputs
         (bundle / f"{name}.onnx").write_bytes(b"")
-    opened(bundle, ORT_CPU)
-    (bundle / "step.ort-cpu.onnx").write_bytes(b"")
+    backend = opened(bundle, ORT_CPU)
+    (bundle / "step.ort-cpu.onnx").write_bytes(b"")  # which is not open until several sequences are decoded
+    backend.resize(1, 8)
+    one_step(backend, 1)
     with pytest.raises(BackendError, match=r"step\.ort-cpu\.onnx"):
+        answers(backend, 64)
+    (bundle / "step.ort-cpu-single.onnx").write_bytes(b"")
+    with pytest.raises(BackendError, match=r"step\.ort-cpu-single\.onnx"):
         opened(bundle, ORT_CPU)
+
+
+def one_step(backend: OrtCpuBackend, batch: int) -> StepOutput:
+    tokens = np.arange(2)[None].repeat(batch, 0)
+    return backend.step(tokens, tokens, np.tri(2, dtype=bool)[None].repeat(batch, 0), np.zeros(batch, int), tokens)
+
+
+def test_the_graph_for_one_sequence_runs_until_there_are_several(exported: Make) -> None:
+    backend = opened(exported(), ORT_CPU)
+    backend.resize(4, 64)
+    targets, warm, greedy = [], [], []
+    for batch in (1, 1, 2, 3, 1):
+        output = one_step(backend, batch)
+        targets.append(backend._step_graph.target)
+        warm.append(output.is_warm)
+        greedy.append(output.greedy_ids[0].tolist())
+    assert targets == [ORT_CPU_SINGLE, ORT_CPU_SINGLE, ORT_CPU, ORT_CPU, ORT_CPU]  # there is no going back and forth
+    assert warm == [True, True, False, True, True]  # opening is no part of what a step costs
+    assert greedy == [greedy[0]] * 5
+    backend.resize(1, 64)
+    assert backend._step_graph.target == ORT_CPU_SINGLE
+
+
+def test_a_bundle_without_a_graph_for_one_sequence_runs_as_before(exported: Make) -> None:
+    manifest = Manifest.load(exported())
+    del manifest.graphs["step.ort-cpu-single"]
+    backend = OrtCpuBackend(exported(), manifest)
+    backend.resize(2, 64)
+    assert [one_step(backend, batch).is_warm for batch in (1, 2)] == [True, True]
+    assert backend._step_graph.target == ORT_CPU
 
 
 def test_both_kinds_of_graph_share_the_weights(exported: Make) -> None:
     bundle = exported()
     ranges = {}
     for name in (STEP, HEADS):
-        for file in (f"{name}.onnx", f"{name}.ort-cpu.onnx"):
+        for file in (f"{name}.onnx", f"{name}.ort-cpu.onnx", *(["step.ort-cpu-single.onnx"] if name == STEP else [])):
             tensors = onnx.load(bundle / file, load_external_data=False).graph.initializer
             stored = [{entry.key: entry.value for entry in tensor.external_data} for tensor in tensors if tensor.external_data]
             assert {facts["location"] for facts in stored} == {WEIGHTS_NAME}
             ranges[file] = {facts["offset"] for facts in stored}
             assert sum(tensor.ByteSize() for tensor in tensors) < 40_000  # with nothing large inside the graph
         assert ranges[f"{name}.ort-cpu.onnx"] <= ranges[f"{name}.onnx"]
+    assert ranges["step.ort-cpu-single.onnx"] == ranges["step.ort-cpu.onnx"]
 
 
 # --- quantised bundles
@@ -213,10 +258,10 @@ def test_a_quantised_bundle_passes_its_validation(
     reference = str(make_model(model_type, **MODELS[model_type]))
     report = validate(quantized(model_type, scheme, bits), reference, prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
-    assert report.targets == [ORT_CPU, PORTABLE]
-    assert {row.target for row in report.from_reference} == {ORT_CPU, PORTABLE}
+    assert report.targets == [ORT_CPU_SINGLE, ORT_CPU, PORTABLE]
+    assert {row.target for row in report.from_reference} == set(report.targets)
     if scheme == "int8" and bits != 8:  # where no activation can move by a step of 8 bits
-        own = [row for row in [*report.prompt_logits, *report.tree_logits] if row.target == ORT_CPU]
+        own = [row for row in [*report.prompt_logits, *report.tree_logits] if row.target != PORTABLE]
         assert all(row.max_kl < 1e-5 for row in own), max(row.max_kl for row in own)
     assert len(report.greedy) == len(PROMPTS)
 

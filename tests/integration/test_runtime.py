@@ -146,31 +146,42 @@ def test_a_step_past_the_capacity_is_refused(bundle: Path) -> None:
         )
 
 
-def test_the_cache_is_written_in_place(bundle: Path) -> None:
-    """ONNX Runtime warns when it has to copy the cache; it does so when past and present are different memory."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_cache_is_written_in_place(bundle: Path, batch: int) -> None:
+    """Where past and present are different memory, what is cached is copied; the graph for several sequences warns of it."""
     program = """
 import sys, numpy as np, onnxruntime as ort
 from medusa_runtime import Manifest
 from medusa_runtime.backends import open_backend
-backend = open_backend(sys.argv[1], Manifest.load(sys.argv[1]))
-backend.resize(1, 64)
-before = backend._cache.copy()
+backend, batch = open_backend(sys.argv[1], Manifest.load(sys.argv[1])), int(sys.argv[3])
+backend.resize(batch, 64)
+backend._cache[:] = 0.25
+step = [np.tile(part, (batch, 1)) for part in ([5, 6], [3, 4])] + [np.tile(np.tri(2, dtype=bool), (batch, 1, 1))]
+step += [np.full(batch, 3), np.ones((batch, 1), int)]
+backend.step(*step)  # opens the graph for so many
+backend._cache[:] = 0.25
+before, others = backend._cache.copy(), []
 if sys.argv[2] == "apart":
     for layer in range(4):
         for part in ("key", "value"):
-            other = ort.OrtValue.ortvalue_from_numpy(before[layer, 0].copy())
-            backend._binding(0, 1, with_logits=False).bind_ortvalue_output(f"present.{layer}.{part}", other)
-backend.step(np.array([[5, 6]]), np.array([[0, 1]]), np.tri(2, dtype=bool)[None], np.array([0]), np.array([[1]]))
-print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()))
+            others.append(ort.OrtValue.ortvalue_from_numpy(np.zeros_like(before[layer, 0])))
+            backend._binding(0, batch, with_logits=False).bind_ortvalue_output(f"present.{layer}.{part}", others[-1])
+backend.step(*step)
+copied = sum(int((other.numpy() == 0.25).all(axis=(0, 1, 3)).sum()) for other in others)
+print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()), copied)
 """
     runs = {
-        kind: subprocess.run([sys.executable, "-c", program, str(bundle), kind], capture_output=True, text=True, check=True)
+        kind: subprocess.run(
+            [sys.executable, "-c", program, str(bundle), kind, str(batch)], capture_output=True, text=True, check=True
+        )
         for kind in ("shared", "apart")
     }
-    assert runs["shared"].stdout == "2\n"  # two slots of our own array were written
+    assert runs["shared"].stdout == "2 0\n"  # entries of our own array that were written
     assert runs["shared"].stderr == ""
-    assert "copy" in runs["apart"].stderr.lower()  # so that the line above can fail
-    assert runs["apart"].stdout == "0\n"
+    written, copied = map(int, runs["apart"].stdout.split())  # so that the lines above can fail
+    assert written == 0
+    assert copied >= 8 * 3
+    assert ("copy" in runs["apart"].stderr.lower()) == (batch == 2)
 
 
 def test_a_request_that_cannot_fit_is_refused_at_the_call(lm: MedusaLM) -> None:
@@ -214,5 +225,5 @@ def test_a_bundle_whose_files_do_not_match_is_refused(bundle: Path, tmp_path: Pa
 def test_a_manifest_that_does_not_describe_its_graphs_is_refused(bundle: Path, field: str) -> None:
     manifest = Manifest.load(bundle)
     setattr(manifest.model, field, 3)
-    with pytest.raises(BackendError, match=r"step\.ort-cpu\.onnx has the input .*, the manifest says"):
+    with pytest.raises(BackendError, match=r"step\.ort-cpu-single\.onnx has the input .*, the manifest says"):
         open_backend(bundle, manifest)

@@ -82,9 +82,10 @@ def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_
     manifest = Manifest.load(bundle)
     assert report.status == manifest.validation.status == "passed"
     kept = json.loads((bundle / "validation.json").read_text())
-    assert kept["targets"] == ["ort-cpu", "portable"]
-    for rows in (kept["prompt_logits"], kept["tree_logits"], kept["head_log_probs"]):
-        assert {row["target"] for row in rows} == {"ort-cpu", "portable"}
+    assert kept["targets"] == ["ort-cpu-single", "ort-cpu", "portable"]
+    for rows in (kept["prompt_logits"], kept["tree_logits"]):
+        assert {row["target"] for row in rows} == {"ort-cpu-single", "ort-cpu", "portable"}
+    assert {row["target"] for row in kept["head_log_probs"]} == {"ort-cpu", "portable"}
     assert len(kept["greedy"]) == 1
     assert kept["greedy"][0]["num_tokens"] == manifest.validation.summary["greedy_tokens"] > 0
     MedusaLM.from_bundle(bundle)
@@ -92,9 +93,8 @@ def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_
 
 def test_disturbed_weights_fail_even_if_the_manifest_vouches_for_them(bundle: Path, make_model: Make) -> None:
     disturb(bundle, "layers.2.mlp.up_proj", tell_the_manifest=True)
-    failed = (
-        "logits of prompts, whole and in chunks (ort-cpu), logits of prompts, whole and in chunks (portable), logits of tree"
-    )
+    logits = "logits of prompts, whole and in chunks"
+    failed = f"{logits} (ort-cpu-single), {logits} (ort-cpu), {logits} (portable), logits of tree"
     with pytest.raises(ValidationMismatchError, match=re.escape(failed)):
         validate_and_record(bundle, str(make_model()), prompts=PROMPTS)
     assert Manifest.load(bundle).validation.status == "failed"
@@ -115,8 +115,10 @@ def test_disturbed_heads_fail(bundle: Path, make_model: Make, make_heads: Make) 
         validate_and_record(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS)
 
 
-@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
-@pytest.mark.parametrize("graph", [STEP, HEADS])
+@pytest.mark.parametrize(
+    ("graph", "target"),
+    [(STEP, "ort-cpu-single"), (STEP, "ort-cpu"), (STEP, "portable"), (HEADS, "ort-cpu"), (HEADS, "portable")],
+)
 def test_a_defect_in_one_of_the_graphs_alone_fails_and_is_named(
     graph: str, target: str, bundle: Path, make_model: Make, make_heads: Make
 ) -> None:

@@ -19,7 +19,7 @@ from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
 from medusa_runtime.backends import Backend, HeadOutput, Placement, open_backend
 from medusa_runtime.errors import BundleError, CheckpointError, first_line
-from medusa_runtime.manifest import PORTABLE, STEP, Manifest
+from medusa_runtime.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, Manifest
 from medusa_runtime.tree import CandidateTree, IntArray
 
 Rows = npt.NDArray[np.floating]
@@ -47,16 +47,20 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
 
 
 def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:
-    """A manifest for each kind of graph that the backend can run, first what it does run: its own graphs, or the portable ones.
+    """A manifest for each kind of graph that the backend can run, first what it runs on one sequence: its own, or the portable.
 
     Of an engine bundle that is its engines.
     """
     if manifest.engine is not None:
         return {manifest.graphs[STEP].target: manifest}
-    portable = {name: facts for name, facts in manifest.graphs.items() if facts.target == PORTABLE}
-    variants = {PORTABLE: manifest.model_copy(update={"graphs": portable})}
-    has_own = any(facts.target == backend for facts in manifest.graphs.values())
-    return {backend: manifest} | variants if has_own else variants
+    own = [backend, ORT_CPU_SINGLE] if backend == ORT_CPU else [backend]
+    known, variants = {PORTABLE}, {}
+    for target in (PORTABLE, *own):  # each with those before it, which it does without where it can
+        known.add(target)
+        graphs = {name: facts for name, facts in manifest.graphs.items() if facts.target in known}
+        if any(facts.target == target for facts in graphs.values()):
+            variants[target] = manifest.model_copy(update={"graphs": graphs})
+    return dict(reversed(variants.items()))
 
 
 class Reference(Protocol):

@@ -28,7 +28,7 @@ from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifes
 from medusa_runtime.backends import Placement
 from medusa_runtime.errors import MedusaError, OptionError, ValidationMismatchError
 from medusa_runtime.files import write_whole
-from medusa_runtime.manifest import ORT_CPU, REPORT_NAME
+from medusa_runtime.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME
 from medusa_runtime.text import TextCodec
 
 DEFAULT_NEW_TOKENS = 48
@@ -156,7 +156,7 @@ def _compare(
         if report.quantization is not None:
             found = logits_difference(text, side.logits(prompt_ids), torch_side.logits(prompt_ids), side.target)
             report.from_reference.append(found)
-    if heads is not None and report.quantization is None:
+    if heads is not None and report.quantization is None and side.target != ORT_CPU_SINGLE:  # which has no heads of its own
         report.head_log_probs.append(_compare_heads(next(iter(prompts.values())), side, torch_side, heads))
 
 

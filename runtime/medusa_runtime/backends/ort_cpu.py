@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
-from medusa_runtime.manifest import HEADS, ORT_CPU, STEP, Manifest
+from medusa_runtime.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, STEP, GraphFacts, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
 try:
@@ -30,6 +30,9 @@ EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # as Linux names wha
 
 class OrtCpuBackend:
     """Runs a bundle's graphs with ONNX Runtime's CPU provider: those made for it, or else the portable ones.
+
+    Of a step there may be a graph for one sequence and one for any number. One is open at a time, as each holds the weights:
+    that for one, until there is a step of several, and again once the cache has a single slot.
 
     Args:
         bundle: the bundle's directory.
@@ -49,10 +52,12 @@ class OrtCpuBackend:
             )
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
-        self._step_session = _open(Path(bundle) / manifest.graph(STEP, ORT_CPU).file, num_threads)
-        self._heads_session = _open(Path(bundle) / manifest.graph(HEADS, ORT_CPU).file, num_threads)
-        _require_contract(self._step_session, manifest, STEP)
-        _require_contract(self._heads_session, manifest, HEADS)
+        self._bundle, self._num_threads = Path(bundle), num_threads
+        self._for_several = manifest.graph(STEP, ORT_CPU)
+        self._for_one = manifest.graphs.get(f"{STEP}.{ORT_CPU_SINGLE}", self._for_several)
+        self._step_graph = self._for_one
+        self._step_session = self._session(STEP, self._step_graph)
+        self._heads_session = self._session(HEADS, manifest.graph(HEADS, ORT_CPU))
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._logits = np.empty(0, self._dtype)  # room for the largest logits asked for so far
         self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
@@ -70,6 +75,8 @@ class OrtCpuBackend:
 
     def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
         """See `Backend.resize`. The capacity is rounded up to a bucket; memory that no entry is written to is not taken."""
+        if num_slots == 1:
+            self._open_step(self._for_one)
         resized = self._new_cache(num_slots, bucket(capacity))
         for slot, length in enumerate(lengths):
             resized[:, :, slot, :, :length] = self._cache[:, :, slot, :, :length]
@@ -92,6 +99,7 @@ class OrtCpuBackend:
         batch, rows = logit_rows.shape
         require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, input_ids.shape[1], self.capacity)
+        is_warm = batch == 1 or not self._open_step(self._for_several)
         binding = self._binding(first_slot, batch, with_logits=with_logits)
         binding.bind_cpu_input("input_ids", input_ids)
         binding.bind_cpu_input("position_ids", position_ids)
@@ -108,7 +116,7 @@ class OrtCpuBackend:
             self._step_session.run_with_iobinding(binding)
         except Exception as error:  # as for opening
             raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
-        return StepOutput(greedy_ids, logits)
+        return StepOutput(greedy_ids, logits, is_warm=is_warm)
 
     def propose(self, rows: IntArray) -> HeadOutput:
         """See `Backend.propose`."""
@@ -139,6 +147,20 @@ class OrtCpuBackend:
 
     def close(self) -> None:
         """See `Backend.close`: there is nothing."""
+
+    def _open_step(self, graph: GraphFacts) -> bool:
+        """Let steps run on that graph. Returns whether it had to be opened, which takes about as long as opening the bundle."""
+        if graph == self._step_graph:
+            return False
+        self._bindings.clear()
+        del self._step_session  # its weights, before the next one's are read
+        self._step_session, self._step_graph = self._session(STEP, graph), graph
+        return True
+
+    def _session(self, name: str, graph: GraphFacts) -> ort.InferenceSession:
+        session = _open(self._bundle / graph.file, self._num_threads)
+        _require_contract(session, self.manifest, name, graph)
+        return session
 
     def _new_cache(self, num_slots: int, capacity: int) -> npt.NDArray[np.floating]:
         model = self.manifest.model
@@ -207,9 +229,9 @@ def _has_exact_products() -> bool:
     return not EXACT.isdisjoint(flags)
 
 
-def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str) -> None:
+def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str, facts: GraphFacts) -> None:
     """Refuse a graph that is not the one the manifest describes, or whose cache is not the model's."""
-    model, facts = manifest.model, manifest.graph(name, ORT_CPU)
+    model = manifest.model
     found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
     cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]
     expected = [(tensor.name, tensor.shape) for tensor in facts.inputs if not tensor.name.startswith("past.")]

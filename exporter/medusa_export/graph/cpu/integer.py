@@ -38,11 +38,11 @@ class IntegerProducts(ir.passes.InPlacePass):
 
     def __init__(self, activation_bits: int = 16) -> None:
         super().__init__()
-        self.round = _round8 if activation_bits == 8 else _round16
+        self._activation_bits = activation_bits
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        rounded: dict[ir.Value, _Rounded] = {}
+        rounding = _Rounding(model.graph, self._activation_bits)
         products = [node for node in model.graph if node.op_type == "MatMul" and _multiplies_int8(node)]
         for node in products:
             x, weight = node.inputs
@@ -51,9 +51,7 @@ class IntegerProducts(ir.passes.InPlacePass):
             source = weight.producer()
             assert source is not None
             tape = ir.tape.Tape()
-            if x not in rounded:
-                rounded[x] = self.round(model.graph, tape, x)
-            result = rounded[x].product(model.graph, tape, source)
+            result = rounding.of(tape, x).product(model.graph, tape, source)
             model.graph.insert_before(node, tape.nodes)
             replace(node.outputs[0], result)
             model.graph.remove(node, safe=True)
@@ -85,6 +83,33 @@ class _Rounded:
         return result
 
 
+class _Rounding:
+    """The activations that are rounded, each once, and the shapes of what they are multiplied to."""
+
+    def __init__(self, graph: ir.Graph, bits: int) -> None:
+        self._graph, self._bits = graph, bits
+        self._rounded: dict[ir.Value, _Rounded] = {}
+        self._shapes: dict[tuple[object, ...], ir.Value] = {}
+
+    def of(self, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
+        """The codes of an activation [.., K]."""
+        if x not in self._rounded:
+            if self._bits == 8:
+                self._rounded[x] = _round8(self._graph, tape, x)
+            else:
+                self._rounded[x] = _round16(self._graph, tape, x, self._shape(tape, x))
+        return self._rounded[x]
+
+    def _shape(self, tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
+        """What x is multiplied to, as ``Reshape`` takes it: [.., -1]. Made once for all that have as many rows."""
+        assert x.shape is not None  # it is multiplied with a weight
+        rows = tuple(size if isinstance(size, int) else size.value for size in x.shape[:-1])
+        if rows not in self._shapes or None in rows:  # unknown sizes may differ
+            leading = tape.op("Shape", [x], {"start": 0, "end": -1})
+            self._shapes[rows] = tape.op("Concat", [leading, constant(self._graph, "last_axis", [-1])], {"axis": 0})
+        return self._shapes[rows]
+
+
 def _multiplies_int8(node: ir.Node) -> bool:
     weight = node.inputs[1]
     source = None if weight is None else weight.producer()
@@ -99,11 +124,9 @@ def _round8(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
     return _Rounded(codes, level, largest)
 
 
-def _round16(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
+def _round16(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, shape: ir.Value) -> _Rounded:
     zero = constant(graph, "code_of_zero", np.uint8(128))
     bound, factor = _bound_after_norm(x), None
-    leading = tape.op("Shape", [x], {"start": 0, "end": -1})
-    shape = tape.op("Concat", [leading, constant(graph, "last_axis", [-1])], {"axis": 0})
     if bound is None:
         width = _width(x)
         bound = math.sqrt(width)
