@@ -77,7 +77,7 @@ def measure(
     is_static = isinstance(tree, CandidateTree)
     return {
         "nodes": tree.num_nodes,
-        "kind": "static" if is_static else "dynamic",
+        "kind": "static" if is_static else "dynamic with prompt lookup" if options.prompt_lookup else "dynamic",
         **total.entry(),
         "seconds": round(time.perf_counter() - started, 1),
         "categories": {name: counts[name].entry() for name in sorted(counts)},
@@ -93,6 +93,7 @@ def measure(
 @click.option("--tree-nodes", multiple=True, type=int, default=(16, 64), show_default=True)
 @click.option("--tree", "trees", multiple=True, type=click.Path(path_type=Path))
 @click.option("--dynamic", is_flag=True, help="Each size also as a tree that is made anew at each step.")
+@click.option("--prompt-lookup", is_flag=True, help="Dynamic trees also with what prompt lookup finds.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--acceptance", type=click.Choice(["exact", "typical"]), default="exact", show_default=True)
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -107,6 +108,7 @@ def main(
     trees: tuple[Path, ...],
     *,
     dynamic: bool,
+    prompt_lookup: bool,
     temperature: float,
     acceptance: str,
     max_new_tokens: int,
@@ -124,6 +126,9 @@ def main(
         chosen += [DynamicTree(size) for size in sorted({tree.num_nodes for tree in static})]
     options = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, acceptance=acceptance, seed=0)
     results = [measure(lm, asked, tree, options) for tree in chosen]
+    if prompt_lookup:
+        looking_up = DecodingOptions.of(options, prompt_lookup=True)
+        results += [measure(lm, asked, tree, looking_up) for tree in chosen if isinstance(tree, DynamicTree)]
     answers = [result.pop("answers_token_ids") for result in results]
     result = environment() | {
         "prompts": prompts.name,

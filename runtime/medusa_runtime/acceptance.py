@@ -166,20 +166,20 @@ def policy_for(options: DecodingOptions) -> AcceptancePolicy:
 def accept_greedy(drafts: DraftBatch, greedy_ids: IntArray) -> list[Accepted]:
     """`GreedyAcceptance` for a whole batch, from the model's most likely tokens alone.
 
-    A draft is right when it equals the most likely token after its parent, and accepted when all of its path is right.
-    Siblings hold different tokens, so no two nodes of one depth are accepted.
+    Parents come before their children, and siblings hold different tokens: one pass over a draft finds its path. For a step's
+    few nodes that is faster than NumPy.
 
     Args:
         drafts: what was verified. B sequences, N nodes.
         greedy_ids: the most likely token after each node. [B, N]
     """
-    batch, width = drafts.tokens.shape
-    if width == 1:
-        return [Accepted([0], bonus_id) for bonus_id in greedy_ids[:, 0].tolist()]
-    expected = greedy_ids[np.arange(batch)[:, None], drafts.parents]  # [B, N]; a root, which has no parent, is right anyway
-    right = drafts.tokens == expected
-    right[:, 0] = True
-    right &= np.arange(width) < drafts.num_nodes[:, None]
-    accepted = ~np.any(drafts.mask & ~right[:, None, :], axis=2)  # [B, N]: no ancestor is wrong
-    paths = [np.flatnonzero(row).tolist() for row in accepted]
-    return [Accepted(path, int(greedy_ids[row, path[-1]])) for row, path in zip(range(batch), paths, strict=True)]
+    found = []
+    rows = (drafts.tokens.tolist(), drafts.parents.tolist(), drafts.num_nodes.tolist(), greedy_ids.tolist())
+    for tokens, parents, num_nodes, greedy in zip(*rows, strict=True):
+        path, wanted = [0], greedy[0]
+        for node in range(1, num_nodes):
+            if tokens[node] == wanted and parents[node] == path[-1]:
+                path.append(node)
+                wanted = greedy[node]
+        found.append(Accepted(path, wanted))
+    return found
