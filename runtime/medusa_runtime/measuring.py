@@ -56,6 +56,7 @@ def measure_grid(
             rows = [np.median(steps[capacity, batch], axis=0).tolist() for batch in group]
             step_seconds[place] += [_extended(row, widths) for row in rows]
         head_seconds += [median(heads[batch]) for batch in group]
+    backend.resize(1, capacities[0])  # and ready for one again
     return step_seconds, head_seconds
 
 

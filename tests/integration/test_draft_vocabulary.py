@@ -78,6 +78,11 @@ def test_more_candidates_than_the_heads_know_are_refused(make_model: Make, make_
         export_bundle(ExportOptions(str(make_model()), heads, tmp_path / "bundle", head_top_k=10))
 
 
+def test_whoever_may_read_one_file_of_heads_may_read_all(make_heads: Make, tmp_path: Path) -> None:
+    save_heads(load_heads(make_heads()), tmp_path / "copy")
+    assert len({path.stat().st_mode for path in (tmp_path / "copy").iterdir()}) == 1
+
+
 def test_the_vocabulary_is_kept_with_the_heads(make_heads: Make, tmp_path: Path) -> None:
     heads = load_heads(make_heads())
     assert heads.draft_ids is None

@@ -7,6 +7,7 @@ What training adds beside them is no part of the heads: `draft_ngrams.npz` (see 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def save(
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
         except SafetensorError as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
+        shutil.copymode(directory / CONFIG_NAME, directory / WEIGHTS_NAME)  # safetensors lets its file be read by nobody else
         beside(directory)
 
 
