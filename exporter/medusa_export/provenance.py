@@ -15,12 +15,12 @@ PACKAGES = (
     "tensorrt-rtx-cu13", "tensorrt-cu13", "cuda-bindings",
 )  # fmt: skip
 FOLDERS = re.compile(
-    r"(?<![\w.:/])/(?:[^/\s,=\[\]{}'\"]+/)+"
-)  # of absolute paths: they tell of the machine, not of the artifact
+    r"(?<![\w.:/])(?:\.\.)?/(?:[^/\s,=\[\]{}'\"]+/)+"
+)  # of absolute paths, and of those that lead out of where the command runs: they tell of the machine, not of the artifact
 
 
 def provenance() -> Provenance:
-    """The command that runs now, absolute paths cut to their last part, with the versions of what it may have used."""
+    """The command that runs now, paths to elsewhere cut to their last part, with the versions of what it may have used."""
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:

@@ -15,11 +15,13 @@ from medusa_export.provenance import provenance
         ("/home/me/models/smollm2", "smollm2"),
         ("data=[/srv/a.jsonl, /srv/deep/b.jsonl]", "data=[a.jsonl, b.jsonl]"),
         ("build/heads", "build/heads"),
-        ("../other/heads", "../other/heads"),
+        ("../other/heads", "heads"),
         ("http://localhost:8000/v1/chat", "http://localhost:8000/v1/chat"),
         ("org/model", "org/model"),
+        ("../data/train/answers.jsonl", "answers.jsonl"),
+        ("data=[../../a/b.jsonl, ./c/d.jsonl]", "data=[b.jsonl, ./c/d.jsonl]"),
     ],
 )
-def test_absolute_paths_are_cut(monkeypatch: pytest.MonkeyPatch, word: str, kept: str) -> None:
+def test_paths_to_elsewhere_are_cut(monkeypatch: pytest.MonkeyPatch, word: str, kept: str) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/venv/bin/medusa-export", "train", word])
     assert provenance().command == ["medusa-export", "train", kept]
