@@ -283,6 +283,61 @@ def test_products_of_one_input_become_one() -> None:
         np.testing.assert_allclose(after[name], array, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sum_of_q", ["qx = Add (q0, qb)", "qx = Add (qb, q0)"])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_biases_of_merged_products_are_added_at_once(sum_of_q: str, is_int8: bool) -> None:
+    text = """
+    g (float[B,T,16] x, WEIGHTS, float[24] qb, float[8] kb) => (float[B,T,24] qx, float[B,T,8] kx)
+    { q0 = MatMul (x, qw)
+      SUM
+      k0 = MatMul (x, kw)
+      kx = Add (k0, kb) }""".replace("SUM", sum_of_q)
+    biases = {"qb": normal(24, seed=6), "kb": normal(8, seed=7)}
+    if is_int8:
+        scaled = "{ qw = DequantizeLinear <axis = 1> (q, qs)\n kw = DequantizeLinear <axis = 1> (k, ks)\n"
+        text = text.replace("WEIGHTS", "int8[16,24] q, int8[16,8] k, float[24] qs, float[8] ks").replace("{", scaled)
+        model = parse(text, q=int8(16, 24), k=int8(16, 8, seed=1), qs=scales(24), ks=scales(8, 1), **biases)
+    else:
+        text = text.replace("WEIGHTS", "float[16,24] qw, float[16,8] kw")
+        model = parse(text, qw=normal(16, 24), kw=normal(16, 8, seed=1), **biases)
+    feeds = {"x": normal(2, 3, 16, seed=4)}
+    before = outputs(model, **feeds)
+    assert MergeProjections()(model).modified
+    assert (kinds(model).count("MatMul"), kinds(model).count("Add")) == (1, 1)
+    after = outputs(model, **feeds)
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name], array, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sum_of_q", "more"),
+    [
+        ("qx = Add (q0, qb)", "q0"),  # the product is an output, too
+        ("qx = Sub (q0, qb)", ""),
+        ("q1 = Neg (q0)\n qx = Add (q1, qb)", ""),
+        ("q1 = Add (q0, qb)\n qx = Mul (q1, q0)", ""),
+        ("qx = Add (q0, wide)", ""),
+    ],
+)
+def test_what_is_no_bias_of_a_product_alone_stays_behind_the_split(sum_of_q: str, more: str) -> None:
+    text = """
+    g (float[B,T,16] x, float[16,24] qw, float[16,8] kw, float[24] qb, float[8] kb, float[1] wide)
+      => (float[B,T,24] qx, float[B,T,8] kxMORE)
+    { q0 = MatMul (x, qw)
+      SUM
+      k0 = MatMul (x, kw)
+      kx = Add (k0, kb) }""".replace("SUM", sum_of_q).replace("MORE", f", float[B,T,24] {more}" if more else "")
+    weights = {"qw": normal(16, 24), "kw": normal(16, 8, seed=1), "qb": normal(24, seed=6), "kb": normal(8, seed=7)}
+    model, feeds = parse(text, **weights, wide=normal(1, seed=8)), {"x": normal(2, 3, 16, seed=4)}
+    before, sums = outputs(model, **feeds), kinds(model).count("Add")
+    assert MergeProjections()(model).modified
+    assert (kinds(model).count("MatMul"), kinds(model).count("Add")) == (1, sums)
+    after = outputs(model, **feeds)
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name], array, rtol=1e-5, atol=1e-5)
+
+
 def test_int8_products_of_one_input_become_one_that_is_int8_still() -> None:
     feeds = {"x": normal(2, 3, 16, seed=4)}
     model = integer_projections()

@@ -13,9 +13,9 @@ class MergeProjections(ir.passes.InPlacePass):
     """Compute the query, key and value projections at once, and those of gate and up.
 
     Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers, all float or all int8 under a
-    ``DequantizeLinear`` with scales for the columns, or for the columns' blocks. Leaves: one product for each such group, and
-    a ``Split``. The weights are concatenated in the graph, which a runtime does once when it loads it, so that they are stored
-    once.
+    ``DequantizeLinear`` with scales for the columns, or for the columns' blocks. Leaves: one product for each such group, one
+    sum with the biases where all have one, and a ``Split``. Weights and biases are concatenated in the graph, which a runtime
+    does once when it loads it, so that they are stored once.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -79,6 +79,12 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     assert weights[0] is not None
     weight.shape, weight.type = shape, weights[0].type
     whole = tape.op("MatMul", [first.inputs[0], weight])
+    sums = [found for node in nodes if (found := _sum_with_bias(node)) is not None]
+    if len(sums) == len(nodes):
+        whole = tape.op("Add", [whole, _joined(tape, [bias for _, bias in sums])])
+        for node, (added, _) in zip(nodes, sums, strict=True):
+            replace(added.outputs[0], node.outputs[0])
+            graph.remove(added, safe=True)
     split = ir.node(
         "Split",
         [whole, constant(graph, "split_" + "_".join(map(str, sizes)), sizes)],
@@ -89,6 +95,16 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     for node, part in zip(nodes, split.outputs, strict=True):
         replace(node.outputs[0], part)
         graph.remove(node, safe=True)
+
+
+def _sum_with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The ``Add`` that alone reads a product, and the bias that it adds: an initializer [N]."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    bias = uses[0].node.inputs[1 - uses[0].idx]
+    is_vector = bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1
+    return (uses[0].node, bias) if bias is not None and is_vector and bias.shape == [_columns(node.inputs[1])] else None
 
 
 def _joined(tape: ir.tape.Tape, values: Sequence[ir.Value | None]) -> ir.Value:
