@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from medusa_export.bench.machine import machine
+from medusa_export.provenance import FOLDERS
 
 PACKAGES = (
     "medusa-export", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "numpy", "onnxscript", "tensorrt-cu13",
@@ -29,7 +30,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)],
+        "command": ["python", *(FOLDERS.sub("", word) for word in sys.argv)],
         "versions": versions,
         "machine": machine(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -18,6 +18,11 @@ class Slow(FakeBackend):
         super().__init__(manifest=fake_manifest(num_heads=3, max_seq_len=400))
         self.per_token, self.stalls, self.now = per_token, stalls, 0.0
         self.lengths: list[int] = []
+        self.left = self.entries  # before the cache was resized last
+
+    def resize(self, *args, **kwargs):
+        self.left = self.entries.copy()
+        super().resize(*args, **kwargs)
 
     def step(self, input_ids, *args, **kwargs):
         result = super().step(input_ids, *args, **kwargs)
@@ -52,7 +57,9 @@ def test_each_point_has_its_own_seconds(measure) -> None:
 def test_the_cache_is_full_of_real_entries_but_for_the_widest_step(measure) -> None:
     backend = Slow(0.01)
     measure(backend)
-    assert (backend.entries[:, :176] >= 0).all()
+    assert len(backend.left) == 4
+    assert (backend.left[:, :176] >= 0).all()
+    assert len(backend.entries) == 1  # ready for one sequence again
     assert {48, 176} <= set(backend.lengths)
     assert max(backend.lengths) == 176
 
