@@ -70,7 +70,8 @@ def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Cal
     """A stage of things to count, with a rate and the time left.
 
     Yields a function that is told how many things are done, how many of those were done before, how much (of `unit`) was
-    made in this run, and the total where it was not known. A terminal shows a bar, a log gets a line a minute.
+    made in this run, 0 where that is not counted, and the total where it was not known. A terminal shows a bar, a log gets
+    a line a minute.
     """
     started = last = ended = 0.0
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
@@ -82,7 +83,8 @@ def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Cal
             ended = now = time.perf_counter()
             started, last = started or now, last or now
             seconds, new = max(1e-9, now - started), done - before
-            news = f"{made / seconds:.0f} {unit}/s, {_duration(seconds * (whole - done) / new) if new else '?'} left"
+            rate = f"{made / seconds:.0f} {unit}/s, " if made else ""
+            news = f"{rate}{_duration(seconds * (whole - done) / new) if new else '?'} left"
             bar.update(task, completed=done, total=whole, news=news)
             if not console.is_terminal and now - last > NEWS_SECONDS:
                 last = now

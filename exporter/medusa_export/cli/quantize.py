@@ -52,7 +52,8 @@ def command(
     """Round the weights of BUNDLE to 8 or 4 bits, and measure what that changes.
 
     Perplexity, KL divergence, greedy agreement and tokens a step go into the new bundle's manifest. Every token of a step is
-    rounded with a scale of its own, so decoding with Medusa gives what decoding without it gives.
+    rounded with a scale of its own, so decoding with Medusa gives what decoding without it gives, near ties apart; with
+    --activation-bits 8 many are near.
     """
     from medusa_export.progress import note
     from medusa_export.quantize import QuantizeOptions, quantize_bundle
