@@ -138,7 +138,7 @@ def _replace(graph: ir.Graph, layer: _Layer, shared: _Shared) -> None:
         replace(node.outputs[0], new_value)
     for node in (layer.attention, *layer.cuts, layer.key, layer.value):
         graph.remove(node, safe=True)
-    _skip_swaps(graph, result, attended)
+    _skip_swaps(graph, result, attended, query_heads * width)
 
 
 def _side_by_side(graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None) -> ir.Value:
@@ -171,14 +171,13 @@ def _whole_shape(value: ir.Value, width: int) -> ir.Shape:
     return ir.Shape([value.shape[0], value.shape[2], width])
 
 
-def _skip_swaps(graph: ir.Graph, parted: ir.Value, whole: ir.Value) -> None:
+def _skip_swaps(graph: ir.Graph, parted: ir.Value, whole: ir.Value, width: int) -> None:
     """Let what puts the heads side by side again read the operator's output, which has them so."""
     for node, _ in list(parted.uses()):
         if node.op_type != "Transpose" or list(node.attributes.get_ints("perm", [])) != SWAPPED:
             continue
         for reshape, _ in list(node.outputs[0].uses()):
             shape = reshape.outputs[0].shape
-            if reshape.op_type == "Reshape" and shape is not None and len(shape) == 3 and isinstance(shape[2], int):
-                whole.type = whole.type or reshape.outputs[0].type
+            if reshape.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width:
                 replace(reshape.outputs[0], whole)
                 graph.remove(reshape, safe=True)
