@@ -86,7 +86,7 @@ def test_the_exported_bundle_is_validated(bundle: Path) -> None:
     assert manifest.validation.summary["max_abs"] < 1e-3
     # 134.5 million parameters once, the heads' 4 million, and the LM head's rows of the 11,461 tokens that they guess among
     assert manifest.heads.draft_vocab_size == 11461
-    assert manifest.files["weights.bin"].size < 580_000_000
+    assert manifest.files["weights.bin"].size < 585_000_000
 
 
 def test_medusa_gives_what_transformers_generate_gives(bundle: Path, model: str) -> None:

@@ -262,7 +262,8 @@ def test_what_is_submitted_as_the_service_closes_is_answered_or_ended() -> None:
 def test_an_engine_that_fails_outside_a_step_lets_nobody_wait_for_ever(monkeypatch) -> None:
     with service(max_batch_size=2) as lm:
         monkeypatch.setattr(lm.engine._slots, "release", lambda _: 1 / 0)
-        handles = [lm.submit("a", max_new_tokens=count) for count in (3, 200)]
+        with lm._worker._changed:  # both are there before the first is begun
+            handles = [lm.submit("a", max_new_tokens=count) for count in (3, 200)]
         for handle in handles:
             with pytest.raises(RequestError, match="ZeroDivisionError"):
                 handle.result(30)
