@@ -8,6 +8,29 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import ShapeInferencePass
 
+# As portable graphs make it, [B, 1, T, S]: needs the constants zero, one and ones, and the inputs of a step.
+TREE_MASK = """capacity = Shape <start = 2, end = 3> (past_0_key)
+  size = Squeeze (capacity)
+  tokens = Shape <start = 1, end = 2> (input_ids)
+  count = Squeeze (tokens)
+  entries = Range (zero, size, one)
+  starts = Unsqueeze (cache_lengths, ones)
+  offsets = Sub (entries, starts)
+  is_cached = Less (offsets, zero)
+  not_before = GreaterOrEqual (offsets, zero)
+  not_after = Less (offsets, count)
+  is_new = And (not_before, not_after)
+  last = Sub (count, one)
+  clipped = Clip (offsets, zero, last)
+  index = Unsqueeze (clipped, ones)
+  sizes = Concat <axis = 0> (ones, tokens, ones)
+  indices = Expand (index, sizes)
+  named = GatherElements <axis = 2> (tree_mask, indices)
+  is_new_3 = Unsqueeze (is_new, ones)
+  seen_new = And (named, is_new_3)
+  is_cached_3 = Unsqueeze (is_cached, ones)
+  either = Or (is_cached_3, seen_new)
+  mask = Unsqueeze (either, ones)"""
 HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
 
 

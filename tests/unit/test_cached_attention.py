@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from medusa_export.graph.cpu import CachedAttention, MergeProjections, PackedAttention, UsedEntries, for_one_sequence
-from tests.support.graphs import kinds, outputs, parse
+from tests.support.graphs import TREE_MASK, kinds, outputs, parse
 
 Arrays = dict[str, np.ndarray]
 CAPACITY, HIDDEN_SIZE, HEADS, KV_HEADS = 23, 24, 4, 2
@@ -34,28 +34,7 @@ g (int64[B,T] input_ids, int64[B] cache_lengths, bool[B,T,T] tree_mask, float[B,
   v = Transpose <perm = [0, 2, 1, 3]> (v1)
   present_key = TensorScatter <axis = 2, mode = "linear"> (past_0_key, k, cache_lengths)
   present_value = TensorScatter <axis = 2, mode = "linear"> (past_0_value, v, cache_lengths)
-  capacity = Shape <start = 2, end = 3> (past_0_key)
-  size = Squeeze (capacity)
-  tokens = Shape <start = 1, end = 2> (input_ids)
-  count = Squeeze (tokens)
-  entries = Range (zero, size, one)
-  starts = Unsqueeze (cache_lengths, ones)
-  offsets = Sub (entries, starts)
-  is_cached = Less (offsets, zero)
-  not_before = GreaterOrEqual (offsets, zero)
-  not_after = Less (offsets, count)
-  is_new = And (not_before, not_after)
-  last = Sub (count, one)
-  clipped = Clip (offsets, zero, last)
-  index = Unsqueeze (clipped, ones)
-  sizes = Concat <axis = 0> (ones, tokens, ones)
-  indices = Expand (index, sizes)
-  named = GatherElements <axis = 2> (tree_mask, indices)
-  is_new_3 = Unsqueeze (is_new, ones)
-  seen_new = And (named, is_new_3)
-  is_cached_3 = Unsqueeze (is_cached, ones)
-  either = Or (is_cached_3, seen_new)
-  mask = Unsqueeze (either, ones)
+  TREE_MASK
   a = Attention <scale = 0.3> (q, present_key, present_value, mask)
   a1 = Transpose <perm = [0, 2, 1, 3]> (a)
   y = Reshape (a1, whole)
@@ -68,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def layer(width: int = 16, changes: dict[str, str] | None = None) -> ir.Model:
     """A layer's attention with its projections, as portable graphs have it but for what is changed in its text."""
-    text = LAYER
+    text = LAYER.replace("TREE_MASK", TREE_MASK)
     for old, new in (changes or {}).items():
         assert old in text
         text = text.replace(old, new)

@@ -20,7 +20,7 @@ from medusa_export.graph.cpu import (
     UsedEntries,
 )
 from medusa_export.graph.values import replace
-from tests.support.graphs import kinds, outputs, parse, run
+from tests.support.graphs import TREE_MASK, kinds, outputs, parse, run
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,34 +40,13 @@ g (int64[B,T] input_ids, int64[B] cache_lengths, bool[B,T,T] tree_mask, float[B,
 {
   present_key = TensorScatter <axis = 2, mode = "linear"> (past_0_key, key, cache_lengths)
   present_value = TensorScatter <axis = 2, mode = "linear"> (past_0_value, value, cache_lengths)
-  capacity = Shape <start = 2, end = 3> (past_0_key)
-  size = Squeeze (capacity)
-  tokens = Shape <start = 1, end = 2> (input_ids)
-  count = Squeeze (tokens)
-  entries = Range (zero, size, one)
-  starts = Unsqueeze (cache_lengths, ones)
-  offsets = Sub (entries, starts)
-  is_cached = Less (offsets, zero)
-  not_before = GreaterOrEqual (offsets, zero)
-  not_after = Less (offsets, count)
-  is_new = And (not_before, not_after)
-  last = Sub (count, one)
-  clipped = Clip (offsets, zero, last)
-  index = Unsqueeze (clipped, ones)
-  sizes = Concat <axis = 0> (ones, tokens, ones)
-  indices = Expand (index, sizes)
-  named = GatherElements <axis = 2> (tree_mask, indices)
-  is_new_3 = Unsqueeze (is_new, ones)
-  seen_new = And (named, is_new_3)
-  is_cached_3 = Unsqueeze (is_cached, ones)
-  seen = Or (is_cached_3, seen_new)
-  mask = Unsqueeze (seen, ones)
+  TREE_MASK
   attended = Attention <scale = 0.3> (query, present_key, present_value, mask)
 }"""
 
 
 def step_graph() -> ir.Model:
-    model = parse(STEP)
+    model = parse(STEP.replace("TREE_MASK", TREE_MASK))
     for value in model.graph.inputs:
         value.name = (value.name or "").replace("past_0_", "past.0.")
     return model
