@@ -45,10 +45,10 @@ def measure_grid(
     Raises:
         CapacityError: there is no memory for the cache.
     """
-    apart = [batch_sizes[:1], batch_sizes[1:]] if batch_sizes[0] == 1 else [batch_sizes]  # for one there may be another graph
+    apart = int(batch_sizes[0] == 1)  # one sequence, for which there may be another graph
     step_seconds: list[list[list[float]]] = [[] for _ in capacities]
     head_seconds: list[float] = []
-    groups = [group for group in apart if group]
+    groups = [group for group in (batch_sizes[:apart], batch_sizes[apart:]) if group]
     for group in groups:
         is_last = group is groups[-1]
         steps, heads = _measure(backend, group, widths, capacities, rounds=rounds, tell=tell if is_last else lambda _: None)

@@ -173,6 +173,7 @@ def test_the_backend_runs_the_graphs_made_for_it(exported: Make, tmp_path: Path)
     one_step(backend, 1)
     with pytest.raises(BackendError, match=r"step\.ort-cpu\.onnx"):
         answers(backend, 64)
+    one_step(backend, 1)  # what ran before runs still
     (bundle / "step.ort-cpu-single.onnx").write_bytes(b"")
     with pytest.raises(BackendError, match=r"step\.ort-cpu-single\.onnx"):
         opened(bundle, ORT_CPU)

@@ -149,12 +149,21 @@ class OrtCpuBackend:
         """See `Backend.close`: there is nothing."""
 
     def _open_step(self, graph: GraphFacts) -> bool:
-        """Let steps run on that graph. Returns whether it had to be opened, which takes about as long as opening the bundle."""
+        """Let steps run on that graph. Returns whether it had to be opened, which takes about as long as opening the bundle.
+
+        Raises:
+            BackendError: it cannot be opened. The graph before it can still be run.
+        """
         if graph == self._step_graph:
             return False
         self._bindings.clear()
         del self._step_session  # its weights, before the next one's are read
-        self._step_session, self._step_graph = self._session(STEP, graph), graph
+        try:
+            self._step_session = self._session(STEP, graph)
+        except BackendError:
+            self._step_session = self._session(STEP, self._step_graph)
+            raise
+        self._step_graph = graph
         return True
 
     def _session(self, name: str, graph: GraphFacts) -> ort.InferenceSession:
