@@ -92,6 +92,7 @@ def measure(
 @click.option("--heads", type=click.Path(path_type=Path), help="Heads with an evaluation.json, to take trees from.")
 @click.option("--tree-nodes", multiple=True, type=int, default=(16, 64), show_default=True)
 @click.option("--tree", "trees", multiple=True, type=click.Path(path_type=Path))
+@click.option("--static/--no-static", default=True, help="Leave fixed trees out.")
 @click.option("--dynamic", is_flag=True, help="Each size also as a tree that is made anew at each step.")
 @click.option("--prompt-lookup", is_flag=True, help="Dynamic trees also with what prompt lookup finds.")
 @click.option("--temperature", default=0.0, show_default=True)
@@ -107,6 +108,7 @@ def main(
     tree_nodes: tuple[int, ...],
     trees: tuple[Path, ...],
     *,
+    static: bool,
     dynamic: bool,
     prompt_lookup: bool,
     temperature: float,
@@ -120,10 +122,10 @@ def main(
     manifest = Manifest.load(bundle)
     lm = MedusaLM.from_bundle(bundle, max_batch_size=batch_size)
     asked = read_prompts(prompts)[:limit]
-    static = read_trees(heads, tree_nodes, trees) or [CandidateTree.from_json(manifest.tree)]
-    chosen: list[CandidateTree | DynamicTree] = list(static)
+    fixed = read_trees(heads, tree_nodes, trees) or [CandidateTree.from_json(manifest.tree)]
+    chosen: list[CandidateTree | DynamicTree] = list(fixed) if static else []
     if dynamic:
-        chosen += [DynamicTree(size) for size in sorted({tree.num_nodes for tree in static})]
+        chosen += [DynamicTree(size) for size in sorted({tree.num_nodes for tree in fixed})]
     options = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, acceptance=acceptance, seed=0)
     results = [measure(lm, asked, tree, options) for tree in chosen]
     if prompt_lookup:

@@ -25,6 +25,7 @@ from medusa_runtime import DecodingStats, Manifest, MedusaLM
 from medusa_runtime.backends import Backend, open_backend
 
 REPEATS = 15
+FIRST = (np.zeros(1, np.int64), np.zeros(1, np.int64))  # row and root of one sequence
 PROMPT = "Explain in three sentences why the sky is blue."
 
 
@@ -63,7 +64,7 @@ def main(bundle: Path, output: Path | None) -> None:
     small = backends[256]
 
     by_tokens = {
-        tokens: medians(step=step(small, tokens, 128), heads=lambda: small.propose(np.zeros(1, np.int64)))
+        tokens: medians(step=step(small, tokens, 128), heads=lambda: small.propose(*FIRST))
         for tokens in (1, 2, 4, 8, 16, 32, 64)
     }
     by_capacity = {
@@ -109,7 +110,7 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
         backend._binding = backend._step_session.io_binding()
         backend.resize(1, 256)
         run = step(backend, 16, 128)
-        found[name] = medians(step=run, heads=lambda backend=backend: backend.propose(np.zeros(1, np.int64)))
+        found[name] = medians(step=run, heads=lambda backend=backend: backend.propose(*FIRST))
     return found
 
 

@@ -13,7 +13,7 @@ from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
-from medusa_export.trace.program import trace_heads, trace_step
+from medusa_export.trace.program import reads_lm_head_rows, trace_heads, trace_step
 from medusa_export.trees import tree_for
 from medusa_export.write import write_graphs
 from medusa_heads.formats import load_heads
@@ -88,7 +88,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
     head_facts = _head_facts(top_k, heads, draft_ids)  # before the trace casts the heads
     tree = _tree(options, head_facts)
     with stage("trace the backbone"):
-        step = trace_step(backbone, options.opset, note)
+        step = trace_step(backbone, options.opset, note, lm_head_as_table=reads_lm_head_rows(heads, draft_ids))
     with stage("trace the heads"):
         graphs = {STEP: step, HEADS: trace_heads(backbone, heads, top_k, options.opset, draft_ids)}
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
@@ -146,6 +146,7 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
         num_layers=heads.config.num_layers,
         top_k=top_k,
         shared_lm_head=heads.config.shared_lm_head,
+        reads_root=heads.config.reads_root,
         draft_vocab_size=None if draft_ids is None else len(draft_ids),
         sha256=heads.digest(),
     )

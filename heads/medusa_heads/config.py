@@ -17,3 +17,4 @@ class HeadsConfig(BaseModel):
     hidden_size: int = Field(gt=0, description="C: width of the backbone's last hidden state")
     vocab_size: int = Field(gt=0, description="V")
     shared_lm_head: bool = Field(default=True, description="the backbone's LM head serves all heads; else each has its own")
+    reads_root: bool = Field(default=False, description="the first block of each head reads the decided token beside the row")

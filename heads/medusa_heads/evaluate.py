@@ -44,8 +44,9 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
         part = index[start : start + ROWS]
         targets = torch.from_numpy(states.targets(part, heads.config.num_heads)).to(parameter.device)  # [n, K]
         hidden = torch.from_numpy(np.asarray(states.rows[part])).to(parameter.device, parameter.dtype)  # [n, C]
+        roots = heads.roots(torch.from_numpy(states.next_ids[part]).to(parameter.device), lm_head)  # [n, C]
         for k, head in enumerate(heads.heads):
-            logits = (head.lm_head or lm_head)(head(hidden))  # [n, V]
+            logits = (head.lm_head or lm_head)(head(hidden, roots))  # [n, V]
             target = targets[:, k : k + 1].clamp(min=0)
             right = logits.gather(1, target)
             after = torch.arange(logits.shape[1], device=logits.device) > target  # of equals, the first comes first

@@ -75,18 +75,22 @@ def draft_ngrams(
         return ngrams
     parameter = next(lm_head.parameters())
     rows = torch.from_numpy(np.array(held_states.rows[:MAX_ROWS])).to(parameter.device, parameter.dtype)
-    return ngrams.with_weights(fit(ngrams, held_states, *head_candidates(heads, lm_head, rows)))
+    root_ids = torch.from_numpy(held_states.next_ids[:MAX_ROWS]).to(parameter.device)
+    return ngrams.with_weights(fit(ngrams, held_states, *head_candidates(heads, lm_head, rows, root_ids)))
 
 
 def head_candidates(
-    heads: MedusaHeads, lm_head: nn.Module, rows: torch.Tensor, top_k: int = TOP_K
+    heads: MedusaHeads, lm_head: nn.Module, rows: torch.Tensor, root_ids: torch.Tensor, top_k: int = TOP_K
 ) -> tuple[IntArray, FloatArray]:
-    """What exported heads would return for hidden states: ids and log-probabilities, best first. [n, C] -> [n, K, M] each"""
+    """What exported heads would return for hidden states and the tokens decided there: ids and log-probabilities, best first.
+
+    [n, C], [n] -> [n, K, M] each
+    """
     known = None if heads.draft_ids is None else torch.tensor(heads.draft_ids, device=rows.device)
     ids, log_probs = [], []
     with torch.no_grad():
-        for part in rows.split(ROWS):
-            logits = heads(part, lm_head)  # [n, K, V]
+        for part, roots in zip(rows.split(ROWS), root_ids.split(ROWS), strict=True):
+            logits = heads(part, lm_head, roots)  # [n, K, V]
             if known is not None:
                 logits = logits[..., known]
             best, places = logits.float().log_softmax(-1).topk(min(top_k, logits.shape[-1]))

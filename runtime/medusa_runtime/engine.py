@@ -25,7 +25,7 @@ from medusa_runtime.sampling import Guide
 from medusa_runtime.sequence import FinishReason, Rows, Sequence, SequenceStep
 from medusa_runtime.slots import SlotPool
 from medusa_runtime.stats import DecodingStats
-from medusa_runtime.tree import CandidateTree, DynamicTree, IntArray
+from medusa_runtime.tree import CandidateTree, DynamicTree
 
 DEFAULT_NEW_TOKENS, DEFAULT_BATCH_SIZE = 256, 8
 LOOKUP_NODES = 16  # of a draft by prompt lookup where the engine's tree has no room for one
@@ -312,7 +312,7 @@ class DecodingEngine:
             self._prefilling = None
             self._slots.start_decoding(sequence)
             sequence.decide_first(int(output.greedy_ids[0, 0]), None if output.logits is None else output.logits[0])
-            self._propose([sequence], np.zeros(1, np.int64))
+            self._propose([sequence], [0])
         return width
 
     def _decode(self) -> list[Sequence]:
@@ -363,7 +363,7 @@ class DecodingEngine:
                 logits = None if output.logits is None else output.logits[row]
                 accepted[row] = self._accept(sequence, drafts[row], greedy[row], logits)
         if self._wants_heads(decoding, width, accepted):
-            seconds += self._propose(decoding, np.array([one.nodes[-1] for one in accepted]))
+            seconds += self._propose(decoding, [one.nodes[-1] for one in accepted])
         else:
             for sequence in decoding:
                 sequence.forget_heads()
@@ -421,12 +421,13 @@ class DecodingEngine:
         pays = self._budget.asks_heads(len(decoding), width, num_accepted, looked_up)
         return pays or any(sequence.has_fixed_tree for sequence in decoding)
 
-    def _propose(self, sequences: list[Sequence], rows: IntArray) -> float:
+    def _propose(self, sequences: list[Sequence], rows: list[int]) -> float:
         """Have the heads guess what follows each sequence's root, where somebody wants to know. Returns the seconds it took."""
         if all(sequence.is_finished or sequence.candidates.num_nodes == 1 for sequence in sequences):
             return 0.0
         started = time.perf_counter()
-        output = self.backend.propose(rows)
+        root_ids = [sequence.token_ids[-1] for sequence in sequences]
+        output = self.backend.propose(np.array(rows), np.array(root_ids))
         for row, sequence in enumerate(sequences):
             sequence.head_ids, sequence.head_log_probs = output.token_ids[row], output.log_probs[row]
         seconds = time.perf_counter() - started

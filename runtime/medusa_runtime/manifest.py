@@ -54,6 +54,7 @@ class HeadFacts(_Model):
     num_layers: int = Field(gt=0, description="residual blocks a head")
     top_k: int = Field(gt=0, description="candidates a head returns")
     shared_lm_head: bool
+    reads_root: bool = Field(default=False, description="they read the root token: their graph has the input `root_ids`")
     draft_vocab_size: int | None = Field(default=None, gt=0, description="tokens the heads choose among; none: all")
     sha256: str = Field(description="of the heads' weights as they were read")
 

@@ -84,7 +84,8 @@ def _measure(
                     continue
                 _step(backend, batch, 1, num_filled)()  # the first one after another batch finds nothing ready
                 steps[point].append([_seconds(_step(backend, batch, width, num_filled)) for width in useful[point]])
-                heads[batch].append(_seconds(partial(backend.propose, np.zeros(batch, np.int64))))
+                first = np.zeros(batch, np.int64)
+                heads[batch].append(_seconds(partial(backend.propose, first, first)))
         tell(number + 1)
     return steps, heads
 

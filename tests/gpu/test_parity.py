@@ -73,18 +73,21 @@ def test_a_sampled_answer_is_the_same_with_medusa_and_without(backend: str, bund
 
 @on_each_backend
 def test_the_heads_say_the_same_ahead_and_on_demand(backend: str, open_gpu: Open, cpu: Backend) -> None:
-    """Whichever row is asked for: the one that the GPU accepts by itself, or another."""
+    """Whichever row and root are asked for: those that the GPU accepts and decides by itself, or others."""
     gpu = open_gpu(backend)
     ids, found = [5, 9, 14, 21], {}
+    cpu.resize(1, 64)
+    decided = cpu.step(*chain(ids)).greedy_ids[0].tolist()
+    asked = [(row, root) for row in range(len(ids)) for root in (decided[row], 7)]
     for name, one, ahead in (("ahead", gpu, True), ("demanded", gpu, False), ("right", cpu, False)):
         one.resize(1, 64)
-        for row in range(len(ids)):
+        for place in asked:
             one.step(*chain(ids), propose_ahead=ahead)
-            found[name, row] = one.propose(np.array([row]))
-    for row in range(len(ids)):
+            found[name, place] = one.propose(*(np.array([number]) for number in place))
+    for place in asked:
         for name in ("ahead", "demanded"):
-            np.testing.assert_array_equal(found[name, row].token_ids, found["right", row].token_ids)
-            np.testing.assert_allclose(found[name, row].log_probs, found["right", row].log_probs, atol=5e-3)
+            np.testing.assert_array_equal(found[name, place].token_ids, found["right", place].token_ids)
+            np.testing.assert_allclose(found[name, place].log_probs, found["right", place].log_probs, atol=5e-3)
 
 
 def chain(ids: list[int]) -> tuple[npt.NDArray[Any], ...]:

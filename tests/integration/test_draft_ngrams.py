@@ -108,8 +108,11 @@ def test_heads_without_a_directory_have_no_place_for_them(make_model: Make, data
     fails(result, 2, "is no directory of heads")
 
 
+@pytest.mark.parametrize("root", [8, 9])  # of the known tokens, and not
 @pytest.mark.parametrize("known", [None, list(range(5, 300, 3))])
-def test_weights_are_fitted_on_what_the_exported_heads_say(known, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+def test_weights_are_fitted_on_what_the_exported_heads_say(
+    known, root, make_model: Make, make_heads: Make, tmp_path: Path
+) -> None:
     heads = load_heads(make_heads())
     heads.draft_ids = known
     save_heads(heads, tmp_path / "heads")
@@ -119,11 +122,11 @@ def test_weights_are_fitted_on_what_the_exported_heads_say(known, make_model: Ma
     backend.step(
         np.arange(20, 24)[None], np.arange(4)[None], np.tri(4, dtype=bool)[None], np.zeros(1, np.int64), np.array([[3]])
     )
-    exported = backend.propose(np.zeros(1, np.int64))
+    exported = backend.propose(np.zeros(1, np.int64), np.array([root]))
 
     model = load_backbone(str(make_model())).model
     with torch.no_grad():
         hidden = model.base_model(torch.arange(20, 24)[None]).last_hidden_state[0, -1:]
-    ids, log_probs = head_candidates(heads, model.get_output_embeddings(), hidden, 6)
+    ids, log_probs = head_candidates(heads, model.get_output_embeddings(), hidden, torch.tensor([root]), 6)
     np.testing.assert_array_equal(ids, exported.token_ids)
     np.testing.assert_allclose(log_probs, exported.log_probs, atol=1e-4)

@@ -27,13 +27,13 @@ def with_vocabulary(heads: Path, target: Path, known: list[int] = KNOWN) -> Path
 
 
 def proposals(bundle: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What the heads guess after each token of a prompt. [T, K, M]"""
+    """What the heads guess after each token of a prompt and the same root, which all of them know. [T, K, M]"""
     backend = open_backend(bundle, Manifest.load(bundle))
     count = 12
     backend.resize(1, count)
     tokens, mask = np.arange(20, 20 + count)[None], np.tri(count, dtype=bool)[None]
     backend.step(tokens, np.arange(count)[None], mask, np.zeros(1, np.int64), np.arange(count)[None])
-    found = [backend.propose(np.array([row])) for row in range(count)]
+    found = [backend.propose(np.array([row]), np.array([KNOWN[3]])) for row in range(count)]
     return np.concatenate([one.token_ids for one in found]), np.concatenate([one.log_probs for one in found])
 
 

@@ -147,25 +147,29 @@ def test_a_decoding_step_is_one_copy_up_one_down_and_one_wait(
     backend, driver = opened(engine("tensorrt"), cuda_graphs=captured), tensorrt.driver
     for _ in range(3):
         driver.take_calls()
-        backend.step(*chain(8), propose_ahead=True)
-        backend.propose(np.array([0]))  # of random tokens the root alone is accepted
+        output = backend.step(*chain(8), propose_ahead=True)
+        backend.propose(np.array([0]), output.greedy_ids[:, 0])  # of random tokens the root alone is accepted
         calls = driver.take_calls()
     copies = ["cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync"]
     assert calls == ["cuCtxSetCurrent", *(["cuGraphLaunch"] if captured else copies), "cuStreamSynchronize"]
 
 
-def test_other_rows_than_the_gpu_accepted_are_asked_for_again(
+def test_other_rows_or_roots_than_the_gpu_accepted_are_asked_for_again(
     engine: Callable[..., Path], bundle: Path, tensorrt: StandInTensorRT
 ) -> None:
     backend, cpu = opened(engine()), on_cpu(bundle)
     for one in (backend, cpu):
-        one.step(*chain(8), propose_ahead=True)
+        decided = int(one.step(*chain(8), propose_ahead=True).greedy_ids[0, 0])
     tensorrt.driver.take_calls()
-    for row in (5, 0):
-        found, wanted = backend.propose(np.array([row])), cpu.propose(np.array([row]))
+    told = set()
+    for row, root in ((5, decided), (0, decided), (0, decided + 1)):
+        asked = np.array([row]), np.array([root])
+        found, wanted = backend.propose(*asked), cpu.propose(*asked)
         np.testing.assert_array_equal(found.token_ids, wanted.token_ids)
         np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
-    assert tensorrt.driver.take_calls().count("cuStreamSynchronize") == 1
+        told.add(found.log_probs.tobytes())
+    assert tensorrt.driver.take_calls().count("cuStreamSynchronize") == 2
+    assert len(told) == 3
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -230,7 +234,7 @@ def test_prompts_and_trees_have_profiles_and_contexts_of_their_own(
     ids, positions, mask, lengths, _ = chain(14)
     backend.step(ids, positions, mask, lengths, np.array([[13]]))
     backend.step(*chain(5, 14))
-    backend.propose(np.array([0]))
+    backend.propose(np.array([0]), np.array([5]))
     prefill, verify, heads = tensorrt.contexts
     assert [context.profile for context in (prefill, verify, heads)] == [0, 1, 0]
     assert prefill.shapes["input_ids"] == (1, 14)

@@ -107,7 +107,7 @@ def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[
     chain = np.tri(count, dtype=bool)
     masks, depths = np.stack([tree.mask, chain, tree.mask]), np.stack([tree.depths, np.arange(count), tree.depths])
     step(0, lengths, masks, depths)
-    proposed = backend.propose(np.array([0, 1, 2]))
+    proposed = backend.propose(np.array([0, 1, 2]), np.array([9, 300, 9]))
     found += [proposed.token_ids, proposed.log_probs]
     path = np.array(max(tree.paths(), key=len))
     backend.commit(2, int(lengths[2]), path)

@@ -122,12 +122,12 @@ class FakeBackend:
         logits = np.array([[logits_after(bytes_of(row)) for row in rows] for rows in self.contexts]) if with_logits else None
         return StepOutput(greedy_ids, logits)
 
-    def propose(self, rows) -> HeadOutput:
+    def propose(self, rows, root_ids) -> HeadOutput:
         heads, width = self.manifest.heads.num_heads, self.manifest.heads.top_k
         ids = np.zeros((len(rows), heads, width), np.int64)
-        for sequence, row in enumerate(rows):
+        for sequence, (row, root_id) in enumerate(zip(rows, root_ids, strict=True)):
             context = bytes_of(self.contexts[sequence][row])
-            future = greedy(context, heads + 1)[1:]
+            future = greedy([*context, root_id], heads)
             for head, token in enumerate(future):
                 ids[sequence, head] = self._candidates(token, context, head, width)
         chances = 0.6 * 0.5 ** np.arange(width) * np.linspace(1, 0.5, heads)[:, None]  # [K, M]

@@ -82,7 +82,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def save_random_heads(model: Path, output: Path, *, num_heads: int = 3, num_layers: int = 2, **settings: Any) -> Path:
+def save_random_heads(
+    model: Path, output: Path, *, num_heads: int = 3, num_layers: int = 2, reads_root: bool = True, **settings: Any
+) -> Path:
     """Save random heads (not untrained ones, which all guess alike) that fit a tiny model."""
     config = AutoConfig.from_pretrained(model)
     torch.manual_seed(1)
@@ -93,6 +95,7 @@ def save_random_heads(model: Path, output: Path, *, num_heads: int = 3, num_laye
             num_layers=num_layers,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
+            reads_root=reads_root,
             **settings,
         )
     )

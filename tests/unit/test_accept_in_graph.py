@@ -70,6 +70,7 @@ def test_it_accepts_what_the_host_accepts(model: ir.Model, trees: list[Draft], s
     )
     deepest = [accepted.nodes[-1] for accepted in accept_greedy(batch, greedy)]
     assert found["accepted_rows"].tolist() == deepest
+    assert found["accepted_ids"].tolist() == [greedy[row, node] for row, node in enumerate(deepest)]
     np.testing.assert_array_equal(found["accepted_hidden"], states[np.arange(len(trees)), deepest])
 
 
@@ -83,4 +84,5 @@ def test_of_a_prompt_it_is_the_row_that_is_evaluated(model: ir.Model) -> None:
         states=np.ones((1, 1, HIDDEN), np.float32),
     )
     assert found["accepted_rows"].tolist() == [0]
+    assert found["accepted_ids"].tolist() == [9]
     assert found["accepted_hidden"].shape == (1, HIDDEN)

@@ -68,7 +68,7 @@ class FewTokens(FakeBackend):
         logits = np.array([[few_logits(tuple(row)) for row in rows] for rows in self.contexts])  # [B, R, V]
         return StepOutput(logits.argmax(axis=-1), logits if with_logits else None)
 
-    def propose(self, rows) -> HeadOutput:
+    def propose(self, rows, root_ids) -> HeadOutput:
         guesses = [few_guesses(tuple(self.contexts[sequence][row])) for sequence, row in enumerate(rows)]
         return HeadOutput(np.array([ids for ids, _ in guesses]), np.array([log_probs for _, log_probs in guesses]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,9 +62,10 @@ def one_step(ranks: list[int], tree: CandidateTree) -> int:
 # --- ranks
 
 
-def judged(shared: bool = True) -> tuple[MedusaHeads, nn.Linear, HiddenStates]:
+def judged(shared: bool = True, **settings: Any) -> tuple[MedusaHeads, nn.Linear, HiddenStates]:
     torch.manual_seed(0)
-    heads = MedusaHeads(HeadsConfig(base_model="tiny", num_heads=3, hidden_size=C, vocab_size=V, shared_lm_head=shared))
+    config = HeadsConfig(base_model="tiny", num_heads=3, hidden_size=C, vocab_size=V, shared_lm_head=shared, **settings)
+    heads = MedusaHeads(config)
     for parameter in heads.parameters():
         nn.init.normal_(parameter)
     generator = np.random.default_rng(1)
@@ -73,10 +75,13 @@ def judged(shared: bool = True) -> tuple[MedusaHeads, nn.Linear, HiddenStates]:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_ranks_count_the_tokens_that_a_head_likes_better(shared, monkeypatch) -> None:
+@pytest.mark.parametrize("reads_root", [True, False])
+def test_ranks_count_the_tokens_that_a_head_likes_better(shared, reads_root, monkeypatch) -> None:
     monkeypatch.setattr("medusa_heads.evaluate.ROWS", 4)
-    heads, lm_head, states = judged(shared)
-    logits = heads(torch.from_numpy(states.rows.astype(np.float32)), lm_head).detach().numpy()  # [P, K, V]
+    heads, lm_head, states = judged(shared, reads_root=reads_root)
+    heads.draft_ids = list(range(0, V, 2))
+    rows, root_ids = torch.from_numpy(states.rows.astype(np.float32)), torch.from_numpy(states.next_ids)
+    logits = heads(rows, lm_head, root_ids).detach().numpy()  # [P, K, V]
     targets = states.targets(np.arange(17), 3)
     ranks = target_ranks(heads, lm_head, states)
     for row, k in itertools.product(range(17), range(3)):

@@ -30,9 +30,9 @@ class Slow(FakeBackend):
         self.now += (100.0 if len(self.steps) in self.stalls else 1.0) + self.per_token * input_ids.size
         return result
 
-    def propose(self, rows):
+    def propose(self, rows, root_ids):
         self.now += 0.25 * len(rows)
-        return super().propose(rows)
+        return super().propose(rows, root_ids)
 
 
 @pytest.fixture

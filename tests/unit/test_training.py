@@ -272,38 +272,50 @@ def test_the_digest_knows_every_token_and_the_order() -> None:
 C, V, K, N = 8, 13, 3, 20
 
 
-def random_heads(*, shared: bool = True, num_layers: int = 2) -> MedusaHeads:
+def random_heads(*, shared: bool = True, reads_root: bool = False) -> MedusaHeads:
     torch.manual_seed(2)
-    config = HeadsConfig(base_model="", num_heads=K, num_layers=num_layers, hidden_size=C, vocab_size=V, shared_lm_head=shared)
-    heads = MedusaHeads(config)
+    sizes = {"num_heads": K, "num_layers": 2, "hidden_size": C, "vocab_size": V}
+    heads = MedusaHeads(HeadsConfig(base_model="", shared_lm_head=shared, reads_root=reads_root, **sizes))
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.normal_(0, 0.5)
     return heads
 
 
+def plain_root(weight: torch.Tensor, token: int, kept: list[int]) -> torch.Tensor:
+    """What heads read of a root: its row, of mean square 1. [C]"""
+    if token not in kept:
+        return torch.zeros(C)
+    return torch.tensor(
+        [value / (sum(x * x for x in weight[token].tolist()) / C + 1e-6) ** 0.5 for value in weight[token].tolist()]
+    )
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kept", [None, [0, 3, 4, 7, 11, 12]])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_losses_of_the_heads_equal_a_plain_computation(shared, kept, with_bias) -> None:
-    heads = random_heads(shared=shared)
+@pytest.mark.parametrize("reads_root", [True, False])
+def test_losses_of_the_heads_equal_a_plain_computation(shared, kept, with_bias, reads_root) -> None:
+    heads = random_heads(shared=shared, reads_root=reads_root)
     weight, bias = torch.randn(V, C), torch.randn(V) if with_bias else None
-    hidden, targets = torch.randn(N, C), torch.randint(-1, V, (N, K))
+    hidden, targets, root_ids = torch.randn(N, C), torch.randint(-1, V, (N, K)), torch.randint(0, V, (N,))
     targets[:, 2] = -1  # a head that nothing is asked of
     lm_head = LmHead(weight, bias, None if kept is None else torch.tensor(kept))
-    found = heads_losses(heads, lm_head, hidden, targets)
+    found = heads_losses(heads, lm_head, hidden, root_ids, targets)
 
     ids = list(range(V)) if kept is None else kept
+    roots = torch.stack([plain_root(weight, root, ids) for root in root_ids.tolist()])
     for k, head in enumerate(heads.heads):
         matrix, offset = (weight, bias) if shared else (head.lm_head.weight, None)
         losses = []
-        for row, target in zip(hidden, targets[:, k].tolist(), strict=True):
+        for row, root, target in zip(hidden, roots, targets[:, k].tolist(), strict=True):
             if target in ids:
-                logits = matrix[ids] @ head(row[None])[0] + (0 if offset is None else offset[ids])
+                features = head(row[None], root[None] if reads_root else None)[0]
+                logits = matrix[ids] @ features + (0 if offset is None else offset[ids])
                 losses.append((logits.exp().sum().log() - logits[ids.index(target)]).item())
         assert found[k].item() == pytest.approx(np.mean(losses) if losses else 0, abs=1e-4)
 
-    total, told, _ = HeadsObjective(heads, lm_head, 0.5)(hidden, targets)
+    total, told, _ = HeadsObjective(heads, lm_head, 0.5)(hidden, root_ids, targets)
     torch.testing.assert_close(total, 0.5 * found[0] + 0.25 * found[1] + 0.125 * found[2])
     assert not told.requires_grad
     total.backward()
@@ -336,7 +348,8 @@ def joint_batch(backbone: Any) -> tuple[list[Example], tuple[torch.Tensor, ...]]
 
 def heads_for(backbone: Any) -> MedusaHeads:
     torch.manual_seed(0)
-    heads = MedusaHeads(HeadsConfig(base_model="", num_heads=2, hidden_size=64, vocab_size=VOCAB_SIZE))
+    config = HeadsConfig(base_model="", num_heads=2, hidden_size=64, vocab_size=VOCAB_SIZE, reads_root=True)
+    heads = MedusaHeads(config)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
     return heads
@@ -354,7 +367,7 @@ def test_the_joint_loss_equals_a_plain_computation(backbone, learns, monkeypatch
     start = kl(*inputs)
     assert 0 <= start.backbone.item() < 1e-5  # nothing has changed yet, but that float16 rounds
     torch.testing.assert_close(
-        start.heads, heads_losses(heads, some, torch.cat(response_states(backbone, examples)), inputs[3])
+        start.heads, heads_losses(heads, some, torch.cat(response_states(backbone, examples)), *inputs[2:4])
     )
 
     before = [parameter.detach().clone() for parameter in backbone.parameters()]
@@ -371,7 +384,7 @@ def test_the_joint_loss_equals_a_plain_computation(backbone, learns, monkeypatch
         torch.testing.assert_close(found.backbone, naive, rtol=1e-4, atol=1e-6)
         assert naive.item() > 1e-3
         now = lm_head_of(backbone, torch.float32, some.token_ids)
-        losses = heads_losses(heads, now if learns else some, hidden, inputs[3])  # a head reads the LM head that learns
+        losses = heads_losses(heads, now if learns else some, hidden, *inputs[2:4])  # a head reads the LM head that learns
         torch.testing.assert_close(found.heads, losses.detach())
         torch.testing.assert_close(found.total, found.backbone + 0.2 * (0.8 * losses[0] + 0.64 * losses[1]))
 
@@ -457,22 +470,25 @@ def test_blocks_keep_neighbours_together_and_take_every_row_once(num_rows, block
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("part", [0.25, 1.0])
-def test_soft_targets_equal_a_plain_computation(shared, part) -> None:
-    heads, weight, bias = random_heads(shared=shared), torch.randn(V, C), torch.randn(V)
+@pytest.mark.parametrize("reads_root", [True, False])
+def test_soft_targets_equal_a_plain_computation(shared, part, reads_root) -> None:
+    heads, weight, bias = random_heads(shared=shared, reads_root=reads_root), torch.randn(V, C), torch.randn(V)
     kept = [0, 3, 4, 7, 11, 12]
     lm_head = LmHead(weight, bias, torch.tensor(kept))
     hidden, ahead = torch.randn(N, C), torch.randn(N + K, C)
-    targets, places = torch.randint(-1, V, (N, K)), torch.randint(0, N + K, (N, K))
+    targets, places, root_ids = torch.randint(-1, V, (N, K)), torch.randint(0, N + K, (N, K)), torch.randint(0, V, (N,))
+    roots = torch.stack([plain_root(weight, root, kept) for root in root_ids.tolist()])
     targets[:, 2] = -1  # a head that nothing is asked of
-    total, told, _ = HeadsObjective(heads, lm_head, 0.5, part)(hidden, targets, ahead, places)
+    total, told, _ = HeadsObjective(heads, lm_head, 0.5, part)(hidden, root_ids, targets, ahead, places)
     for k, head in enumerate(heads.heads):
         matrix, offset = (weight, bias) if shared else (head.lm_head.weight, torch.zeros(V))
         losses = []
-        for row, target, place in zip(hidden, targets[:, k].tolist(), places[:, k], strict=True):
+        for row, root, target, place in zip(hidden, roots, targets[:, k].tolist(), places[:, k], strict=True):
             if target in kept:
+                features = head(row[None], root[None] if reads_root else None)[0]
                 wanted = part * (weight[kept] @ ahead[place] + bias[kept]).softmax(0)
                 wanted[kept.index(target)] += 1 - part
-                losses.append(-(wanted * (matrix[kept] @ head(row[None])[0] + offset[kept]).log_softmax(0)).sum().item())
+                losses.append(-(wanted * (matrix[kept] @ features + offset[kept]).log_softmax(0)).sum().item())
         assert told[k].item() == pytest.approx(np.mean(losses) if losses else 0, abs=1e-4)
     torch.testing.assert_close(total.detach(), 0.5 * told[0] + 0.25 * told[1] + 0.125 * told[2])
     total.backward()
@@ -481,7 +497,9 @@ def test_soft_targets_equal_a_plain_computation(shared, part) -> None:
 
 def test_soft_targets_of_no_weight_are_the_tokens_alone() -> None:
     heads, lm_head = random_heads(shared=True), LmHead(torch.randn(V, C), None)
-    hidden, targets = torch.randn(N, C), torch.randint(-1, V, (N, K))
-    hard = HeadsObjective(heads, lm_head, 0.8)(hidden, targets)
-    soft = HeadsObjective(heads, lm_head, 0.8, 0.0)(hidden, targets, torch.randn(3, C), torch.zeros(N, K, dtype=torch.int64))
+    hidden, root_ids, targets = torch.randn(N, C), torch.randint(0, V, (N,)), torch.randint(-1, V, (N, K))
+    hard = HeadsObjective(heads, lm_head, 0.8)(hidden, root_ids, targets)
+    soft = HeadsObjective(heads, lm_head, 0.8, 0.0)(
+        hidden, root_ids, targets, torch.randn(3, C), torch.zeros(N, K, dtype=torch.int64)
+    )
     torch.testing.assert_close(soft, hard)

@@ -25,6 +25,7 @@ def command() -> None:
 @click.option("--num-heads", type=click.IntRange(1, 32), default=4, show_default=True)
 @click.option("--num-layers", type=click.IntRange(1, 8), default=1, show_default=True, help="Residual blocks a head.")
 @click.option("--own-lm-head", is_flag=True, help="Give each head an LM head of its own, started from the model's.")
+@click.option("--read-root/--no-read-root", default=True, help="Let heads read the token decided last, or as in the paper not.")
 @force_option
 @trust_remote_code_option
 def init(
@@ -34,6 +35,7 @@ def init(
     num_layers: int,
     *,
     own_lm_head: bool,
+    read_root: bool,
     force: bool,
     trust_remote_code: bool,
 ) -> None:
@@ -53,6 +55,7 @@ def init(
         hidden_size=backbone.facts.hidden_size,
         vocab_size=backbone.facts.vocab_size,
         shared_lm_head=not own_lm_head,
+        reads_root=read_root,
     )
     heads = MedusaHeads(config)
     heads.start_from(backbone.model.get_output_embeddings())

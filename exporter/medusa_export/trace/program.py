@@ -28,7 +28,7 @@ from medusa_export.graph.transpose import TransposeWeights
 from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step import StepModule
-from medusa_heads.modules import MedusaHeads
+from medusa_heads.modules import MedusaHeads, root_states
 from medusa_runtime.errors import first_line
 
 STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
@@ -36,11 +36,17 @@ STEP_OUTPUTS = ("greedy_ids", "hidden", "logits")
 Report = Callable[[str], None]
 
 
-def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None) -> ir.Model:
+def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, *, lm_head_as_table: bool = False) -> ir.Model:
     """Trace a backbone into the step graph of docs/onnx-contract.md.
 
     Two layers of each kind are traced, compared, and stamped out to the full depth; where they turn out to differ, all
     layers are traced, and `report` says so.
+
+    Args:
+        backbone: the model.
+        opset: of the graph.
+        report: told what is worth knowing.
+        lm_head_as_table: keep the LM head's layout, because heads gather rows from the same weight (`reads_lm_head_rows`).
 
     Raises:
         ExportError: the model cannot be traced.
@@ -48,10 +54,14 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None) 
     list_name, layers = decoder_layers(backbone.model)
     kinds = layer_kinds(layers, backbone.layer_types)
     try:
-        return _trace_kinds(backbone, list_name, kinds, opset)
+        model = _trace_kinds(backbone, list_name, kinds, opset)
     except UnlikeLayersError as error:
         report(f"layers of one kind differ ({error}); tracing all {len(layers)} layers")
-        return _trace_kinds(backbone, list_name, [[layer] for layer in range(len(layers))], opset)
+        model = _trace_kinds(backbone, list_name, [[layer] for layer in range(len(layers))], opset)
+    lm_head: Any = backbone.model.get_output_embeddings()
+    tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
+    TransposeWeights(frozenset(tables) if lm_head_as_table else frozenset())(model)
+    return model
 
 
 def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], opset: int) -> ir.Model:
@@ -97,16 +107,15 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     state = backbone.model.state_dict()
     prefix = f"model.{list_name}.{{layer}}."
     StampLayers(kinds, prefix, lambda name: _torch_tensor(state[name.removeprefix("model.")], name))(model)
-    TransposeWeights()(model)
     return model
 
 
 class HeadsModule(torch.nn.Module):
-    """The heads graph's computation: hidden rows to the heads' best candidates.
+    """The heads graph's computation: hidden rows, and where the heads read them roots, to the heads' best candidates.
 
     Args:
         heads: the heads.
-        lm_head: the backbone's, for heads that share it.
+        lm_head: the backbone's, for heads that share it, and for what they read of the root.
         top_k: candidates a head.
         draft_ids: the tokens to choose among; none for all. The LM head's other rows are not computed at all.
     """
@@ -114,17 +123,26 @@ class HeadsModule(torch.nn.Module):
     def __init__(self, heads: MedusaHeads, lm_head: torch.nn.Module, top_k: int, draft_ids: list[int] | None) -> None:
         super().__init__()
         self.heads, self.lm_head, self.top_k = heads, lm_head, top_k
+        if heads.config.reads_root and heads.draft_ids is not None:
+            table = torch.full((heads.config.vocab_size,), -1)
+            table[heads.draft_ids] = torch.tensor(heads.draft_ids) if draft_ids is None else torch.arange(len(draft_ids))
+            self.root_places = torch.nn.Buffer(table, persistent=False)
         if draft_ids is not None:
-            if heads.config.shared_lm_head:
-                self.lm_head = _rows(lm_head, draft_ids)
+            self.lm_head = _rows(lm_head, draft_ids)
             self.draft_ids = torch.nn.Buffer(torch.tensor(draft_ids), persistent=False)
             self.heads = copy.deepcopy(heads)
             for head in self.heads.heads:
                 if head.lm_head is not None:
                     head.lm_head = _rows(head.lm_head, draft_ids)
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C] -> two of [B, K, M]
-        logits = self.heads(hidden, self.lm_head).float()  # [B, K, V], V the draft vocabulary's size
+    def forward(self, hidden: torch.Tensor, root_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates and their log-probabilities. [B, C] and maybe [B] -> two of [B, K, M]"""
+        roots = None
+        if root_ids is not None:
+            places = self.root_places[root_ids] if hasattr(self, "root_places") else root_ids
+            lm_head: Any = self.lm_head
+            roots = root_states(lm_head.weight, places)
+        logits = self.heads.logits(hidden, self.lm_head, roots).float()  # [B, K, V], V the draft vocabulary's size
         best, places = torch.topk(logits, self.top_k, dim=-1)
         head_ids = self.draft_ids[places] if hasattr(self, "draft_ids") else places
         return head_ids, best - torch.logsumexp(logits, -1, keepdim=True)
@@ -141,6 +159,11 @@ def _rows(lm_head: Any, token_ids: list[int]) -> torch.nn.Linear:
     return part
 
 
+def reads_lm_head_rows(heads: MedusaHeads, draft_ids: list[int] | None) -> bool:
+    """Whether the heads graph gathers rows from the backbone's whole LM head."""
+    return heads.config.reads_root and draft_ids is None
+
+
 def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int, draft_ids: list[int] | None = None) -> ir.Model:
     """Trace heads, with the backbone's LM head where they share it, into the heads graph.
 
@@ -155,11 +178,15 @@ def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int, 
         ExportError: the heads cannot be traced.
     """
     module = HeadsModule(heads.to(backbone.dtype), backbone.model.get_output_embeddings(), top_k, draft_ids).eval()
-    hidden = torch.zeros(2, backbone.facts.hidden_size, dtype=backbone.dtype)
-    model = _export("heads", module, (hidden,), {}, {"hidden": {0: Dim("batch", min=1, max=1 << 16)}}, opset)
+    inputs = {"hidden": torch.zeros(2, backbone.facts.hidden_size, dtype=backbone.dtype)}
+    if heads.config.reads_root:
+        inputs["root_ids"] = torch.zeros(2, dtype=torch.long)
+    batch = Dim("batch", min=1, max=1 << 16)
+    model = _export("heads", module, (), inputs, {name: {0: batch} for name in inputs}, opset)
+    _name(model.graph.inputs, list(inputs))
     _name(model.graph.outputs, ["head_ids", "head_log_probs"])
     _simplify(model)
-    shares = backbone.has_tied_embeddings and draft_ids is None
+    shares = reads_lm_head_rows(heads, draft_ids) or (backbone.has_tied_embeddings and draft_ids is None)
     TransposeWeights(frozenset({"lm_head.weight"}) if shares else frozenset())(model)
     return model
 

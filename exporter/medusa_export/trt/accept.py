@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, ACCEPTED_ROWS
+from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, ACCEPTED_IDS, ACCEPTED_ROWS
 from medusa_runtime.manifest import GraphFacts, TensorFacts
 
 
 class AcceptGreedily(ir.passes.InPlacePass):
-    """Tell of each sequence the deepest row that greedy decoding accepts, and its hidden state.
+    """Tell of each sequence the deepest row that greedy decoding accepts, its hidden state, and the token decided there.
 
-    Needs: the step graph of docs/onnx-contract.md; another one stays as it is. Leaves: two more outputs, ``accepted_rows`` [B]
-    and ``accepted_hidden`` [B, C]. A row is right when its token is the greedy one after its parent's, and accepted when all
-    rows that it sees are; a row that sees no other one is a root, and right. Of equally deep rows the first is taken: what pads
-    a tree comes last.
+    Needs: the step graph of docs/onnx-contract.md; another one stays as it is. Leaves: three more outputs, ``accepted_rows``
+    [B], ``accepted_ids`` [B] and ``accepted_hidden`` [B, C]. A row is right when its token is the greedy one after its
+    parent's, and accepted when all rows that it sees are; a row that sees no other one is a root, and right. Of equally deep
+    rows the first is taken: what pads a tree comes last.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -28,13 +28,14 @@ class AcceptGreedily(ir.passes.InPlacePass):
         shape = outputs["hidden"].shape
         assert shape is not None
         writer = _Writer(ir.tape.Tape())
-        rows, hidden = writer.accepted(
+        rows, ids, hidden = writer.accepted(
             inputs["input_ids"], inputs["tree_mask"], inputs["logit_rows"], outputs["greedy_ids"], outputs["hidden"]
         )
-        rows.name, rows.type, rows.shape = ACCEPTED_ROWS, ir.TensorType(ir.DataType.INT64), ir.Shape([shape[0]])
+        for value, name in ((rows, ACCEPTED_ROWS), (ids, ACCEPTED_IDS)):
+            value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.INT64), ir.Shape([shape[0]])
         hidden.name, hidden.type, hidden.shape = ACCEPTED_HIDDEN, outputs["hidden"].type, ir.Shape([shape[0], shape[2]])
         graph.extend(writer.tape.nodes)
-        graph.outputs.extend([rows, hidden])
+        graph.outputs.extend([rows, ids, hidden])
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -42,9 +43,9 @@ def with_acceptance(step: GraphFacts) -> GraphFacts:
     """The contract of a step graph that accepts greedily by itself."""
     hidden = next(tensor for tensor in step.outputs if tensor.name == "hidden")
     batch, _, width = hidden.shape
-    rows = TensorFacts(name=ACCEPTED_ROWS, dtype="int64", shape=[batch])
+    rows, ids = (TensorFacts(name=name, dtype="int64", shape=[batch]) for name in (ACCEPTED_ROWS, ACCEPTED_IDS))
     states = TensorFacts(name=ACCEPTED_HIDDEN, dtype=hidden.dtype, shape=[batch, width])
-    return step.model_copy(update={"outputs": [*step.outputs, rows, states]})
+    return step.model_copy(update={"outputs": [*step.outputs, rows, ids, states]})
 
 
 class _Writer:
@@ -55,7 +56,7 @@ class _Writer:
 
     def accepted(
         self, input_ids: ir.Value, tree_mask: ir.Value, logit_rows: ir.Value, greedy_ids: ir.Value, hidden: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
         op = self.tape.op
         axis_1, axis_2 = self._ints([1]), self._ints([2])
         tokens = op("GatherElements", [input_ids, logit_rows], {"axis": 1})  # [B, R]
@@ -74,7 +75,9 @@ class _Writer:
         rejected = op("ReduceMax", [faults, axis_1], {"keepdims": 0})  # [B, R]
         accepted_depths = op("Mul", [depths, op("Sub", [self._floats(1.0), rejected])])
         row = self._deepest(accepted_depths)  # [B]
-        return row, op("GatherND", [hidden, op("Unsqueeze", [row, axis_1])], {"batch_dims": 1})
+        place = op("Unsqueeze", [row, axis_1])  # [B, 1]
+        decided = op("Squeeze", [op("GatherElements", [greedy_ids, place], {"axis": 1}), axis_1])
+        return row, decided, op("GatherND", [hidden, place], {"batch_dims": 1})
 
     def _seen(self, tree_mask: ir.Value, logit_rows: ir.Value) -> ir.Value:
         """The mask among the rows that are evaluated, turned over."""

@@ -100,7 +100,7 @@ def _decode(
     answers: list[tuple[list[int], Guesses]] = []
     for slot, prompt in enumerate(prompts):
         first = _read(backend, slot, prompt)
-        answers.append(([first], _guesses(backend.propose(np.zeros(1, np.int64)))))
+        answers.append(([first], _guesses(backend.propose(np.zeros(1, np.int64), np.array([first])))))
     for _ in range(max_new_tokens - 1):
         if all(end_ids.intersection(tokens) for tokens, _ in answers):
             break
@@ -108,7 +108,7 @@ def _decode(
         alone = np.ones((batch, 1, 1), np.bool_)
         output = backend.step(roots, lengths[:, None], alone, lengths, np.zeros((batch, 1), np.int64))
         lengths = lengths + 1
-        guesses = _guesses(backend.propose(np.zeros(batch, np.int64)))
+        guesses = _guesses(backend.propose(np.zeros(batch, np.int64), output.greedy_ids[:, 0]))
         for (tokens, noted), token, guess in zip(answers, output.greedy_ids[:, 0].tolist(), guesses, strict=True):
             tokens.append(token)
             noted.append(guess)

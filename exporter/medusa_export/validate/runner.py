@@ -92,7 +92,7 @@ class BundleSide:
             bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads, cuda_graphs=cuda_graphs
         )
         self.target = target
-        self._last_row = 0  # of the last step
+        self._last_row, self._root_id = 0, 0  # of the last step
 
     def prompt_logits(self, prompt_ids: Sequence[int], chunk: int | None = None) -> Rows:
         """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]
@@ -116,12 +116,17 @@ class BundleSide:
             )
             assert output.logits is not None
             pieces.append(output.logits[0].copy())  # the next step overwrites them
-            self._last_row = count - 1
+            self._last_row, self._root_id = count - 1, int(output.greedy_ids[0, -1])
         return np.concatenate(pieces)
 
+    @property
+    def root_id(self) -> int:
+        """The most likely token after the prompt that was read last."""
+        return self._root_id
+
     def proposed(self) -> HeadOutput:
-        """The heads' candidates after the prompt that was read last."""
-        return self.backend.propose(np.array([self._last_row]))
+        """The heads' candidates after that token."""
+        return self.backend.propose(np.array([self._last_row]), np.array([self._root_id]))
 
     def logits(self, token_ids: Sequence[int]) -> Rows:
         """See `Reference.logits`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medusa_export.checkpoint import DTYPES
 from medusa_export.export import require_matching
 from medusa_export.placement import AUTO, place, require_usable
 from medusa_export.progress import console, note, stage
@@ -166,7 +167,7 @@ def _matching_heads(path: Path, manifest: Manifest, reference: ReferenceSide) ->
     known = manifest.heads.draft_vocab_size
     if heads.digest() != manifest.heads.sha256 or (known is not None and known != len(heads.draft_ids or ())):
         raise OptionError(f"the heads in {path} are not those that the bundle was made from; export it again with them")
-    return heads
+    return heads.to(DTYPES[manifest.precision]).to(reference.backbone.dtype)  # rounded as the bundle stores them
 
 
 def _require_same_model(manifest: Manifest, reference: ReferenceSide) -> None:
@@ -225,10 +226,10 @@ def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: Referenc
     """The heads' log-probabilities, over the candidates the bundle names. Each row is a head's."""
     side.prompt_logits(prompt_ids)
     found = side.proposed()
-    heads = heads.to(torch_side.backbone.dtype)
     known = heads.draft_ids if side.backend.manifest.heads.draft_vocab_size else None
     with torch.no_grad():
-        logits = heads(torch_side.hidden(prompt_ids), torch_side.backbone.model.get_output_embeddings())  # [1, K, V]
+        lm_head, root_ids = torch_side.backbone.model.get_output_embeddings(), torch.tensor([side.root_id])
+        logits = heads(torch_side.hidden(prompt_ids), lm_head, root_ids)  # [1, K, V]
         if known is not None:
             unknown = torch.ones(logits.shape[-1], dtype=torch.bool)
             unknown[known] = False

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from medusa_heads.logits import shaped_logits
-from medusa_heads.modules import MedusaHeads
+from medusa_heads.modules import MedusaHeads, root_states
 
 IGNORED = -100  # what cross_entropy passes over
 KL_ROWS = 256  # whose logits over the whole vocabulary, of both models, are held at once
@@ -89,42 +89,56 @@ class HeadsObjective(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,  # [N, C]
+        root_ids: torch.Tensor,  # [N] the backbone's next tokens there
         targets: torch.Tensor,  # [N, K] what the heads are to guess, -1 where there is nothing
         ahead: torch.Tensor | None = None,  # [U, C] the backbone's states that targets are read off, for soft targets
         places: torch.Tensor | None = None,  # [N, K] which of them each target is read off
     ) -> Losses:
         """Losses of a batch of rows."""
         if ahead is None or places is None:
-            losses = heads_losses(self.heads, self.lm_head, hidden, targets)
+            losses = heads_losses(self.heads, self.lm_head, hidden, root_ids, targets)
         else:
-            losses = self._soft_losses(hidden, targets, ahead, places)
+            losses = self._soft_losses(hidden, root_ids, targets, ahead, places)
         return Losses(weighted(losses, self.decay), losses.detach())
 
     def _soft_losses(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ahead: torch.Tensor, places: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        root_ids: torch.Tensor,
+        targets: torch.Tensor,
+        ahead: torch.Tensor,
+        places: torch.Tensor,
     ) -> torch.Tensor:
         """As `heads_losses`, but part of each target is the distribution that the backbone has there. [K]"""
         with torch.no_grad():
             backbone = F.linear(ahead, self.lm_head.weight, self.lm_head.bias).softmax(-1)  # [U, V']
+        roots = root_states(self.lm_head.weight, self.lm_head.places(root_ids)) if self.heads.config.reads_root else None
         tokens, losses = self.lm_head.places(targets), []  # [N, K]
         for k, head in enumerate(self.heads.heads):
             known = (tokens[:, k] != IGNORED).nonzero().flatten()  # [n]
             wanted = backbone[places[known, k]] * self.soft_targets  # [n, V']
             wanted[torch.arange(len(known)), tokens[known, k]] += 1 - self.soft_targets
-            logits = F.linear(head(hidden[known]), *self.lm_head.of(head))  # [n, V']
+            features = head(hidden[known], None if roots is None else roots[known])
+            logits = F.linear(features, *self.lm_head.of(head))  # [n, V']
             losses.append(F.cross_entropy(logits, wanted, reduction="sum") / max(1, len(known)))
         return torch.stack(losses)
 
 
 def heads_losses(
-    heads: MedusaHeads, lm_head: LmHead, hidden: torch.Tensor, targets: torch.Tensor, learning: Any = None
+    heads: MedusaHeads,
+    lm_head: LmHead,
+    hidden: torch.Tensor,
+    root_ids: torch.Tensor,
+    targets: torch.Tensor,
+    learning: Any = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy of each head over its valid targets. [N, C], [N, K] -> [K]
+    """Mean cross-entropy of each head over its valid targets. [N, C], [N], [N, K] -> [K]
 
     Args:
         heads: what learns.
         lm_head: the tokens that count, and the LM head of heads that have none.
         hidden: what the heads read.
+        root_ids: the backbone's next tokens there, which they may read as well.
         targets: what they are to guess, -1 where there is nothing.
         learning: the backbone's LM head where it learns as well; it then takes the place of `lm_head`'s weights.
     """
@@ -132,10 +146,12 @@ def heads_losses(
     shared = (lm_head.weight, lm_head.bias)
     if learning is not None:
         shared = (lm_head.kept(learning.weight), None if learning.bias is None else lm_head.kept(learning.bias))
+    # looked up, not learned through
+    roots = root_states(shared[0].detach(), lm_head.places(root_ids)) if heads.config.reads_root else None
     losses = []
     for k, head in enumerate(heads.heads):
         weight, bias = shared if head.lm_head is None else lm_head.of(head)
-        logits = F.linear(head(hidden), weight, bias)  # [N, V']
+        logits = F.linear(head(hidden, roots), weight, bias)  # [N, V']
         total = F.cross_entropy(logits, places[:, k], ignore_index=IGNORED, reduction="sum")
         losses.append(total / (places[:, k] != IGNORED).sum().clamp(min=1))  # a batch may have no target for the last heads
     return torch.stack(losses)
@@ -188,7 +204,8 @@ class JointObjective(nn.Module):
         states = self.backbone.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, C]
         hidden = states.flatten(0, 1)[rows]  # [N, C]
         output = self.backbone.get_output_embeddings()
-        losses = heads_losses(self.heads, self.lm_head, hidden, targets, output if output.weight.requires_grad else None)
+        learning = output if output.weight.requires_grad else None
+        losses = heads_losses(self.heads, self.lm_head, hidden, next_ids, targets, learning)
         backbone = self._backbone_loss(output, hidden, next_ids, reference)
         return Losses(backbone + heads_weight * weighted(losses, self.decay), losses.detach(), backbone.detach())
 

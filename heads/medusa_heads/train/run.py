@@ -172,10 +172,11 @@ class _Run:
         if not epochs or self.work.stage == JOINT:  # they are done, and the joint stage's checkpoint has them
             return heads
         lm_head = _lm_head(self.source, states, settings, self.accelerator, self.listener)
+        heads.draft_ids = None if lm_head.token_ids is None else lm_head.token_ids.tolist()
         stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, epochs, self.accelerator.device)
         log: Callable[[torch.nn.Module, int], None] = lambda *_: None  # noqa: E731 - nothing is held out
         if held_states is not None:
-            log = _AccuracyLog(heads.config, self.work, self.source, held_states, self.listener)
+            log = _AccuracyLog(heads, self.work, self.source, held_states, self.listener)
         objective = fit(stage, self.accelerator, self.work, settings, self.listener.step, log)
         heads.load_state_dict(_learned(objective, self.accelerator))
         _forget(self.accelerator)
@@ -242,13 +243,14 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         shared_lm_head=not settings.own_lm_head,
+        reads_root=settings.read_root,
     )
     if settings.start_from is None:
         heads = MedusaHeads(wanted)
         heads.start_from(source.model.get_output_embeddings())
         return heads
     heads = load_heads(settings.start_from).float()
-    for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "shared_lm_head"):
+    for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "shared_lm_head", "reads_root"):
         found, asked = getattr(heads.config, name), getattr(wanted, name)
         if found != asked:
             raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, this run needs {asked}")
@@ -292,12 +294,13 @@ def _heads_stage(
 
     def load(rows: batches.IntArray, *_: int) -> tuple[tuple[Any, ...], int]:
         index = np.sort(rows)
-        targets = torch.from_numpy(states.targets(index, num_heads)).to(device)
+        arrays = (states.next_ids[index], states.targets(index, num_heads))
+        inputs = (on_device(index), *(torch.from_numpy(array).to(device) for array in arrays))
         if not settings.soft_targets:
-            return (on_device(index), targets), len(rows)
+            return inputs, len(rows)
         last = len(states.next_ids) - 1
         ahead, places = np.unique(np.minimum(index[:, None] + 1 + np.arange(num_heads), last), return_inverse=True)
-        return (on_device(index), targets, on_device(ahead), torch.from_numpy(places).to(device)), len(rows)
+        return (*inputs, on_device(ahead), torch.from_numpy(places).to(device)), len(rows)
 
     return Stage(
         name="heads",
@@ -331,9 +334,9 @@ class _AccuracyLog:
     """Writes the held-out accuracies after each epoch."""
 
     def __init__(
-        self, config: HeadsConfig, work: WorkDirectory, source: Source, states: HiddenStates, listener: Listener
+        self, heads: MedusaHeads, work: WorkDirectory, source: Source, states: HiddenStates, listener: Listener
     ) -> None:
-        self.config, self.work, self.source, self.states, self.listener = config, work, source, states, listener
+        self.heads, self.work, self.source, self.states, self.listener = heads, work, source, states, listener
         generator = np.random.default_rng(0)
         self.rows = generator.permutation(len(states.next_ids))[:LOG_ROWS]
 
@@ -342,7 +345,7 @@ class _AccuracyLog:
         if not self.work.accelerator.is_main_process:
             return
         output: Any = self.source.model.get_output_embeddings()
-        heads = MedusaHeads(self.config)
+        heads = copy.deepcopy(self.heads)
         heads.load_state_dict(state)
         heads = heads.to(output.weight.device, output.weight.dtype)
         accuracy = accuracies(target_ranks(heads, output, self.states, self.rows))

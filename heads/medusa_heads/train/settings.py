@@ -18,6 +18,7 @@ class TrainSettings(BaseModel):
     num_heads: int = Field(default=4, ge=1, le=32, description="heads to make")
     num_layers: int = Field(default=1, ge=1, le=8, description="residual blocks a head")
     own_lm_head: bool = Field(default=False, description="an LM head of its own for each head, started from the model's")
+    read_root: bool = Field(default=True, description="heads read the token decided last, which the paper's do not")
     start_from: str | None = Field(default=None, description="heads to start from, instead of new ones")
     heads_dtype: Literal["fp16", "bf16", "fp32"] = Field(default="fp16", description="of the weights in the heads' file")
 

@@ -83,16 +83,21 @@ class Backend(Protocol):
     ) -> StepOutput:
         """One forward pass on the slots from `first_slot` on: attend, write T new entries at each length, evaluate R rows.
 
-        With `propose_ahead`, `propose` will be asked next for the rows that greedy decoding accepts: a device that knows them
-        may run the heads at once.
+        With `propose_ahead`, `propose` will be asked next, as far as is known, for the rows that greedy decoding accepts and
+        the tokens it decides there: a device that knows them may run the heads at once.
 
         Raises:
             CapacityError: the new entries would pass the capacity, or there are not so many slots.
         """
         ...
 
-    def propose(self, rows: IntArray) -> HeadOutput:
-        """Evaluate the heads at one of the last step's R rows for each of its sequences. rows: [B]."""
+    def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
+        """Evaluate the heads for each of the last step's sequences.
+
+        Args:
+            rows: which of its R rows they read. [B]
+            root_ids: the token that was decided after that row. [B]
+        """
         ...
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
-from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, DTYPES, Executor, Shape, StepBuffers, Work
+from medusa_runtime.backends.gpu_step import ACCEPTED, DTYPES, Executor, Shape, StepBuffers, Work
 from medusa_runtime.cuda.cache import DeviceCache
 from medusa_runtime.cuda.driver import Gpu
 from medusa_runtime.errors import BackendError, CapacityError
@@ -39,6 +39,7 @@ class GpuBackend:
         cuda_graphs: whether to capture what steps queue.
 
     Raises:
+        BackendError: the engines are of an older medusa-export.
         CapacityError: the GPU has no memory for the buffers that the bundle's limits ask for.
     """
 
@@ -48,12 +49,12 @@ class GpuBackend:
         self.num_bytes_down = 0  # that came back from the GPU so far
         self._executor = executor
         self._captures = cuda_graphs and executor.can_be_captured
-        self._accepts = ACCEPTED_HIDDEN in {tensor.name for tensor in manifest.graphs[STEP].outputs}
+        self._accepts = _accepts(manifest)
         self._buffers = StepBuffers(gpu, manifest, accepts=self._accepts)
         self._cache: DeviceCache | None = None
         self._works: OrderedDict[Shape, Work] = OrderedDict()
         self._num_rows = 0  # R of the last step
-        self._ahead: tuple[IntArray, HeadOutput] | None = None  # rows that the GPU accepted, and the heads' guesses there
+        self._ahead: tuple[IntArray, IntArray, HeadOutput] | None = None  # rows, root tokens, and the heads' guesses there
         self.gpu.make_current()
         self._reserve_limits(with_logits=False)
 
@@ -121,16 +122,16 @@ class GpuBackend:
         self._ahead, self._num_rows = None, work.shape.rows
         self._run(work)
         if ahead:
-            self._ahead = self._buffers.accepted_rows(work), self._buffers.heads(work)
+            self._ahead = *self._buffers.accepted(work), self._buffers.heads(work)
         is_warm = work.num_runs > COLD_RUNS
         return StepOutput(self._buffers.greedy_ids(work, rows), self._buffers.logits(work, rows), is_warm)
 
-    def propose(self, rows: IntArray) -> HeadOutput:
-        """See `Backend.propose`. Where the GPU accepted the same rows by itself, the guesses are here already."""
-        if self._ahead is not None and np.array_equal(self._ahead[0], rows):
-            return self._ahead[1]
+    def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
+        """See `Backend.propose`. Where the GPU accepted and decided the same by itself, the guesses are here already."""
+        if self._ahead is not None and self._asked_ahead(rows, root_ids):
+            return self._ahead[2]
         self.gpu.make_current()
-        work = self._buffers.heads_work(len(rows), self._num_rows, rows)
+        work = self._buffers.heads_work(self._num_rows, rows, root_ids)
         self._run(work)
         return self._buffers.heads(work)
 
@@ -154,6 +155,12 @@ class GpuBackend:
         """Save what is worth keeping for the next process."""
         self.gpu.make_current()
         self._executor.close()
+
+    def _asked_ahead(self, rows: IntArray, root_ids: IntArray) -> bool:
+        """Whether the heads' guesses of the last step are those for these rows and, where it matters, these roots."""
+        assert self._ahead is not None
+        same_rows, same_roots = np.array_equal(self._ahead[0], rows), np.array_equal(self._ahead[1], root_ids)
+        return same_rows and (same_roots or not self.manifest.heads.reads_root)
 
     def _current_cache(self) -> DeviceCache:
         self.gpu.make_current()
@@ -234,3 +241,11 @@ class GpuBackend:
         self._works.clear()
         self._executor.forget()
         self._ahead = None
+
+
+def _accepts(manifest: Manifest) -> bool:
+    """Whether a bundle's step accepts greedily by itself."""
+    found = ACCEPTED & {tensor.name for tensor in manifest.graphs[STEP].outputs}
+    if found and found != ACCEPTED:
+        raise BackendError("the engines are of an older medusa-export; build them again with: medusa-export trt")
+    return bool(found)

@@ -16,7 +16,8 @@ from medusa_runtime.manifest import HEADS, PREFILL, STEP, VERIFY, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # NumPy has no bfloat16
-ACCEPTED_ROWS, ACCEPTED_HIDDEN = "accepted_rows", "accepted_hidden"  # outputs of a step graph that accepts by itself
+ACCEPTED_ROWS, ACCEPTED_IDS, ACCEPTED_HIDDEN = "accepted_rows", "accepted_ids", "accepted_hidden"
+ACCEPTED = frozenset({ACCEPTED_ROWS, ACCEPTED_IDS, ACCEPTED_HIDDEN})  # outputs of a step graph that accepts by itself
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,28 @@ class StepBuffers:
         logits = self._logits_layout(shape.batch, shape.rows)
         calls = [self._step_call(shape, cache, up, down, logits)]
         if shape.propose_ahead:
-            calls.append(self._heads_call(shape.batch, down, calls[0].key))
+            roots = self._down.tensor(down.places[ACCEPTED_IDS])
+            calls.append(self._heads_call(shape.batch, roots, down, calls[0].key))
         return Work(shape, calls, up, down, logits if shape.with_logits else None)
 
-    def heads_work(self, batch: int, num_rows: int, rows: IntArray) -> Work:
-        """The heads alone, at one of the last step's rows for each sequence: those rows are gathered now. rows: [B]."""
+    def heads_work(self, num_rows: int, rows: IntArray, root_ids: IntArray) -> Work:
+        """The heads alone, at one of the last step's rows for each sequence: those rows are gathered now.
+
+        Args:
+            num_rows: that the last step evaluated.
+            rows: which of them. [B]
+            root_ids: what was decided after them. [B]
+        """
+        batch = len(rows)
         size = self._manifest.model.hidden_size * self._dtype.itemsize
         for sequence, row in enumerate(rows.tolist()):
             source = self._hidden.address + (sequence * num_rows + row) * size
             self._gpu.copy(self._heads_input.address + sequence * size, source, size)
-        down = Layout.of(**self._heads_arrays(batch))
+        up, down = Layout.of(root_ids=((batch,), np.int64)), Layout.of(**self._heads_arrays(batch))
+        self._up.host(up.places["root_ids"])[:] = root_ids
         shape = Shape(0, batch, 0, num_rows, with_logits=False, propose_ahead=False)
-        return Work(shape, [self._heads_call(batch, down, key=None)], Layout.of(), down, None)
+        call = self._heads_call(batch, self._up.tensor(up.places["root_ids"]), down, key=None)
+        return Work(shape, [call], up, down, None)
 
     def fill(
         self,
@@ -160,8 +171,7 @@ class StepBuffers:
 
     def upload(self, work: Work) -> None:
         """Queue the inputs' way to the GPU."""
-        if work.up.places:
-            self._up.upload(work.up)
+        self._up.upload(work.up)
 
     def download(self, work: Work) -> None:
         """Queue the results' way to the host."""
@@ -173,9 +183,10 @@ class StepBuffers:
         """The results that came back. [B, rows]."""
         return self._down.host(work.down.places["greedy_ids"])[:, :rows].copy()
 
-    def accepted_rows(self, work: Work) -> IntArray:
-        """The rows that the graph accepted by itself, of which the heads then were asked. [B]."""
-        return self._down.host(work.down.places[ACCEPTED_ROWS]).copy()
+    def accepted(self, work: Work) -> tuple[IntArray, IntArray]:
+        """The rows that the graph accepted by itself, and the tokens it decided there: what the heads read. [B] each"""
+        rows, ids = (self._down.host(work.down.places[name]).copy() for name in (ACCEPTED_ROWS, ACCEPTED_IDS))
+        return rows, ids
 
     def heads(self, work: Work) -> HeadOutput:
         """The heads' guesses that came back."""
@@ -204,15 +215,17 @@ class StepBuffers:
         if shape.with_logits or self._fetches_all:
             tensors["logits"] = self._logits.tensor(logits.places["logits"])
         if self._accepts:
-            tensors[ACCEPTED_ROWS] = self._down.tensor(down.places[ACCEPTED_ROWS])
+            tensors |= {name: self._down.tensor(down.places[name]) for name in (ACCEPTED_ROWS, ACCEPTED_IDS)}
             tensors[ACCEPTED_HIDDEN] = Tensor(self._heads_input.address, (batch, model.hidden_size))
         most = self._manifest.limits.max_tree_nodes or shape.width
         is_verification = shape.is_verification and shape.width <= most
         return Call(STEP, VERIFY if is_verification else PREFILL, shape if is_verification else None, tensors)
 
-    def _heads_call(self, batch: int, down: Layout, key: Shape | None) -> Call:
+    def _heads_call(self, batch: int, roots: Tensor, down: Layout, key: Shape | None) -> Call:
         tensors = {name: self._down.tensor(down.places[name]) for name in ("head_ids", "head_log_probs")}
         tensors["hidden"] = Tensor(self._heads_input.address, (batch, self._manifest.model.hidden_size))
+        if self._manifest.heads.reads_root:
+            tensors["root_ids"] = roots
         return Call(HEADS, HEADS, key, tensors)
 
     def _up_layout(self, batch: int, width: int, rows: int) -> Layout:
@@ -226,7 +239,7 @@ class StepBuffers:
 
     def _down_layout(self, batch: int, rows: int, *, with_heads: bool) -> Layout:
         heads = self._heads_arrays(batch) if with_heads else {}  # first: their addresses do not depend on the rows then
-        accepted = {ACCEPTED_ROWS: ((batch,), np.int64)} if self._accepts else {}
+        accepted = {name: ((batch,), np.int64) for name in (ACCEPTED_ROWS, ACCEPTED_IDS) if self._accepts}
         return Layout.of(**heads, **accepted, greedy_ids=((batch, rows), np.int64))
 
     def _heads_arrays(self, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -118,10 +118,12 @@ class OrtCpuBackend:
             raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
         return StepOutput(greedy_ids, logits, is_warm=is_warm)
 
-    def propose(self, rows: IntArray) -> HeadOutput:
+    def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
         """See `Backend.propose`."""
-        hidden = self._hidden[np.arange(len(rows)), rows]  # [B, C]
-        token_ids, log_probs = self._heads_session.run(["head_ids", "head_log_probs"], {"hidden": hidden})
+        inputs = {"hidden": self._hidden[np.arange(len(rows)), rows]}  # [B, C]
+        if self.manifest.heads.reads_root:
+            inputs["root_ids"] = root_ids
+        token_ids, log_probs = self._heads_session.run(["head_ids", "head_log_probs"], inputs)
         return HeadOutput(token_ids, log_probs)
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:

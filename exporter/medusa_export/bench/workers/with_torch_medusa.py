@@ -38,13 +38,18 @@ class _Heads:
         shared = [lm_head] * config["num_heads"]
         own = [tensors.get(f"heads.{head}.lm_head.weight", shared[head]) for head in range(config["num_heads"])]
         rows = own if self._draft_ids is None else [table[self._draft_ids] for table in own]
+        self._lm_head, self._reads_root = lm_head, config.get("reads_root", False)
         self._tables = rows[:1] if all(table is lm_head for table in own) else rows  # a shared one once
 
-    def __call__(self, hidden: torch.Tensor, top_k: int) -> torch.Tensor:
-        """The likeliest tokens of each head after a row. hidden: [C], result: [K, M]."""
+    def __call__(self, hidden: torch.Tensor, root: int, top_k: int) -> torch.Tensor:
+        """The likeliest tokens of each head after a row and the token decided there. hidden: [C], result: [K, M]."""
         features = hidden.expand(len(self._weights[0][0]), -1)[:, None]  # [K, 1, C]
+        read = features
+        if self._reads_root:
+            read = torch.cat([features, self._root_state(root).expand_as(features)], dim=-1)  # [K, 1, 2C]
         for weight, bias in self._weights:
-            features = features + silu(torch.baddbmm(bias[:, None], features, weight.transpose(1, 2)))
+            features = features + silu(torch.baddbmm(bias[:, None], read, weight.transpose(1, 2)))
+            read = features
         features = features[:, 0]
         if len(self._tables) == 1:
             logits = linear(features, self._tables[0])
@@ -52,6 +57,12 @@ class _Heads:
             logits = torch.stack([linear(row, table) for row, table in zip(features, self._tables, strict=True)])
         best = logits.topk(top_k).indices
         return best if self._draft_ids is None else self._draft_ids[best]
+
+    def _root_state(self, root: int) -> torch.Tensor:  # [C]
+        if self._draft_ids is not None and root not in self._draft_ids:
+            return torch.zeros_like(self._lm_head[root])
+        row = self._lm_head[root].float()
+        return (row * (row.square().mean() + 1e-6).rsqrt()).to(self._lm_head.dtype)
 
 
 class _Tree:
@@ -101,7 +112,7 @@ def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[i
         emit([root])
         while count < max_new_tokens:
             cached = cache.get_seq_length()
-            tokens = tree.tokens(root, heads(hidden, top_k))
+            tokens = tree.tokens(root, heads(hidden, root, top_k))
             mask = torch.cat([tree.mask.new_zeros(len(tokens), cached), tree.mask], dim=1)[None, None]
             rows = model.base_model(
                 tokens[None],
