@@ -94,7 +94,7 @@ def measure(
 @click.option("--tree", "trees", multiple=True, type=click.Path(path_type=Path))
 @click.option("--static/--no-static", default=True, help="Leave fixed trees out.")
 @click.option("--dynamic", is_flag=True, help="Each size also as a tree that is made anew at each step.")
-@click.option("--prompt-lookup", is_flag=True, help="Dynamic trees also with what prompt lookup finds.")
+@click.option("--prompt-lookup", is_flag=True, help="Trees made anew at each step, with what prompt lookup finds.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--acceptance", type=click.Choice(["exact", "typical"]), default="exact", show_default=True)
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -123,14 +123,13 @@ def main(
     lm = MedusaLM.from_bundle(bundle, max_batch_size=batch_size)
     asked = read_prompts(prompts)[:limit]
     fixed = read_trees(heads, tree_nodes, trees) or [CandidateTree.from_json(manifest.tree)]
-    chosen: list[CandidateTree | DynamicTree] = list(fixed) if static else []
-    if dynamic:
-        chosen += [DynamicTree(size) for size in sorted({tree.num_nodes for tree in fixed})]
+    made = [DynamicTree(size) for size in sorted({tree.num_nodes for tree in fixed})]
+    chosen = [*(fixed if static else ()), *(made if dynamic else ())]
     options = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, acceptance=acceptance, seed=0)
     results = [measure(lm, asked, tree, options) for tree in chosen]
     if prompt_lookup:
         looking_up = DecodingOptions.of(options, prompt_lookup=True)
-        results += [measure(lm, asked, tree, looking_up) for tree in chosen if isinstance(tree, DynamicTree)]
+        results += [measure(lm, asked, tree, looking_up) for tree in made]
     answers = [result.pop("answers_token_ids") for result in results]
     result = environment() | {
         "prompts": prompts.name,

@@ -1,4 +1,4 @@
-"""Heads that read the root: what they read, that the exported graph reads the same, and that decoding tells them the right one."""
+"""Heads that read the root: what they read, that the exported graph reads the same, and what decoding tells them."""
 
 from __future__ import annotations
 
