@@ -41,7 +41,7 @@ def test_one_command_goes_from_the_model_to_a_validated_bundle(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     manifest = Manifest.load(tmp_path / "run" / "bundle")
     assert manifest.validation.status == "passed"
-    assert (manifest.heads.num_heads, manifest.heads.num_layers) == (4, 3)
+    assert (manifest.heads.num_heads, manifest.heads.num_layers) == (4, 2)
     entries = [json.loads(line) for line in (tmp_path / "run" / "heads" / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]

@@ -25,7 +25,7 @@ def test_the_memory_table_is_what_its_formulas_give() -> None:
         layers, kv_heads, head_dim, hidden, inner, vocabulary = map(int, cells[:6])
         parts = [
             BYTES * float(cells[6]) * 1e6,
-            BYTES * (HEADS * hidden * (hidden + 1) + vocabulary * hidden),
+            BYTES * (HEADS * hidden * (2 * hidden + 1) + vocabulary * hidden),
             2 * layers * kv_heads * head_dim * BYTES * CAPACITY,
             NODES * vocabulary * BYTES,
             max(18 * NODES * vocabulary, PREFILL * (2 * inner + 4 * hidden) * BYTES),
