@@ -92,7 +92,7 @@ def measure(
 @click.option("--heads", type=click.Path(path_type=Path), help="Heads with an evaluation.json, to take trees from.")
 @click.option("--tree-nodes", multiple=True, type=int, default=(16, 64), show_default=True)
 @click.option("--tree", "trees", multiple=True, type=click.Path(path_type=Path))
-@click.option("--static/--no-static", default=True, help="Leave fixed trees out.")
+@click.option("--static/--no-static", default=True, help="Each size as a fixed tree.")
 @click.option("--dynamic", is_flag=True, help="Each size also as a tree that is made anew at each step.")
 @click.option("--prompt-lookup", is_flag=True, help="Trees made anew at each step, with what prompt lookup finds.")
 @click.option("--temperature", default=0.0, show_default=True)
@@ -125,6 +125,8 @@ def main(
     fixed = read_trees(heads, tree_nodes, trees) or [CandidateTree.from_json(manifest.tree)]
     made = [DynamicTree(size) for size in sorted({tree.num_nodes for tree in fixed})]
     chosen = [*(fixed if static else ()), *(made if dynamic else ())]
+    if not chosen and not prompt_lookup:
+        raise click.UsageError("with --no-static, ask for --dynamic or --prompt-lookup")
     options = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, acceptance=acceptance, seed=0)
     results = [measure(lm, asked, tree, options) for tree in chosen]
     if prompt_lookup:

@@ -304,7 +304,7 @@ class DecodingEngine:
             np.array([[width - 1]]),
             first_slot=slot,
             with_logits=is_last and sequence.needs_logits,
-            propose_ahead=is_last and sequence.candidates.num_nodes > 1,
+            propose_ahead=is_last and self._asks_ahead([sequence]),
         )
         self._slots.extend(sequence, chunk)
         sequence.length += width
@@ -312,7 +312,7 @@ class DecodingEngine:
             self._prefilling = None
             self._slots.start_decoding(sequence)
             sequence.decide_first(int(output.greedy_ids[0, 0]), None if output.logits is None else output.logits[0])
-            self._propose([sequence], [0])
+            self._propose([sequence], [Accepted([0], sequence.token_ids[-1])])
         return width
 
     def _decode(self) -> list[Sequence]:
@@ -348,7 +348,7 @@ class DecodingEngine:
             lengths,
             np.tile(np.arange(width), (len(decoding), 1)),
             with_logits=any(sequence.needs_logits for sequence in decoding),
-            propose_ahead=any(sequence.candidates.num_nodes > 1 for sequence in decoding),
+            propose_ahead=self._asks_ahead(decoding),
         )
         seconds = time.perf_counter() - started
         if self.costs is not None and output.is_warm:
@@ -363,7 +363,7 @@ class DecodingEngine:
                 logits = None if output.logits is None else output.logits[row]
                 accepted[row] = self._accept(sequence, drafts[row], greedy[row], logits)
         if self._wants_heads(decoding, width, accepted):
-            seconds += self._propose(decoding, [one.nodes[-1] for one in accepted])
+            seconds += self._propose(decoding, accepted)
         else:
             for sequence in decoding:
                 sequence.forget_heads()
@@ -421,12 +421,18 @@ class DecodingEngine:
         pays = self._budget.asks_heads(len(decoding), width, num_accepted, looked_up)
         return pays or any(sequence.has_fixed_tree for sequence in decoding)
 
-    def _propose(self, sequences: list[Sequence], rows: list[int]) -> float:
+    def _asks_ahead(self, sequences: list[Sequence]) -> bool:
+        """Whether the heads will be asked for what greedy decoding accepts, as far as can be told before it is verified."""
+        if self.backend.manifest.heads.reads_root and any(sequence.options.is_sampled for sequence in sequences):
+            return False  # most often another root is drawn for one of them
+        return any(sequence.candidates.num_nodes > 1 for sequence in sequences)
+
+    def _propose(self, sequences: list[Sequence], accepted: list[Accepted]) -> float:
         """Have the heads guess what follows each sequence's root, where somebody wants to know. Returns the seconds it took."""
         if all(sequence.is_finished or sequence.candidates.num_nodes == 1 for sequence in sequences):
             return 0.0
         started = time.perf_counter()
-        root_ids = [sequence.token_ids[-1] for sequence in sequences]
+        rows, root_ids = [one.nodes[-1] for one in accepted], [one.bonus_id for one in accepted]
         output = self.backend.propose(np.array(rows), np.array(root_ids))
         for row, sequence in enumerate(sequences):
             sequence.head_ids, sequence.head_log_probs = output.token_ids[row], output.log_probs[row]

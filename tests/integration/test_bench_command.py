@@ -21,6 +21,8 @@ from medusa_export.bench import peers
 from medusa_export.bench.contest import Contestant
 from medusa_export.bench.floor import read_bandwidth, step_weight_bytes
 from medusa_export.cli import main
+from medusa_export.export import ExportOptions, export_bundle
+from medusa_heads.formats import load_heads, save_heads
 from medusa_runtime.manifest import Manifest
 from tests.support.cli import fails
 
@@ -98,14 +100,18 @@ def test_two_bundles_of_one_model(make_bundle: Make, tmp_path: Path) -> None:
 
 
 def test_pytorch_gives_the_same_tokens_in_the_same_steps(
-    make_bundle: Make, make_model: Make, make_heads: Make, prompts: Path, tmp_path: Path
+    make_model: Make, make_heads: Make, prompts: Path, tmp_path: Path
 ) -> None:
     """The loop in PyTorch is another program: that both agree in every step says that both decode what they claim to."""
-    bundle = make_bundle(tree_nodes=160, head_top_k=120)  # so large that random heads are right now and then
+    heads, bundle = load_heads(make_heads()), tmp_path / "bundle"
+    heads.draft_ids = list(range(0, 320, 2))  # so roots are read that the heads know, and others
+    save_heads(heads, tmp_path / "heads")
+    # so large that random heads are right now and then
+    export_bundle(ExportOptions(str(make_model()), tmp_path / "heads", bundle, tree_nodes=160, head_top_k=120))
     result = measured(
         tmp_path / "out.json", bundle, "--modes", "plain,static", "--prompts", prompts, "--limit", 3,
         "--max-new-tokens", 24, "--threads", 1, "--peers", "transformers-fp32,transformers-lookup,torch-medusa",
-        "--checkpoint", make_model(), "--heads", make_heads(), *NO_SECTIONS,
+        "--checkpoint", make_model(), "--heads", tmp_path / "heads", *NO_SECTIONS,
     )  # fmt: skip
     by_name = {one["name"]: one for one in result["contestants"]}
     assert by_name.keys() == {

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medusa_export.export import ExportOptions, export_bundle
 from medusa_runtime import DynamicTree, MedusaLM, open_backend
 from medusa_runtime.backends import ort_cuda
 from medusa_runtime.backends.gpu import WIDTHS, GpuBackend
@@ -112,6 +113,20 @@ def test_onnx_runtime_with_cuda_gives_the_tokens_of_the_cpu(
     }  # fmt: skip
     captured = set(onnxruntime.graph_ids) - {"-1"}
     assert bool(captured) == cuda_graphs
+
+
+@pytest.mark.usefixtures("tensorrt", "onnxruntime")
+def test_heads_that_do_not_read_the_root(make_model: MakeBundle, make_heads: MakeBundle, tmp_path: Path) -> None:
+    bundle, engine = tmp_path / "bundle", tmp_path / "engine"
+    export_bundle(ExportOptions(str(make_model()), make_heads(reads_root=False), bundle, head_top_k=8))
+    stand_in_engine(bundle, engine, "tensorrt", accepts=True, **LIMITS)
+    wanted = answers(bundle, "ort-cpu")
+    assert answers(engine) == wanted
+    assert answers(bundle, "ort-cuda") == wanted
+    backend = opened(engine)
+    backend.step(*chain(8), propose_ahead=True)
+    first = backend.propose(np.array([0]), np.array([5]))
+    assert backend.propose(np.array([0]), np.array([6])) is first  # which root it was does not matter
 
 
 def test_half_precision_on_onnx_runtime_with_cuda(make_bundle: MakeBundle, onnxruntime: StandInOrt) -> None:
@@ -252,6 +267,15 @@ def test_a_context_is_bound_again_only_where_something_changed(engine: Callable[
     assert (verify.num_bindings, verify.num_runs) == (bound, 2)
     backend.step(*chain(12, 16))
     assert bound < verify.num_bindings < 2 * bound  # the cache's tensors stay
+
+
+def test_the_heads_find_their_inputs_in_one_place(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:
+    backend, bound = opened(engine("rtx")), []
+    for root in range(4):
+        backend.step(*chain(8), propose_ahead=True)
+        backend.propose(np.array([5]), np.array([root]))  # another row than the GPU's own
+        bound.append(tensorrt.contexts[1].num_bindings)
+    assert len(set(bound)) == 1
 
 
 def test_each_captured_shape_has_a_context_of_its_own(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:

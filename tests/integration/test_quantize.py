@@ -32,6 +32,7 @@ from tests.support.engines import stand_in_engine
 from tests.support.models import VOCAB_SIZE, save_random_heads
 
 Make = Callable[..., Path]
+KNOWN = list(range(5, 305, 2))  # of the tokens, what llama's heads know
 PROMPTS = ("the lazy dog learns to speak while the quick model jumps", "a fox")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},  # two query heads a key head
@@ -57,6 +58,8 @@ def exported(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Make
             root = tmp_path_factory.mktemp(model_type)
             model = make_model(model_type, **MODELS[model_type])
             heads = save_random_heads(model, root / "heads")
+            if model_type == "llama":
+                (heads / "draft_vocabulary.json").write_text(json.dumps(KNOWN))
             export_bundle(ExportOptions(str(model), heads, root / "bundle"))
             made[model_type] = root / "bundle"
         return made[model_type]
@@ -517,3 +520,16 @@ def changed(bundle: Path, place: Path) -> Path:
     else:
         Manifest.load(place).model_copy(update={"precision": "fp16"}).save(place)
     return place
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-blocks"])
+def test_rows_that_heads_gather_are_those_of_the_product(scheme, make_model: Make, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=False)
+    export_bundle(ExportOptions(str(model), save_random_heads(model, tmp_path / "heads"), tmp_path / "bundle"))
+    quantize_bundle(QuantizeOptions(tmp_path / "bundle", tmp_path / "small", scheme=scheme))
+    places = {}
+    for name in (STEP, HEADS):
+        for tensor in onnx.load(tmp_path / "small" / f"{name}.onnx", load_external_data=False).graph.initializer:
+            if "lm_head.weight" in tensor.name and tensor.dims[0] * tensor.dims[-1] == VOCAB_SIZE * 64:
+                places[name] = {entry.key: entry.value for entry in tensor.external_data}["offset"]
+    assert places[STEP] == places[HEADS]

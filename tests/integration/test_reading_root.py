@@ -15,7 +15,7 @@ from medusa_export.export import ExportOptions, export_bundle
 from medusa_heads.formats import load_heads, save_heads
 from medusa_heads.modules import root_states
 from medusa_runtime import DecodingEngine, DecodingOptions, Manifest, open_backend
-from tests.support.fake_backend import FakeBackend
+from tests.support.fake_backend import FakeBackend, fake_manifest
 
 Make = Callable[..., Path]
 KNOWN = list(range(7, 300, 3))
@@ -83,11 +83,16 @@ def test_heads_that_read_it_refuse_to_go_without(make_heads: Make) -> None:
 
 
 class Noting(FakeBackend):
-    """Notes each root that it is asked about, and the text before it."""
+    """Notes each root that it is asked about, and the text before it; and which steps are to run the heads at once."""
 
-    def __init__(self) -> None:
-        super().__init__("sometimes")
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__("sometimes", manifest)
         self.texts: list[list[int]] = []
+        self.ahead: list[bool] = []
+
+    def step(self, *inputs, propose_ahead=False, **others):
+        self.ahead.append(propose_ahead)
+        return super().step(*inputs, propose_ahead=propose_ahead, **others)
 
     def propose(self, rows, root_ids):
         for sequence, (row, root) in enumerate(zip(rows, root_ids, strict=True)):
@@ -98,14 +103,22 @@ class Noting(FakeBackend):
 @pytest.mark.parametrize(
     "fields", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.9, "acceptance": "typical", "seed": 1}]
 )
-def test_the_root_that_heads_are_told_is_what_was_decided(fields: dict[str, Any]) -> None:
-    backend = Noting()
+@pytest.mark.parametrize("reads_root", [True, False])
+def test_the_root_that_heads_are_told_is_what_was_decided(fields: dict[str, Any], reads_root: bool) -> None:
+    manifest = fake_manifest()
+    manifest.heads.reads_root = reads_root
+    backend = Noting(manifest)
     engine = DecodingEngine(backend, max_batch_size=2)
     prompts = [[3, 1, 4], [1, 5]]
     answers = [engine.add(prompt, DecodingOptions.of(max_new_tokens=30, **fields)) for prompt in prompts]
     while not engine.is_idle:
         engine.step()
-    wholes = [[*prompt, *answer.token_ids] for prompt, answer in zip(prompts, answers, strict=True)]
     assert len(backend.texts) > 20
-    for text in backend.texts:
-        assert any(whole[: len(text)] == text[: len(whole)] for whole in wholes)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        whole = [*prompt, *answer.token_ids]
+        own = [text for text in backend.texts if text[: len(prompt)] == prompt]
+        assert len(own) > 8
+        for text in own:  # the last may go on behind the answer's limit
+            assert text[: len(whole)] == whole[: len(text)]
+    # a sampled root is most often another one than the GPU would go on with by itself
+    assert any(backend.ahead) == (not fields or not reads_root)

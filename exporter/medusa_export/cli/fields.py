@@ -49,6 +49,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
     flag, kind = "--" + name.replace("_", "-"), _plain(field.annotation)
     text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}."
     if kind is bool and field.default is not False:
+        text += " [default]" if field.default else ""
         return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
     if kind is bool:
         return click.option(flag, is_flag=True, default=None, help=text)

@@ -25,7 +25,9 @@ def command() -> None:
 @click.option("--num-heads", type=click.IntRange(1, 32), default=4, show_default=True)
 @click.option("--num-layers", type=click.IntRange(1, 8), default=1, show_default=True, help="Residual blocks a head.")
 @click.option("--own-lm-head", is_flag=True, help="Give each head an LM head of its own, started from the model's.")
-@click.option("--read-root/--no-read-root", default=True, help="Let heads read the token decided last, or as in the paper not.")
+@click.option(
+    "--read-root/--no-read-root", default=True, help="Heads read the token decided last, which the paper's do not. [default]"
+)
 @force_option
 @trust_remote_code_option
 def init(

@@ -19,7 +19,7 @@ from medusa_export.provenance import provenance
 from medusa_export.quantize.quality import compare
 from medusa_export.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.quantize.text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, answered, pieces
-from medusa_export.quantize.weights import QuantizeWeights, Storage
+from medusa_export.quantize.weights import QuantizeWeights, Storage, tables
 from medusa_export.tune.prompts import read_prompts
 from medusa_export.write import write_graphs
 from medusa_runtime import DecodingEngine, DynamicTree
@@ -106,8 +106,9 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         with stage("find the outliers of the activations"):
             known, _ = answered(engine, codec, calibration_prompts)
             Smooth(_maxima(options.bundle, source, known), smoothing)(graphs[STEP])
+    gathered = tables(graphs.values())
     for model in graphs.values():
-        QuantizeWeights(_storage(options.scheme))(model)
+        QuantizeWeights(_storage(options.scheme), gathered)(model)
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
         files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
         for name in (TOKENIZER_NAME, CHAT_NAME, *({NGRAMS_NAME} & source.files.keys())):

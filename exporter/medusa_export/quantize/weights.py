@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,11 +63,13 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     Args:
         storage: how to store the weight of a name; none to leave it.
+        tables: offsets, in the weights file, of what another graph gathers rows from: kept in a table's layout, and so once.
     """
 
-    def __init__(self, storage: Callable[[str], Storage | None]) -> None:
+    def __init__(self, storage: Callable[[str], Storage | None], tables: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.storage = storage
+        self.tables = tables
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
@@ -87,11 +89,29 @@ class QuantizeWeights(ir.passes.InPlacePass):
             if storage == "int4" and gathers:
                 storage = "int8-blocks"
             if storage != "int8" and _inputs(weight, readers[0].transposed) % BLOCK_SIZE == 0:
-                _store_blocks(graph, weight, readers, gathers, bits=4 if storage == "int4" else 8)
+                is_table = bool(gathers) or (readers[0].transposed and not self.tables.isdisjoint(_offsets(weight)))
+                _store_blocks(graph, weight, readers, gathers, bits=4 if storage == "int4" else 8, as_table=is_table)
             else:
                 _store_channels(graph, weight, readers, gathers)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def tables(models: Iterable[ir.Model]) -> frozenset[int]:
+    """Offsets in the weights file of what graphs gather rows from."""
+    return frozenset(
+        offset
+        for model in models
+        for weight in model.graph.initializers.values()
+        if any(_gathers_rows(usage.node) for usage in weight.uses())
+        for offset in _offsets(weight)
+    )
+
+
+def _offsets(weight: ir.Value) -> set[int]:
+    """Where a weight begins in the weights file, if it is in one."""
+    tensor = weight.const_value
+    return {tensor.offset or 0} if isinstance(tensor, ir.ExternalTensor) else set()
 
 
 def _can_store(weight: ir.Value, readers: list[Linear], gathers: list[ir.Node]) -> bool:
@@ -133,12 +153,16 @@ def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], ga
     _forget(graph, weight)
 
 
-def _store_blocks(graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int) -> None:
-    """int8 or uint4, with a scale for each output and block of 32 inputs; in 4 bits with a zero point as well."""
+def _store_blocks(
+    graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int, as_table: bool
+) -> None:
+    """int8 or uint4, with a scale for each output and block of 32 inputs; in 4 bits with a zero point as well.
+
+    As a table, it is kept as [out, in], so that rows can be gathered.
+    """
     name, tensor, by_rows = weight.name or "", weight.const_value, readers[0].transposed
     assert tensor is not None
     inputs, outputs = _inputs(weight, by_rows), _inputs(weight, not by_rows)
-    as_table = bool(gathers)  # kept as [out, in], so that rows can be gathered
 
     def store(place: int) -> npt.NDArray[np.generic]:
         array = tensor.numpy()

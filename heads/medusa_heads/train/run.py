@@ -253,7 +253,8 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
     for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "shared_lm_head", "reads_root"):
         found, asked = getattr(heads.config, name), getattr(wanted, name)
         if found != asked:
-            raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, this run needs {asked}")
+            hint = "" if name != "reads_root" else f"; give --{'no-' if asked else ''}read-root"
+            raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, this run needs {asked}{hint}")
     heads.config = wanted  # they may have been made for another model of this shape
     return heads
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
-from medusa_runtime.backends.gpu_step import ACCEPTED, DTYPES, Executor, Shape, StepBuffers, Work
+from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, DTYPES, Executor, Shape, StepBuffers, Work
 from medusa_runtime.cuda.cache import DeviceCache
 from medusa_runtime.cuda.driver import Gpu
 from medusa_runtime.errors import BackendError, CapacityError
@@ -39,7 +39,6 @@ class GpuBackend:
         cuda_graphs: whether to capture what steps queue.
 
     Raises:
-        BackendError: the engines are of an older medusa-export.
         CapacityError: the GPU has no memory for the buffers that the bundle's limits ask for.
     """
 
@@ -49,7 +48,7 @@ class GpuBackend:
         self.num_bytes_down = 0  # that came back from the GPU so far
         self._executor = executor
         self._captures = cuda_graphs and executor.can_be_captured
-        self._accepts = _accepts(manifest)
+        self._accepts = ACCEPTED_HIDDEN in {tensor.name for tensor in manifest.graphs[STEP].outputs}
         self._buffers = StepBuffers(gpu, manifest, accepts=self._accepts)
         self._cache: DeviceCache | None = None
         self._works: OrderedDict[Shape, Work] = OrderedDict()
@@ -121,10 +120,11 @@ class GpuBackend:
         self._buffers.fill(work, input_ids, position_ids, tree_mask, cache_lengths, logit_rows)
         self._ahead, self._num_rows = None, work.shape.rows
         self._run(work)
+        greedy_ids = self._buffers.greedy_ids(work, rows)
         if ahead:
-            self._ahead = *self._buffers.accepted(work), self._buffers.heads(work)
-        is_warm = work.num_runs > COLD_RUNS
-        return StepOutput(self._buffers.greedy_ids(work, rows), self._buffers.logits(work, rows), is_warm)
+            accepted = self._buffers.accepted_rows(work)
+            self._ahead = accepted, greedy_ids[np.arange(batch), accepted], self._buffers.heads(work)
+        return StepOutput(greedy_ids, self._buffers.logits(work, rows), is_warm=work.num_runs > COLD_RUNS)
 
     def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
         """See `Backend.propose`. Where the GPU accepted and decided the same by itself, the guesses are here already."""
@@ -241,11 +241,3 @@ class GpuBackend:
         self._works.clear()
         self._executor.forget()
         self._ahead = None
-
-
-def _accepts(manifest: Manifest) -> bool:
-    """Whether a bundle's step accepts greedily by itself."""
-    found = ACCEPTED & {tensor.name for tensor in manifest.graphs[STEP].outputs}
-    if found and found != ACCEPTED:
-        raise BackendError("the engines are of an older medusa-export; build them again with: medusa-export trt")
-    return bool(found)

@@ -16,8 +16,8 @@ from medusa_runtime.manifest import HEADS, PREFILL, STEP, VERIFY, Manifest
 from medusa_runtime.tree import BoolArray, IntArray
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # NumPy has no bfloat16
+# outputs of a step graph that accepts by itself
 ACCEPTED_ROWS, ACCEPTED_IDS, ACCEPTED_HIDDEN = "accepted_rows", "accepted_ids", "accepted_hidden"
-ACCEPTED = frozenset({ACCEPTED_ROWS, ACCEPTED_IDS, ACCEPTED_HIDDEN})  # outputs of a step graph that accepts by itself
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,13 @@ class StepBuffers:
         self._logits = Packet(gpu, "logits")
         self._hidden = Packet(gpu, "hidden states")  # [B, R, C] of the last step
         self._heads_input = Packet(gpu, "the heads' input")  # [B, C]
+        self._roots = Packet(gpu, "root tokens")  # [B]; at one address, wherever they come from
+        self._tells_roots = ACCEPTED_IDS in {tensor.name for tensor in manifest.graphs[STEP].outputs}
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the GPU."""
-        packets = (self._up, self._down, self._logits, self._hidden, self._heads_input)
+        packets = (self._up, self._down, self._logits, self._hidden, self._heads_input, self._roots)
         return sum(packet.num_bytes for packet in packets)
 
     def reserve(self, batch: int, width: int, rows: int, *, with_logits: bool) -> bool:
@@ -114,6 +116,7 @@ class StepBuffers:
             self._down.reserve(self._down_layout(batch, rows, with_heads=True).num_bytes),
             self._hidden.reserve(rows * hidden, on_host=False),
             self._heads_input.reserve(hidden, on_host=False),
+            self._roots.reserve(self._roots_layout(batch).num_bytes),
         ]
         if with_logits or self._fetches_all:
             changed.append(self._logits.reserve(self._logits_layout(batch, rows).num_bytes, on_host=with_logits))
@@ -126,12 +129,11 @@ class StepBuffers:
         logits = self._logits_layout(shape.batch, shape.rows)
         calls = [self._step_call(shape, cache, up, down, logits)]
         if shape.propose_ahead:
-            roots = self._down.tensor(down.places[ACCEPTED_IDS])
-            calls.append(self._heads_call(shape.batch, roots, down, calls[0].key))
+            calls.append(self._heads_call(shape.batch, down, calls[0].key))
         return Work(shape, calls, up, down, logits if shape.with_logits else None)
 
     def heads_work(self, num_rows: int, rows: IntArray, root_ids: IntArray) -> Work:
-        """The heads alone, at one of the last step's rows for each sequence: those rows are gathered now.
+        """The heads alone, at one of the last step's rows for each sequence: what they read is put in place now.
 
         Args:
             num_rows: that the last step evaluated.
@@ -143,11 +145,13 @@ class StepBuffers:
         for sequence, row in enumerate(rows.tolist()):
             source = self._hidden.address + (sequence * num_rows + row) * size
             self._gpu.copy(self._heads_input.address + sequence * size, source, size)
-        up, down = Layout.of(root_ids=((batch,), np.int64)), Layout.of(**self._heads_arrays(batch))
-        self._up.host(up.places["root_ids"])[:] = root_ids
+        if self._manifest.heads.reads_root:
+            roots = self._roots_layout(batch)
+            self._roots.host(roots.places["root_ids"])[:] = root_ids
+            self._roots.upload(roots)
+        down = Layout.of(**self._heads_arrays(batch))
         shape = Shape(0, batch, 0, num_rows, with_logits=False, propose_ahead=False)
-        call = self._heads_call(batch, self._up.tensor(up.places["root_ids"]), down, key=None)
-        return Work(shape, [call], up, down, None)
+        return Work(shape, [self._heads_call(batch, down, key=None)], Layout.of(), down, None)
 
     def fill(
         self,
@@ -171,7 +175,8 @@ class StepBuffers:
 
     def upload(self, work: Work) -> None:
         """Queue the inputs' way to the GPU."""
-        self._up.upload(work.up)
+        if work.up.places:
+            self._up.upload(work.up)
 
     def download(self, work: Work) -> None:
         """Queue the results' way to the host."""
@@ -183,10 +188,9 @@ class StepBuffers:
         """The results that came back. [B, rows]."""
         return self._down.host(work.down.places["greedy_ids"])[:, :rows].copy()
 
-    def accepted(self, work: Work) -> tuple[IntArray, IntArray]:
-        """The rows that the graph accepted by itself, and the tokens it decided there: what the heads read. [B] each"""
-        rows, ids = (self._down.host(work.down.places[name]).copy() for name in (ACCEPTED_ROWS, ACCEPTED_IDS))
-        return rows, ids
+    def accepted_rows(self, work: Work) -> IntArray:
+        """The rows that the graph accepted by itself, of which the heads then were asked. [B]."""
+        return self._down.host(work.down.places[ACCEPTED_ROWS]).copy()
 
     def heads(self, work: Work) -> HeadOutput:
         """The heads' guesses that came back."""
@@ -215,17 +219,19 @@ class StepBuffers:
         if shape.with_logits or self._fetches_all:
             tensors["logits"] = self._logits.tensor(logits.places["logits"])
         if self._accepts:
-            tensors |= {name: self._down.tensor(down.places[name]) for name in (ACCEPTED_ROWS, ACCEPTED_IDS)}
+            tensors[ACCEPTED_ROWS] = self._down.tensor(down.places[ACCEPTED_ROWS])
             tensors[ACCEPTED_HIDDEN] = Tensor(self._heads_input.address, (batch, model.hidden_size))
+        if self._tells_roots:
+            tensors[ACCEPTED_IDS] = self._roots.tensor(self._roots_layout(batch).places["root_ids"])
         most = self._manifest.limits.max_tree_nodes or shape.width
         is_verification = shape.is_verification and shape.width <= most
         return Call(STEP, VERIFY if is_verification else PREFILL, shape if is_verification else None, tensors)
 
-    def _heads_call(self, batch: int, roots: Tensor, down: Layout, key: Shape | None) -> Call:
+    def _heads_call(self, batch: int, down: Layout, key: Shape | None) -> Call:
         tensors = {name: self._down.tensor(down.places[name]) for name in ("head_ids", "head_log_probs")}
         tensors["hidden"] = Tensor(self._heads_input.address, (batch, self._manifest.model.hidden_size))
         if self._manifest.heads.reads_root:
-            tensors["root_ids"] = roots
+            tensors["root_ids"] = self._roots.tensor(self._roots_layout(batch).places["root_ids"])
         return Call(HEADS, HEADS, key, tensors)
 
     def _up_layout(self, batch: int, width: int, rows: int) -> Layout:
@@ -239,8 +245,11 @@ class StepBuffers:
 
     def _down_layout(self, batch: int, rows: int, *, with_heads: bool) -> Layout:
         heads = self._heads_arrays(batch) if with_heads else {}  # first: their addresses do not depend on the rows then
-        accepted = {name: ((batch,), np.int64) for name in (ACCEPTED_ROWS, ACCEPTED_IDS) if self._accepts}
+        accepted = {ACCEPTED_ROWS: ((batch,), np.int64)} if self._accepts else {}
         return Layout.of(**heads, **accepted, greedy_ids=((batch, rows), np.int64))
+
+    def _roots_layout(self, batch: int) -> Layout:
+        return Layout.of(root_ids=((batch,), np.int64))
 
     def _heads_arrays(self, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         shape = (batch, self._manifest.heads.num_heads, self._manifest.heads.top_k)
