@@ -139,9 +139,8 @@ class HeadsModule(torch.nn.Module):
         """Candidates and their log-probabilities. [B, C] and maybe [B] -> two of [B, K, M]"""
         roots = None
         if root_ids is not None:
-            places = self.root_places[root_ids] if hasattr(self, "root_places") else root_ids
             lm_head: Any = self.lm_head
-            roots = root_states(lm_head.weight, places)
+            roots = root_states(lm_head.weight, self.root_places[root_ids] if hasattr(self, "root_places") else root_ids)
         logits = self.heads.logits(hidden, self.lm_head, roots).float()  # [B, K, V], V the draft vocabulary's size
         best, places = torch.topk(logits, self.top_k, dim=-1)
         head_ids = self.draft_ids[places] if hasattr(self, "draft_ids") else places
@@ -186,7 +185,7 @@ def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int, 
     _name(model.graph.inputs, list(inputs))
     _name(model.graph.outputs, ["head_ids", "head_log_probs"])
     _simplify(model)
-    shares = reads_lm_head_rows(heads, draft_ids) or (backbone.has_tied_embeddings and draft_ids is None)
+    shares = draft_ids is None and (backbone.has_tied_embeddings or heads.config.reads_root)
     TransposeWeights(frozenset({"lm_head.weight"}) if shares else frozenset())(model)
     return model
 

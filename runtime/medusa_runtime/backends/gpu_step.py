@@ -222,7 +222,7 @@ class StepBuffers:
             tensors[ACCEPTED_ROWS] = self._down.tensor(down.places[ACCEPTED_ROWS])
             tensors[ACCEPTED_HIDDEN] = Tensor(self._heads_input.address, (batch, model.hidden_size))
         if self._tells_roots:
-            tensors[ACCEPTED_IDS] = self._roots.tensor(self._roots_layout(batch).places["root_ids"])
+            tensors[ACCEPTED_IDS] = self._root_ids(batch)
         most = self._manifest.limits.max_tree_nodes or shape.width
         is_verification = shape.is_verification and shape.width <= most
         return Call(STEP, VERIFY if is_verification else PREFILL, shape if is_verification else None, tensors)
@@ -231,7 +231,7 @@ class StepBuffers:
         tensors = {name: self._down.tensor(down.places[name]) for name in ("head_ids", "head_log_probs")}
         tensors["hidden"] = Tensor(self._heads_input.address, (batch, self._manifest.model.hidden_size))
         if self._manifest.heads.reads_root:
-            tensors["root_ids"] = self._roots.tensor(self._roots_layout(batch).places["root_ids"])
+            tensors["root_ids"] = self._root_ids(batch)
         return Call(HEADS, HEADS, key, tensors)
 
     def _up_layout(self, batch: int, width: int, rows: int) -> Layout:
@@ -247,6 +247,9 @@ class StepBuffers:
         heads = self._heads_arrays(batch) if with_heads else {}  # first: their addresses do not depend on the rows then
         accepted = {ACCEPTED_ROWS: ((batch,), np.int64)} if self._accepts else {}
         return Layout.of(**heads, **accepted, greedy_ids=((batch, rows), np.int64))
+
+    def _root_ids(self, batch: int) -> Tensor:
+        return self._roots.tensor(self._roots_layout(batch).places["root_ids"])
 
     def _roots_layout(self, batch: int) -> Layout:
         return Layout.of(root_ids=((batch,), np.int64))
