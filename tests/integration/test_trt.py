@@ -59,7 +59,7 @@ def get_bundle(tmp_path_factory: pytest.TempPathFactory) -> GetBundle:
     words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(root / "model")
-    heads = HeadsConfig(base_model="tiny", num_heads=NUM_HEADS, hidden_size=HIDDEN, vocab_size=VOCAB)
+    heads = HeadsConfig(base_model="tiny", num_heads=NUM_HEADS, hidden_size=HIDDEN, vocab_size=VOCAB, reads_root=True)
     native.save(MedusaHeads(heads), root / "heads")
 
     def get(precision: str) -> Path:
@@ -110,6 +110,7 @@ def test_engines_keep_the_contract_with_a_static_capacity(get_bundle: GetBundle,
         "hidden": (dtype, ["batch", "num_rows", HIDDEN]),
         "logits": (dtype, ["batch", "num_rows", VOCAB]),
         "accepted_rows": ("int64", ["batch"]),
+        "accepted_ids": ("int64", ["batch"]),
         "accepted_hidden": (dtype, ["batch", HIDDEN]),
         **{f"present.{pair}": (dtype, cache) for pair in PAIRS},
     }
@@ -139,7 +140,10 @@ def test_the_manifest_tells_what_engines_were_built_for(get_bundle: GetBundle, t
     assert prefill["logit_rows"] == {"min": [1, 1], "opt": [4, 1], "max": [4, 32]}
     assert verify["input_ids"] == {"min": [1, 1], "opt": [4, tree_nodes], "max": [4, 32]}
     assert verify["past.0.key"]["max"] == [4, KV_HEADS, 256, HEAD_DIM]
-    assert engine.profiles["heads"] == {"hidden": {"min": [1, HIDDEN], "opt": [4, HIDDEN], "max": [4, HIDDEN]}}
+    assert engine.profiles["heads"] == {
+        "hidden": {"min": [1, HIDDEN], "opt": [4, HIDDEN], "max": [4, HIDDEN]},
+        "root_ids": {"min": [1], "opt": [4], "max": [4]},
+    }
     assert manifest.limits.model_dump() == {
         "max_seq_len": MAX_SEQ_LEN,
         "max_batch_size": 4,
@@ -427,9 +431,9 @@ def test_a_full_disk_is_told(get_bundle: GetBundle, tmp_path: Path) -> None:
         pytest.skip("this system has no /dev/full")
     bundle = get_bundle("fp16")
     network = Network.parse(TensorRT.load("rtx"), HEADS, ir.load(bundle / "heads.onnx"), bundle)
-    shapes = {bound: [1, HIDDEN] for bound in ("min", "opt", "max")}
+    hidden, root_ids = (dict.fromkeys(("min", "opt", "max"), shape) for shape in ([1, HIDDEN], [1]))
     with pytest.raises(ExportError, match="/dev/full cannot be written: No space left on device"):
-        write_plan(network, full, {HEADS: {"hidden": shapes}}, ["8.9"], options(bundle, tmp_path))
+        write_plan(network, full, {HEADS: {"hidden": hidden, "root_ids": root_ids}}, ["8.9"], options(bundle, tmp_path))
 
 
 @pytest.fixture
