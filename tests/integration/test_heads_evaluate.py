@@ -57,7 +57,8 @@ def test_counts_what_a_direct_computation_counts(make_model: Make, make_heads: M
         prompt, answer = row["prompt_token_ids"], row["response_token_ids"]
         with torch.no_grad():
             hidden = backbone.model(torch.tensor([prompt + answer])).last_hidden_state[0].half().float()
-            logits = loaded(hidden, backbone.lm_head)  # [T, K, V]
+            roots = torch.tensor([*prompt, *answer, 0][1:])  # what follows each place
+            logits = loaded(hidden, backbone.lm_head, roots)  # [T, K, V]
         for n in range(len(answer)):
             for k in range(3):
                 if n + k + 1 < len(answer):

@@ -71,8 +71,8 @@ def test_a_dry_run_builds_nothing_and_tells_sizes(bundle: Path, engine: Path, tm
     assert memory["kv_cache"] == 2 * 2 * 2 * 2 * 128 * 16 * 2
     logits, hidden, greedy = 2 * 16 * VOCAB_SIZE * 2, 2 * 16 * 64 * 2, 2 * 16 * 8
     prompt = 2 * 2 * 32 * 8 + 2 * 32 * 32 + 2 * 8 + 2 * 16 * 8  # ids and positions, mask, lengths, rows
-    heads = 2 * 64 * 2 + 2 * 3 * facts.heads.top_k * (8 + 4)
-    accepted = 2 * 8 + 2 * 64 * 2
+    heads = 2 * 64 * 2 + 2 * 8 + 2 * 3 * facts.heads.top_k * (8 + 4)  # states and roots, candidates
+    accepted = 2 * 8 + 2 * 8 + 2 * 64 * 2  # rows, ids, states
     assert memory["inputs_and_outputs"] == logits + hidden + greedy + accepted + prompt + heads
     external = {  # the LM head is in both engines
         (name, value.name): value.const_value.nbytes

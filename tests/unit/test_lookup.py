@@ -307,7 +307,7 @@ def test_heads_that_rest_cost_no_lookups() -> None:
     costs = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1.01], [1.0, 1.01]]], [9.0, 9.0])
     backend, calls = FakeBackend("never"), []
     whole = backend.propose
-    backend.propose = lambda rows: (calls.append(len(rows)), whole(rows))[1]
+    backend.propose = lambda rows, root_ids: (calls.append(len(rows)), whole(rows, root_ids))[1]
     stats = decode(backend, engine={"costs": costs}, prompt_lookup=True)
     assert len(calls) < stats.num_steps / 2
     assert stats.tokens_per_step > 2
