@@ -14,6 +14,7 @@ from medusa_runtime.manifest import HEADS, STEP, GraphFacts, TensorFacts
 PRESENT_PREFIX = "present."
 KERNEL_BYTES = {STEP: 4_000_000, HEADS: 400_000}  # of a plan besides its weights, as found with TensorRT-RTX 1.7,
 NODE_BYTES, ROUNDED_BYTES = 12_000, 90_000  # and for each node, and each weight that is rounded
+ROOT_BYTES = 400_000  # and where heads look up roots
 _ITEM_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
@@ -25,7 +26,9 @@ def weight_bytes(model: ir.Model) -> int:
 def plan_bytes(name: str, model: ir.Model) -> int:
     """About what the plan of a graph takes on disk."""
     rounded = sum(node.op_type == "DequantizeLinear" for node in model.graph)
-    return weight_bytes(model) + KERNEL_BYTES[name] + len(model.graph) * NODE_BYTES + rounded * ROUNDED_BYTES
+    looks_up = any(value.name == "root_ids" for value in model.graph.inputs)
+    kernels = KERNEL_BYTES[name] + len(model.graph) * NODE_BYTES + rounded * ROUNDED_BYTES + looks_up * ROOT_BYTES
+    return weight_bytes(model) + kernels
 
 
 def cache_bytes(step: GraphFacts, sizes: Mapping[str, int]) -> int:
