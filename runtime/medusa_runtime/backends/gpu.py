@@ -128,8 +128,8 @@ class GpuBackend:
 
     def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
         """See `Backend.propose`. Where the GPU accepted and decided the same by itself, the guesses are here already."""
-        if self._ahead is not None and self._asked_ahead(rows, root_ids):
-            return self._ahead[2]
+        if (guesses := self._guessed_ahead(rows, root_ids)) is not None:
+            return guesses
         self.gpu.make_current()
         work = self._buffers.heads_work(self._num_rows, rows, root_ids)
         self._run(work)
@@ -156,11 +156,15 @@ class GpuBackend:
         self.gpu.make_current()
         self._executor.close()
 
-    def _asked_ahead(self, rows: IntArray, root_ids: IntArray) -> bool:
-        """Whether the heads' guesses of the last step are those for these rows and, where it matters, these roots."""
-        assert self._ahead is not None
-        same_rows, same_roots = np.array_equal(self._ahead[0], rows), np.array_equal(self._ahead[1], root_ids)
-        return same_rows and (same_roots or not self.manifest.heads.reads_root)
+    def _guessed_ahead(self, rows: IntArray, root_ids: IntArray) -> HeadOutput | None:
+        """What the heads guessed with the last step, where that was for these rows and, if it matters to them, these roots."""
+        if self._ahead is None:
+            return None
+        known_rows, known_roots, guesses = self._ahead
+        is_known = np.array_equal(known_rows, rows)
+        if self.manifest.heads.reads_root:
+            is_known = is_known and np.array_equal(known_roots, root_ids)
+        return guesses if is_known else None
 
     def _current_cache(self) -> DeviceCache:
         self.gpu.make_current()
