@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
 from medusa_runtime import CandidateTree, DecodingOptions, DynamicTree, MedusaLM
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.bundle.manifest import Manifest
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:

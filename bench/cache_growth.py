@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
 from medusa_runtime import MedusaLM
-from medusa_runtime.backends import ort_cpu
+from medusa_runtime.backends.choosing import ort_cpu
 
 POLICIES: dict[str, Callable[[int], int]] = {
     "64 slots, or an eighth": ort_cpu.bucket,

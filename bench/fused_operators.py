@@ -23,7 +23,7 @@ from environment import environment, publish
 
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_runtime import Backend, Manifest
-from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.choosing import open_backend
 
 VARIANTS = {"both": (), "norm only": ("FuseRotary",), "rotary only": ("fuse_rms_normalization",)}
 VARIANTS["neither"] = ("FuseRotary", "fuse_rms_normalization")

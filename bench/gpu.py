@@ -28,9 +28,9 @@ from medusa_export.bench.process import SERVE, WorkerError, WorkerProcess
 from medusa_export.bench.prompts import BenchPrompt, load_prompts, of_length
 from medusa_export.bench.summary import agreement, ratio, summarize
 from medusa_runtime import Manifest, MedusaError, choose_backend
-from medusa_runtime.backends.gpu import GpuBackend
-from medusa_runtime.cuda.devices import find_gpus
-from medusa_runtime.text import TextCodec
+from medusa_runtime.backends.gpu.backend import GpuBackend
+from medusa_runtime.backends.gpu.devices import find_gpus
+from medusa_runtime.text.codec import TextCodec
 
 CONTEXT, REPEATS, WARM_UP = 256, 50, 48
 MODES = ("plain", "static", "dynamic")

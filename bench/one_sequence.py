@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
 from medusa_runtime import Backend, Manifest
-from medusa_runtime.backends import open_backend
-from medusa_runtime.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP
 
 WIDTHS, CACHED, PREFILLED, REPEATS = (1, 4, 8, 16, 64), (256, 1024, 4096), (128, 512), 25
 CHUNK = 256  # tokens a step while the cache is filled

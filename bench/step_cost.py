@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
 from medusa_runtime import DecodingStats, Manifest, MedusaLM
-from medusa_runtime.backends import Backend, open_backend
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.choosing import open_backend
 
 REPEATS = 15
 FIRST = (np.zeros(1, np.int64), np.zeros(1, np.int64))  # row and root of one sequence

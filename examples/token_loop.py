@@ -17,7 +17,7 @@ from __future__ import annotations
 import click
 
 from medusa_runtime import DecodingEngine, DecodingOptions, Manifest, MedusaError
-from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.choosing import open_backend
 
 
 def token_ids(text: str) -> list[int]:

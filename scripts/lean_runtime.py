@@ -28,7 +28,7 @@ OF_THE_COMMAND_LINE = ("medusa_export", "medusa_heads", "bin")
 BINDINGS = ("__init__", "_version", "driver", "cydriver", "_internal", "utils")  # of cuda/bindings, by the name's first part
 INTERNAL = ("__init__", "driver", "utils", "_fast_enum")
 SOURCES = (".pxd", ".pyx", ".pyi", ".h")
-PROGRAM = "import medusa_runtime, medusa_runtime.backends.trt, cuda.bindings.driver; print(medusa_runtime.__file__)"
+PROGRAM = "import medusa_runtime, medusa_runtime.backends.gpu.trt, cuda.bindings.driver; print(medusa_runtime.__file__)"
 
 
 def install(target: Path, numpy: str, wheels: Path | None) -> None:

@@ -16,8 +16,9 @@ from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from medusa_runtime.errors import CheckpointError, ExportError
-from medusa_runtime.manifest import ModelFacts, Precision
+from medusa_export.errors import ExportError
+from medusa_heads.errors import CheckpointError
+from medusa_runtime.bundle.manifest import ModelFacts, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TESTED_ARCHITECTURES = (

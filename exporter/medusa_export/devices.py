@@ -8,8 +8,8 @@ import torch
 
 from medusa_export.checkpoint import Backbone, load_backbone
 from medusa_export.progress import stage
+from medusa_runtime.bundle.manifest import Precision
 from medusa_runtime.errors import OptionError
-from medusa_runtime.manifest import Precision
 
 
 def torch_device(name: str) -> torch.device:

@@ -17,8 +17,8 @@ from medusa_heads.distill.answerer import Answerer, Codec
 from medusa_heads.distill.prompts import Conversation, read_prompts, select, self_prompted
 from medusa_heads.distill.store import AnswerStore, DataFacts, Settings, require_place
 from medusa_heads.vocabulary import vocabulary_digest
+from medusa_runtime.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 
 
 @dataclass(frozen=True)

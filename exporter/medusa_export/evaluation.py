@@ -21,8 +21,8 @@ from medusa_heads.replay import TOP_K, TREE_NODES, Evaluation
 from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train.examples import Example, digest, read_examples, split
 from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidden_states
+from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
-from medusa_runtime.tree import CandidateTree
 
 
 @dataclass(frozen=True)

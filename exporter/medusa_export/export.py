@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from medusa_export.bundles import is_bundle
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
@@ -16,24 +17,15 @@ from medusa_export.trace import attention
 from medusa_export.trace.program import reads_lm_head_rows, trace_heads, trace_step
 from medusa_export.trees import tree_for
 from medusa_export.write import write_graphs
+from medusa_heads.directories import new_directory, require_new
+from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.errors import CheckpointError, OptionError
-from medusa_runtime.files import new_directory, require_new
-from medusa_runtime.manifest import (
-    HEADS,
-    STEP,
-    FileFacts,
-    HeadFacts,
-    Limits,
-    Manifest,
-    Precision,
-    file_facts,
-    is_bundle,
-)
-from medusa_runtime.ngrams import NGRAMS_NAME, NGrams
-from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
-from medusa_runtime.tree import CandidateTree
+from medusa_runtime.bundle.manifest import HEADS, STEP, FileFacts, HeadFacts, Limits, Manifest, Precision, file_facts
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
+from medusa_runtime.drafting.tree import CandidateTree
+from medusa_runtime.errors import OptionError
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
 
 HEAD_TOP_K = 32  # what n-grams raise must be among the candidates (docs/decisions/0019-draft-ngrams.md)
 MAX_OPSET = 25  # what the torch exporter and the backends have been tried with

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.progress import byte_stage, note, stage
-from medusa_runtime.errors import CheckpointError, OptionError
-from medusa_runtime.files import new_directory, require_new
-from medusa_runtime.manifest import sha256_of
+from medusa_heads.directories import new_directory, require_new
+from medusa_heads.errors import CheckpointError
+from medusa_runtime.bundle.manifest import sha256_of
+from medusa_runtime.errors import OptionError
 
 CHUNK = 1 << 20
 STDERR = 2  # the file descriptor: pip's progress belongs there, whatever sys.stderr is

@@ -18,9 +18,9 @@ from medusa_heads.ngrams import draft_ngrams
 from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train.examples import split
 from medusa_heads.train.hidden import backbone_digest, cached_hidden_states
+from medusa_runtime.bundle.files import replacing
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME
 from medusa_runtime.errors import OptionError
-from medusa_runtime.files import replacing
-from medusa_runtime.ngrams import NGRAMS_NAME
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from medusa_export.progress import note
-from medusa_runtime.backends import BACKENDS, Placement, choose_backend
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend
+from medusa_runtime.backends.gpu.devices import find_gpus
+from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.errors import BackendError, OptionError
-from medusa_runtime.manifest import ORT_CPU, Manifest
 
 AUTO = BACKENDS[0]
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from medusa_runtime.tree import CandidateTree
+from medusa_runtime.drafting.tree import CandidateTree
 
 
 def training_curves(log: Path, target: Path) -> None:

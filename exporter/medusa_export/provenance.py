@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from medusa_runtime.manifest import Provenance
+from medusa_runtime.bundle.manifest import Provenance
 
 PACKAGES = (
     "medusa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",

@@ -23,6 +23,7 @@ from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.devices import fast_precision, torch_device
 from medusa_export.progress import count_stage, note, quiet, stage
 from medusa_export.provenance import provenance
+from medusa_heads.directories import alone_in, require_new
 from medusa_heads.formats import native, save_heads
 from medusa_heads.tokens import CheckpointCodec
 from medusa_heads.train.checkpoints import LOG_NAME
@@ -32,10 +33,9 @@ from medusa_heads.train.overlap import WORDS, Overlap
 from medusa_heads.train.run import Listener, Source, TrainResult
 from medusa_heads.train.run import train as run
 from medusa_heads.train.settings import TrainSettings
+from medusa_runtime.bundle.manifest import Precision
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError, first_line
-from medusa_runtime.files import alone_in, require_new
-from medusa_runtime.manifest import Precision
-from medusa_runtime.ngrams import NGRAMS_NAME
 
 
 @dataclass(frozen=True)

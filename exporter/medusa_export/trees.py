@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 from pathlib import Path
 
+import numpy as np
+
 from medusa_export.progress import note
+from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import native
 from medusa_heads.replay import Evaluation
-from medusa_runtime.errors import CheckpointError
-from medusa_runtime.tree import CandidateTree, prior_tree
+from medusa_runtime.arrays import FloatArray
+from medusa_runtime.drafting.tree import CandidateTree
 
 
 def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nodes: int) -> CandidateTree:
@@ -40,3 +44,46 @@ def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nod
                 f"{place} has no tree of {num_nodes} nodes within the best {top_k} of a head: a tree for unknown heads is used"
             )
     return prior_tree(num_heads, top_k, num_nodes)
+
+
+def most_likely_tree(acceptance: FloatArray, num_nodes: int) -> CandidateTree:
+    """The tree of `num_nodes` nodes that is expected to have most drafts accepted.
+
+    A node is accepted when every node on its path is; taken as independent, its probability is the product along the
+    path, which never grows with depth, so taking the likeliest node that can be added next is optimal.
+
+    Args:
+        acceptance: ``acceptance[k, r]`` is the probability that head k's token of rank r is the right one. [K, M]
+        num_nodes: the root included.
+    """
+    heads, width = acceptance.shape
+    order = np.argsort(-acceptance, axis=1, kind="stable")  # [K, M]
+    parents, ranks = [-1], [0]
+    frontier: list[tuple[float, int, int, int, float]] = []  # -probability, parent, depth, place in order, parent's probability
+
+    def offer(parent: int, depth: int, place: int, parent_probability: float) -> None:
+        if depth < heads and place < width:
+            probability = parent_probability * float(acceptance[depth, order[depth, place]])
+            heapq.heappush(frontier, (-probability, parent, depth, place, parent_probability))
+
+    offer(0, 0, 0, 1.0)
+    while frontier and len(parents) < num_nodes:
+        negative, parent, depth, place, parent_probability = heapq.heappop(frontier)
+        node = len(parents)
+        parents.append(parent)
+        ranks.append(int(order[depth, place]))
+        offer(parent, depth, place + 1, parent_probability)
+        offer(node, depth + 1, 0, -negative)
+    return CandidateTree(tuple(parents), tuple(ranks))
+
+
+def prior_tree(num_heads: int, top_k: int, num_nodes: int = 16) -> CandidateTree:
+    """A tree for heads whose accuracy is not known yet.
+
+    It assumes what trained Medusa heads show: each further head is right about three fifths as often as the one before
+    (0.45, 0.27 …) and each further rank about two fifths as often as the one before. `most_likely_tree` with measured
+    accuracies is better.
+    """
+    head = 0.45 * 0.6 ** np.arange(num_heads, dtype=np.float32)  # [K]
+    rank = 0.4 ** np.arange(top_k, dtype=np.float32)  # [M]
+    return most_likely_tree((head[:, None] * rank[None, :]).astype(np.float32), num_nodes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from medusa_export.graph.values import shape_of
-from medusa_runtime.manifest import WEIGHTS_NAME, FileFacts
+from medusa_runtime.bundle.manifest import WEIGHTS_NAME, FileFacts
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where a runtime needs them to fold shapes
 ALIGNMENT = 4096  # pages, so that a runtime can map the file

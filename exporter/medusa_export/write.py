@@ -11,7 +11,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from medusa_export.graph.cpu import for_one_sequence, for_ort_cpu
 from medusa_export.progress import byte_stage
 from medusa_export.weights import total_bytes, write_weights
-from medusa_runtime.manifest import (
+from medusa_runtime.bundle.manifest import (
     ORT_CPU,
     ORT_CPU_SINGLE,
     PORTABLE,

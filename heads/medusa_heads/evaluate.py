@@ -22,7 +22,7 @@ from medusa_heads.replay import (
     replay,
 )
 from medusa_heads.train.hidden import HiddenStates
-from medusa_runtime.tree import CandidateTree
+from medusa_runtime.drafting.tree import CandidateTree
 
 ROWS = 512  # whose logits are held at once
 

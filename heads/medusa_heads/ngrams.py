@@ -1,4 +1,4 @@
-"""Counting draft n-grams in the model's answers, and fitting how far to trust them. See `medusa_runtime.ngrams`."""
+"""Counting draft n-grams in the model's answers, and fitting how far to trust them. See `medusa_runtime.drafting.ngrams`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 from medusa_heads.modules import MedusaHeads
 from medusa_heads.train.examples import Example
 from medusa_heads.train.hidden import HiddenStates
+from medusa_runtime.arrays import FloatArray, IntArray
+from medusa_runtime.drafting.ngrams import NO_TOKEN, RATIO_STEP, NGrams, ngram_codes, rest_log_prob
 from medusa_runtime.errors import OptionError
-from medusa_runtime.ngrams import NO_TOKEN, STEP, NGrams, ngram_codes, rest_log_prob
-from medusa_runtime.tree import FloatArray, IntArray
 
 MIN_CELLS, MAX_CELLS = 1 << 16, 1 << 20  # two bytes each
 CELLS_PER_NGRAM = 2
@@ -218,7 +218,7 @@ def _table(parts: list[_Ratios], max_cells: int) -> NGrams:
     num_ngrams = sum(len(part.ratios) for part in parts)
     num_cells = min(max_cells, max(MIN_CELLS, 1 << (CELLS_PER_NGRAM * num_ngrams).bit_length()))
     codes = np.concatenate([_codes(part.tokens, num_cells) for part in parts])
-    logs = np.round(np.log(np.concatenate([part.ratios for part in parts])) / STEP)
+    logs = np.round(np.log(np.concatenate([part.ratios for part in parts])) / RATIO_STEP)
     order = np.argsort(-np.concatenate([part.weights for part in parts]), kind="stable")
     places, first = np.unique(codes[order] >> np.uint64(8), return_index=True)
     chosen = order[first]

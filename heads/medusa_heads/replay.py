@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from medusa_runtime.tree import CandidateTree
+from medusa_runtime.drafting.tree import CandidateTree
 
 IntArray = npt.NDArray[np.int64]
 TOP_K = 10  # ranks told apart

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.errors import OptionError, first_line
-from medusa_runtime.text import Message
+from medusa_runtime.text.codec import Message
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the user's words go
 

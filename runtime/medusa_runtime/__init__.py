@@ -5,9 +5,14 @@
 >>> lm.generate("What is the capital of France?", max_new_tokens=32).text
 """
 
-from medusa_runtime.backends import BACKENDS, Backend, Placement, choose_backend, open_backend
-from medusa_runtime.budget import LearnedCosts, StepCosts
-from medusa_runtime.engine import DecodingEngine
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend, open_backend
+from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.decoding.engine import DecodingEngine
+from medusa_runtime.decoding.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
+from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.drafting.costs import LearnedCosts, StepCosts
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import (
     BackendError,
     BundleError,
@@ -21,14 +26,10 @@ from medusa_runtime.errors import (
     TreeError,
 )
 from medusa_runtime.lm import MedusaLM
-from medusa_runtime.manifest import Manifest
 from medusa_runtime.options import DecodingOptions, GenerationOptions
-from medusa_runtime.results import Choice, GenerationChunk, GenerationResult, ServiceStats
-from medusa_runtime.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
-from medusa_runtime.service import Handle
-from medusa_runtime.stats import DecodingStats
-from medusa_runtime.text import Message, Prompt
-from medusa_runtime.tree import CandidateTree, DynamicTree, most_likely_tree, prior_tree
+from medusa_runtime.service.handle import Handle
+from medusa_runtime.service.results import Choice, GenerationChunk, GenerationResult, ServiceStats
+from medusa_runtime.text.codec import Message, Prompt
 
 __all__ = [
     "BACKENDS",
@@ -66,7 +67,5 @@ __all__ = [
     "TokenLogprob",
     "TreeError",
     "choose_backend",
-    "most_likely_tree",
     "open_backend",
-    "prior_tree",
 ]

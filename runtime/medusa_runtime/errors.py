@@ -26,14 +26,6 @@ class BundleError(MedusaError):
     """A bundle is missing, damaged, or of a kind this version cannot read."""
 
 
-class CheckpointError(MedusaError):
-    """A model or heads checkpoint is missing, damaged, or does not fit the other."""
-
-
-class ExportError(MedusaError):
-    """A model cannot be traced or written."""
-
-
 class CapacityError(MedusaError):
     """A request needs more cache than the bundle or the engine allows."""
 
@@ -58,22 +50,6 @@ class TreeError(MedusaError):
 
 class BackendError(MedusaError):
     """A backend is unknown, is not installed, or cannot run this bundle."""
-
-
-class EndpointError(MedusaError):
-    """An endpoint that answers prompts cannot be reached, or refuses one."""
-
-
-class QualityError(MedusaError):
-    """A quantised bundle would be further from the original than was allowed."""
-
-    exit_code = 3
-
-
-class ValidationMismatchError(MedusaError):
-    """A bundle's output differs from the reference by more than is tolerated."""
-
-    exit_code = 3
 
 
 def first_line(error: BaseException) -> str:

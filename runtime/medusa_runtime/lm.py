@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from medusa_runtime.backends import choose_backend, open_backend
-from medusa_runtime.budget import LearnedCosts, StepCosts, fitting_nodes
-from medusa_runtime.engine import DEFAULT_BATCH_SIZE, LOOKUP_NODES, DecodingEngine, check_batch_size
+from medusa_runtime.backends.choosing import choose_backend, open_backend
+from medusa_runtime.bundle.cpu import device_key
+from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.decoding.engine import DEFAULT_BATCH_SIZE, LOOKUP_NODES, DecodingEngine, check_batch_size
+from medusa_runtime.drafting.costs import LearnedCosts, StepCosts, fitting_nodes
+from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
+from medusa_runtime.drafting.tuning import DeviceTuning, tuned
 from medusa_runtime.errors import BundleError, OptionError, QueueFullError
-from medusa_runtime.manifest import Manifest
-from medusa_runtime.ngrams import NGrams
 from medusa_runtime.options import GenerationOptions
-from medusa_runtime.results import GenerationResult, ServiceStats
-from medusa_runtime.sampling import Guide
-from medusa_runtime.service import Handle, Request, Worker
-from medusa_runtime.text import Prompt, TextCodec
-from medusa_runtime.tree import CandidateTree, DynamicTree
-from medusa_runtime.tuning import DeviceTuning, device_key, tuned
+from medusa_runtime.sampling.shaping import Guide
+from medusa_runtime.service.answer import Request
+from medusa_runtime.service.handle import Handle
+from medusa_runtime.service.results import GenerationResult, ServiceStats
+from medusa_runtime.service.worker import Worker
+from medusa_runtime.text.codec import Prompt, TextCodec
 
 if TYPE_CHECKING:
-    from medusa_runtime.grammar import GrammarCompiler
+    from medusa_runtime.text.grammar import GrammarCompiler
 
 
 class MedusaLM:
@@ -223,7 +226,7 @@ class MedusaLM:
         if not options.structure:
             return [None] * options.n
         if self._grammars is None:
-            from medusa_runtime.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
+            from medusa_runtime.text.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
 
             model = self.manifest.model
             self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)

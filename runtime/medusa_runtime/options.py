@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, ValidationInfo, field_validator, model_validator
 
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
-from medusa_runtime.tree import CandidateTree, DynamicTree
 
 MAX_SEED = (1 << 64) - 1
 KINDS = {  # what pydantic has stranger words for

@@ -20,7 +20,7 @@ from medusa_export.validate.compare import first_divergence
 from medusa_heads.formats import load_heads
 from medusa_heads.replay import Evaluation
 from medusa_runtime import CandidateTree, DecodingOptions, DynamicTree, Manifest, MedusaLM, open_backend
-from medusa_runtime.sampling import distribution
+from medusa_runtime.sampling.distribution import distribution
 
 pytestmark = pytest.mark.e2e
 

@@ -13,7 +13,7 @@ import pytest
 from medusa_export.trt.build import build_engines
 from medusa_export.trt.options import EngineOptions
 from medusa_runtime import Backend, Manifest, open_backend
-from medusa_runtime.backends.gpu import GpuBackend
+from medusa_runtime.backends.gpu.backend import GpuBackend
 from tests.gpu.here import FLAVORS, GPUS
 
 Make = Callable[..., Path]

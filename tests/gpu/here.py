@@ -6,7 +6,7 @@ import pytest
 
 from medusa_export.doctor.facts import find_facts
 from medusa_export.doctor.verdicts import verdicts
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.gpu.devices import find_gpus
 
 GPUS = find_gpus()
 BACKENDS = ("ort-cuda", "trt", "trt-rtx")

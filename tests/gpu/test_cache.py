@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from medusa_runtime import Backend, CapacityError
-from medusa_runtime.backends.gpu import GpuBackend
+from medusa_runtime.backends.gpu.backend import GpuBackend
 from tests.gpu.conftest import MAX_PREFILL_TOKENS, Open, Rows, logits
 from tests.gpu.here import needs_gpu, on_each_backend, on_each_engine
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medusa_runtime import BackendError, BundleError, Manifest, MedusaLM, OptionError
-from medusa_runtime.manifest import RUNTIME_CACHE
+from medusa_runtime.bundle.manifest import RUNTIME_CACHE
 from tests.gpu.here import GPUS, needs_gpu, on_each_backend, on_each_engine
 
 pytestmark = needs_gpu

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medusa_runtime import DynamicTree, MedusaError, MedusaLM
-from medusa_runtime.backends.gpu import GpuBackend
+from medusa_runtime.backends.gpu.backend import GpuBackend
 from tests.gpu.conftest import Open, logits
 from tests.gpu.here import needs_gpu, on_each_backend, on_each_engine
 
@@ -90,7 +90,7 @@ def _ask(lm: MedusaLM, rng: random.Random, count: int) -> None:
 
 @on_each_backend
 def test_memory_is_given_back(backend: str, bundle_for: Make) -> None:
-    from medusa_runtime.cuda.driver import Gpu
+    from medusa_runtime.backends.gpu.driver import Gpu
 
     watcher = Gpu()
     answers(bundle_for(backend), backend, cuda_graphs=False)  # what libraries take once, they keep

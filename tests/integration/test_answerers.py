@@ -16,9 +16,9 @@ from medusa_heads.distill.answerer import Answer, Request
 from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec
 from medusa_heads.distill.endpoint import EndpointAnswerer
 from medusa_heads.distill.slots import SlotDecoder
+from medusa_heads.errors import CheckpointError, EndpointError
 from medusa_heads.tokens import CheckpointCodec
 from medusa_runtime import CapacityError, MedusaLM, OptionError
-from medusa_runtime.errors import CheckpointError, EndpointError
 from tests.support.chat_server import ChatServer, chat_server, completion, failure
 
 Make = Callable[..., Path]

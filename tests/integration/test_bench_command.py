@@ -23,7 +23,7 @@ from medusa_export.bench.floor import read_bandwidth, step_weight_bytes
 from medusa_export.cli import main
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_heads.formats import load_heads, save_heads
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.bundle.manifest import Manifest
 from tests.support.cli import fails
 
 Make = Callable[..., Path]

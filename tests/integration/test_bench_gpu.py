@@ -12,9 +12,9 @@ from types import ModuleType
 import pytest
 
 from medusa_export.bench.prompts import load_prompts
-from medusa_runtime.backends import ort_cuda
-from medusa_runtime.cuda.devices import find_gpus
-from medusa_runtime.text import TextCodec
+from medusa_runtime.backends.gpu import ort_cuda
+from medusa_runtime.backends.gpu.devices import find_gpus
+from medusa_runtime.text.codec import TextCodec
 from tests.support.stand_in_cuda import StandInDriver
 from tests.support.stand_in_ort_cuda import StandInOrt
 

@@ -17,9 +17,11 @@ from medusa_export.cli import main
 from medusa_export.validate import runner
 from medusa_export.validate.report import BF16_ON_GPU, QUANTIZED, TOLERANCES, tolerance
 from medusa_runtime import Manifest
-from medusa_runtime.backends import Backend, open_backend, ort_cuda
-from medusa_runtime.cuda.devices import find_gpus
-from medusa_runtime.tuning import Tuning
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.backends.gpu import ort_cuda
+from medusa_runtime.backends.gpu.devices import find_gpus
+from medusa_runtime.drafting.tuning import Tuning
 from tests.support.cli import fails
 from tests.support.engines import stand_in_engine
 from tests.support.stand_in_cuda import StandInDriver

@@ -19,7 +19,7 @@ from medusa_export.export import ExportOptions, export_bundle
 from medusa_heads.formats import load_heads, native, save_heads
 from medusa_heads.ngrams import head_candidates
 from medusa_runtime import BundleError, Manifest, MedusaLM, open_backend
-from medusa_runtime.ngrams import NGRAMS_NAME, NGrams
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from tests.support.cli import fails
 
 Make = Callable[..., Path]

@@ -12,9 +12,9 @@ import pytest
 
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.validate import validate
+from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads, save_heads
 from medusa_runtime import Manifest, MedusaLM, OptionError, open_backend
-from medusa_runtime.errors import CheckpointError
 
 Make = Callable[..., Path]
 KNOWN = list(range(7, 300, 3))  # 98 of 320

@@ -148,7 +148,7 @@ class TestService:
 
         asked = {"prompt": PROMPTS[0], "max_new_tokens": 20}
         with monkeypatch.context() as broken:
-            broken.setattr("medusa_runtime.engine.accept_greedy", fail)
+            broken.setattr("medusa_runtime.decoding.engine.accept_greedy", fail)
             answer = client.post("/generate", json=asked)
             *chunks, last = client.post("/stream", json=asked).text.splitlines()
         assert (answer.status_code, len(chunks)) == (500, 1)  # the prompt's own token came before

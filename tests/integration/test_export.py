@@ -16,14 +16,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from medusa_export.checkpoint import TESTED_ARCHITECTURES, load_backbone
+from medusa_export.errors import ExportError
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.trace import attention
 from medusa_export.trace.layers import decoder_layers, layer_kinds
 from medusa_export.trace.program import trace_step
 from medusa_export.validate import validate
 from medusa_export.weights import INLINE_BYTES
+from medusa_heads.errors import CheckpointError
 from medusa_runtime import Manifest, MedusaLM, OptionError
-from medusa_runtime.errors import CheckpointError, ExportError
 
 Make = Callable[..., Path]
 PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many words", "a fox")

@@ -17,13 +17,13 @@ import pytest
 
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_runtime import DynamicTree, MedusaLM, open_backend
-from medusa_runtime.backends import ort_cuda
-from medusa_runtime.backends.gpu import WIDTHS, GpuBackend
-from medusa_runtime.backends.gpu_step import Shape, StepBuffers, Work
-from medusa_runtime.cuda.driver import Gpu
+from medusa_runtime.backends.gpu import ort_cuda
+from medusa_runtime.backends.gpu.backend import WIDTHS, GpuBackend
+from medusa_runtime.backends.gpu.driver import Gpu
+from medusa_runtime.backends.gpu.step import Shape, StepBuffers, Work
+from medusa_runtime.bundle.manifest import STEP, Manifest
+from medusa_runtime.drafting.measuring import measure_grid
 from medusa_runtime.errors import BackendError, BundleError, CapacityError, MissingExtraError
-from medusa_runtime.manifest import STEP, Manifest
-from medusa_runtime.measuring import measure_grid
 from tests.support.engines import stand_in_engine
 from tests.support.stand_in_cuda import StandInDriver
 from tests.support.stand_in_ort_cuda import CPU, StandInOrt
@@ -412,7 +412,7 @@ def test_what_padding_left_is_cleared_too(engine: Callable[..., Path], tensorrt:
 def test_works_that_were_not_used_for_long_are_dropped(
     engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tensorrt: StandInTensorRT
 ) -> None:
-    monkeypatch.setattr("medusa_runtime.backends.gpu.MAX_WORKS", 2)
+    monkeypatch.setattr("medusa_runtime.backends.gpu.backend.MAX_WORKS", 2)
     backend = opened(engine("tensorrt"))
     for width in (1, 2, 4, 1, 4):
         backend.step(*chain(width))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.gpu.devices import find_gpus
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medusa_export.trees import prior_tree
 from medusa_runtime import (
     CandidateTree,
     DecodingEngine,
@@ -23,10 +24,9 @@ from medusa_runtime import (
     MissingExtraError,
     OptionError,
     RequestError,
-    prior_tree,
 )
-from medusa_runtime.grammar import GrammarCompiler
-from medusa_runtime.sequence import Sequence as Answer
+from medusa_runtime.decoding.sequence import Sequence as Answer
+from medusa_runtime.text.grammar import GrammarCompiler
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, logits_after
 
 PROMPT = "the quick brown fox"
@@ -349,7 +349,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused_in_one_line(lm: Medus
 def test_without_the_package_a_structure_is_refused_and_everything_else_works(make_bundle, monkeypatch) -> None:
     lm = MedusaLM.from_bundle(make_bundle())
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    monkeypatch.delitem(sys.modules, "medusa_runtime.grammar")
+    monkeypatch.delitem(sys.modules, "medusa_runtime.text.grammar")
     with pytest.raises(MissingExtraError) as told:
         lm.generate(PROMPT, regex="a")
     assert str(told.value) == "llguidance is not installed; install it with: pip install 'medusa-export[structured]'"

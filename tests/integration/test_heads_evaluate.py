@@ -16,7 +16,7 @@ from medusa_export.cli import main
 from medusa_heads.formats import load_heads
 from medusa_heads.replay import Evaluation
 from medusa_runtime import CandidateTree, MedusaLM
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.bundle.manifest import Manifest
 
 Make = Callable[..., Path]
 NUM_ANSWERS = 6

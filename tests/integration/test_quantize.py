@@ -23,10 +23,10 @@ from medusa_export.validate import validate
 from medusa_runtime import CandidateTree, Manifest, MedusaLM
 from medusa_runtime.backends.base import StepOutput
 from medusa_runtime.backends.ort_cpu import OrtCpuBackend
+from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, WEIGHTS_NAME, file_facts
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NUM_WEIGHTS, NGrams
 from medusa_runtime.errors import BackendError
-from medusa_runtime.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, WEIGHTS_NAME, file_facts
-from medusa_runtime.ngrams import NGRAMS_NAME, NUM_WEIGHTS, NGrams
-from medusa_runtime.text import TextCodec
+from medusa_runtime.text.codec import TextCodec
 from tests.support.cli import fails
 from tests.support.engines import stand_in_engine
 from tests.support.models import VOCAB_SIZE, save_random_heads

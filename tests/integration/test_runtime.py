@@ -21,8 +21,8 @@ from medusa_runtime import (
     OptionError,
     TreeError,
 )
-from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import CAPACITY_BUCKET
+from medusa_runtime.backends.choosing import open_backend
 
 PROMPT = "the quick brown fox"
 

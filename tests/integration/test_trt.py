@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from medusa_export.errors import ExportError
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.trt.build import build_engines
 from medusa_export.trt.design import design_engines
@@ -29,10 +30,10 @@ from medusa_export.trt.specialize import AdditiveMask, StaticCapacity, specializ
 from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.cuda.devices import Gpus
-from medusa_runtime.cuda.driver import GpuFacts
-from medusa_runtime.errors import BackendError, BundleError, ExportError, OptionError
-from medusa_runtime.manifest import HEADS, STEP, Manifest, QuantizationFacts, ValidationFacts, sha256_of
+from medusa_runtime.backends.gpu.devices import Gpus
+from medusa_runtime.backends.gpu.driver import GpuFacts
+from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest, QuantizationFacts, ValidationFacts, sha256_of
+from medusa_runtime.errors import BackendError, BundleError, OptionError
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -16,7 +16,7 @@ from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.trt import build
 from medusa_export.trt.network import Network
 from medusa_export.trt.options import EngineOptions
-from medusa_runtime.manifest import HEADS, STEP, EngineFacts, GraphFacts
+from medusa_runtime.bundle.manifest import HEADS, STEP, EngineFacts, GraphFacts
 from tests.support.models import save_random_heads, save_tiny_model
 
 pytest.importorskip("tensorrt_rtx")

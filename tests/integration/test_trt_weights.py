@@ -19,8 +19,8 @@ from medusa_export.trt.network import Network
 from medusa_export.trt.options import EngineOptions
 from medusa_export.trt.weights import QuantizeEngineWeights, round_weight
 from medusa_export.weights import write_weights
-from medusa_runtime.manifest import HEADS, STEP, Manifest
-from medusa_runtime.plans import open_plan
+from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest
+from medusa_runtime.bundle.plans import open_plan
 from tests.support.models import VOCAB_SIZE, save_random_heads, save_tiny_model
 
 pytest.importorskip("tensorrt_rtx")

@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from medusa_export.cli import main
 from medusa_heads.replay import Evaluation, TreeResult
 from medusa_runtime import CandidateTree, DynamicTree, LearnedCosts, Manifest, MedusaLM, StepCosts
-from medusa_runtime.manifest import Limits
-from medusa_runtime.tuning import DeviceTuning, Tuning, device_key, num_cores
+from medusa_runtime.bundle.cpu import device_key, num_cores
+from medusa_runtime.bundle.manifest import Limits
+from medusa_runtime.drafting.tuning import DeviceTuning, Tuning
 
 Make = Callable[..., Path]
 FLAGS = {  # of `generate` where prompt lookup was found to pay, and whether it looks up

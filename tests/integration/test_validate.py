@@ -14,16 +14,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from medusa_export.errors import ValidationMismatchError
 from medusa_export.validate import record, validate
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.report import TOLERANCES, ValidationReport
 from medusa_export.validate.runner import ReferenceSide
 from medusa_heads.config import HeadsConfig
+from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads, save_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import BundleError, Manifest, MedusaLM, OptionError
-from medusa_runtime.errors import CheckpointError, ValidationMismatchError
-from medusa_runtime.manifest import HEADS, STEP, FileFacts, file_facts, sha256_of
+from medusa_runtime.bundle.manifest import HEADS, STEP, FileFacts, file_facts, sha256_of
 
 Make = Callable[..., Path]
 PROMPTS = ("a small model learns",)

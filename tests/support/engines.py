@@ -12,7 +12,7 @@ from medusa_export.trt.design import plan_facts
 from medusa_export.trt.options import EngineOptions, default_tree_nodes, engine_limits
 from medusa_export.trt.profiles import heads_profiles, step_profiles
 from medusa_export.trt.specialize import specialize
-from medusa_runtime.manifest import HEADS, STEP, EngineFacts, Manifest, file_facts
+from medusa_runtime.bundle.manifest import HEADS, STEP, EngineFacts, Manifest, file_facts
 from tests.support.stand_in_tensorrt import VERSION, write_plan
 
 

@@ -8,9 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from medusa_export.trees import prior_tree
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
-from medusa_runtime.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance
-from medusa_runtime.tree import CandidateTree, prior_tree
+from medusa_runtime.bundle.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance
+from medusa_runtime.drafting.tree import CandidateTree
 
 VOCAB_SIZE = 50
 Skill = Literal["never", "always", "sometimes"]

@@ -14,8 +14,8 @@ import sys
 import medusa_export.trt.build
 from medusa_export.doctor import facts, verdicts
 from medusa_export.trt.options import EngineOptions
-from medusa_runtime.backends import ort_cuda
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.backends.gpu import ort_cuda
+from medusa_runtime.bundle.manifest import Manifest
 from tests.support.engines import stand_in_engine
 from tests.support.stand_in_cuda import StandInDriver
 from tests.support.stand_in_ort_cuda import StandInOrt

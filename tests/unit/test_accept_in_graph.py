@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_export.trt.accept import AcceptGreedily
-from medusa_runtime.acceptance import accept_greedy
-from medusa_runtime.drafts import Draft, DraftBatch
+from medusa_runtime.drafting.draft import Draft, DraftBatch
+from medusa_runtime.sampling.acceptance import accept_greedy
 from tests.support.graphs import outputs, parse
 
 HIDDEN = 3

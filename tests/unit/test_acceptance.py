@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
-from medusa_runtime.acceptance import Accepted, GreedyAcceptance, SamplingAcceptance, TypicalAcceptance, policy_for
 from medusa_runtime.backends.base import HeadOutput, StepOutput
-from medusa_runtime.drafts import Draft
-from medusa_runtime.sampling import LogitsShaper, Uniforms, distribution
-from medusa_runtime.sequence import Sequence as Answer
+from medusa_runtime.decoding.sequence import Sequence as Answer
+from medusa_runtime.drafting.draft import Draft
+from medusa_runtime.sampling.acceptance import Accepted, GreedyAcceptance, SamplingAcceptance, TypicalAcceptance, policy_for
+from medusa_runtime.sampling.distribution import Uniforms, distribution
+from medusa_runtime.sampling.shaping import LogitsShaper
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, fake_manifest, greedy, logits_after, next_token
 from tests.unit.test_sampling import ALMOST_ONE, chi_square_p, reference_probabilities
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
-from medusa_runtime.budget import LearnedCosts
-from medusa_runtime.drafts import candidates_for
-from medusa_runtime.sequence import Sequence
+from medusa_runtime.decoding.sequence import Sequence
+from medusa_runtime.drafting.costs import LearnedCosts
+from medusa_runtime.drafting.proposals import candidates_for
 from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
@@ -307,7 +307,7 @@ def test_what_is_learned_stays_sound_however_long_the_load_is_the_same(width) ->
 
 
 def test_what_a_guide_forces_is_not_the_heads_merit() -> None:
-    from medusa_runtime.budget import DraftBudget
+    from medusa_runtime.drafting.budget import DraftBudget
 
     budget = DraftBudget(StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [5.0, 5.0]))
     before = budget.width([np.array([0.5, 0.2], np.float32)], 1, 64)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_runtime.cuda.cache import SWAP_ENTRIES, DeviceCache
-from medusa_runtime.cuda.driver import Gpu
+from medusa_runtime.backends.gpu.cache import SWAP_ENTRIES, DeviceCache
+from medusa_runtime.backends.gpu.driver import Gpu
+from medusa_runtime.bundle.manifest import ModelFacts
 from medusa_runtime.errors import CapacityError
-from medusa_runtime.manifest import ModelFacts
 from tests.support.stand_in_cuda import StandInDriver
 
 LAYERS, HEADS, WIDTH, SLOTS, CAPACITY = 2, 3, 4, 3, 160

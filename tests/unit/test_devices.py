@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from medusa_runtime import BackendError, OptionError, choose_backend
-from medusa_runtime.cuda.buffers import Layout, Packet
-from medusa_runtime.cuda.devices import find_gpus, parse_device
-from medusa_runtime.cuda.driver import Gpu
+from medusa_runtime.backends.gpu.buffers import Layout, Packet
+from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
+from medusa_runtime.backends.gpu.driver import Gpu
+from medusa_runtime.bundle.cpu import device_key
+from medusa_runtime.bundle.manifest import EngineFacts, Manifest, QuantizationFacts
 from medusa_runtime.errors import CapacityError, MissingExtraError
-from medusa_runtime.manifest import EngineFacts, Manifest, QuantizationFacts
-from medusa_runtime.tuning import device_key
 from tests.support.fake_backend import fake_manifest
 from tests.support.stand_in_cuda import CUresult, StandInDriver
 

@@ -23,8 +23,8 @@ from medusa_export.doctor.facts import CUDA_LIBRARY, CUDA_PROVIDER, PACKAGES, Fa
 from medusa_export.doctor.report import as_json, warnings
 from medusa_export.doctor.verdicts import BINDINGS, EXPORT, Verdict, verdicts
 from medusa_export.packages import import_problem
-from medusa_runtime.cuda.devices import Gpus
-from medusa_runtime.cuda.driver import GpuFacts
+from medusa_runtime.backends.gpu.devices import Gpus
+from medusa_runtime.backends.gpu.driver import GpuFacts
 
 RTX_CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
 ADA = GpuFacts(0, "A GPU", "8.9", 24 * 10**9)

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_runtime import CandidateTree, DynamicTree, TreeError, prior_tree
-from medusa_runtime.acceptance import accept_greedy
-from medusa_runtime.drafts import Draft, DraftBatch, candidates_for
+from medusa_export.trees import prior_tree
+from medusa_runtime import CandidateTree, DynamicTree, TreeError
+from medusa_runtime.drafting.draft import Draft, DraftBatch
+from medusa_runtime.drafting.proposals import candidates_for
+from medusa_runtime.sampling.acceptance import accept_greedy
 
 
 def draft_of(tree: CandidateTree, tokens: list[int]) -> Draft:

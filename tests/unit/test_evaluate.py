@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 
+from medusa_export.trees import most_likely_tree
 from medusa_heads.config import HeadsConfig
 from medusa_heads.evaluate import evaluate, target_ranks
 from medusa_heads.modules import MedusaHeads
 from medusa_heads.replay import NOT_VALID, TOP_K, accepted_drafts, accuracies, best_tree, expected_tokens, replay
 from medusa_heads.train.examples import Example
 from medusa_heads.train.hidden import HiddenStates
-from medusa_runtime.tree import CandidateTree, most_likely_tree
+from medusa_runtime.drafting.tree import CandidateTree
 
 C, V = 6, 30
 

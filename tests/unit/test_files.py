@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from medusa_heads.directories import new_directory, require_new
 from medusa_runtime import OptionError
-from medusa_runtime.files import new_directory, require_new, write_whole
+from medusa_runtime.bundle.files import write_whole
 
 MARKER = "kind.json"
 
@@ -81,7 +82,7 @@ def test_what_a_killed_run_left_is_swept_up_and_a_live_one_is_left_alone(tmp_pat
         (first / "a").write_text("1")
         program = f"""
 from pathlib import Path
-from medusa_runtime.files import new_directory
+from medusa_heads.directories import new_directory
 with new_directory({str(tmp_path / name)!r}, lambda _: False) as second:
     print(sorted(entry.name for entry in Path({str(tmp_path)!r}).iterdir()) == sorted([{first.name!r}, second.name]))
     second.rename({str(tmp_path / "elsewhere")!r})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.gpu.devices import find_gpus
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 no_gpu = pytest.mark.skipif(find_gpus().why_none is None, reason="there is a GPU: it would be checked for minutes")

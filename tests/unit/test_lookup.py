@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts, prior_tree
-from medusa_runtime.budget import DraftBudget
-from medusa_runtime.drafts import candidates_for
-from medusa_runtime.lookup import LONGEST_MATCH, MAX_CONTINUATIONS, PRIOR, Continuation, PromptLookup
+from medusa_export.trees import prior_tree
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
+from medusa_runtime.drafting.budget import DraftBudget
+from medusa_runtime.drafting.lookup import LONGEST_MATCH, MAX_CONTINUATIONS, PRIOR, Continuation, PromptLookup
+from medusa_runtime.drafting.proposals import candidates_for
 from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, repeating_token
 

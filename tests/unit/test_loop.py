@@ -15,8 +15,8 @@ from medusa_heads.distill.loop import AnswerOptions, Progress, distill
 from medusa_heads.distill.prompts import Conversation, self_prompted
 from medusa_heads.distill.store import AnswerStore, DataFacts, Row, Settings, read_rows
 from medusa_runtime import OptionError
-from medusa_runtime.manifest import Provenance
-from medusa_runtime.text import Message
+from medusa_runtime.bundle.manifest import Provenance
+from medusa_runtime.text.codec import Message
 
 EOS = 0
 FACTS = DataFacts(

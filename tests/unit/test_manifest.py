@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from medusa_export.bundles import is_bundle
 from medusa_runtime import BundleError, Manifest
-from medusa_runtime.manifest import file_facts, is_bundle
+from medusa_runtime.bundle.manifest import file_facts
 from tests.support.fake_backend import fake_manifest
 
 

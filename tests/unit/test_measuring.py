@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from medusa_runtime import measuring
+from medusa_runtime.drafting import measuring
 from tests.support.fake_backend import FakeBackend, fake_manifest
 
 

@@ -19,16 +19,17 @@ from medusa_heads.ngrams import DISCOUNT, WEIGHTS, count, fit
 from medusa_heads.train.examples import Example
 from medusa_heads.train.hidden import HiddenStates
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree
-from medusa_runtime.drafts import CandidateSet, Draft, candidates_for
+from medusa_runtime.drafting.draft import Draft
+from medusa_runtime.drafting.lookup import Continuation
+from medusa_runtime.drafting.ngrams import RATIO_STEP, NGrams, rest_log_prob
+from medusa_runtime.drafting.proposals import CandidateSet, candidates_for
 from medusa_runtime.errors import BundleError, OptionError
-from medusa_runtime.lookup import Continuation
-from medusa_runtime.ngrams import STEP, NGrams, rest_log_prob
 from tests.support import fake_backend
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, fake_manifest, greedy, repeating_token
 
 TEXTS = [[1, 2, 3, 1, 2, 4, 1, 2, 3], [3, 1, 5, 3, 1, 2, 2], [7]]
 NGRAMS = count([Example("", (), tuple(text)) for text in TEXTS], 9)
-CLOSE = STEP / 2 + 1e-6
+CLOSE = RATIO_STEP / 2 + 1e-6
 
 
 def chance(token: int, *before: int) -> float:

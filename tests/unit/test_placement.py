@@ -8,11 +8,11 @@ import pytest
 
 from medusa_export import placement as placing
 from medusa_export.placement import place
-from medusa_runtime import backends
-from medusa_runtime.cuda.devices import Gpus
-from medusa_runtime.cuda.driver import GpuFacts
+from medusa_runtime.backends import choosing
+from medusa_runtime.backends.gpu.devices import Gpus
+from medusa_runtime.backends.gpu.driver import GpuFacts
+from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.errors import BackendError, MedusaError, OptionError
-from medusa_runtime.manifest import Manifest
 from tests.support.fake_backend import fake_manifest
 
 ONE_GPU = Gpus([GpuFacts(0, "A GPU", "8.9", 10**9)], "13.0")
@@ -27,7 +27,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, found: Gpus) -> None:
-    for module in (placing, backends):
+    for module in (placing, choosing):
         monkeypatch.setattr(module, "find_gpus", lambda: found)
 
 

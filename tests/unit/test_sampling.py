@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medusa_runtime import BackendError, DecodingOptions, OptionError
-from medusa_runtime.sampling import BLOCK, Distribution, LogitsShaper, Uniforms, chosen_logprob, distribution
+from medusa_runtime.sampling.distribution import BLOCK, Distribution, Uniforms, chosen_logprob, distribution
+from medusa_runtime.sampling.shaping import LogitsShaper
 
 SIZES = [1, 2, 3, 50, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 100]
 ALMOST_ONE = math.nextafter(1.0, 0.0)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from medusa_runtime.backends import trt
-from medusa_runtime.cuda import driver
+from medusa_runtime.backends.gpu import driver, trt
 from tests.support import stand_in_tensorrt
 from tests.support.stand_in_cuda import StandInDriver
 

@@ -9,7 +9,7 @@ import pytest
 
 from medusa_heads.distill.store import AnswerStore, DataFacts, Row, Settings, read_facts, read_rows
 from medusa_runtime import OptionError
-from medusa_runtime.manifest import Provenance
+from medusa_runtime.bundle.manifest import Provenance
 
 SETTINGS = Settings(
     model="tiny", tokenizer="a" * 64, backend="transformers", dtype="fp32", prompts="b" * 64, prompt_temperature=0.8,

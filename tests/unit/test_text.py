@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from medusa_runtime import BundleError, OptionError
-from medusa_runtime.text import StopStrings, TextCodec, TextStream
+from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.stream import StopStrings, TextStream
 from tests.support.models import CHAT_TEMPLATE, tokenizer
 
 BYTES_AND_WORDS = ["<0x0A>", "<0xE6>", "<0x97>", "<0xA5>", "<0xF0>", "▁a", "▁", "b", "日"]

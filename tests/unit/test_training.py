@@ -27,7 +27,7 @@ from medusa_heads.train.hidden import HiddenStates, response_states
 from medusa_heads.train.objective import HeadsObjective, JointObjective, LmHead, heads_losses, lm_head_of
 from medusa_heads.train.schedule import learning_rate_factor, weight_factor
 from medusa_runtime import OptionError
-from medusa_runtime.manifest import Provenance
+from medusa_runtime.bundle.manifest import Provenance
 from tests.support.models import VOCAB_SIZE, tokenizer
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_export.trt.strip import Stored, find_regions, strip_plan
-from medusa_runtime.errors import BackendError, BundleError
-from medusa_runtime.manifest import (
+from medusa_runtime.bundle.manifest import (
     EngineFacts,
     FileFacts,
     GraphFacts,
@@ -29,7 +28,8 @@ from medusa_runtime.manifest import (
     StrippedPlan,
     file_facts,
 )
-from medusa_runtime.plans import open_plan, plan_gaps, require_loadable, restore
+from medusa_runtime.bundle.plans import open_plan, plan_gaps, require_loadable, restore
+from medusa_runtime.errors import BackendError, BundleError
 
 RTX = {"flavor": "rtx", "tensorrt_version": "1.7.1.116"}
 FULL = {"flavor": "tensorrt", "tensorrt_version": "11.1.0.20"}

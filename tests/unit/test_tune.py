@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from medusa_export.trees import most_likely_tree
 from medusa_export.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
 from medusa_export.tune.prompts import read_prompts
 from medusa_export.tune.record import Record, ranks_of, record
@@ -23,8 +24,8 @@ from medusa_export.tune.search import (
     sizes,
 )
 from medusa_heads.replay import NOT_VALID, TOP_K, Evaluation, TreeResult, accepted_drafts, replay
-from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts, most_likely_tree
-from medusa_runtime.drafts import candidates_for
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
+from medusa_runtime.drafting.proposals import candidates_for
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
 PROMPTS = [[1, 2], [3], [5, 6, 7], [9], [11, 12]]

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.bundles import is_bundle
 from medusa_export.tune.run import keep
 from medusa_runtime import BundleError, CandidateTree, DynamicTree, Manifest, StepCosts
-from medusa_runtime.manifest import FileFacts, Provenance, is_bundle
-from medusa_runtime.tuning import DeviceTuning, TunedBatch, TunedTree, Tuning, cpu_name, device_key, tuned
+from medusa_runtime.bundle.cpu import cpu_name, device_key
+from medusa_runtime.bundle.manifest import FileFacts, Provenance
+from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch, TunedTree, Tuning, tuned
 from tests.support.fake_backend import fake_manifest
 
 COSTS = StepCosts([1, 4], [1, 8], [64], [[[1.0, 2.0], [1.5, 5.0]]], [0.1, 0.2], [0.01, 0.02])
@@ -71,7 +73,7 @@ class Lines(logging.Handler):
 @pytest.fixture
 def warned():
     """The lines logged."""
-    handler, log = Lines(), logging.getLogger("medusa_runtime.tuning")
+    handler, log = Lines(), logging.getLogger("medusa_runtime.drafting.tuning")
     log.addHandler(handler)
     yield handler.lines
     log.removeHandler(handler)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medusa_runtime.manifest import ORT_CPU, STEP, Manifest
+from medusa_runtime.bundle.manifest import ORT_CPU, STEP, Manifest
 
 REPEATS = 6
 LEAST_BYTES, MOST_BYTES = 64 << 20, 1 << 30

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.gpu.devices import find_gpus
 
 SHOWN_FLAGS = ("amx_int8", "avx2", "avx512_vnni", "avx512f")
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from medusa_export.bench.workers.serve import Operations, serve
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, MedusaLM
-from medusa_runtime.backends import Backend
-from medusa_runtime.engine import PREFILL_CHUNK
-from medusa_runtime.text import TextCodec, TextStream
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.decoding.engine import PREFILL_CHUNK
+from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.stream import TextStream
 
 PARTS = ("step", "propose", "commit")
 FIELDS: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "lookup": {"prompt_lookup": True}}  # of a request, by mode

@@ -15,8 +15,8 @@ from medusa_export.bench.options import Sources
 from medusa_export.bench.process import SERVE
 from medusa_export.fetch import cache_directory
 from medusa_export.progress import stage
+from medusa_heads.directories import new_directory
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.files import new_directory
 
 ALL = "all"
 TORCH = ("torch", "transformers", "accelerate")

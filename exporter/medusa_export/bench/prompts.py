@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medusa_heads.distill.prompts import Conversation, read_prompts
 from medusa_runtime.errors import OptionError
-from medusa_runtime.text import Prompt, TextCodec
+from medusa_runtime.text.codec import Prompt, TextCodec
 
 OWN = (
     ("questions", "What is the capital of Portugal, and what is it known for?"),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.bench.result import slower_than_plain
-from medusa_runtime.files import write_whole
+from medusa_runtime.bundle.files import write_whole
 
 COLUMNS = (
     "name", "kind", "bundle", "mode", "precision", "num_answers", "tokens_per_second", "tokens_per_second_p10",

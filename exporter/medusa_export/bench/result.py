@@ -12,7 +12,7 @@ from medusa_export.bench.machine import machine
 from medusa_export.bench.state import Bench
 from medusa_export.bench.summary import agreement, by_category, first_divergence, ratio, summarize
 from medusa_export.provenance import provenance
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.bundle.manifest import Manifest
 
 Answers = dict[str, list[Answer]]
 PLAIN = "plain"

@@ -23,9 +23,9 @@ from medusa_export.bench.result import result_of
 from medusa_export.bench.state import Bench
 from medusa_export.placement import place
 from medusa_export.progress import count_stage, note, stage
+from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.manifest import ORT_CPU, Manifest
-from medusa_runtime.text import TOKENIZER_NAME, TextCodec
+from medusa_runtime.text.codec import TOKENIZER_NAME, TextCodec
 
 
 def prepare(options: BenchOptions) -> Bench:

@@ -12,8 +12,8 @@ from medusa_export.bench.machine import num_cores
 from medusa_export.bench.options import BenchOptions
 from medusa_export.bench.peers import Chosen
 from medusa_export.bench.prompts import BenchPrompt
-from medusa_runtime.backends import Placement
-from medusa_runtime.manifest import Manifest
+from medusa_runtime.backends.choosing import Placement
+from medusa_runtime.bundle.manifest import Manifest
 
 
 @dataclass

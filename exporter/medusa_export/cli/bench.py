@@ -18,8 +18,8 @@ from medusa_export.bench.options import (
     Sources,
 )
 from medusa_export.cli.options import decodes_a_bundle
+from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.errors import MedusaError, OptionError
-from medusa_runtime.files import write_whole
 
 if TYPE_CHECKING:
     from medusa_export.bench.state import Bench

@@ -12,9 +12,9 @@ import click
 
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.options import decodes_a_bundle
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions
-from medusa_runtime.tree import CandidateTree, DynamicTree
 
 if TYPE_CHECKING:
     from medusa_runtime import Choice, MedusaLM

@@ -44,9 +44,9 @@ def init(
     """Make untrained heads for MODEL: they start as its LM head, so they guess badly, but the output stays right."""
     from medusa_export.checkpoint import load_backbone
     from medusa_heads.config import HeadsConfig
+    from medusa_heads.directories import require_new
     from medusa_heads.formats import native, save_heads
     from medusa_heads.modules import MedusaHeads
-    from medusa_runtime.files import require_new
 
     require_new(output, native.is_alone, force=force, inputs=(model,))
     backbone = load_backbone(model, trust_remote_code=trust_remote_code)
@@ -109,8 +109,8 @@ def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tu
     from medusa_export.evaluation import EvaluateOptions
     from medusa_export.evaluation import evaluate as judge
     from medusa_heads.replay import TREE_NODES
+    from medusa_runtime.bundle.files import write_whole
     from medusa_runtime.errors import OptionError
-    from medusa_runtime.files import write_whole
 
     for target in filter(None, (output, plot)):
         if not target.absolute().parent.is_dir():

@@ -9,8 +9,8 @@ import click
 
 from medusa_export.cli.options import force_option, trust_remote_code_option
 from medusa_export.cli.quantize import SCHEMES, activation_bits_option, as_bits, max_kl_option
+from medusa_runtime.bundle.manifest import Scheme
 from medusa_runtime.errors import OptionError
-from medusa_runtime.manifest import Scheme
 
 
 @click.command("onnx")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from medusa_runtime.backends import BACKENDS
+from medusa_runtime.backends.choosing import BACKENDS
 
 Function = Callable[..., Any]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from medusa_export.cli.options import force_option
-from medusa_runtime.manifest import EngineWeights, HardwareCompatibility
+from medusa_runtime.bundle.manifest import EngineWeights, HardwareCompatibility
 
 if TYPE_CHECKING:
     from rich.table import Table

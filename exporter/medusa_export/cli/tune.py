@@ -47,7 +47,7 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
 
     from medusa_export.tune.report import show
     from medusa_export.tune.run import TuneOptions, tune
-    from medusa_runtime.files import write_whole
+    from medusa_runtime.bundle.files import write_whole
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OptionError(f"{json_file} cannot be written: there is no directory {json_file.parent}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medusa_export.packages import import_problem
 from medusa_export.trt.flavor import FLAVORS, TensorRT, module_of
-from medusa_runtime.cuda.devices import Gpus, find_gpus
+from medusa_runtime.backends.gpu.devices import Gpus, find_gpus
 from medusa_runtime.errors import MedusaError, first_line
 
 PACKAGES = (

@@ -12,7 +12,7 @@ from rich.table import Table
 from medusa_export.doctor.facts import Facts
 from medusa_export.doctor.verdicts import Verdict
 from medusa_export.packages import install_command
-from medusa_runtime.plans import FLAVOR_NAMES
+from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
 BOTH = (
     "onnxruntime and onnxruntime-gpu are both installed, in one place: keep one, with "

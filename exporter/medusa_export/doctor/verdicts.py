@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from medusa_export.doctor.facts import CUDA_PROVIDER, Facts
 from medusa_export.packages import install_command
 from medusa_export.trt.flavor import install_flavor
-from medusa_runtime.plans import FLAVOR_NAMES
+from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
 EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")
 BUILD = ("onnx", "onnx_ir")

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.bundles import is_bundle
+from medusa_export.errors import QualityError
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
@@ -22,22 +24,13 @@ from medusa_export.quantize.text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, an
 from medusa_export.quantize.weights import QuantizeWeights, Storage, tables
 from medusa_export.tune.prompts import read_prompts
 from medusa_export.write import write_graphs
+from medusa_heads.directories import new_directory, require_new
 from medusa_runtime import DecodingEngine, DynamicTree
-from medusa_runtime.backends import open_backend
-from medusa_runtime.errors import BundleError, OptionError, QualityError
-from medusa_runtime.files import new_directory, require_new
-from medusa_runtime.manifest import (
-    HEADS,
-    STEP,
-    Manifest,
-    QuantizationFacts,
-    Scheme,
-    ValidationFacts,
-    file_facts,
-    is_bundle,
-)
-from medusa_runtime.ngrams import NGRAMS_NAME, NGrams
-from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME, TextCodec
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest, QuantizationFacts, Scheme, ValidationFacts, file_facts
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
+from medusa_runtime.errors import BundleError, OptionError
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME, TextCodec
 
 SMOOTHING = 0.5  # as the paper found best for Llama's kin, and we for SmolLM2
 LAYERS = frozenset({"layers", "h", "blocks"})  # what models name the list of their layers

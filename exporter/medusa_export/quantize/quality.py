@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from medusa_runtime.backends import Backend
+from medusa_runtime.backends.base import Backend
 
 CHUNK = 256  # tokens a step, so that their logits stay few
 

@@ -9,7 +9,7 @@ from medusa_export.tune.prompts import PROMPTS as QUALITY_PROMPTS
 from medusa_export.validate.prompts import PROMPTS as CALIBRATION_PROMPTS
 from medusa_runtime import DecodingEngine, DecodingOptions, DecodingStats
 from medusa_runtime.errors import OptionError
-from medusa_runtime.text import TextCodec
+from medusa_runtime.text.codec import TextCodec
 
 __all__ = ["CALIBRATION_PROMPTS", "QUALITY_PROMPTS", "answered", "pieces"]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from medusa_export.errors import ValidationMismatchError
 from medusa_export.progress import console, note
 from medusa_export.provenance import provenance
 from medusa_export.recipe.schema import STEPS
 from medusa_export.recipe.state import RunState, StepRecord, opened
 from medusa_export.recipe.steps import Job, Step, require_model, steps
-from medusa_runtime.errors import OptionError, ValidationMismatchError
+from medusa_runtime.errors import OptionError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from medusa_heads.directories import alone_in
 from medusa_heads.distill.store import ANSWERS_NAME
 from medusa_heads.formats import native
+from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.manifest import MANIFEST_NAME, Manifest, Provenance, sha256_of
 from medusa_runtime.errors import OptionError
-from medusa_runtime.files import alone_in, write_whole
-from medusa_runtime.manifest import MANIFEST_NAME, Manifest, Provenance, sha256_of
 
 STATE_NAME = "recipe.json"
 

@@ -25,8 +25,8 @@ from medusa_heads.formats import native
 from medusa_heads.replay import Evaluation
 from medusa_heads.train.checkpoints import RUN_NAME
 from medusa_heads.train.settings import TrainSettings
+from medusa_runtime.bundle.manifest import MANIFEST_NAME, REPORT_NAME, Manifest
 from medusa_runtime.errors import OptionError
-from medusa_runtime.manifest import MANIFEST_NAME, REPORT_NAME, Manifest
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from medusa_runtime.errors import ExportError
+from medusa_export.errors import ExportError
 
 MARKER_DOMAIN = "medusa.trace"
 PLAIN = (bool, int, float, str, tuple, list, dict, type(None))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from medusa_runtime.backends.gpu_step import ACCEPTED_HIDDEN, ACCEPTED_IDS, ACCEPTED_ROWS
-from medusa_runtime.manifest import GraphFacts, TensorFacts
+from medusa_runtime.backends.gpu.step import ACCEPTED_HIDDEN, ACCEPTED_IDS, ACCEPTED_ROWS
+from medusa_runtime.bundle.manifest import GraphFacts, TensorFacts
 
 
 class AcceptGreedily(ir.passes.InPlacePass):

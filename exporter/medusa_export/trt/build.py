@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from medusa_export.bundles import is_bundle
+from medusa_export.errors import ExportError
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trt.design import Design, design_engines
@@ -18,9 +20,8 @@ from medusa_export.trt.options import EngineOptions
 from medusa_export.trt.plan import write_plan
 from medusa_export.trt.strip import stored_tensors, strip_plan
 from medusa_export.weights import write_weights
-from medusa_runtime.errors import ExportError, OptionError
-from medusa_runtime.files import new_directory, require_new
-from medusa_runtime.manifest import (
+from medusa_heads.directories import new_directory, require_new
+from medusa_runtime.bundle.manifest import (
     HEADS,
     STEP,
     WEIGHTS_NAME,
@@ -30,10 +31,10 @@ from medusa_runtime.manifest import (
     SharedWeights,
     StrippedPlan,
     ValidationFacts,
-    is_bundle,
 )
-from medusa_runtime.ngrams import NGRAMS_NAME
-from medusa_runtime.text import CHAT_NAME, TOKENIZER_NAME
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME
+from medusa_runtime.errors import OptionError
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
 
 
 def build_engines(options: EngineOptions) -> Manifest:

@@ -20,7 +20,7 @@ from medusa_export.trt.options import (
 from medusa_export.trt.profiles import Profile, heads_profiles, largest_sizes, step_profiles
 from medusa_export.trt.specialize import CAPACITY_AXIS, PAST_PREFIX, specialize
 from medusa_export.trt.weights import QuantizeEngineWeights
-from medusa_runtime.manifest import HEADS, STEP, GraphFacts, Limits, Manifest, TensorFacts
+from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, Limits, Manifest, TensorFacts
 
 
 @dataclass(frozen=True)

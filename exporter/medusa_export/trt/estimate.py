@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from medusa_export.graph.values import heads_and_width
 from medusa_export.trt.specialize import PAST_PREFIX
-from medusa_runtime.manifest import HEADS, STEP, GraphFacts, TensorFacts
+from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, TensorFacts
 
 PRESENT_PREFIX = "present."
 KERNEL_BYTES = {STEP: 4_000_000, HEADS: 400_000}  # of a plan besides its weights, as found with TensorRT-RTX 1.7,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from medusa_export.packages import install_command, is_absent
-from medusa_runtime.backends.trt import PACKAGES
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.gpu.devices import find_gpus
+from medusa_runtime.backends.gpu.trt import PACKAGES
+from medusa_runtime.bundle.plans import FLAVOR_NAMES
 from medusa_runtime.errors import BackendError, OptionError, first_line
-from medusa_runtime.plans import FLAVOR_NAMES
 
 Flavor = Literal["rtx", "tensorrt"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)

@@ -10,11 +10,11 @@ from pydantic import BaseModel, Field
 
 from medusa_export.trt.complaints import first_complaint
 from medusa_export.trt.flavor import TensorRT
-from medusa_runtime.backends.trt import error_log
-from medusa_runtime.cuda.devices import find_gpus
+from medusa_runtime.backends.gpu.devices import find_gpus
+from medusa_runtime.backends.gpu.trt import error_log
+from medusa_runtime.bundle.manifest import EngineFacts, GraphFacts, Limits, Manifest, Precision
+from medusa_runtime.bundle.plans import open_plan, require_loadable
 from medusa_runtime.errors import BackendError, BundleError
-from medusa_runtime.manifest import EngineFacts, GraphFacts, Limits, Manifest, Precision
-from medusa_runtime.plans import open_plan, require_loadable
 
 
 class BuiltEngine(BaseModel):

@@ -9,12 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from medusa_export.errors import ExportError
 from medusa_export.trt.complaints import first_complaint, parser_complaints
 from medusa_export.trt.flavor import TensorRT
 from medusa_export.trt.memory import MappedWeights
-from medusa_runtime.backends.trt import error_log
-from medusa_runtime.errors import ExportError
-from medusa_runtime.manifest import GraphFacts
+from medusa_runtime.backends.gpu.trt import error_log
+from medusa_runtime.bundle.manifest import GraphFacts
 
 _DTYPES = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_export.trt.flavor import TensorRT
+from medusa_runtime.bundle.manifest import HEADS, STEP, EngineWeights, HardwareCompatibility, Limits, Manifest, Precision
+from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, OptionError
-from medusa_runtime.manifest import HEADS, STEP, EngineWeights, HardwareCompatibility, Limits, Manifest, Precision
-from medusa_runtime.tree import CandidateTree
 
 DEFAULT_MAX_SEQ_LEN = 2048  # attention reads every slot of the cache, used or not, so a long one costs at every step
 MAX_TREE_NODES = 1024  # a step of more tokens costs more than its drafts can win

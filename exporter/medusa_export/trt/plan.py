@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medusa_export.errors import ExportError
 from medusa_export.trt.complaints import first_complaint
 from medusa_export.trt.flavor import TensorRT
 from medusa_export.trt.monitor import interruptible, progress_monitor
 from medusa_export.trt.network import Network
 from medusa_export.trt.options import EngineOptions
 from medusa_export.trt.profiles import Profile
-from medusa_runtime.errors import ExportError, OptionError
-from medusa_runtime.files import replacing
-from medusa_runtime.manifest import FileFacts
+from medusa_runtime.bundle.files import replacing
+from medusa_runtime.bundle.manifest import FileFacts
+from medusa_runtime.errors import OptionError
 
 
 def write_plan(

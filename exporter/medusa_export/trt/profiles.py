@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from medusa_runtime.bundle.manifest import HEADS, PREFILL, VERIFY, GraphFacts, Limits, TensorFacts
 from medusa_runtime.errors import BundleError
-from medusa_runtime.manifest import HEADS, PREFILL, VERIFY, GraphFacts, Limits, TensorFacts
 
 Sizes = dict[str, tuple[int, int, int]]  # dimension -> min, opt, max
 Profile = dict[str, dict[str, list[int]]]  # input -> "min", "opt", "max" -> shape

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.trt.softcap import ExpandSoftcap
-from medusa_runtime.manifest import Precision
+from medusa_runtime.bundle.manifest import Precision
 
 PAST_PREFIX = "past."
 CAPACITY_AXIS = 2  # of a cache tensor: [B, Hkv, S, D]

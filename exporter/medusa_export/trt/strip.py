@@ -1,8 +1,8 @@
 """Plans without the weights that the bundle they were built from holds as well.
 
 TensorRT copies most weights into a plan byte for byte, some of them side by side: the rows of q, k and v, say, as the rows of
-one matrix. What is found again is left out, and put back where the plan is loaded (`medusa_runtime.plans`). The plan is then
-the same, byte for byte: no refitting, no kernels that must bear it. What TensorRT has laid out anew stays in the plan.
+one matrix. They are left out of the stored plan and put back when it is loaded (`medusa_runtime.bundle.plans`). The
+loaded plan is the same, byte for byte, so nothing is refitted. Weights that TensorRT stored in another layout stay in the plan.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from medusa_runtime.files import replacing
-from medusa_runtime.manifest import FileFacts, PartFacts, RegionFacts, StrippedPlan
-from medusa_runtime.plans import Bytes, plan_gaps, region_rows
+from medusa_runtime.bundle.files import replacing
+from medusa_runtime.bundle.manifest import FileFacts, PartFacts, RegionFacts, StrippedPlan
+from medusa_runtime.bundle.plans import Bytes, plan_gaps, region_rows
 
 WORD = 8  # bytes; tensors begin at multiples of it in a plan
 KEY_WORDS = 4  # that a tensor is looked for by

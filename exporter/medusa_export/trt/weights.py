@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medusa_export.graph.values import add_initializer, shape_of
-from medusa_runtime.manifest import EngineWeights
+from medusa_runtime.bundle.manifest import EngineWeights
 
 Matrix = npt.NDArray[np.float32]
 MIN_SIZE = 4096  # a smaller matrix is not worth it

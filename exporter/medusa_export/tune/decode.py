@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
-from medusa_runtime.backends import Backend
-from medusa_runtime.budget import StepCosts
-from medusa_runtime.engine import DecodingEngine
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.decoding.engine import DecodingEngine
+from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.drafting.costs import StepCosts
+from medusa_runtime.drafting.tree import DynamicTree
+from medusa_runtime.drafting.tuning import LookupCheck
 from medusa_runtime.options import DecodingOptions
-from medusa_runtime.stats import DecodingStats
-from medusa_runtime.tree import DynamicTree
-from medusa_runtime.tuning import LookupCheck
 
 Thing = TypeVar("Thing")
 HOST_NODES, HOST_TOKENS, HOST_STEPS = 8, 64, 16  # of the runs that tell the host's work

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from medusa_heads.replay import NOT_VALID, TOP_K
-from medusa_runtime.backends import Backend, HeadOutput
-from medusa_runtime.tree import FloatArray, IntArray
+from medusa_runtime.arrays import FloatArray, IntArray
+from medusa_runtime.backends.base import Backend, HeadOutput
 
 CHUNK = 256  # prompt tokens a step
 

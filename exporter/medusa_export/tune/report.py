@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_export.tune.run import TOLERANCE
-from medusa_runtime.tuning import DeviceTuning, TunedBatch
+from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch
 
 
 def show(device: str, found: DeviceTuning, console: Console) -> None:

@@ -13,18 +13,21 @@ from medusa_export.tune.decode import TimedStep, cycled, full_steps, in_turn, lo
 from medusa_export.tune.prompts import PROMPTS, read_prompts
 from medusa_export.tune.record import record
 from medusa_export.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
+from medusa_heads.errors import CheckpointError
 from medusa_heads.replay import Evaluation
-from medusa_runtime.backends import Backend, open_backend
-from medusa_runtime.budget import StepCosts, fitting_capacities, fitting_nodes
-from medusa_runtime.engine import LOOKUP_NODES, DecodingEngine
-from medusa_runtime.errors import BundleError, CapacityError, CheckpointError, OptionError
-from medusa_runtime.manifest import Limits, Manifest
-from medusa_runtime.measuring import measure_grid
-from medusa_runtime.ngrams import NGrams
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.cpu import cpu_name, device_key, num_cores
+from medusa_runtime.bundle.manifest import Limits, Manifest
+from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
+from medusa_runtime.drafting.costs import StepCosts, fitting_capacities, fitting_nodes
+from medusa_runtime.drafting.measuring import measure_grid
+from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
+from medusa_runtime.drafting.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning
+from medusa_runtime.errors import BundleError, CapacityError, OptionError
 from medusa_runtime.options import DecodingOptions
-from medusa_runtime.text import TextCodec
-from medusa_runtime.tree import CandidateTree, DynamicTree
-from medusa_runtime.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning, cpu_name, device_key, num_cores
+from medusa_runtime.text.codec import TextCodec
 
 BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
 TOLERANCE = 0.15  # of a prediction

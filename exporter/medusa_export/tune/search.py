@@ -10,12 +10,15 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from medusa_export.trees import most_likely_tree
 from medusa_export.tune.record import Record
 from medusa_heads.replay import Evaluation, accuracies, best_tree, expected_tokens, replay
-from medusa_runtime.budget import DraftBudget, StepCosts, likeliest
-from medusa_runtime.drafts import CandidateSet, candidates_for
-from medusa_runtime.tree import CandidateTree, DynamicTree, FloatArray, IntArray, most_likely_tree
-from medusa_runtime.tuning import Kind, TunedTree
+from medusa_runtime.arrays import FloatArray, IntArray
+from medusa_runtime.drafting.budget import DraftBudget, likeliest
+from medusa_runtime.drafting.costs import StepCosts
+from medusa_runtime.drafting.proposals import CandidateSet, candidates_for
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
+from medusa_runtime.drafting.tuning import Kind, TunedTree
 
 SLACK = 0.005  # for so little, a dynamic tree is rather smaller
 WORTH = 1.03  # times better a static tree must be than a dynamic one, which fits itself to the moment

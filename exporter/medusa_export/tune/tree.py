@@ -12,9 +12,10 @@ from rich.tree import Tree
 from medusa_export.placement import place
 from medusa_export.tune.run import read_evaluation
 from medusa_export.tune.search import path_products
-from medusa_runtime.manifest import Manifest
-from medusa_runtime.tree import CandidateTree
-from medusa_runtime.tuning import DeviceTuning, device_key, tuned
+from medusa_runtime.bundle.cpu import device_key
+from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.drafting.tree import CandidateTree
+from medusa_runtime.drafting.tuning import DeviceTuning, tuned
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_export.validate.report import Divergence, LogitsDifference
-from medusa_runtime.manifest import PORTABLE
+from medusa_runtime.bundle.manifest import PORTABLE
 
 Rows = npt.NDArray[np.floating]
 

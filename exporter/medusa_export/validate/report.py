@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from medusa_runtime.manifest import PORTABLE, REPORT_NAME, Precision, Provenance, Scheme, ValidationFacts
+from medusa_runtime.bundle.manifest import PORTABLE, REPORT_NAME, Precision, Provenance, Scheme, ValidationFacts
 
 Verdict = tuple[bool, str]  # whether a check passed, and what it found
 

@@ -17,10 +17,13 @@ import torch
 from medusa_export.checkpoint import Backbone, load_backbone
 from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
-from medusa_runtime.backends import Backend, HeadOutput, Placement, open_backend
-from medusa_runtime.errors import BundleError, CheckpointError, first_line
-from medusa_runtime.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, Manifest
-from medusa_runtime.tree import CandidateTree, IntArray
+from medusa_heads.errors import CheckpointError
+from medusa_runtime.arrays import IntArray
+from medusa_runtime.backends.base import Backend, HeadOutput
+from medusa_runtime.backends.choosing import Placement, open_backend
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, Manifest
+from medusa_runtime.drafting.tree import CandidateTree
+from medusa_runtime.errors import BundleError, first_line
 
 Rows = npt.NDArray[np.floating]
 SETTLE_TOKENS, SETTLE_ROUNDS = 32, 5

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from medusa_export.checkpoint import DTYPES
+from medusa_export.errors import ValidationMismatchError
 from medusa_export.export import require_matching
 from medusa_export.placement import AUTO, place, require_usable
 from medusa_export.progress import console, note, stage
@@ -26,11 +27,11 @@ from medusa_export.validate.runner import BundleSide, Reference, ReferenceSide, 
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
-from medusa_runtime.backends import Placement
-from medusa_runtime.errors import MedusaError, OptionError, ValidationMismatchError
-from medusa_runtime.files import write_whole
-from medusa_runtime.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME
-from medusa_runtime.text import TextCodec
+from medusa_runtime.backends.choosing import Placement
+from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME
+from medusa_runtime.errors import MedusaError, OptionError
+from medusa_runtime.text.codec import TextCodec
 
 DEFAULT_NEW_TOKENS = 48
 ON_CPU = Placement(ORT_CPU, "cpu", "where all of an ONNX bundle's graphs can be compared")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from medusa_runtime.text import Message
+from medusa_runtime.text.codec import Message
 
 
 @dataclass(frozen=True)

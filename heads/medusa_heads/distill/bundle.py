@@ -6,11 +6,11 @@ from collections.abc import Callable, Generator
 from collections.abc import Sequence as Tokens
 
 from medusa_heads.distill.answerer import Answer, Request
-from medusa_runtime.engine import DecodingEngine
+from medusa_runtime.decoding.engine import DecodingEngine
+from medusa_runtime.decoding.sequence import Sequence
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import DecodingOptions
-from medusa_runtime.sequence import Sequence
-from medusa_runtime.text import Message, TextCodec
+from medusa_runtime.text.codec import Message, TextCodec
 
 
 class BundleCodec:

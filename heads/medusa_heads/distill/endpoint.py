@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
 from medusa_heads.distill.answerer import Answer, Request
-from medusa_runtime.errors import EndpointError, OptionError
+from medusa_heads.errors import EndpointError
+from medusa_runtime.errors import OptionError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_RETRIES = 5  # about 15 seconds of an endpoint that is away

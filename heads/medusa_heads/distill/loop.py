@@ -13,7 +13,7 @@ from medusa_heads.distill.answerer import Answer, Answerer, Codec, Request
 from medusa_heads.distill.prompts import Conversation
 from medusa_heads.distill.store import AnswerStore, Row
 from medusa_runtime.errors import OptionError
-from medusa_runtime.text import Message
+from medusa_runtime.text.codec import Message
 
 WINDOW = 1024  # conversations ordered by length among themselves, so that neighbours are alike and the whole stays mixed
 OWN_PROMPT_TOKENS = 256  # of a prompt the model writes; a longer one is given up

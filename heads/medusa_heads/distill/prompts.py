@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_runtime.errors import OptionError, first_line
-from medusa_runtime.text import Message
+from medusa_runtime.text.codec import Message
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 FORMS = '{"prompt": "…"}, {"turns": ["…", …]} or {"messages": [{"role": "user", "content": "…"}, …]}'

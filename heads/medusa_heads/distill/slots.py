@@ -16,7 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from medusa_heads.distill.answerer import Answer, Request
-from medusa_runtime.errors import CapacityError, CheckpointError
+from medusa_heads.errors import CheckpointError
+from medusa_runtime.errors import CapacityError
 
 ATTENTION_NAME = "medusa_slots"
 HARMLESS = frozenset({"position_ids", "cache_position"})  # what attention is told beside its operands

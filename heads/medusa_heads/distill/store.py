@@ -13,10 +13,11 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from medusa_heads.directories import alone_in
+from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.manifest import Provenance
 from medusa_runtime.errors import OptionError
-from medusa_runtime.files import alone_in, write_whole
-from medusa_runtime.manifest import Provenance
-from medusa_runtime.text import Message
+from medusa_runtime.text.codec import Message
 
 FACTS_NAME, ANSWERS_NAME = "data.json", "answers.jsonl"
 

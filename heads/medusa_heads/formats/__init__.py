@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.errors import CheckpointError
 
 FORMATS = (native,)
 

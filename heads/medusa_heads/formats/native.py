@@ -1,7 +1,7 @@
 """The project's own format: a directory with `config.json` and `heads.safetensors`.
 
 Heads that were trained on frequent tokens alone have a third file, `draft_vocabulary.json`: the list of these tokens.
-What training adds beside them is no part of the heads: `draft_ngrams.npz` (see `medusa_runtime.ngrams`), its log, a card.
+Training adds files that are not part of the heads: `draft_ngrams.npz` (see `medusa_runtime.drafting.ngrams`), a log, a card.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from medusa_heads.config import HeadsConfig
+from medusa_heads.directories import new_directory
+from medusa_heads.errors import CheckpointError
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.errors import CheckpointError
-from medusa_runtime.files import new_directory
-from medusa_runtime.ngrams import NGRAMS_NAME
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
 FILES = (CONFIG_NAME, WEIGHTS_NAME)

@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.errors import MedusaError, OptionError, first_line
-from medusa_runtime.files import write_whole
 
 RUN_NAME, LOG_NAME, CHECKPOINT, PLACE_NAME = "run.json", "log.jsonl", "checkpoint", "place.json"
 

@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_heads.train.examples import Example, digest
+from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.errors import MedusaError
-from medusa_runtime.files import write_whole
 
 FACTS_NAME, ROWS_NAME, DONE_NAME = "hidden.json", "hidden.npy", "done.npy"
 FORWARD_TOKENS = 4096  # padding included, in one forward pass

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from medusa_heads.config import HeadsConfig
+from medusa_heads.errors import CheckpointError
 from medusa_heads.evaluate import evaluate, target_ranks
 from medusa_heads.formats import load_heads, native
 from medusa_heads.modules import MedusaHeads
@@ -30,8 +31,8 @@ from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidd
 from medusa_heads.train.joint import JOINT, JointResult, perplexity, train_jointly
 from medusa_heads.train.objective import HeadsObjective, LmHead, lm_head_of
 from medusa_heads.train.settings import TrainSettings
-from medusa_runtime.errors import CheckpointError, MedusaError, OptionError
-from medusa_runtime.ngrams import NGrams
+from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.errors import MedusaError, OptionError
 
 SOFT_BLOCK = 32  # neighbouring rows that stay together, so that what is read ahead is shared
 LOG_ROWS = 4096  # held-out rows that the log's accuracies are taken from

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from medusa_runtime.arrays import BoolArray, FloatArray, IntArray
+from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.errors import CapacityError
-from medusa_runtime.manifest import Manifest
-from medusa_runtime.tree import BoolArray, FloatArray, IntArray
 
 CAPACITY_BUCKET = 64  # entries a cache grows by at least
 

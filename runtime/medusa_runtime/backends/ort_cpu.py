@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
+from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, STEP, GraphFacts, Manifest
 from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
-from medusa_runtime.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, STEP, GraphFacts, Manifest
-from medusa_runtime.tree import BoolArray, IntArray
 
 try:
     import onnxruntime as ort

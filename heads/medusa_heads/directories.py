@@ -1,0 +1,157 @@
+"""Output directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from medusa_runtime.errors import OptionError
+
+
+def require_new(
+    path: str | Path,
+    replaceable: Callable[[Path], bool],
+    *,
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> Path:
+    """Check an output directory before the work that fills it.
+
+    Args:
+        path: where the output will be.
+        replaceable: tells an earlier output of the same kind. With `force`, such a directory may be replaced, or an empty
+            one; nothing else is ever removed.
+        force: replace what is there.
+        inputs: what the work reads; the output may be none of it, nor hold any of it.
+
+    Returns:
+        The path with symbolic links and dots resolved.
+
+    Raises:
+        OptionError: it exists and may not be replaced, or it cannot be written.
+    """
+    path = Path(path)
+    target = path.resolve()
+    if path.is_symlink() and not target.exists():
+        raise OptionError(f"{path} is a symbolic link to nothing; choose another output")
+    if target.exists():
+        if not force:
+            raise OptionError(f"{path} exists; choose another output, or replace it with --force")
+        if not target.is_dir():
+            raise OptionError(f"{path} exists and is not a directory")
+        for other in (*inputs, Path.cwd()):
+            if Path(other).resolve().is_relative_to(target):
+                raise OptionError(f"{path} holds {other}, so it cannot be replaced; choose another output")
+        if any(target.iterdir()) and not replaceable(target):
+            raise OptionError(f"{path} is no earlier output of this command, so --force does not replace it")
+    _require_writable(path, target.parent)
+    return target
+
+
+@contextmanager
+def new_directory(
+    path: str | Path,
+    replaceable: Callable[[Path], bool],
+    *,
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> Iterator[Path]:
+    """Fill a temporary sibling and, if nothing fails, rename it to `path`. Arguments as for `require_new`.
+
+    With `force`, what stood there is moved away last and put back if that fails. What a killed run left is swept up.
+
+    Raises:
+        OptionError: see `require_new`; also when the output appears while the work goes on.
+    """
+    target = require_new(path, replaceable, force=force, inputs=inputs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    lock = _lock(temporary)
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's own is for its owner alone
+        require_new(path, replaceable, force=force, inputs=inputs)
+        _swap(temporary, target)
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Make a directory where there is none, and keep other processes that ask for the same out of it meanwhile.
+
+    Raises:
+        OptionError: one is in it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
+    if lock is None and sys.platform != "win32":  # which has no such locks
+        raise OptionError(f"{path} is in use by another run; wait for it, or choose another directory")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(target, replaced)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(replaced, target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _require_writable(path: Path, parent: Path) -> None:
+    """Find out now, not after the work. The nearest directory there is must take a new one."""
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    try:
+        Path(tempfile.mkdtemp(prefix=".medusa-export-", dir=parent)).rmdir()
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {parent}: {error.strerror}") from error
+
+
+def _sweep(target: Path) -> None:
+    """Remove what runs that no longer live have left beside the target, and put back what one had moved away."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if replaced.exists() and not target.exists():
+        os.replace(replaced, target)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        if (lock := _lock(leftover)) is not None:
+            os.close(lock)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _lock(directory: Path) -> int | None:
+    """Hold a directory as long as this process lives: an open descriptor, or none where another process holds it."""
+    if sys.platform == "win32":  # no such locks: leftovers stay
+        return None
+    import fcntl  # noqa: PLC0415 - not everywhere
+
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # gone already
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

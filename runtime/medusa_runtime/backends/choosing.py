@@ -1,0 +1,140 @@
+"""Backends: where a bundle's graphs run."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
+from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CUDA, Manifest
+from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+
+AUTO, TRT, TRT_RTX = "auto", "trt", "trt-rtx"
+BACKENDS = (AUTO, ORT_CPU, ORT_CUDA, TRT, TRT_RTX)
+OF_FLAVOR = {"tensorrt": TRT, "rtx": TRT_RTX}
+
+__all__ = ["BACKENDS", "Backend", "HeadOutput", "Placement", "StepOutput", "choose_backend", "open_backend"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a bundle runs."""
+
+    backend: str  # one of `BACKENDS`, but for auto
+    device: str  # "cpu" or "cuda:N"
+    why: str
+
+    @property
+    def processor(self) -> str | None:
+        """The GPU's name; none for the CPU, and where no GPU can be asked."""
+        kind, index = parse_device(self.device)
+        return next((gpu.name for gpu in find_gpus().gpus if kind == "cuda" and gpu.index == index), None)
+
+    def __str__(self) -> str:
+        return f"{self.backend} on {self.device} ({self.why})"
+
+
+def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) -> Placement:
+    """What a backend's and a device's name mean for a bundle, and why.
+
+    Args:
+        manifest: the bundle's.
+        backend: one of `BACKENDS`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        OptionError: one of the names is unknown, or they contradict each other.
+        BackendError: that backend does not run this kind of bundle.
+    """
+    if backend not in BACKENDS:
+        raise OptionError(f"the backend is {backend!r}; there are: {', '.join(BACKENDS)}")
+    kind, index = parse_device(device)
+    if manifest.engine is not None:
+        return _choose_engine(OF_FLAVOR[manifest.engine.flavor], backend, kind, index)
+    if backend in (TRT, TRT_RTX):
+        flavor = "" if backend == TRT_RTX else " --flavor tensorrt"
+        raise BackendError(f"{backend} runs engine bundles, this is an ONNX bundle; build one with: medusa-export trt{flavor}")
+    if (backend, kind) in ((ORT_CPU, "cuda"), (ORT_CUDA, "cpu")):
+        raise OptionError(f"the backend {backend} does not run on the device {device}")
+    if manifest.quantization is not None and (backend == ORT_CUDA or kind == "cuda"):
+        raise BackendError(
+            f"this bundle is quantised for CPUs ({manifest.quantization.scheme}); take the float bundle that it was made from, "
+            "or engines with rounded weights (medusa-export trt --weights)"
+        )
+    if backend == ORT_CPU or kind == "cpu":
+        return Placement(ORT_CPU, "cpu", "asked for")
+    if backend == ORT_CUDA or kind == "cuda":
+        return Placement(ORT_CUDA, f"cuda:{index}", "asked for")
+    return _choose_onnx(manifest)
+
+
+def open_backend(
+    bundle: str | Path,
+    manifest: Manifest,
+    backend: str = AUTO,
+    *,
+    device: str = AUTO,
+    num_threads: int = 0,
+    cuda_graphs: bool | None = None,
+) -> Backend:
+    """Open a bundle on a backend; `auto` takes the best there is for the bundle here, see `choose_backend`.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: the bundle's.
+        backend: one of `BACKENDS`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        num_threads: for a CPU backend; 0 for one a core.
+        cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed; none for yes with TensorRT, no with ONNX
+            Runtime, which can do it only for some graphs.
+
+    Raises:
+        OptionError: a name is unknown, or they contradict each other.
+        BackendError: that backend does not run this bundle, or not here.
+        MissingExtraError: the backend's package is not installed.
+        CapacityError: a GPU's memory does not suffice.
+    """
+    placement = choose_backend(manifest, backend, device)
+    if placement.backend == ORT_CPU:
+        from medusa_runtime.backends.ort_cpu import OrtCpuBackend  # noqa: PLC0415 - needs an extra, as those below
+
+        return OrtCpuBackend(bundle, manifest, num_threads)
+    from medusa_runtime.backends.gpu.driver import Gpu  # noqa: PLC0415
+
+    gpu = Gpu(parse_device(placement.device)[1])
+    if placement.backend == ORT_CUDA:
+        from medusa_runtime.backends.gpu.ort_cuda import open_ort_cuda  # noqa: PLC0415
+
+        return open_ort_cuda(bundle, manifest, gpu, cuda_graphs=bool(cuda_graphs))
+    from medusa_runtime.backends.gpu.trt import open_tensorrt  # noqa: PLC0415
+
+    return open_tensorrt(bundle, manifest, gpu, cuda_graphs=cuda_graphs is not False)
+
+
+def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
+    """An engine bundle runs on the flavour that built it, on a GPU."""
+    if backend not in (AUTO, own):
+        raise BackendError(f"this bundle's engines are for {own}, not {backend}; leave the backend out, or build them again")
+    if kind == "cpu":
+        raise OptionError("TensorRT engines do not run on the device cpu; the ONNX bundle that they were built from does")
+    return Placement(own, f"cuda:{index}", "what its engines were built for" if backend == AUTO else "asked for")
+
+
+def _choose_onnx(manifest: Manifest) -> Placement:
+    """An ONNX bundle runs on a GPU where there is one, with an ONNX Runtime that can use it."""
+    if manifest.quantization is not None:
+        return Placement(ORT_CPU, "cpu", "the bundle is quantised for CPUs")
+    found = find_gpus()
+    if found.why_none is not None:
+        return Placement(ORT_CPU, "cpu", found.why_none)
+    try:
+        providers = importlib.import_module("onnxruntime").get_available_providers()
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime-gpu", "gpu") from error
+    if "CUDAExecutionProvider" not in providers:
+        return Placement(
+            ORT_CPU, "cpu", f"there is {found.gpus[0].name}, but ONNX Runtime is installed without CUDA (extra gpu)"
+        )
+    return Placement(ORT_CUDA, "cuda:0", f"there is {found.gpus[0].name}")

@@ -1,0 +1,43 @@
+"""Which GPUs there are, and what a user means by a device's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from medusa_runtime.backends.gpu.driver import Driver, GpuFacts
+from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of this machine, or why none can be used."""
+
+    gpus: list[GpuFacts] = field(default_factory=list)
+    cuda_version: str | None = None  # the newest that the driver knows
+    why_none: str | None = None
+
+
+def find_gpus() -> Gpus:
+    """Look for GPUs, without touching one."""
+    try:
+        driver = Driver()
+        gpus = driver.gpus()
+        return Gpus(gpus, driver.version, None if gpus else "the NVIDIA driver finds no GPU here")
+    except MissingExtraError:
+        return Gpus(why_none="no GPU support is installed; there is one in: pip install 'medusa-export[cuda]'")
+    except BackendError as error:
+        return Gpus(why_none=str(error))
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """What ``auto``, ``cpu``, ``cuda`` and ``cuda:1`` mean: a kind and an index.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    kind, colon, index = device.partition(":")
+    if kind == "cuda" and (index.isdecimal() if colon else True):
+        return kind, int(index or 0)
+    if device not in ("auto", "cpu"):
+        raise OptionError(f"the device is {device!r}; there are: auto, cpu, cuda, cuda:0, cuda:1 …")
+    return device, 0

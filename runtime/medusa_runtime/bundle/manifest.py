@@ -1,0 +1,298 @@
+"""What a bundle says of itself: `manifest.json`, its schema, and the check of the files against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "validation.json"
+TUNING_NAME = "tuning.json"  # like the report, none of the files that the digest is of
+RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # what TensorRT-RTX compiled for a GPU; none of the digest's files either
+WEIGHTS_NAME = "weights.bin"
+SCHEMA_VERSION = 1
+Precision = Literal["fp32", "fp16", "bf16"]
+Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
+EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
+HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
+PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # what a graph is made for
+ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider, a step of one sequence
+STEP, HEADS = "step", "heads"
+PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; its heads have one of their own name
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+
+
+class ModelFacts(_Model):
+    """What the runtime must know of the backbone."""
+
+    name: str = Field(description="where the checkpoint came from, as the user named it")
+    architecture: str = Field(description="the Transformers class that was traced")
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = Field(description="any of these ends an answer")
+
+
+class HeadFacts(_Model):
+    """What the runtime must know of the Medusa heads."""
+
+    num_heads: int = Field(gt=0)
+    num_layers: int = Field(gt=0, description="residual blocks a head")
+    top_k: int = Field(gt=0, description="candidates a head returns")
+    shared_lm_head: bool
+    reads_root: bool = Field(default=False, description="they read the root token: their graph has the input `root_ids`")
+    draft_vocab_size: int | None = Field(default=None, gt=0, description="tokens the heads choose among; none: all")
+    sha256: str = Field(description="of the heads' weights as they were read")
+
+
+class Limits(_Model):
+    """What a request may ask for."""
+
+    max_seq_len: int = Field(gt=0, description="prompt and answer together, in tokens")
+    max_batch_size: int | None = Field(default=None, gt=0, description="none: only memory limits it")
+    max_tree_nodes: int | None = Field(default=None, gt=0, description="none: only memory limits it")
+    max_prefill_tokens: int | None = Field(default=None, gt=0, description="prompt tokens a step takes; none: any number")
+    capacity: int | None = Field(default=None, gt=0, description="cache slots a sequence, where the engine fixes them")
+
+
+class TensorFacts(_Model):
+    """A graph's input or output; a named dimension is dynamic."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphFacts(_Model):
+    """One graph of the bundle."""
+
+    file: str
+    target: str = Field(description="`portable` runs on every backend; others name the backend they are made for")
+    inputs: list[TensorFacts]
+    outputs: list[TensorFacts]
+
+
+class QuantizationFacts(_Model):
+    """How a bundle's weights are rounded, and what that changed."""
+
+    scheme: Scheme
+    activation_bits: Literal[8, 16] = Field(description="of what int8 weights are multiplied with, on the CPU")
+    smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not")
+    source_bundle: str = Field(description="content digest of the bundle that was quantised")
+    quality: dict[str, float] = Field(description="against that bundle, over text of the model's own")
+    max_kl: float | None = Field(default=None, description="the mean KL divergence that was allowed, in nats")
+
+
+class FileFacts(_Model):
+    """A file's size in bytes and its digest."""
+
+    size: int
+    sha256: str
+
+
+class Provenance(_Model):
+    """The command, the versions and the time that made the bundle."""
+
+    command: list[str]
+    versions: dict[str, str]
+    created: str = Field(description="UTC, ISO 8601")
+
+
+class ValidationFacts(_Model):
+    """The last comparison with the reference; the details are in `report`."""
+
+    status: Literal["passed", "failed", "not run"]
+    report: str | None = None
+    summary: dict[str, Any] = Field(default_factory=dict)
+
+
+class PartFacts(_Model):
+    """A weight's rows within those of a region."""
+
+    source: int = Field(ge=0, description="where its first row is in the weights file; the others follow")
+    row_bytes: int = Field(gt=0)
+
+
+class RegionFacts(_Model):
+    """A run of a plan that is weights and nothing else: rows that hold a row of each part, side by side."""
+
+    offset: int = Field(ge=0, description="in the plan, in bytes")
+    rows: int = Field(gt=0)
+    parts: list[PartFacts] = Field(min_length=1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, all parts together."""
+        return sum(part.row_bytes for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the region."""
+        return self.rows * self.row_bytes
+
+
+class StrippedPlan(FileFacts):
+    """What a plan is with its weights put back: its size, its digest, and where they go, in order."""
+
+    regions: list[RegionFacts]
+
+
+class SharedWeights(_Model):
+    """Weights that the plans do not repeat, because the bundle they were built from holds the same bytes."""
+
+    source: str = Field(description="directory of the weights file as seen from the engine bundle, where a copy comes first")
+    file: FileFacts = Field(description=f"of {WEIGHTS_NAME}")
+    plans: dict[str, StrippedPlan] = Field(description="by file name")
+
+
+class EngineFacts(_Model):
+    """What TensorRT engines were built for, and with."""
+
+    flavor: Literal["tensorrt", "rtx"]
+    tensorrt_version: str
+    compute_capabilities: list[str]
+    profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(description="profile → input → min, opt and max shape")
+    aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
+    source_bundle: str = Field(description="content digest of the ONNX bundle it was built from")
+    weights: EngineWeights = Field(default="as-is", description="how the weights of products are stored")
+    hardware_compatibility: HardwareCompatibility = "none"
+    version_compatible: bool = Field(default=False, description="newer runtimes of the same major version load it as well")
+    lean_runtime: bool = Field(default=False, description="the plans bring a runtime along, so loading them runs their code")
+    built_with: dict[str, str] = Field(default_factory=dict, description="options, and GPU, driver and CUDA where there were")
+    device_memory: dict[str, int] = Field(default_factory=dict, description="estimate at the largest shapes, bytes by use")
+    shared_weights: SharedWeights | None = None
+
+
+class Manifest(_Model):
+    """`manifest.json`. See docs/bundle-format.md."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["onnx", "tensorrt"]
+    model: ModelFacts
+    heads: HeadFacts
+    precision: Precision
+    opset: int
+    limits: Limits
+    quantization: QuantizationFacts | None = None
+    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.TARGET` where one has graphs of its own")
+    tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
+    files: dict[str, FileFacts]
+    provenance: Provenance
+    validation: ValidationFacts = ValidationFacts(status="not run")
+    engine: EngineFacts | None = None
+
+    @classmethod
+    def load(cls, bundle: str | Path) -> Manifest:
+        """Read and check a bundle's manifest.
+
+        Raises:
+            BundleError: there is none, it is damaged, or its schema is of another version.
+        """
+        path = Path(bundle) / MANIFEST_NAME
+        if not path.is_file():
+            raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
+        try:
+            data = json.loads(path.read_text())
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if version != SCHEMA_VERSION:
+                raise BundleError(
+                    f"{path} has schema version {version}, this medusa-export reads {SCHEMA_VERSION}; export it again"
+                )
+            manifest = cls.model_validate(data)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
+        if problem := manifest.incompleteness():
+            raise BundleError(f"{path}: {problem}; {manifest.remedy}")
+        return manifest
+
+    @property
+    def remedy(self) -> str:
+        """What helps where the bundle is damaged."""
+        if self.kind == "onnx":
+            return "export the bundle again"
+        return "copy the engines again, or build them again with: medusa-export trt"
+
+    def incompleteness(self) -> str | None:
+        """What a manifest of the right form may still lack."""
+        if missing := {STEP, HEADS} - self.graphs.keys():
+            return f"graphs: {', '.join(sorted(missing))} is missing"
+        needed = {"tokenizer.json", "chat.json", *(graph.file for graph in self.graphs.values())}
+        needed |= {WEIGHTS_NAME} if self.kind == "onnx" else set()
+        if missing := needed - self.files.keys():
+            return f"files: {', '.join(sorted(missing))} is missing"
+        if strange := [name for name in self.files if Path(name).name != name]:
+            return f"files: {strange[0]!r} is not a plain file name"
+        if (self.engine is None) != (self.kind == "onnx"):
+            return f"kind is {self.kind}, and there is {'no' if self.engine is None else 'an'} engine"
+        return None if self.engine is None else self._engine_incompleteness(self.engine)
+
+    def _engine_incompleteness(self, engine: EngineFacts) -> str | None:
+        if missing := [name for name, limit in self.limits.model_dump().items() if limit is None]:
+            return f"limits: {missing[0]} is missing"
+        if lacking := {PREFILL, VERIFY, HEADS} - engine.profiles.keys():
+            return f"engine.profiles: {min(lacking)} is missing"
+        outputs = {tensor.name for tensor in self.graphs[STEP].outputs if tensor.name.startswith("present.")}
+        if unshared := outputs - engine.aliases.keys():
+            return f"engine.aliases: {min(unshared)} is missing"
+        return None
+
+    def graph(self, name: str, backend: str = PORTABLE) -> GraphFacts:
+        """The graph of that name for a backend: its own, or else the portable one."""
+        return self.graphs.get(f"{name}.{backend}", self.graphs[name])
+
+    def save(self, bundle: str | Path) -> None:
+        """Write the manifest into a bundle directory, at once or not at all."""
+        write_whole(Path(bundle) / MANIFEST_NAME, self.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    def content_digest(self) -> str:
+        """One SHA-256 for all files: it stays the same when the bundle is validated again."""
+        lines = "".join(f"{facts.sha256}  {name}\n" for name, facts in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def mismatches(self, bundle: str | Path) -> list[str]:
+        """Compare every file with its size and digest; one line for each that differs, none when all is well."""
+        problems = []
+        for name, facts in self.files.items():
+            path = Path(bundle) / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif (size := path.stat().st_size) != facts.size:
+                problems.append(f"{name} has {size} bytes, the manifest says {facts.size}")
+            elif (digest := sha256_of(path)) != facts.sha256:
+                problems.append(f"{name} has sha256 {digest[:12]}…, the manifest says {facts.sha256[:12]}…")
+        return problems
+
+    def require_intact(self, bundle: str | Path) -> None:
+        """Raise a `BundleError` naming the first file that does not match the manifest."""
+        if problems := self.mismatches(bundle):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; {self.remedy}")
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and digest of a file."""
+    return FileFacts(size=path.stat().st_size, sha256=sha256_of(path))
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,1 +1,0 @@
-"""A GPU without PyTorch: its memory, one stream, and the cache that lives on it."""

@@ -1,0 +1,1 @@
+"""The decoding loop on token ids: propose, verify, accept, commit."""

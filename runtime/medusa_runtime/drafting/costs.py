@@ -1,0 +1,207 @@
+"""What a step costs here, in seconds: measured in advance, or learned from the steps that are made anyway."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_runtime.arrays import FloatArray
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.manifest import Limits
+from medusa_runtime.drafting.measuring import measure_grid
+from medusa_runtime.errors import BundleError
+
+ROUNDS = 3
+MOVE = 0.1  # how far a moving average goes to a new value
+
+
+DECAY_OF_COSTS = 0.998  # how much of what was learnt of the costs remains; what is forgotten is as unsure as in the beginning
+
+
+PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step on one machine, measured at a grid of points; between them costs are taken as linear.
+
+    Args:
+        batch_sizes: ascending.
+        widths: nodes a sequence, ascending.
+        capacities: entries a slot, ascending.
+        step_seconds: nested lists. [capacities, batch_sizes, widths]
+        head_seconds: of one evaluation of the heads. [batch_sizes]
+        host_seconds: what a step takes besides: drafts, acceptance, bookkeeping. Empty: not measured. [batch_sizes]
+    """
+
+    batch_sizes: list[int]
+    widths: list[int]
+    capacities: list[int]
+    step_seconds: list[list[list[float]]]
+    head_seconds: list[float]
+    host_seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def measure(
+        cls,
+        backend: Backend,
+        *,
+        max_batch_size: int = 8,
+        max_nodes: int = 16,
+        capacities: Sequence[int] = (256, 1024),
+    ) -> StepCosts:
+        """Measure a backend, which takes some seconds for a small model. What its cache held is lost.
+
+        Args:
+            backend: nobody else may use it meanwhile.
+            max_batch_size: the largest batch to be decoded.
+            max_nodes: the largest tree.
+            capacities: how large the cache may be; the bundle's limits cut them.
+        """
+        batch_sizes, widths = _grid(max_batch_size), _grid(fitting_nodes(backend.manifest.limits, max_nodes))
+        fitting = fitting_capacities(backend.manifest.limits, capacities, widths[-1])
+        return cls(batch_sizes, widths, fitting, *measure_grid(backend, batch_sizes, widths, fitting, rounds=ROUNDS))
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepCosts:
+        """Read what `save` wrote.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        try:
+            data: dict[str, Any] = json.loads(Path(path).read_text())
+            costs = cls(**data)
+            costs.check()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} holds no step costs ({error}); measure them again") from error
+        return costs
+
+    def check(self) -> None:
+        """Raise a ValueError or TypeError where the table is not one."""
+        axes = [np.array(axis, np.float64) for axis in (self.capacities, self.batch_sizes, self.widths)]
+        tables = [np.array(table, np.float64) for table in (self.step_seconds, self.head_seconds)]
+        host = np.array(self.host_seconds, np.float64)
+        if any(axis.ndim != 1 or not len(axis) or (np.diff(axis, prepend=0) <= 0).any() for axis in axes):
+            raise ValueError("its axes do not ascend")
+        batches = (len(axes[1]),)
+        if [table.shape for table in tables] != [tuple(map(len, axes)), batches] or host.shape not in {(0,), batches}:
+            raise ValueError("its tables are not as large as it says")
+        if not all((table > 0).all() for table in tables) or not (host >= 0).all():
+            raise ValueError("a step that takes no time")
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        write_whole(Path(path), json.dumps(asdict(self)) + "\n")
+
+    def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
+        """Seconds of a step of 1, 2 … `max_width` nodes, the host's work included where it is known. [max_width]"""
+        table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
+        by_batch = _along(table, self.capacities, capacity)
+        by_width = _along(by_batch, self.batch_sizes, batch)
+        widths = np.arange(1, max_width + 1)
+        inside = np.interp(widths, self.widths, by_width)
+        if len(self.widths) > 1:  # beyond the grid, as steep as at its end
+            slope = (by_width[-1] - by_width[-2]) / (self.widths[-1] - self.widths[-2])
+            inside += np.maximum(widths - self.widths[-1], 0) * slope
+        if self.host_seconds:
+            inside = inside + _along(np.array(self.host_seconds), self.batch_sizes, batch)
+        return np.asarray(inside, np.float32)
+
+    def heads(self, batch: int) -> float:
+        """Seconds of one evaluation of the heads."""
+        return float(_along(np.array(self.head_seconds), self.batch_sizes, batch))
+
+    def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
+        """See `LearnedCosts.observe`. A table stays as it was measured."""
+
+    def observe_heads(self, batch: int, seconds: float) -> None:
+        """See `LearnedCosts.observe_heads`."""
+
+
+class LearnedCosts:
+    """What steps cost here, learned from the steps that are made anyway. In the meantime, a guess.
+
+    A step of B sequences with T nodes on a cache of S entries is taken to cost ``a + b·B·T + c·B·T·S``. The three are
+    estimated by a Kalman filter: it starts from what a CPU shows, believes a step's time to a tenth, and forgets slowly.
+    """
+
+    def __init__(self) -> None:
+        self._unit = 0.0  # seconds of a step of one token, by the first step seen; the rest is relative to it
+        self._mean = np.array([1.0, 0.05, 0.02])
+        self._covariance = PRIOR
+        self._head_seconds: dict[int, float] = {}  # by batch size
+        self._num_steps = 0
+
+    def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
+        """See `StepCosts.steps`."""
+        tokens = batch * np.arange(1, max_width + 1)
+        features = np.stack([np.ones(max_width), tokens, tokens * capacity / 1000], axis=1)  # [max_width, 3]
+        costs = features @ np.maximum(self._mean, [0.05, 0.0, 0.0])
+        return np.asarray((self._unit or 1.0) * costs, np.float32)
+
+    def heads(self, batch: int) -> float:
+        """See `StepCosts.heads`. What was not seen yet is taken to cost a tenth of a step."""
+        if not self._head_seconds:
+            return 0.1 * (self._unit or 1.0)
+        nearest = min(self._head_seconds, key=lambda seen: abs(seen - batch))
+        return self._head_seconds[nearest]
+
+    def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
+        """Learn from a step: from each of the first ones, then from every fourth."""
+        self._num_steps += 1
+        if self._num_steps > 100 and self._num_steps % 4:
+            return
+        features = np.array([1.0, batch * width, batch * width * capacity / 1000])
+        if not self._unit:
+            self._unit = seconds / float(features @ self._mean)
+        surprise = seconds / self._unit - float(features @ self._mean)
+        spread = self._covariance @ features
+        gain = spread / (float(features @ spread) + (0.1 * float(features @ self._mean)) ** 2)
+        self._mean = self._mean + gain * np.clip(surprise, -1.0, 1.0)  # a stall of the machine is no lesson
+        self._covariance = DECAY_OF_COSTS * (self._covariance - np.outer(gain, spread)) + (1 - DECAY_OF_COSTS) * PRIOR
+
+    def observe_heads(self, batch: int, seconds: float) -> None:
+        """Learn from an evaluation of the heads."""
+        before = self._head_seconds.get(batch, seconds)
+        self._head_seconds[batch] = moving_average(before, min(seconds, 2 * before))
+
+
+def moving_average(average: float, value: float) -> float:
+    return average + MOVE * (value - average)
+
+
+def fitting_nodes(limits: Limits, max_nodes: int) -> int:
+    """The largest tree of at most so many nodes that a bundle takes."""
+    return min(max_nodes, limits.max_tree_nodes or max_nodes, limits.max_seq_len)
+
+
+def fitting_capacities(limits: Limits, capacities: Sequence[int], max_nodes: int) -> list[int]:
+    """Those of some capacities that a bundle can have and that hold a tree of so many nodes, ascending."""
+    if limits.capacity:
+        return [limits.capacity]
+    return sorted({max(min(size, limits.max_seq_len), max_nodes) for size in capacities})
+
+
+def _grid(largest: int) -> list[int]:
+    """1, 4, 16 … and the largest: what lies between is close to linear."""
+    sizes = [4**power for power in range(largest.bit_length()) if 4**power < largest]
+    return [*sizes, largest]
+
+
+def _along(table: npt.NDArray[np.float64], points: Sequence[int], at: int) -> npt.NDArray[np.float64]:
+    """A table's values at a place of its first axis: linear between its points and above them, constant below."""
+    if len(points) == 1:
+        only: npt.NDArray[np.float64] = table[0]
+        return only
+    upper = int(np.clip(np.searchsorted(points, at), 1, len(points) - 1))
+    low, high = points[upper - 1], points[upper]
+    found: npt.NDArray[np.float64] = table[upper - 1] + max(at - low, 0) / (high - low) * (table[upper] - table[upper - 1])
+    return found

@@ -1,0 +1,230 @@
+"""Draft n-grams: which tokens follow which in the model's own answers, to correct what heads guess each for itself.
+
+A head guesses the token some places ahead without knowing which candidates stand before it. In the answers that the heads
+were trained on, a token is likelier or less likely after a pair of tokens than on its own; that ratio corrects the guess.
+
+Source: absolute discounting, which n-grams are smoothed with, is Ney, Essen and Kneser, "On structuring probabilistic
+dependences in stochastic language modelling", 1994. That a tree of independent guesses gains from such a ratio, and the
+log-linear form with one set of weights a depth, is ours (docs/decisions/0019-draft-ngrams.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from medusa_runtime.arrays import FloatArray, IntArray
+from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.errors import BundleError
+
+NGRAMS_NAME = "draft_ngrams.npz"
+RATIO_STEP = 0.1  # of a stored logarithm, in nats
+NUM_WEIGHTS = 5
+NO_TOKEN = -1  # as the last of an n-gram: what holds for all tokens that make no known n-gram with those before
+HashArray = npt.NDArray[np.uint64]
+LAST, BITS_TOLD, MASK_TOLD = np.uint64(1 << 63), np.uint64(8), np.uint64(255)
+GAMMA, FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0x94D049BB133111EB)
+
+
+class Growth(NamedTuple):
+    """Tokens below a root. Parents come before their children, shallower ones before deeper ones."""
+
+    tokens: IntArray  # [A], the root first
+    parents: IntArray  # [A], the root's is -1
+    depths: IntArray  # [A]
+    log_probs: FloatArray  # [A] of being accepted where the parent is; the root's is 0
+
+
+@dataclass(frozen=True, eq=False)
+class NGrams:
+    """Pairs and triples of tokens, each with how much likelier its last token is after the others.
+
+    They stand in a table of cells: the upper bits of an n-gram's code say which cell is its own, the lower eight tell it from
+    others that have the same one. A few are mistaken for others, or have no cell: that costs a draft, never a token.
+    """
+
+    cells: npt.NDArray[np.uint16]  # [2**n] of each the lower bits of a code, and a logarithm in units of `RATIO_STEP`
+    weights: FloatArray  # [D, 5] for each depth: of the head's log-probability, the two ratios, all other tokens, and 1
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError where the arrays are not what they should be."""
+        size = len(self.cells)
+        if self.cells.dtype != np.uint16 or self.cells.ndim != 1 or size < 2 or size & (size - 1):
+            raise ValueError("the cells are no table of 16 bits each")
+        if self.weights.dtype != np.float32 or self.weights.ndim != 2 or self.weights.shape[1] != NUM_WEIGHTS:
+            raise ValueError(f"the weights are not {NUM_WEIGHTS} numbers a depth")
+        if not len(self.weights) or not np.isfinite(self.weights).all():
+            raise ValueError("weights are missing")
+
+    @classmethod
+    def load(cls, path: str | Path) -> NGrams:
+        """Read a file that `save` wrote.
+
+        Raises:
+            BundleError: it is no such file.
+        """
+        try:
+            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                return cls(file["cells"], file["weights"])
+        except Exception as error:  # zipfile, zlib and NumPy raise what they like
+            raise BundleError(
+                f"{path} holds no draft n-grams ({error}); make them again: medusa-export heads ngrams"
+            ) from error
+
+    @classmethod
+    def of_bundle(cls, bundle: str | Path, manifest: Manifest) -> NGrams | None:
+        """Those a bundle has.
+
+        Raises:
+            BundleError: its file is damaged.
+        """
+        return cls.load(Path(bundle) / NGRAMS_NAME) if NGRAMS_NAME in manifest.files else None
+
+    def save(self, path: str | Path) -> None:
+        """Write a file."""
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, cells=self.cells, weights=self.weights)
+
+    def with_weights(self, weights: FloatArray) -> NGrams:
+        """The same n-grams with other weights. weights: [D, 5]."""
+        return dataclasses.replace(self, weights=np.asarray(weights, np.float32))
+
+    def ratios(self, contexts: IntArray, token_ids: IntArray) -> FloatArray:
+        """How much likelier tokens are after one and after two others, as logarithms in nats.
+
+        Args:
+            contexts: the two tokens before. [F, 2]
+            token_ids: [M], or [F, M] where each context has its own.
+
+        Returns:
+            log p(c | b) - log p(c) and log p(c | a, b) - log p(c | b). [2, F, M]
+        """
+        return self._ratios(contexts, _with_none(token_ids))
+
+    def log_probs(self, contexts: IntArray, token_ids: IntArray, head_log_probs: FloatArray, depth: int) -> FloatArray:
+        """How likely a head's candidates are after each of some paths: at most 0, and they and all other tokens make 1.
+
+        Args:
+            contexts: the last two tokens of each path. [F, 2]
+            token_ids: the head's candidates. [M]
+            head_log_probs: theirs. [M]
+            depth: of the candidates, from 1.
+
+        Returns:
+            [F, M]
+        """
+        return self._log_probs(contexts, _with_none(token_ids), head_log_probs, rest_log_prob(head_log_probs), depth)
+
+    def grow(
+        self,
+        last_ids: tuple[int, int],
+        head_ids: IntArray,
+        head_log_probs: FloatArray,
+        num_nodes: int,
+        max_depth: int,
+    ) -> Growth:
+        """What may follow a root: all that can be among the likeliest `num_nodes`, the root included, and some more.
+
+        Args:
+            last_ids: the last two decided tokens; the second is the root.
+            head_ids: the heads' candidates, best first. [K, M]
+            head_log_probs: theirs. [K, M]
+            num_nodes: how many nodes a draft has at most.
+            max_depth: leave out what is deeper.
+        """
+        room, worst = num_nodes - 1, np.float32(-np.inf)
+        contexts, above = np.array([last_ids], np.int64), np.zeros(1, np.float32)  # [F, 2] [F] of the nodes to grow from
+        levels, seen, num_before = [Growth(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
+        hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)  # [K, M + 1] [K]
+        for depth, ids in enumerate(head_ids[:max_depth], start=1):
+            chances = self._log_probs(contexts, hashes[depth - 1], head_log_probs[depth - 1], rests[depth - 1], depth)  # [F, M]
+            scores = (above[:, None] + chances).ravel()
+            chosen = np.flatnonzero(scores > worst)
+            if len(chosen) > room:
+                chosen = np.sort(chosen[np.argpartition(-scores[chosen], room - 1)[:room]])
+            if not len(chosen):
+                break
+            parents, ranks = np.divmod(chosen, len(ids))
+            levels.append(Growth(ids[ranks], num_before + parents, np.full(len(chosen), depth), chances.ravel()[chosen]))
+            num_before += len(contexts)
+            contexts, above = np.stack([contexts[parents, 1], ids[ranks]], axis=1), scores[chosen]
+            seen = np.concatenate([seen, above])
+            if len(seen) >= room:
+                seen = -np.partition(-seen, room - 1)[:room]
+                worst = seen[-1]
+        return Growth(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+
+    def _ratios(self, contexts: IntArray, hashes: HashArray) -> FloatArray:
+        """See `ratios`. hashes: of the tokens, from `_with_none`."""
+        codes = _codes(contexts, hashes, len(self.cells))  # [2, F, M + 1]
+        cells = self.cells[codes >> BITS_TOLD]
+        values = cells.astype(np.uint8).view(np.int8) * np.float32(RATIO_STEP)
+        is_known = cells >> np.uint16(8) == codes & MASK_TOLD
+        values *= is_known
+        found: FloatArray = np.where(is_known[..., :-1], values[..., :-1], values[..., -1:])
+        return found
+
+    def _log_probs(
+        self, contexts: IntArray, hashes: HashArray, head_log_probs: FloatArray, rest: FloatArray, depth: int
+    ) -> FloatArray:
+        """See `log_probs`. hashes: of the candidates, from `_with_none`. rest: from `rest_log_prob`."""
+        of_head, of_pair, of_triple, of_rest, bias = self.weights[min(depth, len(self.weights)) - 1].tolist()
+        pairs, triples = self._ratios(contexts, hashes)
+        logits = of_head * head_log_probs + of_pair * pairs + of_triple * triples  # [F, M]
+        others = of_rest * rest + bias
+        most = np.maximum(logits.max(1, keepdims=True), others)
+        logits -= most
+        logits -= np.log(np.exp(logits).sum(1, keepdims=True) + np.exp(others - most))
+        found: FloatArray = np.minimum(logits, 0)
+        return found
+
+
+def rest_log_prob(head_log_probs: FloatArray) -> FloatArray:
+    """The log-probability of all tokens that are not among a head's candidates. [..., M] -> [...]"""
+    rest: FloatArray = np.log(np.maximum(1 - np.exp(head_log_probs).sum(-1), np.float32(1e-4)))
+    return rest
+
+
+def ngram_codes(contexts: IntArray, token_ids: IntArray, num_cells: int) -> HashArray:
+    """Codes of the pairs and triples that tokens make with those before them: above the lower eight bits, which cell is theirs.
+
+    Args:
+        contexts: the two tokens before. [F, 2]
+        token_ids: the last tokens. [M] or [F, M]
+        num_cells: a power of two.
+
+    Returns:
+        [2, F, M]
+    """
+    return _codes(contexts, _hashes(token_ids), num_cells)
+
+
+def _codes(contexts: IntArray, hashes: HashArray, num_cells: int) -> HashArray:
+    previous, last = contexts.astype(np.uint64).T
+    short = _mixed(last)  # [F]
+    both = np.array([short, _mixed(short + previous)])[:, :, None] ^ hashes  # [2, F, M]
+    both *= FACTOR
+    both >>= np.uint64(64 - 8 - (num_cells.bit_length() - 1))
+    return both
+
+
+def _hashes(token_ids: IntArray) -> HashArray:
+    """Of tokens as the last of an n-gram, which are others than those of tokens before."""
+    return _mixed(token_ids.astype(np.uint64) ^ LAST)
+
+
+def _with_none(token_ids: IntArray) -> HashArray:
+    """Hashes of tokens and, after them, of none. [..., M] -> [..., M + 1]"""
+    return _hashes(np.concatenate([token_ids, np.full_like(token_ids[..., :1], NO_TOKEN)], axis=-1))
+
+
+def _mixed(numbers: HashArray) -> HashArray:
+    """Bits that look random (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    mixed = (numbers + GAMMA) * FACTOR
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * FACTOR
+    return mixed ^ (mixed >> np.uint64(31))

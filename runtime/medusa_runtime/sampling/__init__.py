@@ -1,0 +1,1 @@
+"""From verified logits to tokens: options applied, tokens drawn, drafts accepted."""
