@@ -31,13 +31,13 @@ LAST, BITS_TOLD, MASK_TOLD = np.uint64(1 << 63), np.uint64(8), np.uint64(255)
 GAMMA, FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0x94D049BB133111EB)
 
 
-class Growth(NamedTuple):
-    """Tokens below a root. Parents come before their children, shallower ones before deeper ones."""
+class Guesses(NamedTuple):
+    """A root and the tokens that heads guess below it, ordered by depth. Parents come before their children."""
 
     tokens: IntArray  # [A], the root first
     parents: IntArray  # [A], the root's is -1
     depths: IntArray  # [A]
-    log_probs: FloatArray  # [A] of being accepted where the parent is; the root's is 0
+    log_probs: FloatArray  # [A] of being accepted if the parent is; the root's is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class NGrams:
         head_log_probs: FloatArray,
         num_nodes: int,
         max_depth: int,
-    ) -> Growth:
+    ) -> Guesses:
         """What may follow a root: all that can be among the likeliest `num_nodes`, the root included, and some more.
 
         Args:
@@ -139,7 +139,7 @@ class NGrams:
         """
         room, worst = num_nodes - 1, np.float32(-np.inf)
         contexts, above = np.array([last_ids], np.int64), np.zeros(1, np.float32)  # [F, 2] [F] of the nodes to grow from
-        levels, seen, num_before = [Growth(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
+        levels, seen, num_before = [Guesses(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
         hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)  # [K, M + 1] [K]
         for depth, ids in enumerate(head_ids[:max_depth], start=1):
             chances = self._log_probs(contexts, hashes[depth - 1], head_log_probs[depth - 1], rests[depth - 1], depth)  # [F, M]
@@ -150,14 +150,14 @@ class NGrams:
             if not len(chosen):
                 break
             parents, ranks = np.divmod(chosen, len(ids))
-            levels.append(Growth(ids[ranks], num_before + parents, np.full(len(chosen), depth), chances.ravel()[chosen]))
+            levels.append(Guesses(ids[ranks], num_before + parents, np.full(len(chosen), depth), chances.ravel()[chosen]))
             num_before += len(contexts)
             contexts, above = np.stack([contexts[parents, 1], ids[ranks]], axis=1), scores[chosen]
             seen = np.concatenate([seen, above])
             if len(seen) >= room:
                 seen = -np.partition(-seen, room - 1)[:room]
                 worst = seen[-1]
-        return Growth(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+        return Guesses(*(np.concatenate(column) for column in zip(*levels, strict=True)))
 
     def _ratios(self, contexts: IntArray, hashes: HashArray) -> FloatArray:
         """See `ratios`. hashes: of the tokens, from `_with_none`."""

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from medusa_runtime.arrays import FloatArray
+from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import DecodingOptions
-
-
-class Guide(Protocol):
-    """What says which tokens may follow, such as a grammar."""
-
-    def allowed(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """Which tokens may come after those of the answer so far. [V]"""
-        ...
-
-    def lets_pass(self, token_ids: Sequence[int], path: Sequence[int]) -> bool:
-        """Whether all tokens of a path may follow the answer so far, one after the other."""
-        ...
-
-    def forced(self, token_ids: Sequence[int]) -> list[int]:
-        """Tokens that must come next, where there is no choice."""
-        ...
 
 
 class LogitsShaper:
@@ -55,7 +38,7 @@ class LogitsShaper:
         options = self._options
         return not (options.has_penalties or options.min_new_tokens or len(self._bias_ids) or self._guide)
 
-    def shape(self, logits: FloatArray, token_ids: Sequence[int]) -> FloatArray:
+    def shape(self, logits: FloatArray, token_ids: Sequence[int], path: Sequence[int] = ()) -> FloatArray:
         """The logits [V] of what follows an answer's tokens, changed as the options want; the argument stays as it is.
 
         Raises:
@@ -70,7 +53,7 @@ class LogitsShaper:
         if len(token_ids) < options.min_new_tokens:
             shaped[self._end_ids] = -np.inf
         if self._guide is not None:
-            shaped[~self._guide.allowed(token_ids)] = -np.inf
+            shaped[~self._guide.allowed(path)] = -np.inf
         if shaped.max() == -np.inf:
             raise OptionError("the options leave no token that may come next")
         return shaped

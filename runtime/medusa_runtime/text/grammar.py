@@ -66,53 +66,40 @@ class GrammarCompiler:
 
 
 class GrammarGuide:
-    """The state of one answer's grammar; see `sampling.Guide`. It follows the answer, and goes back where that is shorter."""
+    """The state of one answer's grammar; see `drafting.guide.Guide`. It stands after the answer's last decided token."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
-        self._consumed: list[int] = []
 
     def copy(self) -> GrammarGuide:
         """Another answer's state, at the same place."""
-        other = GrammarGuide(self._matcher.deep_copy(), self._vocab_size)
-        other._consumed = list(self._consumed)
-        return other
+        return GrammarGuide(self._matcher.deep_copy(), self._vocab_size)
 
-    def allowed(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """See `sampling.Guide.allowed`. [V]"""
-        self._follow(token_ids)
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """See `Guide.advance`."""
+        self._matcher.consume_tokens(list(token_ids))
+        self._check()
+
+    def allowed(self, path: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """See `Guide.allowed`. [V]"""
+        self.advance(path)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
+        self._matcher.rollback(len(path))
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
-    def lets_pass(self, token_ids: Sequence[int], path: Sequence[int]) -> bool:
-        """See `sampling.Guide.lets_pass`."""
-        self._follow(token_ids)
+    def lets_pass(self, path: Sequence[int]) -> bool:
+        """See `Guide.lets_pass`."""
         return bool(self._matcher.validate_tokens(list(path)) == len(path))
 
-    def forced(self, token_ids: Sequence[int]) -> list[int]:
-        """See `sampling.Guide.forced`."""
-        self._follow(token_ids)
+    def forced(self) -> list[int]:
+        """See `Guide.forced`."""
         return list(self._matcher.compute_ff_tokens())
-
-    def _follow(self, token_ids: Sequence[int]) -> None:
-        common = len(self._consumed)
-        if self._consumed != token_ids[:common]:
-            common = next(place for place, (a, b) in enumerate(_padded(self._consumed, token_ids)) if a != b)
-            self._matcher.rollback(len(self._consumed) - common)
-        if len(token_ids) > common:
-            self._matcher.consume_tokens(list(token_ids[common:]))
-        self._check()
-        self._consumed = list(token_ids)
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RequestError(f"the structure cannot be followed: {first_line(ValueError(self._matcher.get_error()))}")
-
-
-def _padded(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip([*a, -1], [*b, -2, *[-2] * len(a)], strict=False))
 
 
 def _grammar(name: str, value: Any) -> str:
