@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_export.bundles import is_bundle
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.generation import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
@@ -21,7 +22,17 @@ from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.bundle.manifest import HEADS, STEP, FileFacts, HeadFacts, Limits, Manifest, Precision, file_facts
+from medusa_runtime.bundle.manifest import (
+    HEADS,
+    STEP,
+    FileFacts,
+    GenerationFacts,
+    HeadFacts,
+    Limits,
+    Manifest,
+    Precision,
+    file_facts,
+)
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
@@ -73,6 +84,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    generation = _generation(backbone)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
     draft_ids = None if options.full_head_vocabulary else heads.draft_ids
@@ -92,6 +104,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             precision=options.precision,
             opset=options.opset,
             limits=limits,
+            generation=generation,
             graphs=facts,
             tree=tree.to_json(),
             files=files | _write_text(tokenizer, directory) | _copy_ngrams(options.heads, directory),
@@ -111,6 +124,19 @@ def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
 
 def _is_onnx_bundle(path: Path) -> bool:
     return is_bundle(path, "onnx")
+
+
+def _generation(backbone: Backbone) -> GenerationFacts | None:
+    """What the checkpoint's generation settings ask for. Tells what the runtime makes of them."""
+    if outside := sorted({*backbone.eos_token_ids} - {*backbone.facts.eos_token_ids}):
+        note(
+            f"{backbone.source} names end-of-sequence tokens outside the vocabulary of {backbone.facts.vocab_size}: "
+            f"{', '.join(map(str, outside))}; they are left out"
+        )
+    facts = generation_facts(backbone)
+    if facts is not None:
+        note(describe(facts))
+    return facts
 
 
 def _limits(options: ExportOptions, backbone: Backbone) -> Limits:

@@ -19,15 +19,17 @@ from medusa_runtime.options import GenerationOptions
 if TYPE_CHECKING:
     from medusa_runtime import Choice, MedusaLM
 
-BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags are not their values
+BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags are not their values
+LEFT_OUT = ("tools", "documents", "template_options")  # fields that a command line cannot hold
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
-@options_from(GenerationOptions, leave_out=BY_HAND)
+@options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit. May be given several times.")
 @click.option("--json-schema", type=click.Path(path_type=Path), help="A file: the answer is JSON that this schema allows.")
+@click.option("--grammar", type=click.Path(path_type=Path), help="A file: the answer follows this Lark grammar or EBNF.")
 @click.option("--tree", "tree_file", type=click.Path(path_type=Path), help="A candidate tree as JSON: choices, or parents.")
 @click.option("--tree-nodes", type=int, help="A tree of so many nodes, made anew at each step from the heads' probabilities.")
 @click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
@@ -40,6 +42,7 @@ def command(
     *,
     logit_bias: tuple[str, ...],
     json_schema: Path | None,
+    grammar: Path | None,
     tree_file: Path | None,
     tree_nodes: int | None,
     no_medusa: bool,
@@ -66,6 +69,7 @@ def command(
     given = {
         "logit_bias": dict(_bias(text) for text in logit_bias) or None,
         "json_schema": _read_schema(json_schema) if json_schema is not None else None,
+        "grammar": _read(grammar, "grammar") if grammar is not None else None,
         "medusa": False if no_medusa else None,
         "tree": CandidateTree.from_file(tree_file)
         if tree_file
@@ -132,10 +136,17 @@ def _bias(text: str) -> tuple[int, float]:
         raise OptionError(f"--logit-bias is {text!r}; it must be a token id, = and a number, such as 42=-5") from error
 
 
+def _read(path: Path, what: str) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the {what} {path}: {error}") from error
+
+
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
-        schema = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        schema = json.loads(_read(path, "JSON schema"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise OptionError(f"cannot read the JSON schema {path}: {error}") from error
     if not isinstance(schema, dict):
         raise OptionError(f"{path} is no JSON schema: it must be an object")

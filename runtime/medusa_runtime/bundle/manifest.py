@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.errors import BundleError
@@ -45,6 +45,12 @@ class ModelFacts(_Model):
     head_dim: int = Field(gt=0)
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(description="any of these ends an answer")
+
+    @field_validator("eos_token_ids")
+    @classmethod
+    def _in_vocabulary(cls, token_ids: list[int], info: ValidationInfo) -> list[int]:
+        """Leave out ids that the model has no row for: no answer can end with them. Bundles may hold them from checkpoints."""
+        return [token for token in token_ids if 0 <= token < info.data.get("vocab_size", 0)]
 
 
 class HeadFacts(_Model):
@@ -95,6 +101,32 @@ class QuantizationFacts(_Model):
     source_bundle: str = Field(description="content digest of the bundle that was quantised")
     quality: dict[str, float] = Field(description="against that bundle, over text of the model's own")
     max_kl: float | None = Field(default=None, description="the mean KL divergence that was allowed, in nats")
+
+
+class DecodingDefaults(_Model):
+    """Options of every request that does not set them. Names and ranges are those of `DecodingOptions`."""
+
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+
+
+class SamplingDefaults(_Model):
+    """Options of requests that sample and do not set them. The temperature is only a recommendation: none is applied."""
+
+    temperature: float | None = Field(default=None, gt=0, le=100)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+
+
+class GenerationFacts(_Model):
+    """What the checkpoint's generation_config.json asks for."""
+
+    defaults: DecodingDefaults = DecodingDefaults()
+    sampling: SamplingDefaults = SamplingDefaults()
+    ignored: dict[str, Any] = Field(default_factory=dict, description="its settings that the runtime does not follow")
 
 
 class FileFacts(_Model):
@@ -187,6 +219,7 @@ class Manifest(_Model):
     precision: Precision
     opset: int
     limits: Limits
+    generation: GenerationFacts | None = None
     quantization: QuantizationFacts | None = None
     graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.TARGET` where one has graphs of its own")
     tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
@@ -240,6 +273,10 @@ class Manifest(_Model):
             return f"files: {', '.join(sorted(missing))} is missing"
         if strange := [name for name in self.files if Path(name).name != name]:
             return f"files: {strange[0]!r} is not a plain file name"
+        defaults = DecodingDefaults() if self.generation is None else self.generation.defaults
+        suppressed = [*(defaults.suppress_tokens or []), *(defaults.begin_suppress_tokens or [])]
+        if outside := [token for token in suppressed if not 0 <= token < self.model.vocab_size]:
+            return f"generation.defaults: the token {outside[0]} is outside the vocabulary of {self.model.vocab_size}"
         if (self.engine is None) != (self.kind == "onnx"):
             return f"kind is {self.kind}, and there is {'no' if self.engine is None else 'an'} engine"
         return None if self.engine is None else self._engine_incompleteness(self.engine)

@@ -38,7 +38,7 @@ def check_request(manifest: Manifest, prompt_ids: Sequence[int], options: Decodi
         raise OptionError("the prompt is empty")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
         raise OptionError(f"the prompt holds a token id outside the vocabulary of {vocab_size}")
-    for name, token_ids in (("logit_bias", options.logit_bias), ("stop_token_ids", options.stop_token_ids)):
+    for name, token_ids in options.named_tokens.items():
         if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
             raise OptionError(f"{name} names the token {outside[0]}; the vocabulary has {vocab_size}")
     if options.tree is not None:
