@@ -81,6 +81,12 @@ class DecodingOptions(BaseModel):
     prompt_lookup: bool | None = Field(
         None, description="also draft what came after the same tokens before; omit for the engine's own choice"
     )
+    deadline_seconds: float | None = Field(
+        None, gt=0, le=MAX_SECONDS, description="the answer ends this long after the request was made, with what it has by then"
+    )
+    max_queue_seconds: float | None = Field(
+        None, ge=0, le=MAX_SECONDS, description="the longest wait for a slot; after it the request fails"
+    )
 
     @classmethod
     def of(cls, options: Self | None = None, /, **fields: Any) -> Self:
@@ -169,12 +175,6 @@ class GenerationOptions(DecodingOptions):
     regex: str | None = Field(None, description="the answer matches this whole expression")
     choice: tuple[str, ...] = Field((), description="the answer is one of these texts")
     grammar: str | None = Field(None, description="the answer follows this grammar, written in Lark's form or in EBNF")
-    deadline_seconds: float | None = Field(
-        None, gt=0, le=MAX_SECONDS, description="the answer ends this long after the request was made, with what it has by then"
-    )
-    max_queue_seconds: float | None = Field(
-        None, ge=0, le=MAX_SECONDS, description="the longest wait for a slot; after it the request fails"
-    )
 
     @field_validator("stop", "choice", mode="before")
     @classmethod
