@@ -201,6 +201,6 @@ class Handle:
 def _checked_timeout(timeout: float | None) -> float | None:
     if timeout is None or timeout == math.inf:
         return None
-    if not isinstance(timeout, int | float) or not 0 <= timeout:
+    if not isinstance(timeout, int | float) or not timeout >= 0:
         raise OptionError(f"the timeout is {timeout!r}; it must be a number of seconds of at least 0, or none")
     return min(timeout, threading.TIMEOUT_MAX)

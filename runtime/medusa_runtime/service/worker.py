@@ -175,7 +175,7 @@ class Worker:
             while self._take_in():
                 for sequence in self._engine.step():
                     self._hand_out(sequence)
-        except BaseException as failure:  # noqa: BLE001 - of the engine itself: nothing can go on, and nobody may wait for ever
+        except BaseException as failure:
             error = as_request_error(failure)
             log.exception("the thread that decodes has died; requests under way fail, and new ones are refused")
             with self._changed:

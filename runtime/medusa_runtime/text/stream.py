@@ -63,16 +63,16 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Take a piece; return the text that is certain now, and whether a stop string follows it."""
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """Take a piece; return the text that is certain now, and the stop string that follows it, if one does."""
         text = self._held + piece
-        if found := [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]:
+        if found := [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]:
             self._held = ""
-            _, start = min(found)  # the one that is complete first, however the text was cut into pieces
-            return text[:start], True
+            _, start, stop = min(found)  # the one that is complete first, however the text was cut into pieces
+            return text[:start], stop
         held = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+        return text[: len(text) - held], None
 
     def finish(self) -> str:
         """Return what was held back."""

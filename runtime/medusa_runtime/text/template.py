@@ -140,7 +140,9 @@ class ChatTemplate:
         text, _, after = self._run(name, _with_mark(conversation, mark + " ")).rpartition(mark)
         written = _final_text(conversation.messages[-1])
         if not text or written.strip() not in text:
-            raise OptionError("continue_final_message is given, but the chat template does not write the final message as it is")
+            raise OptionError(
+                "continue_final_message is given, but the chat template does not write the final message as it is"
+            )
         # A template that trims contents would have trimmed the final one's end, too, but for the mark.
         return text if after.startswith(" ") else text.rstrip()
 
