@@ -11,7 +11,7 @@ from medusa_runtime.bundle.manifest import MANIFEST_NAME, REPORT_NAME, RUNTIME_C
 def is_bundle(path: Path, kind: str) -> bool:
     """Whether a directory is a bundle of that kind and holds nothing else, so that it may be replaced by another."""
     try:
-        data = json.loads((path / MANIFEST_NAME).read_text())
+        data = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         beside = {REPORT_NAME, TUNING_NAME, WEIGHTS_NAME, *(file.name for file in path.glob(RUNTIME_CACHE.format("*")))}
         known = {MANIFEST_NAME, *data["files"], *beside}
         return bool(data["kind"] == kind and "schema_version" in data and {entry.name for entry in path.iterdir()} <= known)

@@ -188,7 +188,7 @@ def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone
 def _adapter_base(source: str) -> str:
     place = Path(source) / ADAPTER_CONFIG
     try:
-        base = json.loads(place.read_text())["base_model_name_or_path"]
+        base = json.loads(place.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):

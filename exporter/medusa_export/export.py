@@ -152,7 +152,7 @@ def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str
     if isinstance(template, dict):  # several templates by name
         template = template.get("default")
     chat = {"template": template, "special_tokens": special}
-    (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
+    (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 

@@ -31,7 +31,7 @@ def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nod
     place = heads_path / native.EVALUATION_NAME
     if heads_path.is_dir() and place.is_file():
         try:
-            evaluation = Evaluation.model_validate_json(place.read_text())
+            evaluation = Evaluation.model_validate_json(place.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{place} is damaged; make it again with: medusa-export heads evaluate") from error
         fitting = [result for result in evaluation.trees if result.nodes == num_nodes and max(result.tree["ranks"]) < top_k]

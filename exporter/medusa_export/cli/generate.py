@@ -134,7 +134,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
-        schema = json.loads(path.read_text())
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise OptionError(f"cannot read the JSON schema {path}: {error}") from error
     if not isinstance(schema, dict):

@@ -146,7 +146,7 @@ def read_facts(path: str | Path) -> DataFacts:
     """
     place = Path(path) / FACTS_NAME
     try:
-        return DataFacts.model_validate_json(place.read_text())
+        return DataFacts.model_validate_json(place.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise OptionError(f"{path} is no data of `medusa-export distill`: {place.name} is missing or damaged") from error
 

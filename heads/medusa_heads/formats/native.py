@@ -62,9 +62,9 @@ def save(
         CheckpointError: it cannot be written.
     """
     with new_directory(path, is_alone, force=force) as directory:
-        (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n")
+        (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if heads.draft_ids is not None:
-            (directory / VOCABULARY_NAME).write_text(json.dumps(heads.draft_ids) + "\n")
+            (directory / VOCABULARY_NAME).write_text(json.dumps(heads.draft_ids) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
         try:
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
@@ -81,7 +81,7 @@ def load(path: Path) -> MedusaHeads:
         CheckpointError: a file is missing or damaged, or the two disagree.
     """
     try:
-        config = HeadsConfig.model_validate(json.loads((path / CONFIG_NAME).read_text()))
+        config = HeadsConfig.model_validate(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")))
         tensors = load_file(path / WEIGHTS_NAME)
     except ValidationError as error:
         first = error.errors()[0]
@@ -111,7 +111,7 @@ def _load_vocabulary(path: Path, vocab_size: int) -> list[int] | None:
     if not path.exists():
         return None
     try:
-        token_ids: list[int] = json.loads(path.read_text())
+        token_ids: list[int] = json.loads(path.read_text(encoding="utf-8"))
         if not all(type(token) is int for token in token_ids) or sorted(set(token_ids)) != token_ids:
             raise ValueError("it must be a list of token ids, ascending")
         if not token_ids or not 0 <= token_ids[0] <= token_ids[-1] < vocab_size:

@@ -35,7 +35,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         cpuinfo: Linux's description of the CPU; elsewhere, what Python knows of the machine is told.
     """
     try:
-        lines = [line.partition(":") for line in cpuinfo.read_text(errors="replace").splitlines()]
+        lines = [line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
         lines = []
     facts = {name.strip().lower(): value.strip() for name, _, value in reversed(lines)}  # of the first core

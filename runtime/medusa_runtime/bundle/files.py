@@ -11,7 +11,7 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager

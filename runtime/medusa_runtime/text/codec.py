@@ -111,7 +111,7 @@ class TextCodec:
     def _chat(self) -> dict[str, Any]:
         path = self._bundle / CHAT_NAME
         try:
-            chat: dict[str, Any] = json.loads(path.read_text())
+            chat: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
         if not isinstance(chat, dict) or not isinstance(chat.get("special_tokens"), dict):
