@@ -35,6 +35,8 @@ def test_only_a_whole_bundle_of_the_kind_and_nothing_else_may_be_replaced(bundle
     (bundle / "validation.json").write_text("{}")
     assert is_bundle(bundle, "onnx")
     assert not is_bundle(bundle, "tensorrt")
+    (bundle / ".tuning.json.partial-0123456789abcdef").write_text("")  # by a run that was killed
+    assert is_bundle(bundle, "onnx")
     (bundle / "thesis.txt").write_text("")
     assert not is_bundle(bundle, "onnx")
     for text in ("{}", "[]", "{", '{"kind": "onnx", "files": {}}'):

@@ -20,6 +20,7 @@ from medusa_heads.config import HeadsConfig
 from medusa_heads.directories import new_directory
 from medusa_heads.errors import CheckpointError
 from medusa_heads.modules import MedusaHeads
+from medusa_runtime.bundle.files import is_leftover
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
@@ -39,7 +40,8 @@ def matches(path: Path) -> bool:
 
 def is_alone(path: Path) -> bool:
     """Whether a directory holds heads of this format and nothing else, so that it may be replaced by others."""
-    return matches(path) and {entry.name for entry in path.iterdir()} <= {*FILES, VOCABULARY_NAME, *BESIDE}
+    names = {entry.name for entry in path.iterdir() if not is_leftover(entry.name)} if matches(path) else set()
+    return bool(names) and names <= {*FILES, VOCABULARY_NAME, *BESIDE}
 
 
 def save(

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import is_leftover, json_text, sync_directory, sync_tree, write_whole
 from medusa_runtime.errors import MedusaError, OptionError, first_line
 
 RUN_NAME, LOG_NAME, CHECKPOINT, PLACE_NAME = "run.json", "log.jsonl", "checkpoint", "place.json"
@@ -37,7 +37,7 @@ class WorkDirectory:
         """Append a line to the log."""
         if self.accelerator.is_main_process:
             with (self.path / LOG_NAME).open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json_text(entry) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
         """The log's lines, but for one that a killed run was writing."""
@@ -73,11 +73,13 @@ class WorkDirectory:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (fresh / PLACE_NAME).write_text(json.dumps({"stage": stage, "step": step}), encoding="utf-8")
+            sync_tree(fresh)
             old = self.path / f"{CHECKPOINT}.old"
             if last.exists():
                 shutil.rmtree(old, ignore_errors=True)  # a run was killed before it did
                 last.rename(old)
             fresh.rename(last)
+            sync_directory(self.path)
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -93,7 +95,7 @@ class WorkDirectory:
             step = int(json.loads((last / PLACE_NAME).read_text(encoding="utf-8"))["step"])
         if self.accelerator.is_main_process:
             kept = [entry for entry in self.entries() if entry["stage"] != stage or entry["step"] <= step]
-            write_whole(self.path / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_whole(self.path / LOG_NAME, "".join(json_text(entry) + "\n" for entry in kept))
         self.accelerator.wait_for_everyone()
         return step
 
@@ -105,7 +107,9 @@ class WorkDirectory:
     def _check(self, identity: dict[str, Any]) -> None:
         place = self.path / RUN_NAME
         if not place.exists():
-            if self.path.exists() and any(entry.name != "hidden" for entry in self.path.iterdir()):
+            if self.path.exists() and any(
+                entry.name != "hidden" and not is_leftover(entry.name) for entry in self.path.iterdir()
+            ):
                 raise OptionError(f"{self.path} holds something else; choose another --work")
             return
         try:

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import secrets
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 STALE_SECONDS = 3600  # a temporary file that nobody has written to for so long belongs to a run that was killed
-_OWN = re.compile(r"[0-9a-f]{16}|\d+")  # the end of a temporary file's name; earlier versions wrote the process's number
+_OWN = re.compile(r"\.(?P<name>.+)\.partial-(?:[0-9a-f]{16}|\d+)", re.DOTALL)  # earlier versions wrote the process's number
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -37,9 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
         return
     temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
     try:
-        _create(temporary, like=path)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
         _sweep(path, temporary)
         yield temporary
+        with suppress(FileNotFoundError):
+            temporary.chmod(path.stat().st_mode & 0o777)
         sync(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
@@ -52,9 +53,14 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file's name is that of a temporary one of `replacing`: a run that was killed may have left it."""
+    return _OWN.fullmatch(name) is not None
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes are on the disk, so that neither a crash nor a loss of power can leave it torn."""
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -103,18 +109,12 @@ def _is_special(path: Path) -> bool:
     return path.parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir())
 
 
-def _create(temporary: Path, like: Path) -> None:
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
-    with suppress(FileNotFoundError):
-        temporary.chmod(stat.S_IMODE(like.stat().st_mode))
-
-
 def _sweep(path: Path, temporary: Path) -> None:
     """Remove what killed runs have left. Ages are by the file system's clock, which may be another machine's."""
-    now, prefix = temporary.stat().st_mtime, f".{path.name}.partial-"
+    now = temporary.stat().st_mtime
     with suppress(OSError):
         for entry in os.scandir(path.parent):
-            if entry.name.startswith(prefix) and _OWN.fullmatch(entry.name, len(prefix)):
+            if (found := _OWN.fullmatch(entry.name)) and found["name"] == path.name:
                 with suppress(OSError):
                     if entry.is_file(follow_symlinks=False) and now - entry.stat().st_mtime > STALE_SECONDS:
                         Path(entry.path).unlink()
