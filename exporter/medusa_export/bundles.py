@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from medusa_runtime.bundle.files import is_leftover
+from medusa_runtime.bundle.files import is_leftover, read_json
 from medusa_runtime.bundle.manifest import MANIFEST_NAME, REPORT_NAME, RUNTIME_CACHE, TUNING_NAME, WEIGHTS_NAME
 
 
 def is_bundle(path: Path, kind: str) -> bool:
     """Whether a directory is a bundle of that kind and holds nothing else, so that it may be replaced by another."""
     try:
-        data = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        data = read_json(path / MANIFEST_NAME)
         beside = {REPORT_NAME, TUNING_NAME, WEIGHTS_NAME, *(file.name for file in path.glob(RUNTIME_CACHE.format("*")))}
         known = {MANIFEST_NAME, *data["files"], *beside}
         return bool(

@@ -113,6 +113,7 @@ def test_an_answer_cut_inside_a_character_says_so_only_at_its_end(bundle) -> Non
         "{{ 1 / 0 }}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}",  # which Jinja 3.1.5 lets through
         "{{ messages.append(1) }}",
         "{{ raise_exception('no system role') }}",
         "{{ undefined_function() }}",

@@ -88,6 +88,19 @@ def sync_tree(path: Path) -> None:
         sync_directory(Path(place))
 
 
+def read_json(path: Path, encoding: str = "utf-8") -> Any:
+    """Parse a file of JSON.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or not UTF-8, or nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(path.read_text(encoding=encoding))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def json_text(data: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
     """Data as JSON. Numbers that JSON does not have (NaN and the infinities) are written as null."""
     return json.dumps(finite(data), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
