@@ -42,4 +42,4 @@ def publish(result: dict[str, Any], output: Path | None) -> None:
     text = json.dumps(result, indent=2)
     click.echo(text)
     if output:
-        output.write_text(text + "\n")
+        output.write_text(text + "\n", encoding="utf-8")

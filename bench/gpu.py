@@ -131,7 +131,9 @@ def in_pytorch(
 
 def beside(arguments: list[str]) -> dict[str, Any]:
     """`measured` in a process of its own: its memory, and what it may break, are its own too."""
-    done = subprocess.run([sys.executable, __file__, *arguments, "--alone"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--alone"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     lines = (done.stderr or done.stdout).strip().splitlines()
     if done.returncode:
         return {"failed": lines[-1] if lines else f"exit code {done.returncode}"}

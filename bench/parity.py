@@ -33,7 +33,7 @@ def own_prompts() -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     return [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from medusa_export.errors import ExportError
 from medusa_heads.errors import CheckpointError
+from medusa_runtime.bundle.files import read_json
 from medusa_runtime.bundle.manifest import ModelFacts, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -195,8 +195,8 @@ def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone
 def _adapter_base(source: str) -> str:
     place = Path(source) / ADAPTER_CONFIG
     try:
-        base = json.loads(place.read_text())["base_model_name_or_path"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        base = read_json(place)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
         raise CheckpointError(f"{place} is damaged: it does not name the model it was made for")

@@ -213,7 +213,9 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
 
     def beside(directory: Path) -> None:
         if result.evaluation is not None:
-            (directory / native.EVALUATION_NAME).write_text(result.evaluation.model_dump_json(indent=1) + "\n")
+            (directory / native.EVALUATION_NAME).write_text(
+                result.evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8"
+            )
         if result.ngrams is not None:
             result.ngrams.save(directory / NGRAMS_NAME)
         if result.joint is not None:
@@ -226,7 +228,7 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
             if settings.save_backbone == "merged":  # a checkpoint of its own
                 load_tokenizer(options.model, trust_remote_code=options.trust_remote_code).save_pretrained(place)
         shutil.copy(work / LOG_NAME, directory / native.LOG_NAME)
-        (directory / native.RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        (directory / native.RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if options.plot:
             from medusa_export.plots import training_curves  # noqa: PLC0415 - an extra
 

@@ -72,5 +72,5 @@ def _categories(path: Path, conversations: list[Conversation]) -> list[str]:
     """What each row says of its kind: `category`, as MT-bench has it, or `source`."""
     if path.suffix.lower() not in {".jsonl", ".json"}:
         return ["all"] * len(conversations)
-    rows = [json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     return [str(row.get("category") or one.source or "all") for row, one in zip(rows, conversations, strict=True)]

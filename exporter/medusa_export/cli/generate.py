@@ -12,6 +12,7 @@ import click
 
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.options import decodes_a_bundle
+from medusa_runtime.bundle.files import read_json
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions
@@ -145,8 +146,8 @@ def _read(path: Path, what: str) -> str:
 
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
-        schema = json.loads(_read(path, "JSON schema"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        schema = read_json(path, "utf-8-sig")
+    except (OSError, ValueError) as error:
         raise OptionError(f"cannot read the JSON schema {path}: {error}") from error
     if not isinstance(schema, dict):
         raise OptionError(f"{path} is no JSON schema: it must be an object")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from medusa_runtime.backends.choosing import BACKENDS
+from medusa_runtime.bundle.cpu import max_threads
 
 Function = Callable[..., Any]
 
@@ -22,7 +23,9 @@ exclude_option = click.option(
     type=click.Path(path_type=Path),
     help="Texts to evaluate on: answers that share 13 words in a row with them, or their prompts, are left out.",
 )
-threads_option = click.option("--threads", type=click.IntRange(0, 512), default=0, help="CPU threads. [default: one a core]")
+threads_option = click.option(
+    "--threads", type=click.IntRange(0, max_threads()), default=0, help="CPU threads. [default: one for each core]"
+)
 backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),

@@ -51,7 +51,7 @@ def text_of(path: Path) -> str:
         OptionError: it is no text.
     """
     try:
-        return path.read_text("utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise OptionError(f"{shown(path)} is not UTF-8 text") from error
 

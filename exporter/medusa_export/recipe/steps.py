@@ -193,14 +193,14 @@ def _train(job: Job) -> Step:
         place = job.heads / native.EVALUATION_NAME
         if not place.exists():
             return "nothing was held out"
-        found = Evaluation.model_validate_json(place.read_text())
+        found = Evaluation.model_validate_json(place.read_text(encoding="utf-8"))
         right = ", ".join(f"{100 * found.top(head, 1):.1f}%" for head in range(len(found.accuracy)))
         trees = {tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees}  # few answers: few sizes
         return f"held-out top-1 of the heads {right}; tokens/step by tree nodes {', '.join(trees.values())}"
 
     def start_over(changed: set[str]) -> None:
         place = job.work / RUN_NAME  # names all settings that decide what the heads become
-        bound = json.loads(place.read_text()).keys() if place.exists() else set()
+        bound = json.loads(place.read_text(encoding="utf-8")).keys() if place.exists() else set()
         if not changed or changed & (inputs.keys() | bound):
             shutil.rmtree(job.work, ignore_errors=True)
 

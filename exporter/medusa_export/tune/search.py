@@ -15,9 +15,8 @@ from medusa_export.tune.record import Record
 from medusa_heads.replay import Evaluation, accuracies, best_tree, expected_tokens, replay
 from medusa_runtime.arrays import FloatArray, IntArray
 from medusa_runtime.drafting.budget import DraftBudget
-from medusa_runtime.drafting.draft import likeliest_chances
-from medusa_runtime.drafting.draft import likeliest_chances
 from medusa_runtime.drafting.costs import StepCosts
+from medusa_runtime.drafting.draft import likeliest_chances
 from medusa_runtime.drafting.proposals import CandidateSet, HeadGuesses, candidates_for
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.drafting.tuning import Kind, TunedTree

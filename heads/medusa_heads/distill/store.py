@@ -14,7 +14,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medusa_heads.directories import alone_in
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import is_leftover, write_whole
 from medusa_runtime.bundle.manifest import Provenance
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import Message
@@ -128,8 +128,7 @@ def require_place(path: Path) -> None:
     standing = next(place for place in (path, *path.parents) if place.exists())
     if not standing.is_dir():
         raise OptionError(f"{standing} is not a directory; choose another output")
-    left = (place for place in path.glob("*") if not place.name.startswith(f".{FACTS_NAME}."))  # by a killed run
-    if not (path / FACTS_NAME).exists() and any(left):
+    if not (path / FACTS_NAME).exists() and any(not is_leftover(place.name) for place in path.glob("*")):
         raise OptionError(f"{path} holds something else; choose another output")
 
 
@@ -146,7 +145,7 @@ def read_facts(path: str | Path) -> DataFacts:
     """
     place = Path(path) / FACTS_NAME
     try:
-        return DataFacts.model_validate_json(place.read_text())
+        return DataFacts.model_validate_json(place.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise OptionError(f"{path} is no data of `medusa-export distill`: {place.name} is missing or damaged") from error
 

@@ -234,7 +234,9 @@ def _has_exact_products() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        flags = (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("flags")[2].partition("\n")[0].split()
+        )
     except OSError:  # not Linux: what the processor has is not known
         return False
     return not EXACT.isdisjoint(flags)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from medusa_runtime.bundle.files import write_whole
-from medusa_runtime.errors import BundleError
+from medusa_runtime.bundle.files import read_json, write_whole
+from medusa_runtime.errors import BundleError, first_line
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "validation.json"
@@ -28,6 +27,27 @@ STEP, HEADS = "step", "heads"
 PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; its heads have one of their own name
 
 
+MAX_NAME_BYTES = 255  # of a file; most file systems take no more
+
+
+def _plain_name(name: str) -> str:
+    """Refuse whatever could lead out of the bundle, or could stand for another file on some system."""
+    is_path = name in ("", ".", "..") or any(letter in "/\\:" for letter in name)
+    if is_path or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"{name[:80]!r} is not a plain file name")
+    return name
+
+
+def _directory(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError(f"{path[:80]!r} is not a directory's name")
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
@@ -37,12 +57,12 @@ class ModelFacts(_Model):
 
     name: str = Field(description="where the checkpoint came from, as the user named it")
     architecture: str = Field(description="the Transformers class that was traced")
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    vocab_size: Count
+    hidden_size: Count
+    num_layers: Count
+    num_attention_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(description="any of these ends an answer")
 
@@ -56,23 +76,23 @@ class ModelFacts(_Model):
 class HeadFacts(_Model):
     """What the runtime must know of the Medusa heads."""
 
-    num_heads: int = Field(gt=0)
-    num_layers: int = Field(gt=0, description="residual blocks a head")
-    top_k: int = Field(gt=0, description="candidates a head returns")
+    num_heads: Count
+    num_layers: Count = Field(description="residual blocks of each head")
+    top_k: Count = Field(description="candidates that a head returns")
     shared_lm_head: bool
     reads_root: bool = Field(default=False, description="they read the root token: their graph has the input `root_ids`")
-    draft_vocab_size: int | None = Field(default=None, gt=0, description="tokens the heads choose among; none: all")
+    draft_vocab_size: Count | None = Field(default=None, description="tokens that the heads choose among; omitted: all")
     sha256: str = Field(description="of the heads' weights as they were read")
 
 
 class Limits(_Model):
     """What a request may ask for."""
 
-    max_seq_len: int = Field(gt=0, description="prompt and answer together, in tokens")
-    max_batch_size: int | None = Field(default=None, gt=0, description="none: only memory limits it")
-    max_tree_nodes: int | None = Field(default=None, gt=0, description="none: only memory limits it")
-    max_prefill_tokens: int | None = Field(default=None, gt=0, description="prompt tokens a step takes; none: any number")
-    capacity: int | None = Field(default=None, gt=0, description="cache slots a sequence, where the engine fixes them")
+    max_seq_len: Count = Field(description="prompt and answer together, in tokens")
+    max_batch_size: Count | None = Field(default=None, description="omitted: only memory limits it")
+    max_tree_nodes: Count | None = Field(default=None, description="omitted: only memory limits it")
+    max_prefill_tokens: Count | None = Field(default=None, description="prompt tokens in a step; omitted: any number")
+    capacity: Count | None = Field(default=None, description="cache entries of each sequence, if the engine fixes them")
 
 
 class TensorFacts(_Model):
@@ -86,8 +106,8 @@ class TensorFacts(_Model):
 class GraphFacts(_Model):
     """One graph of the bundle."""
 
-    file: str
-    target: str = Field(description="`portable` runs on every backend; others name the backend they are made for")
+    file: FileName
+    target: str = Field(description="`portable` runs on every backend; others name the backend that they are made for")
     inputs: list[TensorFacts]
     outputs: list[TensorFacts]
 
@@ -132,7 +152,7 @@ class GenerationFacts(_Model):
 class FileFacts(_Model):
     """A file's size in bytes and its digest."""
 
-    size: int
+    size: int = Field(ge=0)
     sha256: str
 
 
@@ -186,9 +206,12 @@ class StrippedPlan(FileFacts):
 class SharedWeights(_Model):
     """Weights that the plans do not repeat, because the bundle they were built from holds the same bytes."""
 
-    source: str = Field(description="directory of the weights file as seen from the engine bundle, where a copy comes first")
+    source: Annotated[str, AfterValidator(_directory)] = Field(
+        description="the directory of the weights file, absolute or as seen from the engine bundle; it may be anywhere, "
+        "because size and digest say whether it is the right file. A copy in the engine bundle itself comes first"
+    )
     file: FileFacts = Field(description=f"of {WEIGHTS_NAME}")
-    plans: dict[str, StrippedPlan] = Field(description="by file name")
+    plans: dict[FileName, StrippedPlan] = Field(description="by file name")
 
 
 class EngineFacts(_Model):
@@ -223,7 +246,7 @@ class Manifest(_Model):
     quantization: QuantizationFacts | None = None
     graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.TARGET` where one has graphs of its own")
     tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
-    files: dict[str, FileFacts]
+    files: dict[FileName, FileFacts]
     provenance: Provenance
     validation: ValidationFacts = ValidationFacts(status="not run")
     engine: EngineFacts | None = None
@@ -236,29 +259,27 @@ class Manifest(_Model):
             BundleError: there is none, it is damaged, or its schema is of another version.
         """
         path = Path(bundle) / MANIFEST_NAME
-        if not path.is_file():
-            raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
         try:
-            data = json.loads(path.read_text())
+            if not path.is_file():
+                raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
+            data = read_json(path)
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise BundleError(
-                    f"{path} has schema version {version}, this medusa-export reads {SCHEMA_VERSION}; export it again"
+                    f"{path} has schema version {version!r:.40}, this medusa-export reads {SCHEMA_VERSION}; export it again"
                 )
             manifest = cls.model_validate(data)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
+            raise BundleError(f"{path}: {first_problem(error)}; export the bundle again") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{path} cannot be read ({first_line(error)}); export the bundle again") from error
         if problem := manifest.incompleteness():
             raise BundleError(f"{path}: {problem}; {manifest.remedy}")
         return manifest
 
     @property
     def remedy(self) -> str:
-        """What helps where the bundle is damaged."""
+        """What to do if the bundle is damaged."""
         if self.kind == "onnx":
             return "export the bundle again"
         return "copy the engines again, or build them again with: medusa-export trt"
@@ -271,8 +292,9 @@ class Manifest(_Model):
         needed |= {WEIGHTS_NAME} if self.kind == "onnx" else set()
         if missing := needed - self.files.keys():
             return f"files: {', '.join(sorted(missing))} is missing"
-        if strange := [name for name in self.files if Path(name).name != name]:
-            return f"files: {strange[0]!r} is not a plain file name"
+        parents, ranks = self.tree.get("parents", []), self.tree.get("ranks", [])
+        if self.tree.keys() != {"parents", "ranks"} or not parents or len(parents) != len(ranks):
+            return "tree: it must have parents and ranks, one of each for every node"
         defaults = DecodingDefaults() if self.generation is None else self.generation.defaults
         suppressed = [*(defaults.suppress_tokens or []), *(defaults.begin_suppress_tokens or [])]
         if outside := [token for token in suppressed if not 0 <= token < self.model.vocab_size]:
@@ -289,10 +311,13 @@ class Manifest(_Model):
         outputs = {tensor.name for tensor in self.graphs[STEP].outputs if tensor.name.startswith("present.")}
         if unshared := outputs - engine.aliases.keys():
             return f"engine.aliases: {min(unshared)} is missing"
+        plans = self.files if engine.shared_weights is None else engine.shared_weights.plans
+        if lacking := {self.graphs[name].file for name in (STEP, HEADS)} - plans.keys():
+            return f"engine.shared_weights.plans: {min(lacking)} is missing"
         return None
 
     def graph(self, name: str, backend: str = PORTABLE) -> GraphFacts:
-        """The graph of that name for a backend: its own, or else the portable one."""
+        """The graph of that name for a backend: one made for it, or else the portable one."""
         return self.graphs.get(f"{name}.{backend}", self.graphs[name])
 
     def save(self, bundle: str | Path) -> None:
@@ -300,12 +325,12 @@ class Manifest(_Model):
         write_whole(Path(bundle) / MANIFEST_NAME, self.model_dump_json(indent=2, exclude_none=True) + "\n")
 
     def content_digest(self) -> str:
-        """One SHA-256 for all files: it stays the same when the bundle is validated again."""
+        """One SHA-256 over all files: it stays the same if the bundle is validated again."""
         lines = "".join(f"{facts.sha256}  {name}\n" for name, facts in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def mismatches(self, bundle: str | Path) -> list[str]:
-        """Compare every file with its size and digest; one line for each that differs, none when all is well."""
+        """Compare every file with its size and digest. Returns one line for each file that differs."""
         problems = []
         for name, facts in self.files.items():
             path = Path(bundle) / name
@@ -322,6 +347,13 @@ class Manifest(_Model):
         if problems := self.mismatches(bundle):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; {self.remedy}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line: the field's path and why."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return " ".join(f"{field[:120]}: {first['msg']}".split())
 
 
 def file_facts(path: Path) -> FileFacts:

@@ -99,7 +99,7 @@ class StepCosts:
             BundleError: the file is missing or damaged.
         """
         try:
-            data: dict[str, Any] = json.loads(Path(path).read_text())
+            data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             costs = cls(**data)
             costs.check()
         except (OSError, ValueError, TypeError, AttributeError) as error:

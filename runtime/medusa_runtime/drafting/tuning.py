@@ -9,10 +9,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from medusa_runtime.bundle.files import write_whole
-from medusa_runtime.bundle.manifest import TUNING_NAME, Manifest, Provenance
+from medusa_runtime.bundle.manifest import TUNING_NAME, Manifest, Provenance, first_problem
 from medusa_runtime.drafting.costs import StepCosts
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.errors import BundleError, MedusaError
+from medusa_runtime.errors import BundleError, MedusaError, first_line
 
 Kind = Literal["plain", "static", "dynamic"]
 log = logging.getLogger(__name__)
@@ -147,11 +147,9 @@ class Tuning(_Model):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise BundleError(f"{path} is damaged or of another version ({field}: {first['msg']})") from error
+            raise BundleError(f"{path} is damaged or of another version ({first_problem(error)})") from error
         except (OSError, MedusaError, ArithmeticError, TypeError) as error:
-            raise BundleError(f"{path} cannot be read ({error})") from error
+            raise BundleError(f"{path} cannot be read ({first_line(error)})") from error
 
     def save(self, bundle: str | Path) -> None:
         """Write it into a bundle, at once or not at all."""

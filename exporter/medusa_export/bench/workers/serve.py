@@ -77,7 +77,7 @@ def timed(decode: Decode) -> Callable[[list[int], int], dict[str, Any]]:
 def memory() -> dict[str, float]:
     """The most memory this process has had, in MB, and what it has now where the system tells."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         import resource  # noqa: PLC0415 - not everywhere
 
@@ -89,7 +89,7 @@ def memory() -> dict[str, float]:
 
 def _private_stdout() -> TextIO:
     """Keep stdout for answers: whatever else a library prints there goes to stderr."""
-    private = os.fdopen(os.dup(STDOUT), "w")
+    private = os.fdopen(os.dup(STDOUT), "w", encoding="utf-8")
     os.dup2(STDERR, STDOUT)
     return private
 
