@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
@@ -25,6 +25,8 @@ from medusa_runtime.text.codec import Prompt, TextCodec
 
 if TYPE_CHECKING:
     from medusa_runtime.text.grammar import GrammarCompiler
+
+AnyPrompt = Prompt | Sequence[int]  # text, messages, or token ids
 
 
 class MedusaLM:
@@ -126,7 +128,7 @@ class MedusaLM:
         """The bundle's facts and limits."""
         return self.engine.backend.manifest
 
-    def submit(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+    def submit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Queue a request and return at once.
 
         Args:
@@ -146,17 +148,17 @@ class MedusaLM:
         """
         return self._submit(self._request(prompt, GenerationOptions.of(options, **fields)))
 
-    async def asubmit(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+    async def asubmit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """`submit` for asyncio: the prompt is tokenised, and a structure compiled, beside the event loop."""
         checked = GenerationOptions.of(options, **fields)
         return self._submit(await asyncio.to_thread(self._request, prompt, checked))
 
-    def generate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
+    def generate(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
         """Answer a prompt. Arguments and errors as for `submit`, and those of `Handle.result`."""
         return self.submit(prompt, options, **fields).result()
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], options: GenerationOptions | None = None, /, **fields: Any
+        self, prompts: Sequence[AnyPrompt], options: GenerationOptions | None = None, /, **fields: Any
     ) -> list[GenerationResult]:
         """Answer any number of prompts, side by side as far as there is room. Arguments and errors as for `generate`.
 
@@ -173,16 +175,18 @@ class MedusaLM:
             handles.append(self._submit(request, waits=True))
         return [handle.result() for handle in handles]
 
-    def stream(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+    def stream(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Answer a prompt, one chunk a step: iterate over what is returned. Arguments and errors as for `submit`."""
         return self.submit(prompt, options, **fields)
 
-    async def agenerate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
+    async def agenerate(
+        self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any
+    ) -> GenerationResult:
         """`generate` for asyncio. Cancelling the task cancels the request."""
         return await (await self.asubmit(prompt, options, **fields)).aresult()
 
     async def astream(
-        self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any
+        self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any
     ) -> AsyncIterator[GenerationChunk]:
         """`stream` for asyncio: iterate with `async for`. Leaving the loop cancels the request.
 
@@ -237,7 +241,7 @@ class MedusaLM:
         handle.owner = self
         return handle
 
-    def _request(self, prompt: Prompt, options: GenerationOptions) -> Request:
+    def _request(self, prompt: AnyPrompt, options: GenerationOptions) -> Request:
         """Check a request, and turn its text into tokens and its structure into a grammar."""
         since = time.perf_counter()
         options = with_defaults(options, self.manifest.generation)
@@ -247,11 +251,11 @@ class MedusaLM:
         decoding = self.engine.check(self._prompt_ids(prompt, options), options)
         return Request(decoding, self._guides(options), stop, special_stops, since)
 
-    def _prompt_ids(self, prompt: Prompt, options: GenerationOptions) -> list[int]:
-        if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and all(type(one) is int for one in prompt):
-            return [one for one in prompt if isinstance(one, int)]
+    def _prompt_ids(self, prompt: AnyPrompt, options: GenerationOptions) -> list[int]:
+        if isinstance(prompt, Sequence) and prompt and all(type(part) is int for part in prompt):
+            return list(cast("Sequence[int]", prompt))
         return self.codec.encode(
-            prompt,
+            cast("Prompt", prompt),
             raw=options.raw,
             template=options.chat_template,
             template_options=options.template_options or None,

@@ -1,4 +1,4 @@
-"""Opening a bundle: manifest → placement → tuning → tree and costs → engine. Arguments are checked before gigabytes are read."""
+"""Opening a bundle: manifest → placement → tuning → tree and costs → engine. Arguments are checked first."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Dynamic
 from medusa_runtime.drafting.draft import Draft
 from medusa_runtime.drafting.lookup import Continuation
 from medusa_runtime.drafting.ngrams import RATIO_STEP, NGrams, rest_log_prob
-from medusa_runtime.drafting.proposals import CandidateSet, candidates_for
+from medusa_runtime.drafting.proposals import CandidateSet, HeadGuesses, candidates_for
 from medusa_runtime.errors import BundleError, OptionError
 from tests.support import fake_backend
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, fake_manifest, greedy, repeating_token
@@ -140,8 +140,8 @@ def test_the_tree_is_of_the_likeliest_of_all_paths(seed, num_nodes, max_depth) -
 
     extend(())
     places = candidates_for(DynamicTree(20), 3, 4)
-    candidates = with_ngrams(places, num_nodes).candidates(1, ids, log_probs, max_depth, previous_id=6)
-    draft = candidates.draft(num_nodes)
+    proposals = with_ngrams(places, num_nodes).proposals(1, HeadGuesses(ids, log_probs), max_depth, previous_id=6)
+    draft = proposals.likeliest(num_nodes)
     best = sorted(paths.values(), reverse=True)[:num_nodes]
     assert draft.num_nodes == len(best)
     found = [path_of(draft, node) for node in range(draft.num_nodes)]
@@ -167,13 +167,13 @@ def test_prompt_lookup_joins_what_n_grams_find() -> None:
     places = with_ngrams(candidates_for(DynamicTree(6), 3, 4), 6)
     known, new = int(ids[0, 0]), int(next(token for token in range(9) if token not in ids[0]))
     said = [Continuation([known], [0.99]), Continuation([new, 5], [0.98, 0.97])]
-    draft = places.candidates(1, ids, log_probs, 3, said, previous_id=6).draft(4)
+    draft = places.proposals(1, HeadGuesses(ids, log_probs), 3, said, previous_id=6).likeliest(4)
     assert {path_of(draft, node) for node in range(4)} == {(), (known,), (new,), (new, 5)}
 
 
 def test_without_the_heads_there_is_the_root_alone() -> None:
     places = with_ngrams(candidates_for(DynamicTree(6), 3, 4), 6)
-    assert places.candidates(4, None, None, 3, previous_id=6).tokens.tolist() == [4]
+    assert places.proposals(4, None, 3, previous_id=6).tokens.tolist() == [4]
 
 
 def states(answers: list[list[int]]) -> HiddenStates:

@@ -17,6 +17,7 @@ from medusa_runtime import (
     ClosedError,
     DecodingEngine,
     DynamicTree,
+    GenerationOptions,
     MedusaLM,
     OptionError,
     QueueFullError,
@@ -30,11 +31,14 @@ LETTERS = "".join(chr(ord("a") + number % 26) if number < 26 else chr(ord("A") +
 class LetterCodec:
     """A token is a letter."""
 
-    def encode(self, prompt, *, raw=False):
+    def encode(self, prompt, **_):
         return [LETTERS.index(letter) for letter in prompt]
 
     def decode(self, token_ids):
         return "".join(LETTERS[token] for token in token_ids)
+
+    def special_token_id(self, text):
+        return None
 
 
 def text_of(prompt: str, num_tokens: int) -> str:
@@ -173,12 +177,10 @@ def test_a_full_queue_refuses_at_once() -> None:
     with service(max_batch_size=1, max_queue=2, backend=backend) as lm:
         handles = [lm.submit("a", max_new_tokens=3) for _ in range(3)]
         with pytest.raises(
-            QueueFullError, match="3 answers are under way and 1 more were asked for, there is room for 3: max_b"
+            QueueFullError, match=r"the queue is full: 3 of 3 answers under way \(max_batch_size 1 \+ max_queue 2\), 1 more"
         ):
             lm.submit("a", max_new_tokens=3)
-        with pytest.raises(QueueFullError):
-            lm.generate_batch(["a"], max_new_tokens=3)
-        assert lm.stats().num_refused == 2
+        assert lm.stats().num_refused == 1
         with pytest.raises(CapacityError, match="n is 4; there is never room for more than 3 answers"):
             lm.submit("a", n=4)
         gate.is_open.set()
@@ -189,7 +191,22 @@ def test_a_batch_may_be_larger_than_the_queue() -> None:
     prompts = [LETTERS[number] for number in range(50)]
     with service(max_batch_size=2, max_queue=1) as lm:
         results = lm.generate_batch(prompts, max_new_tokens=7)
+        stats = lm.stats()
     assert [result.text for result in results] == [text_of(prompt, 7) for prompt in prompts]
+    assert (stats.num_refused, stats.num_completed) == (0, 50)  # its own waiting is no refusal
+
+
+def test_a_batch_larger_than_the_queue_takes_any_room_there_is() -> None:
+    """The first answer is long: the others do not wait for it."""
+    lengths = {"a": 200} | {LETTERS[number]: 3 for number in range(1, 12)}
+    gate, backend = gated(num_free_steps=60)
+    with service(max_batch_size=2, max_queue=0, backend=backend) as lm:
+        requests = [lm._request(prompt, GenerationOptions(max_new_tokens=count)) for prompt, count in lengths.items()]
+        handles = [lm._submit(request, waits=True) for request in requests]
+        assert [handle.result(30).text for handle in handles[1:]] == [text_of(prompt, 3) for prompt in list(lengths)[1:]]
+        assert not handles[0].is_done
+        gate.is_open.set()
+        assert handles[0].result(30).text == text_of("a", 200)
 
 
 def test_a_closed_service_ends_what_is_under_way_and_refuses_more() -> None:
@@ -321,6 +338,8 @@ def test_stop_strings_end_the_answer_before_them_and_are_not_given_out() -> None
         assert result.text == "".join(chunk.text for chunk in chunks) == cut
         assert result.finish_reason == chunks[-1].finish_reason == "stop"
         assert len(result.token_ids) == whole.index(stop) + len(stop)  # those of the stop string included
+        assert result.stats.num_generated_tokens == len(result.token_ids)
+        assert result.stop_reason == chunks[-1].stop_reason == stop
         assert lm.stats().num_completed == 1
 
 
@@ -344,7 +363,10 @@ def test_several_answers_to_one_request() -> None:
     assert texts == ["".join(chunk.text for chunk in chunks if chunk.index == index) for index in range(6)]
     assert alone.text == texts[0]
     assert [choice.text for choice in greedy_ones.choices] == [text_of("abc", 5)] * 3
-    assert sum(choice.stats.num_cached_tokens for choice in result.choices) >= 3 * 2  # the prompt is not read six times
+    long = "abcdefghij" * 10
+    with service() as lm:
+        result = lm.generate(long, max_new_tokens=3, n=6, temperature=1.0, seed=5)
+    assert sum(choice.stats.num_cached_tokens for choice in result.choices) == 5 * 99  # the prompt is read once
 
 
 def test_a_random_seed_is_told_and_repeats_the_answer() -> None:

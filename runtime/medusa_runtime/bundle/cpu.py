@@ -58,6 +58,20 @@ def memory_limit(root: Path = ROOT) -> int | None:
     return min((size for size in (_physical_memory(), *v2, *v1) if size is not None), default=None)
 
 
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes of memory this process could still take: of the machine, or of its container if that has less. 0 if unknown.
+
+    Args:
+        root: the file system's root, where `proc` and `sys` are.
+    """
+    meminfo = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    kilobytes = meminfo.get("MemAvailable", "").split()[:1]
+    machine = int(kilobytes[0]) * 1024 if kilobytes else None
+    v2 = (_left(group / "memory.max", group / "memory.current") for group in _groups(root, ""))
+    v1 = (_left(group / "memory.limit_in_bytes", group / "memory.usage_in_bytes") for group in _groups(root, "memory"))
+    return min((size for size in (machine, *v2, *v1) if size is not None), default=0)
+
+
 def max_threads() -> int:
     """The most threads that an option may ask for: more than a few for each core only wait for each other."""
     return max(MIN_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
@@ -163,6 +177,12 @@ def _physical_memory() -> int | None:
     except (AttributeError, ValueError, OSError):  # not on every system
         return None
     return size if size > 0 else None
+
+
+def _left(limit: Path, used: Path) -> int | None:
+    """Bytes that a control group leaves; None if it has no limit."""
+    most, taken = _number(limit), _number(used)
+    return None if most is None or taken is None else max(most - taken, 0)
 
 
 def _number(path: Path) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_runtime.arrays import FloatArray, TokenBuffer
+from medusa_runtime.arrays import BoolArray, FloatArray, TokenBuffer
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
 from medusa_runtime.decoding.checks import DecodingRequest, check_request, check_tree, checked_batch_size
 from medusa_runtime.decoding.loop import generate
@@ -301,9 +301,8 @@ class DecodingEngine:
                 self._blame(youngest, error)
             else:
                 log.info("sequence %d waits for memory: %s", youngest.id, error)
-                self._reader.remove(youngest)
                 self._slots.release(youngest)
-                self._reader.add(youngest, first=True)
+                self._reader.put_back(youngest)
             return False
         return True
 
@@ -349,7 +348,7 @@ class DecodingEngine:
             return 0.0
         started = time.perf_counter()
         output = self.backend.propose(np.array(rows), np.array(root_ids))
-        are_sound = ~np.isnan(output.log_probs).any(axis=(1, 2))  # [B]
+        are_sound: BoolArray = ~np.isnan(output.log_probs.sum(axis=(1, 2)))  # [B]
         for row, sequence in enumerate(sequences):
             guesses = HeadGuesses(output.token_ids[row], output.log_probs[row])
             sequence.guesses = guesses if are_sound[row] else None
@@ -458,6 +457,7 @@ class DecodingEngine:
         """Take a finished sequence out of the engine."""
         self._reader.remove(sequence)
         self._slots.release(sequence, keep=sequence.error is None)
+        self._reader.has_memory = True
 
 
 def _is_fixed(sequence: DecodingSequence, proposals: Proposals) -> bool:

@@ -22,7 +22,7 @@ from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
 from medusa_runtime.decoding.sequence import DecodingSequence, token_logprob
 from medusa_runtime.decoding.slots import Slot, SlotPool
-from medusa_runtime.drafting.costs import LearnedCosts
+from medusa_runtime.drafting.costs import Costs, LearnedCosts
 from medusa_runtime.errors import CapacityError
 
 CHUNK = 512  # prompt tokens of a pass if nobody decodes
@@ -64,19 +64,23 @@ class PromptReader:
         self._waiting: deque[DecodingSequence] = deque()
         self._new: deque[DecodingSequence] = deque()  # have a slot, and had no turn yet
         self._begun: deque[DecodingSequence] = deque()  # had a turn, in the order of their next ones
-        self.costs = LearnedCosts()  # of passes
+        self.costs: Costs = LearnedCosts()  # of passes
+        self.has_memory = True  # False after a sequence was put back, until one ends
 
     @property
     def waiting(self) -> list[DecodingSequence]:
         """The sequences that have no slot yet."""
         return list(self._waiting)
 
-    def add(self, sequence: DecodingSequence, *, first: bool = False) -> None:
-        """Let a sequence wait for a slot, before or behind the others."""
-        if first:
-            self._waiting.appendleft(sequence)
-        else:
-            self._waiting.append(sequence)
+    def add(self, sequence: DecodingSequence) -> None:
+        """Let a sequence wait for a slot."""
+        self._waiting.append(sequence)
+
+    def put_back(self, sequence: DecodingSequence) -> None:
+        """Let a sequence that lost its slot for want of memory wait again, before all others, until some sequence ends."""
+        self.remove(sequence)
+        self._waiting.appendleft(sequence)
+        self.has_memory = False
 
     def remove(self, sequence: DecodingSequence) -> None:
         """Forget a sequence that has ended."""
@@ -91,7 +95,7 @@ class PromptReader:
         """
         admitted: list[tuple[DecodingSequence, int]] = []
         for sequence in list(self._waiting):
-            if len(self._slots.active) >= self._slots.num_slots:
+            if not self.has_memory or len(self._slots.active) >= self._slots.num_slots:
                 break
             if self._slots.should_wait(sequence):
                 continue

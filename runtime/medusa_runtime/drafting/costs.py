@@ -27,6 +27,11 @@ COST_PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2  # variances of the three coefficie
 class Costs(Protocol):
     """Seconds of steps and of the heads on one machine."""
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether the costs are more than a guess."""
+        ...
+
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
         """Seconds of a step of 1, 2 … `max_width` tokens a sequence. [max_width]
 
@@ -123,6 +128,11 @@ class StepCosts:
         """Write the table as JSON."""
         write_whole(Path(path), json.dumps(asdict(self)) + "\n")
 
+    @property
+    def is_warm(self) -> bool:
+        """See `Costs.is_warm`: they were measured."""
+        return True
+
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
         """See `Costs.steps`. The host's work is included if it was measured."""
         table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
@@ -165,7 +175,7 @@ class LearnedCosts:
 
     @property
     def is_warm(self) -> bool:
-        """Whether a step was seen."""
+        """See `Costs.is_warm`: whether a step was seen."""
         return bool(self._unit)
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:

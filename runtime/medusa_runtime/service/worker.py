@@ -50,8 +50,9 @@ class Worker:
         self._engine, self._codec = engine, codec
         self._most = max_queue + engine.max_batch_size
         self._max_queue = max_queue
-        self._changed = threading.Condition()  # guards all below
-        self._freed = threading.Condition(self._changed)  # an answer has ended
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # guards all below
+        self._freed = threading.Condition(lock)  # an answer has ended
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
         self._under_way: dict[int, tuple[Job, Answer]] = {}  # by sequence
@@ -153,6 +154,7 @@ class Worker:
         if self._closed is None:
             self._closed, self._since = why, time.time()
         self._changed.notify_all()
+        self._freed.notify_all()
 
     def _has_room(self, num_answers: int) -> bool:
         return self._num_open + num_answers <= self._most
