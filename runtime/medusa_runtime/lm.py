@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -164,9 +164,10 @@ class MedusaLM:
 
         All prompts are checked before the first is begun. While the queue is full, the next one waits.
         """
-        if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
-            found = "empty" if not prompts else "one prompt"
-            raise OptionError(f"prompts is {found}; generate_batch takes a list of at least one prompt, generate takes one")
+        if not isinstance(prompts, Sequence) or not prompts:
+            raise OptionError("there is no prompt; generate_batch takes a list of prompts")
+        if isinstance(prompts, str) or isinstance(prompts[0], int | Mapping):
+            raise OptionError("prompts is a single prompt; generate_batch takes a list of prompts, and generate takes one")
         checked = GenerationOptions.of(options, **fields)
         requests = [self._request(prompt, checked) for prompt in prompts]
         handles = []
