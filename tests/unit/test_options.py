@@ -68,7 +68,6 @@ DICTIONARIES = [
     (5, "list of dictionaries"),
     ([5], "list of dictionaries"),
     ("a", "list of"),
-    ([{1: 2}], "string"),
     ([None], "list"),
 ]
 TEXT = [(5, "string"), (["a"], "string"), (1.0, "string")]
