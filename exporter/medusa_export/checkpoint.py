@@ -209,8 +209,8 @@ def _require_generation_config(directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} is damaged: it must be a JSON object")
