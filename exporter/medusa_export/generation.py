@@ -8,6 +8,7 @@ export and the validation can tell them.
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 from transformers import GenerationConfig
@@ -65,7 +66,7 @@ def generation_facts(backbone: Backbone) -> GenerationFacts | None:
     config: GenerationConfig | None = backbone.model.generation_config
     if config is None:
         return None
-    settings = {name: value for name, value in config.to_dict().items() if value is not None}
+    settings = {name: value for name, value in json.loads(config.to_json_string()).items() if value is not None}
     asked = {name for name, neutral in ALL.items() if name in settings and settings[name] not in neutral}
     usable = {name for name in asked & {*FOLLOWED, *SAMPLING} if _is_option(name, settings[name])}
     defaults = {name: settings[name] for name in usable & {*FOLLOWED}}

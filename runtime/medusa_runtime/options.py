@@ -169,7 +169,7 @@ class GenerationOptions(DecodingOptions):
         False, description="go on with the last message, which is left open, instead of beginning a new one"
     )
     plain_content: bool = Field(
-        False, description="read messages as plain text, even where they spell special tokens such as <|im_start|>"
+        False, description="read messages as plain text, so that text which looks like a special token is no special token"
     )
     json_schema: Mapping[str, Any] | None = Field(None, description="the answer is JSON that this schema allows")
     regex: str | None = Field(None, description="the answer matches this whole expression")

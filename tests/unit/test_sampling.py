@@ -328,13 +328,15 @@ def test_the_answer_cannot_end_before_its_least_number_of_tokens() -> None:
         assert shaped([1, 2, 3], [1] * count, end_ids=[0, 2], min_new_tokens=3) == [banned[0], 2, banned[1]]
 
 
-def test_a_guide_leaves_what_it_allows() -> None:
+def test_a_guide_leaves_what_it_allows_after_a_path() -> None:
     class Even:
-        def allowed(self, token_ids):
-            return (np.arange(4) + len(token_ids)) % 2 == 0
+        def allowed(self, path):
+            return (np.arange(4) + len(path)) % 2 == 0
 
-    assert shaped([1, 2, 3, 4], [], guide=Even()) == [1, -np.inf, 3, -np.inf]
-    assert shaped([1, 2, 3, 4], [0], guide=Even(), logit_bias={0: 9}) == [-np.inf, 2, -np.inf, 4]
+    logits = np.array([1, 2, 3, 4], np.float32)
+    shaper = LogitsShaper(DecodingOptions.of(logit_bias={0: 9}), [0], frozenset(), Even())
+    assert shaper.shape(logits, [3]).tolist() == [10, -np.inf, 3, -np.inf]
+    assert shaper.shape(logits, [3, 0], [0]).tolist() == [-np.inf, 2, -np.inf, 4]
 
 
 def test_suppressed_tokens_never_come() -> None:
