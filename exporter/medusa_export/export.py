@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from medusa_export.bundles import is_bundle
+from medusa_export.chat import chat_templates
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
@@ -26,6 +26,7 @@ from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
+from medusa_runtime.text.template import ChatTemplate
 
 HEAD_TOP_K = 32  # what n-grams raise must be among the candidates (docs/decisions/0019-draft-ngrams.md)
 MAX_OPSET = 25  # what the torch exporter and the backends have been tried with
@@ -73,6 +74,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    chat = chat_templates(tokenizer, options.model)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
     draft_ids = None if options.full_head_vocabulary else heads.draft_ids
@@ -94,7 +96,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             limits=limits,
             graphs=facts,
             tree=tree.to_json(),
-            files=files | _write_text(tokenizer, directory) | _copy_ngrams(options.heads, directory),
+            files=files | _write_text(tokenizer, chat, directory) | _copy_ngrams(options.heads, directory),
             provenance=provenance(),
         )
         manifest.save(directory)
@@ -144,15 +146,10 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
     )
 
 
-def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, FileFacts]:
-    """The tokenizer and the chat template, as the runtime reads them."""
+def _write_text(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, directory: Path) -> dict[str, FileFacts]:
+    """The tokenizer and the chat templates, as the runtime reads them."""
     tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several templates by name
-        template = template.get("default")
-    chat = {"template": template, "special_tokens": special}
-    (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
+    chat.save(directory / CHAT_NAME)
     return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 

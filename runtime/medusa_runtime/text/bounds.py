@@ -1,0 +1,92 @@
+"""How many tokens a text has at least, without tokenising it: megabytes take seconds, and most of them fit no model."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from medusa_runtime.text.byte_fallback import BYTE
+
+NO_TOKEN = "\U000f1234"  # a private-use character, of which vocabularies know nothing
+
+
+class LengthBound:
+    """Bounds a text's tokens by its bytes.
+
+    A token stands for at most as many bytes as the longest token has, if the tokenizer drops and merges nothing on the way:
+    normalisers that may shorten a text (but NFC, which is applied here), splits that drop what they split at, and models with
+    an unknown token rule the bound out. White space beside a token that swallows it does not count.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.get_added_tokens_decoder().values()
+        normalizers = list(_parts(tokenizer.normalizer, "normalizers"))
+        self._is_composed = any(part["type"] == "NFC" for part in normalizers)
+        self._swallows_space = any(token.lstrip or token.rstrip for token in added)
+        self._longest: int | None = None  # bytes; None if there is no bound
+        if (
+            all(map(_keeps_length, normalizers))
+            and all(map(_drops_nothing, _parts(tokenizer.pre_tokenizer, "pretokenizers")))
+            and _spells_every_text(tokenizer)
+        ):
+            composed = [unicodedata.normalize("NFC", token.content) for token in added]
+            self._longest = max(len(token.encode()) for token in (*tokenizer.get_vocab(), *composed))
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that the text reaches or exceeds; 0 if nothing can be said."""
+        if self._longest is None:
+            return 0
+        if self._is_composed:
+            text = unicodedata.normalize("NFC", text)
+        if self._swallows_space:
+            text = "".join(text.split())
+        return -(-len(text.encode()) // self._longest)
+
+
+def _parts(component: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The settings of a tokenizer's component, or those of each of its parts."""
+    if component is not None:
+        yield from _flat(json.loads(component.__getstate__()), name)
+
+
+def _flat(settings: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    if settings["type"] == "Sequence":
+        for part in settings[name]:
+            yield from _flat(part, name)
+    else:
+        yield settings
+
+
+def _keeps_length(normalizer: dict[str, Any]) -> bool:
+    match normalizer:
+        case {"type": "NFC" | "Prepend" | "ByteLevel"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": pattern}, "content": content}:
+            return len(content.encode()) >= len(pattern.encode())
+    return False
+
+
+def _drops_nothing(pre_tokenizer: dict[str, Any]) -> bool:
+    match pre_tokenizer:
+        case {"type": "ByteLevel" | "Metaspace" | "Digits" | "UnicodeScripts"}:
+            return True
+        case {"type": "Split" | "Punctuation", "behavior": behavior}:
+            return bool(behavior != "Removed")
+    return False
+
+
+def _spells_every_text(tokenizer: Tokenizer) -> bool:
+    """Whether each byte of a text is in some token, also where no token knows the character."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    if any(part["type"] == "ByteLevel" for part in _parts(tokenizer.pre_tokenizer, "pretokenizers")) or any(
+        part["type"] == "ByteLevel" for part in _parts(tokenizer.normalizer, "normalizers")
+    ):
+        return isinstance(tokenizer.model, models.BPE) and all(
+            letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet()
+        )
+    spelled = tokenizer.model.tokenize(NO_TOKEN)
+    return len(spelled) == len(NO_TOKEN.encode()) and all(BYTE.fullmatch(token.value) for token in spelled)
