@@ -138,6 +138,7 @@ class ChatTemplate:
             return self._run(name, conversation)
         [mark] = self.unused([*conversation.strings(), *self.sources.values()], 1)
         text, _, after = self._run(name, _with_mark(conversation, mark + " ")).rpartition(mark)
+        text = text.replace(mark + " ", "").replace(mark, "")  # of a template that writes the message more than once
         written = _final_text(conversation.messages[-1])
         if not text or written.strip() not in text:
             raise OptionError("continue_final_message is given, but the chat template does not write the final message as it is")
