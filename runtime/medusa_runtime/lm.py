@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from medusa_runtime.backends.choosing import choose_backend, open_backend
 from medusa_runtime.bundle.cpu import device_key
@@ -23,9 +23,7 @@ from medusa_runtime.service.handle import Handle
 from medusa_runtime.service.results import GenerationResult, ServiceStats
 from medusa_runtime.service.worker import Worker
 from medusa_runtime.text.codec import Prompt, TextCodec
-
-if TYPE_CHECKING:
-    from medusa_runtime.text.grammar import GrammarCompiler
+from medusa_runtime.text.grammar import GrammarCompiler
 
 
 class MedusaLM:
@@ -46,7 +44,8 @@ class MedusaLM:
         self.engine = engine
         self.codec = codec
         self._worker = Worker(engine, codec, max_queue)
-        self._grammars: GrammarCompiler | None = None
+        model = engine.backend.manifest.model
+        self._grammars = GrammarCompiler(codec, model.vocab_size, model.eos_token_ids)
         weakref.finalize(self, self._worker.stop).atexit = False  # which does not wait: a collector may run it under any lock
 
     @classmethod
@@ -225,12 +224,7 @@ class MedusaLM:
         """What restricts each of a request's answers."""
         if not options.structure:
             return [None] * options.n
-        if self._grammars is None:
-            from medusa_runtime.text.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
-
-            model = self.manifest.model
-            self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)
-        guide = self._grammars.compile(options.structure)
+        guide = self._grammars.compile(options.structure, min_new_tokens=options.min_new_tokens)
         return [guide, *(guide.copy() for _ in range(options.n - 1))]
 
 

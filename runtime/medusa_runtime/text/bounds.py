@@ -25,16 +25,16 @@ class LengthBound:
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = tokenizer.get_added_tokens_decoder().values()
         normalizers = list(_parts(tokenizer.normalizer, "normalizers"))
+        splits = list(_parts(tokenizer.pre_tokenizer, "pretokenizers"))
+        is_byte_level = any(part["type"] == "ByteLevel" for part in [*normalizers, *splits])
         self._is_composed = any(part["type"] == "NFC" for part in normalizers)
         self._swallows_space = any(token.lstrip or token.rstrip for token in added)
         self._longest: int | None = None  # bytes; None if there is no bound
-        if (
-            all(map(_keeps_length, normalizers))
-            and all(map(_drops_nothing, _parts(tokenizer.pre_tokenizer, "pretokenizers")))
-            and _spells_every_text(tokenizer)
-        ):
-            composed = [unicodedata.normalize("NFC", token.content) for token in added]
-            self._longest = max(len(token.encode()) for token in (*tokenizer.get_vocab(), *composed))
+        if all(map(_keeps_length, normalizers)) and all(map(_drops_nothing, splits)) and _spells(tokenizer, is_byte_level):
+            spelled = [text for token in added for text in (token.content, unicodedata.normalize("NFC", token.content))]
+            vocabulary = tokenizer.get_vocab(with_added_tokens=False)  # of a byte-level tokenizer: one character a byte
+            lengths = map(len, vocabulary) if is_byte_level else (len(token.encode()) for token in vocabulary)
+            self._longest = max([*lengths, *(len(text.encode()) for text in spelled)])
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text reaches or exceeds; 0 if nothing can be said."""
@@ -79,14 +79,10 @@ def _drops_nothing(pre_tokenizer: dict[str, Any]) -> bool:
     return False
 
 
-def _spells_every_text(tokenizer: Tokenizer) -> bool:
-    """Whether each byte of a text is in some token, also where no token knows the character."""
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    if any(part["type"] == "ByteLevel" for part in _parts(tokenizer.pre_tokenizer, "pretokenizers")) or any(
-        part["type"] == "ByteLevel" for part in _parts(tokenizer.normalizer, "normalizers")
-    ):
-        return isinstance(tokenizer.model, models.BPE) and all(
-            letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet()
-        )
+def _spells(tokenizer: Tokenizer, is_byte_level: bool) -> bool:
+    """Whether each byte of a text is in some token, also if no token knows the character."""
+    if is_byte_level:
+        vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+        return isinstance(tokenizer.model, models.BPE) and vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
     spelled = tokenizer.model.tokenize(NO_TOKEN)
     return len(spelled) == len(NO_TOKEN.encode()) and all(BYTE.fullmatch(token.value) for token in spelled)
