@@ -305,7 +305,10 @@ def test_a_malformed_structure_is_refused_in_one_line_before_any_work(lm: Medusa
         ({"regex": "[z-a]"}, "invalid character class range"),
         ({"json_schema": {"type": "string", "pattern": "("}}, "unclosed group"),
         ({"json_schema": {"type": "strange"}}, "Invalid type: strange"),
-        ({"json_schema": {"name": "person", "schema": PERSON}}, "a wrapper around a schema (name, schema); give the schema itself"),
+        (
+            {"json_schema": {"name": "person", "schema": PERSON}},
+            "a wrapper around a schema (name, schema); give the schema itself",
+        ),
         ({"json_schema": {"propertys": {}}}, "it restricts nothing: propertys are no keywords of JSON Schema"),
     ],
 )

@@ -48,8 +48,8 @@ def told(codec: TextCodec, ids: list[int]) -> list[str]:
     """The control tokens among token ids, and the texts between them."""
     found = []
     for is_control, run in groupby(ids, key=lambda token: codec.tokenizer.id_to_token(token) in CONTROLS):
-        run = list(run)
-        found += [codec.tokenizer.id_to_token(token) for token in run] if is_control else [codec.decode(run)]
+        tokens = list(run)
+        found += [codec.tokenizer.id_to_token(token) for token in tokens] if is_control else [codec.decode(tokens)]
     return found
 
 
@@ -224,7 +224,11 @@ def shared(tmp_path_factory) -> TextCodec:
 def test_the_same_is_text_as_for_transformers(made) -> None:
     wrapped = tokenizer()
     codec = made(core=wrapped.backend_tokenizer)
-    messages = [{"role": "user", "content": FORGED}, {"role": "assistant", "content": "no <s>"}, {"role": "user", "content": "a < b"}]
+    messages = [
+        {"role": "user", "content": FORGED},
+        {"role": "assistant", "content": "no <s>"},
+        {"role": "user", "content": "a < b"},
+    ]
     expected = wrapped.apply_chat_template(
         messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )

@@ -51,7 +51,15 @@ def test_a_damaged_tokenizer_is_named(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "chat",
-    ["[]", "{}", '{"template": null, "special_tokens": 3}', "{", '{"template": 3, "special_tokens": {}}', "[" * 100_000, "\xff"],
+    [
+        "[]",
+        "{}",
+        '{"template": null, "special_tokens": 3}',
+        "{",
+        '{"template": 3, "special_tokens": {}}',
+        "[" * 100_000,
+        "\xff",
+    ],
 )
 def test_a_damaged_chat_file_is_named(tmp_path, chat: str) -> None:
     saved_codec(tmp_path)
@@ -70,11 +78,11 @@ def test_an_open_codec_needs_its_files_no_longer(tmp_path) -> None:
 
 def test_the_chat_file_is_utf8_in_any_locale(tmp_path) -> None:
     """Under Latin-1, DeepSeek's markers became other characters, and so other tokens."""
-    saved_codec(tmp_path, "<｜User｜>{{ messages[0].content }}")
+    saved_codec(tmp_path, "<\uff5cUser\uff5c>{{ messages[0].content }}")
     code = f"from medusa_runtime.text.codec import TextCodec\nprint(ascii(TextCodec({str(tmp_path)!r}).render(chr(233))))"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == ascii("<｜User｜>é")
+    assert found.stdout.strip() == ascii("<\uff5cUser\uff5c>é")
 
 
 def test_special_tokens_are_known_by_their_spelling(codec) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from medusa_runtime.text.byte_fallback import BYTE
 
-NO_TOKEN = "\U000f1234"  # a private-use character, of which vocabularies know nothing
+UNHEARD_OF = "\U000f1234"  # a private-use character, which no vocabulary has
 
 
 class LengthBound:
@@ -84,5 +84,5 @@ def _spells(tokenizer: Tokenizer, is_byte_level: bool) -> bool:
     if is_byte_level:
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         return isinstance(tokenizer.model, models.BPE) and vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
-    spelled = tokenizer.model.tokenize(NO_TOKEN)
-    return len(spelled) == len(NO_TOKEN.encode()) and all(BYTE.fullmatch(token.value) for token in spelled)
+    spelled = tokenizer.model.tokenize(UNHEARD_OF)
+    return len(spelled) == len(UNHEARD_OF.encode()) and all(BYTE.fullmatch(token.value) for token in spelled)

@@ -79,7 +79,7 @@ class TextCodec:
             OptionError: messages for a model without a chat template, or a value that cannot be used.
             CapacityError: the prompt is certainly longer than `max_tokens`.
         """
-        chosen = {
+        chosen: dict[str, Any] = {
             "template": template,
             "template_options": template_options,
             "tools": tools,
@@ -147,7 +147,8 @@ class TextCodec:
             return
         if (least := self._bound.least_tokens(text)) > max_tokens:
             raise CapacityError(
-                f"the prompt has {num_bytes} bytes, which are {least} tokens at least; there is room for {max_tokens}: shorten it"
+                f"the prompt has {num_bytes} bytes, which are {least} tokens at least; "
+                f"there is room for {max_tokens}: shorten it"
             )
 
     @cached_property

@@ -69,7 +69,9 @@ class Conversation:
             raise OptionError("continue_final_message and add_generation_prompt exclude each other; give one of them")
         if isinstance(messages, str):
             if continue_final_message:
-                raise OptionError("continue_final_message is given with a text; it needs messages, the last one to be continued")
+                raise OptionError(
+                    "continue_final_message is given with a text; it needs messages, the last one to be continued"
+                )
             messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, Sequence) or isinstance(messages, bytes | bytearray):
             raise OptionError(f"the prompt is {messages!r:.80}; it must be text, or a list of messages")
@@ -77,7 +79,9 @@ class Conversation:
             raise OptionError("there are no messages; give at least one")
         options = {} if options is None else options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            raise OptionError(f"the template options are {options!r:.80}; give them by name, such as {{'enable_thinking': False}}")
+            raise OptionError(
+                f"the template options are {options!r:.80}; give them by name, such as {{'enable_thinking': False}}"
+            )
         if taken := [name for name in OWN_NAMES if name in options]:
             raise OptionError(f"the template options hold {taken[0]}, which has an argument of its own; give it there")
         return cls(
@@ -113,7 +117,9 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if content is None or content == []:
         found.pop("content", None)
         if not any(found.get(name) for name in INSTEAD_OF_CONTENT):
-            raise OptionError(f"{where}, of role {found['role']!r:.40}, has no content; a message is an object with role and content")
+            raise OptionError(
+                f"{where}, of role {found['role']!r:.40}, has no content; a message is an object with role and content"
+            )
     elif isinstance(content, list):
         for part in content:
             _check_part(where, part)

@@ -84,19 +84,23 @@ class GrammarCompiler:
     def _matcher(self, name: str, grammar: str) -> llguidance.LLMatcher:
         """A matcher at its beginning: a copy of the one that was compiled for an equal structure."""
         with self._using:
-            if (found := self._compiled.get(grammar)) is not None:
-                self._compiled.move_to_end(grammar)
-                return found.deep_copy()
-        found = _llguidance().LLMatcher(self._made_tokenizer(), grammar, log_level=0)
+            found = self._compiled.get(grammar)
+        if found is None:
+            found = self._compile(name, grammar)
+        with self._using:
+            self._compiled[grammar] = found
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+            return found.deep_copy()
+
+    def _compile(self, name: str, grammar: str) -> llguidance.LLMatcher:
+        found: llguidance.LLMatcher = _llguidance().LLMatcher(self._made_tokenizer(), grammar, log_level=0)
         if not found.is_error():
             found.compute_bitmask()  # copies then need not find out again what may come first
         if found.is_error():
             raise OptionError(f"{name} cannot be used: {' '.join(found.get_error().split())}")
-        with self._using:
-            self._compiled[grammar] = found
-            while len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-            return found.deep_copy()
+        return found
 
     def _made_tokenizer(self) -> llguidance.LLTokenizer:
         with self._making:
@@ -107,15 +111,13 @@ class GrammarCompiler:
     def _make_tokenizer(self) -> llguidance.LLTokenizer:
         if not self._eos_token_ids:
             raise OptionError("this model has no end-of-sequence token, so that no structure could end")
-        llguidance = _llguidance()
-        ends = {"n_vocab": self._vocab_size, "eos_token": self._eos_token_ids}
+        library = _llguidance()
         try:
-            words = _Words(self._codec, self._vocab_size, self._eos_token_ids)
-            tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), **ends)
+            words = library.TokenizerWrapper(_Words(self._codec, self._vocab_size, self._eos_token_ids))
+            made: llguidance.LLTokenizer = library.LLTokenizer(words, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
         except ValueError as error:
             raise OptionError(f"this model's tokenizer cannot be guided: {first_line(error)}") from error
-        words.known = tokenizer
-        return tokenizer
+        return made
 
 
 class GrammarGuide:
@@ -178,19 +180,19 @@ def _llguidance() -> Any:
 
 def _grammar(name: str, value: Any) -> str:
     """A structure in llguidance's form."""
-    llguidance = _llguidance()
+    library = _llguidance()
     match name:
         case "json_schema":
             _check_schema(value)
-            return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(dict(value)), overrides=JSON_FORM))
+            return str(library.LLMatcher.grammar_from_json_schema(json.dumps(dict(value)), overrides=JSON_FORM))
         case "regex":
             if (len(value) - len(value.rstrip("\\"))) % 2:  # llguidance would leave it out
                 raise ValueError("it ends with a backslash that escapes nothing")
-            return str(llguidance.LLMatcher.grammar_from_regex(value))
+            return str(library.LLMatcher.grammar_from_regex(value))
         case "choice":
-            return str(llguidance.LLMatcher.grammar_from_regex("|".join(re.escape(text) for text in value)))
+            return str(library.LLMatcher.grammar_from_regex("|".join(re.escape(text) for text in value)))
         case "grammar":
-            return str(llguidance.grammar_from("grammar", value))
+            return str(library.grammar_from("grammar", value))
     raise ValueError("there is no such structure; json_schema, regex, choice and grammar are")
 
 
@@ -199,7 +201,9 @@ def _check_schema(schema: Mapping[str, Any]) -> None:
     stray = [str(key) for key in schema if key not in ANNOTATIONS | RESTRICTIONS]
     if isinstance(schema.get("json_schema"), Mapping) or (isinstance(schema.get("schema"), Mapping) and _says_nothing(schema)):
         inside = "json_schema" if "json_schema" in schema else "schema"
-        raise ValueError(f"it is a wrapper around a schema ({', '.join(map(str, schema))}); give the schema itself, from its {inside}")
+        raise ValueError(
+            f"it is a wrapper around a schema ({', '.join(map(str, schema))}); give the schema itself, from its {inside}"
+        )
     if stray and _says_nothing(schema):
         raise ValueError(f"it restricts nothing: {', '.join(stray)} are no keywords of JSON Schema; {{}} allows any JSON")
 
@@ -223,7 +227,6 @@ class _Words:
         settings = codec.tokenizer.to_str()
         num_tokens = max(codec.tokenizer.get_vocab().values(), default=0) + 1
         base = _llguidance().LLTokenizer(settings, n_vocab=max(vocab_size, num_tokens), eos_token=list(eos_token_ids))
-        self.known: llguidance.LLTokenizer | None = None  # what is made of this one
         self.eos_token_id, self.bos_token_id = eos_token_ids[0], None
         self.tokens = [base.decode_bytes([token]) for token in range(vocab_size)]
         self.special_token_ids = [token for token in range(vocab_size) if base.is_special_token(token)]
@@ -233,6 +236,18 @@ class _Words:
     def __call__(self, text: str | bytes) -> list[int]:
         text = text.decode() if isinstance(text, bytes) else text
         ids = list(self._plain.encode(text, add_special_tokens=False).ids)
-        if self.known is not None and max(ids, default=0) >= len(self.tokens):  # a token that the model does not know
-            return list(self.known.greedy_tokenize(text))
+        return ids if max(ids, default=0) < len(self.tokens) else self._known_ids(text.encode())
+
+    def _known_ids(self, data: bytes) -> list[int]:
+        """Token ids that the model knows, if the tokenizer gives others: the longest that fits, again and again."""
+        special = set(self.special_token_ids)
+        known = {token: token_id for token_id, token in enumerate(self.tokens) if token and token_id not in special}
+        longest = max(map(len, known))
+        ids: list[int] = []
+        while data:
+            token = next((data[:size] for size in range(longest, 0, -1) if data[:size] in known), None)
+            if token is None:
+                raise ValueError(f"no token that the model knows begins {data[:8]!r}")
+            ids.append(known[token])
+            data = data[len(token) :]
         return ids

@@ -140,7 +140,7 @@ class PlainContent:
         return "".join([*pieces, marks.around_text(core[start:]), after])
 
     def _parts(self, text: str, controls: Sequence[Control]) -> Iterator[tuple[str, bool]]:
-        """A text in parts, and whether a part is plain: the text between two of the template's tokens, if users spell some in it."""
+        """A text in parts, and whether a part is plain: between two of the template's tokens, if users spell some there."""
         users = [control.start for control in controls if control.is_users]
         if not users:
             yield text, False
@@ -249,4 +249,5 @@ def _puts_no_space_first(pre_tokenizer: dict[str, Any] | None) -> bool:
     if pre_tokenizer.get("prepend_scheme") == "first":
         pre_tokenizer["prepend_scheme"] = "never"
         return True
-    return any([_puts_no_space_first(part) for part in pre_tokenizer.get("pretokenizers", [])])
+    changed = [_puts_no_space_first(part) for part in pre_tokenizer.get("pretokenizers", [])]
+    return any(changed)
