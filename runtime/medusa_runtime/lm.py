@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
@@ -22,9 +21,7 @@ from medusa_runtime.service.handle import Handle, Request
 from medusa_runtime.service.results import GenerationChunk, GenerationResult, Health, ServiceStats
 from medusa_runtime.service.worker import Worker
 from medusa_runtime.text.codec import Prompt, TextCodec
-
-if TYPE_CHECKING:
-    from medusa_runtime.text.grammar import GrammarCompiler
+from medusa_runtime.text.grammar import GrammarCompiler
 
 AnyPrompt = Prompt | Sequence[int]  # text, messages, or token ids
 
@@ -46,8 +43,8 @@ class MedusaLM:
         self.engine = engine
         self.codec = codec
         self._worker = Worker(engine, codec, max_queue)
-        self._grammars: GrammarCompiler | None = None
-        self._compiling = threading.Lock()  # guards the one above
+        model = engine.backend.manifest.model
+        self._grammars = GrammarCompiler(codec, model.vocab_size, model.eos_token_ids)
         # stop() does not wait: a finalizer may run while this thread holds any lock, so it must not join
         weakref.finalize(self, self._worker.stop).atexit = False
 
@@ -277,13 +274,7 @@ class MedusaLM:
         """What restricts each of a request's answers."""
         if not options.structure:
             return [None] * options.n
-        with self._compiling:
-            if self._grammars is None:
-                from medusa_runtime.text.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
-
-                model = self.manifest.model
-                self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)
-        guide = self._grammars.compile(options.structure)
+        guide = self._grammars.compile(options.structure, min_new_tokens=options.min_new_tokens)
         return [guide, *(guide.copy() for _ in range(options.n - 1))]
 
 

@@ -32,7 +32,7 @@ def saved_codec(
 def byte_fallback_tokenizer(*words: str, scheme: str | None = None, strip: bool = False) -> Tokenizer:
     """A tokenizer as Llama 2 has it: words, and bytes for all else.
 
-    `scheme` is where a space is put before a text: None for a normaliser that does it always, else Metaspace's `prepend_scheme`.
+    `scheme` is Metaspace's `prepend_scheme`: where a space is put before a text. With None, a normaliser puts it everywhere.
     """
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *BYTES, "▁", *words])}
     core = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))

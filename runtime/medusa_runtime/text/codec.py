@@ -79,7 +79,7 @@ class TextCodec:
             OptionError: messages for a model without a chat template, or a value that cannot be used.
             CapacityError: the prompt is certainly longer than `max_tokens`.
         """
-        chosen = {
+        chosen: dict[str, Any] = {
             "template": template,
             "template_options": template_options,
             "tools": tools,
@@ -96,13 +96,13 @@ class TextCodec:
         if raw:
             raise OptionError("raw takes text, not messages")
         conversation = self._conversation(prompt, **chosen)
-        if not plain_content:
-            text = self.chat.render(conversation, template)
-            self._check_text(text, max_tokens)
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        text, controls = self._plain_content.read(self.chat, conversation, self.chat.chosen(conversation, template))
+        name = self.chat.chosen(conversation, template)
+        conversation = self.chat.prepared(name, conversation)
+        text = self.chat.rendered(name, conversation)
         self._check_text(text, max_tokens)
-        return self._plain_content.token_ids(text, controls)
+        if plain_content:
+            return self._plain_content.token_ids(text, self._plain_content.controls(self.chat, name, conversation, text))
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out. An incomplete character becomes one replacement character."""
@@ -147,7 +147,8 @@ class TextCodec:
             return
         if (least := self._bound.least_tokens(text)) > max_tokens:
             raise CapacityError(
-                f"the prompt has {num_bytes} bytes, which are {least} tokens at least; there is room for {max_tokens}: shorten it"
+                f"the prompt has {num_bytes} bytes, which are {least} tokens at least; "
+                f"there is room for {max_tokens}: shorten it"
             )
 
     @cached_property

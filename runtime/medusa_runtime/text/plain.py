@@ -12,10 +12,10 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -27,8 +27,7 @@ CHANGED = "the chat template changes the contents, so that users' text cannot be
 READS_AS_SPECIAL = "the tokenizer makes a special token of plain text in this prompt; ask without plain_content"
 
 
-@dataclass(frozen=True)
-class Control:
+class Control(NamedTuple):
     """A control token in a text: characters start to end."""
 
     start: int
@@ -77,18 +76,22 @@ class PlainContent:
             raise OptionError(READS_AS_SPECIAL)
         return list(encoded.ids)
 
-    def read(self, chat: ChatTemplate, conversation: Conversation, name: str) -> tuple[str, list[Control]]:
-        """A conversation's text, and the control tokens in it.
+    def controls(self, chat: ChatTemplate, name: str, conversation: Conversation, text: str) -> list[Control]:
+        """The control tokens in the text that a template gave for a conversation.
+
+        Args:
+            chat: the bundle's.
+            name: the template's.
+            conversation: as `ChatTemplate.prepared` gives it.
+            text: as `ChatTemplate.rendered` gives it.
 
         Raises:
-            OptionError: the template refuses the conversation, or changes users' text so that it cannot be found.
+            OptionError: the template changes users' text so that it cannot be found.
         """
-        conversation = chat.prepared(name, conversation)
-        text = chat.rendered(name, conversation)
         found = self._controls(text)
         strings = list(conversation.strings())
         if not any(map(self._is_risky, strings)):
-            return text, found
+            return found
         marks = Marks(*chat.unused([*strings, *chat.sources.values(), text], 4))
         marked = chat.rendered(name, conversation.mapped(lambda string: self._marked(string, marks)))
         if any(f"{ord(mark):x}" in marked.lower() for mark in marks.all):  # escaped, for example in JSON
@@ -98,10 +101,10 @@ class PlainContent:
         if [control.token for control in again] != [control.token for control in found]:
             raise OptionError(CHANGED)
         is_users = list(map(placed.is_users, again))
-        return text, [replace(control, is_users=users) for control, users in zip(found, is_users, strict=True)]
+        return [control._replace(is_users=users) for control, users in zip(found, is_users, strict=True)]
 
     def token_ids(self, text: str, controls: Sequence[Control]) -> list[int]:
-        """Token ids of a text that was `read`.
+        """Token ids of a text whose `controls` are known.
 
         Raises:
             OptionError: the tokenizer makes a control token of plain text.
@@ -137,7 +140,7 @@ class PlainContent:
         return "".join([*pieces, marks.around_text(core[start:]), after])
 
     def _parts(self, text: str, controls: Sequence[Control]) -> Iterator[tuple[str, bool]]:
-        """A text in parts, and whether a part is plain: the text between two of the template's tokens, if users spell some in it."""
+        """A text in parts, and whether a part is plain: between two of the template's tokens, if users spell some there."""
         users = [control.start for control in controls if control.is_users]
         if not users:
             yield text, False
@@ -246,4 +249,5 @@ def _puts_no_space_first(pre_tokenizer: dict[str, Any] | None) -> bool:
     if pre_tokenizer.get("prepend_scheme") == "first":
         pre_tokenizer["prepend_scheme"] = "never"
         return True
-    return any([_puts_no_space_first(part) for part in pre_tokenizer.get("pretokenizers", [])])
+    changed = [_puts_no_space_first(part) for part in pre_tokenizer.get("pretokenizers", [])]
+    return any(changed)

@@ -52,14 +52,11 @@ class ChatTemplate:
             chat = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{path} cannot be read ({first_line(error)}); export the bundle again") from error
-        template, others, special_tokens = (
-            (chat.get("template"), chat.get("templates", {}), chat.get("special_tokens"))
-            if isinstance(chat, dict)
-            else (None, None, None)
-        )
+        chat = chat if isinstance(chat, dict) else {}
+        template, others, special_tokens = chat.get("template"), chat.get("templates", {}), chat.get("special_tokens")
         if not (isinstance(template, str | None) and _all_text(others) and _all_text(special_tokens)):
             raise BundleError(f"{path} has no template and special tokens; export the bundle again")
-        return cls(({DEFAULT: template} if template else {}) | others, special_tokens)
+        return cls(({DEFAULT: template} if template else {}) | others, special_tokens or {})
 
     def save(self, path: str | Path) -> None:
         """Write `chat.json`."""
@@ -138,6 +135,7 @@ class ChatTemplate:
             return self._run(name, conversation)
         [mark] = self.unused([*conversation.strings(), *self.sources.values()], 1)
         text, _, after = self._run(name, _with_mark(conversation, mark + " ")).rpartition(mark)
+        text = text.replace(mark + " ", "").replace(mark, "")  # of a template that writes the message more than once
         written = _final_text(conversation.messages[-1])
         if not text or written.strip() not in text:
             raise OptionError(
