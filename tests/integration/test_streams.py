@@ -72,7 +72,8 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(
 ) -> None:
     asked = [word.format(bundle=make_bundle()) for word in words]
     done = shell(*asked, streams=streams + ' | (exec <&-; sleep 0); echo "${PIPESTATUS[0]}"', **buffering)
-    assert (done.stdout, done.stderr) == (b"141\n", b"")
+    assert done.stdout == b"141\n"
+    assert all(line.startswith(b"  runs with ") for line in done.stderr.splitlines())  # what `tree` notes before
 
 
 def test_an_error_that_nobody_reads_keeps_its_exit_code() -> None:
@@ -129,7 +130,8 @@ def test_letters_that_an_encoding_lacks_are_escaped(make_bundle: Make, encoding:
 def test_tables_are_drawn_in_any_encoding(make_bundle: Make) -> None:
     for encoding in ("latin-1", "ascii"):
         table = shell("tree", "show", make_bundle(), PYTHONIOENCODING=encoding)
-        assert (table.returncode, table.stderr) == (0, b"")
+        assert table.returncode == 0
+        assert "root: " in table.stdout.decode(encoding)
 
 
 def test_a_files_name_that_is_no_text_is_printed_as_it_is(make_model: Make, tmp_path: Path) -> None:
