@@ -22,6 +22,7 @@ from environment import environment, publish
 from medusa_export.checkpoint import load_backbone
 from medusa_export.validate.compare import first_divergence
 from medusa_runtime import MedusaLM
+from medusa_runtime.bundle.files import json_text
 
 SUBJECTS = ("tides", "bread", "chess", "glass", "maps", "bees", "steam engines", "the moon")
 FORMS = ("Explain {} to a child.", "Write a short poem about {}.", "List five facts about {}, numbered.")
@@ -74,7 +75,7 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
             assert divergence is not None
             row["divergence"] = divergence.model_dump()
         rows.append(row)
-        click.echo(json.dumps(row), err=True)
+        click.echo(json_text(row), err=True)
     bad = [row for row in rows if not row["equal"] and row["divergence"]["margin"] > TIE_MARGIN]
     result = environment() | {
         "max_new_tokens": max_new_tokens,

@@ -26,6 +26,8 @@ from xml.etree import ElementTree as ET
 
 import click
 
+from medusa_runtime.bundle.files import json_text, write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ROOT / "recipes" / "heads" / "smollm2-135m-instruct"
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -268,7 +270,7 @@ def main(
         raise click.ClickException(f"there is no GPU to check: {why}")
     name = re.sub(r"[^a-z0-9]+", "-", report["doctor"]["gpus"][0]["name"].lower()).strip("-")
     target = output or ROOT / "bench" / "results" / f"gpu_{name}.json"
-    write: Callable[[], int] = lambda: target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
+    write: Callable[[], None] = lambda: write_whole(target, json_text(report, indent=1) + "\n")  # noqa: E731
     write()
     words = [word for name, value in bench.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
     try:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli import streams
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.options import decodes_a_bundle
-from medusa_runtime.bundle.files import read_json
+from medusa_runtime.bundle.files import json_text, read_json
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions
@@ -34,7 +34,12 @@ LEFT_OUT = ("tools", "documents", "template_options")  # fields that a command l
 @click.option("--tree", "tree_file", type=click.Path(path_type=Path), help="A candidate tree as JSON: choices, or parents.")
 @click.option("--tree-nodes", type=int, help="A tree of so many nodes, made anew at each step from the heads' probabilities.")
 @click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object with text, token ids and statistics; numbers that JSON lacks are null.",
+)
 @click.option("--allow-failed", is_flag=True, help="Run a bundle even though its validation failed.")
 @decodes_a_bundle
 def command(
@@ -64,7 +69,7 @@ def command(
     from medusa_runtime import Manifest, MedusaLM
 
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode()
+        prompt = _read_stdin()
     if tree_file is not None and tree_nodes is not None:
         raise OptionError("--tree and --tree-nodes exclude each other")
     given = {
@@ -93,7 +98,8 @@ def command(
         choices = _answer(lm, prompt, options, streamed=not as_json)
     if as_json:
         first, *others = [_facts(choice) for choice in choices]
-        click.echo(json.dumps(first | ({"choices": [first, *others]} if others else {}), ensure_ascii=False))
+        whole = first | ({"choices": [first, *others]} if others else {})
+        click.echo(json_text(whole, ensure_ascii=not streams.holds_unicode()))
     for choice in () if as_json else choices:
         stats = choice.stats
         click.echo(
@@ -127,6 +133,15 @@ def _facts(choice: Choice) -> dict[str, Any]:
     facts = dataclasses.asdict(choice)
     facts["stats"] |= rates
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise OptionError("-p - reads the prompt from stdin, and stdin is closed; give the prompt with -p")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"-p - reads the prompt from stdin, which cannot be read: {error.strerror or error}") from error
 
 
 def _bias(text: str) -> tuple[int, float]:

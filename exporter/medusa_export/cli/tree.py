@@ -40,8 +40,7 @@ def show(
     Of a bundle, the best fixed tree that was tuned for this device, or else the one in its manifest. Without a tuning or an
     evaluation, which takes heads for independent, nobody knows how often a node is accepted.
     """
-    from rich.console import Console
-
+    from medusa_export.console import stdout_console
     from medusa_export.tune.tree import Device, find_tree
 
     if plot is not None:
@@ -52,7 +51,7 @@ def show(
         if not plot.absolute().parent.is_dir():
             raise OptionError(f"{plot} cannot be written: there is no directory {plot.parent}")
     found = find_tree(source, Device(backend, device, threads), batch_size, evaluation)
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(found.source, markup=False, soft_wrap=True)
     console.print(found.drawn())
     if found.expected is not None:

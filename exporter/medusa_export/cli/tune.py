@@ -43,8 +43,7 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     `generate` use it on this device.
     The machine should do nothing else meanwhile. A minute or two for a small model.
     """
-    from rich.console import Console
-
+    from medusa_export.console import stdout_console
     from medusa_export.tune.report import show
     from medusa_export.tune.run import TuneOptions, tune
     from medusa_runtime.bundle.files import write_whole
@@ -55,4 +54,4 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     device, found = tune(TuneOptions(bundle=bundle, **((QUICK if quick else {}) | given)))
     if json_file is not None:
         write_whole(json_file, found.model_dump_json(indent=1, exclude_none=True) + "\n")
-    show(device, found, Console(highlight=False))
+    show(device, found, stdout_console())

@@ -103,8 +103,8 @@ def validate(
                 for target, variant in by_target(runnable_manifest, placement.backend).items():
                     side = BundleSide(runnable, variant, placement, target, num_threads=threads, cuda_graphs=cuda_graphs)
                     _compare(report, encoded, new_tokens, side, torch_side, given)
-                    side.backend.close()
-                    del side  # its weights, before the next one's are read
+                    side.backend.save()
+                    side.backend.close()  # frees its weights before the next one's are read
         except MedusaError as error:  # a bundle that does not run has failed
             if isinstance(error, OptionError) or (on_gpu and not report.prompt_logits):  # the prompts' fault, or the GPU's
                 raise

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: `manifest.json`, its schema, and the check of the files against it."""
+"""A bundle's manifest: the schema of `manifest.json`, and the check of the bundle's files against it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from medusa_runtime.errors import BundleError, first_line
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "validation.json"
-TUNING_NAME = "tuning.json"  # like the report, none of the files that the digest is of
-RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # what TensorRT-RTX compiled for a GPU; none of the digest's files either
+TUNING_NAME = "tuning.json"  # not part of the digest, and neither is the report
+RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # kernels that TensorRT-RTX compiled for a GPU; not part of the digest either
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
 EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
-PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # what a graph is made for
-ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider, a step of one sequence
+PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # the backends that a graph can be made for
+ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider and steps of one sequence
 STEP, HEADS = "step", "heads"
-PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; its heads have one of their own name
+PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; the heads' profile is called `heads`
 
 
 MAX_NAME_BYTES = 255  # of a file; most file systems take no more
@@ -53,9 +53,9 @@ class _Model(BaseModel):
 
 
 class ModelFacts(_Model):
-    """What the runtime must know of the backbone."""
+    """The facts about the backbone that the runtime needs."""
 
-    name: str = Field(description="where the checkpoint came from, as the user named it")
+    name: str = Field(description="the checkpoint, as the user named it")
     architecture: str = Field(description="the Transformers class that was traced")
     vocab_size: Count
     hidden_size: Count
@@ -74,7 +74,7 @@ class ModelFacts(_Model):
 
 
 class HeadFacts(_Model):
-    """What the runtime must know of the Medusa heads."""
+    """The facts about the Medusa heads that the runtime needs."""
 
     num_heads: Count
     num_layers: Count = Field(description="residual blocks of each head")
@@ -86,7 +86,7 @@ class HeadFacts(_Model):
 
 
 class Limits(_Model):
-    """What a request may ask for."""
+    """The largest requests and steps that the bundle takes."""
 
     max_seq_len: Count = Field(description="prompt and answer together, in tokens")
     max_batch_size: Count | None = Field(default=None, description="omitted: only memory limits it")
@@ -96,7 +96,7 @@ class Limits(_Model):
 
 
 class TensorFacts(_Model):
-    """A graph's input or output; a named dimension is dynamic."""
+    """An input or output of a graph. A dimension with a name is dynamic."""
 
     name: str
     dtype: str
@@ -113,14 +113,14 @@ class GraphFacts(_Model):
 
 
 class QuantizationFacts(_Model):
-    """How a bundle's weights are rounded, and what that changed."""
+    """How a bundle's weights are rounded, and how much that changed."""
 
     scheme: Scheme
-    activation_bits: Literal[8, 16] = Field(description="of what int8 weights are multiplied with, on the CPU")
-    smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not")
+    activation_bits: Literal[8, 16] = Field(description="of the numbers that int8 weights are multiplied with on the CPU")
+    smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not at all")
     source_bundle: str = Field(description="content digest of the bundle that was quantised")
-    quality: dict[str, float] = Field(description="against that bundle, over text of the model's own")
-    max_kl: float | None = Field(default=None, description="the mean KL divergence that was allowed, in nats")
+    quality: dict[str, float] = Field(description="compared with that bundle, on texts that the model wrote")
+    max_kl: float | None = Field(default=None, description="the largest mean KL divergence that was allowed, in nats")
 
 
 class DecodingDefaults(_Model):
@@ -165,7 +165,7 @@ class Provenance(_Model):
 
 
 class ValidationFacts(_Model):
-    """The last comparison with the reference; the details are in `report`."""
+    """The result of the last comparison with the reference; the file `report` has the details."""
 
     status: Literal["passed", "failed", "not run"]
     report: str | None = None
@@ -173,22 +173,22 @@ class ValidationFacts(_Model):
 
 
 class PartFacts(_Model):
-    """A weight's rows within those of a region."""
+    """One weight of a region: the rows of a region are made of the rows of its weights, side by side."""
 
-    source: int = Field(ge=0, description="where its first row is in the weights file; the others follow")
+    source: int = Field(ge=0, description="offset of its first row in the weights file, in bytes; the other rows follow")
     row_bytes: int = Field(gt=0)
 
 
 class RegionFacts(_Model):
-    """A run of a plan that is weights and nothing else: rows that hold a row of each part, side by side."""
+    """A run of a plan that holds only weights. Each of its rows holds one row of each part, side by side."""
 
-    offset: int = Field(ge=0, description="in the plan, in bytes")
+    offset: int = Field(ge=0, description="where the run begins in the plan, in bytes")
     rows: int = Field(gt=0)
     parts: list[PartFacts] = Field(min_length=1)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, all parts together."""
+        """Bytes of one row, with all parts."""
         return sum(part.row_bytes for part in self.parts)
 
     @property
@@ -198,13 +198,13 @@ class RegionFacts(_Model):
 
 
 class StrippedPlan(FileFacts):
-    """What a plan is with its weights put back: its size, its digest, and where they go, in order."""
+    """A plan whose weights were left out: its size and digest with the weights, and the regions they go to, in order."""
 
     regions: list[RegionFacts]
 
 
 class SharedWeights(_Model):
-    """Weights that the plans do not repeat, because the bundle they were built from holds the same bytes."""
+    """Weights that the plans leave out, because the bundle that they were built from holds the same bytes."""
 
     source: Annotated[str, AfterValidator(_directory)] = Field(
         description="the directory of the weights file, absolute or as seen from the engine bundle; it may be anywhere, "
@@ -215,19 +215,19 @@ class SharedWeights(_Model):
 
 
 class EngineFacts(_Model):
-    """What TensorRT engines were built for, and with."""
+    """What TensorRT engines were built for, and what they were built with."""
 
     flavor: Literal["tensorrt", "rtx"]
     tensorrt_version: str
     compute_capabilities: list[str]
     profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(description="profile → input → min, opt and max shape")
-    aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
-    source_bundle: str = Field(description="content digest of the ONNX bundle it was built from")
-    weights: EngineWeights = Field(default="as-is", description="how the weights of products are stored")
+    aliases: dict[str, str] = Field(description="output → the input whose memory the output must share")
+    source_bundle: str = Field(description="content digest of the ONNX bundle that the engines were built from")
+    weights: EngineWeights = Field(default="as-is", description="how the weights of matrix products are stored")
     hardware_compatibility: HardwareCompatibility = "none"
-    version_compatible: bool = Field(default=False, description="newer runtimes of the same major version load it as well")
-    lean_runtime: bool = Field(default=False, description="the plans bring a runtime along, so loading them runs their code")
-    built_with: dict[str, str] = Field(default_factory=dict, description="options, and GPU, driver and CUDA where there were")
+    version_compatible: bool = Field(default=False, description="newer runtimes of the same major version load the engines too")
+    lean_runtime: bool = Field(default=False, description="the plans contain a runtime, so loading them runs their code")
+    built_with: dict[str, str] = Field(default_factory=dict, description="options; GPU, driver and CUDA if there were any")
     device_memory: dict[str, int] = Field(default_factory=dict, description="estimate at the largest shapes, bytes by use")
     shared_weights: SharedWeights | None = None
 
@@ -244,7 +244,7 @@ class Manifest(_Model):
     limits: Limits
     generation: GenerationFacts | None = None
     quantization: QuantizationFacts | None = None
-    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.TARGET` where one has graphs of its own")
+    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`; `NAME.TARGET` for graphs made for one backend")
     tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
     files: dict[FileName, FileFacts]
     provenance: Provenance
@@ -285,7 +285,7 @@ class Manifest(_Model):
         return "copy the engines again, or build them again with: medusa-export trt"
 
     def incompleteness(self) -> str | None:
-        """What a manifest of the right form may still lack."""
+        """What is missing or contradictory in a manifest of the right form; None if it is complete."""
         if missing := {STEP, HEADS} - self.graphs.keys():
             return f"graphs: {', '.join(sorted(missing))} is missing"
         needed = {"tokenizer.json", "chat.json", *(graph.file for graph in self.graphs.values())}
