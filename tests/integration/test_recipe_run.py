@@ -217,7 +217,7 @@ def test_an_interrupted_run_goes_on(recipe: Path, done: Path, tmp_path: Path, mo
     assert not (output / "heads").exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_export.training.save_heads", _interrupt)
+        patch.setattr("medusa_export.head_training.training.save_heads", _interrupt)
         stopped = run(recipe, "-o", output)
     assert (stopped.exit_code, steps_of(stopped)) == (1, ["distill", "train"])
 

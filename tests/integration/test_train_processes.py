@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from medusa_export.training import TrainOptions, train
+from medusa_export.head_training.training import TrainOptions, train
 from medusa_heads.train.settings import TrainSettings
 
 Make = Callable[..., Path]

@@ -17,7 +17,7 @@ from medusa_export.bench.options import (
     BenchOptions,
     Sources,
 )
-from medusa_export.cli.options import decodes_a_bundle
+from medusa_export.command_options.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.errors import MedusaError, OptionError
 

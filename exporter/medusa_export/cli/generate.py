@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.options import decodes_a_bundle
+from medusa_export.command_options.shared_options import decodes_a_bundle
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions

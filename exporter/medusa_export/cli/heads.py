@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.cli.options import exclude_option, force_option, threads_option, trust_remote_code_option
+from medusa_export.command_options.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 
 if TYPE_CHECKING:
     from medusa_heads.replay import Evaluation
@@ -106,8 +106,8 @@ def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tu
     A row of the table is a head; head 1 guesses the token after the next. Beside heads as `evaluation.json`, the output is what
     `medusa-export onnx` takes the bundle's tree from.
     """
-    from medusa_export.evaluation import EvaluateOptions
-    from medusa_export.evaluation import evaluate as judge
+    from medusa_export.head_training.evaluation import EvaluateOptions
+    from medusa_export.head_training.evaluation import evaluate as judge
     from medusa_heads.replay import TREE_NODES
     from medusa_runtime.bundle.files import write_whole
     from medusa_runtime.errors import OptionError
@@ -177,7 +177,7 @@ def ngrams(**options: Any) -> None:
     The file is kept beside the heads, and `medusa-export onnx` takes it into the bundle. `medusa-export train` makes one; this
     is for heads from before, or for more answers.
     """
-    from medusa_export.ngrams import NGramOptions, make_ngrams
+    from medusa_export.head_training.draft_ngrams import NGramOptions, make_ngrams
 
     click.echo(make_ngrams(NGramOptions(**options)))
 

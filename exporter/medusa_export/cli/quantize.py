@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from medusa_export.cli.options import force_option, trust_remote_code_option
-
-SCHEMES = ("int8", "int8-blocks", "int4", "int8-int4")
-activation_bits_option = click.option(
-    "--activation-bits",
-    type=click.Choice(["8", "16"]),
-    help="int8: what weights are multiplied with on the CPU; 8 is faster, with outliers moved into the weights. [default: 16]",
+from medusa_export.command_options.shared_options import (
+    SCHEMES,
+    activation_bits_option,
+    as_bits,
+    force_option,
+    max_kl_option,
+    trust_remote_code_option,
 )
-max_kl_option = click.option(
-    "--max-kl",
-    type=click.FloatRange(min=0),
-    help="Refuse a result whose mean KL divergence from the original is more, in nats.",
-)
-
-
-def as_bits(choice: str | None) -> Literal[8, 16] | None:
-    """The number that an option's word stands for."""
-    return None if choice is None else 8 if choice == "8" else 16
 
 
 @click.command("quantize")

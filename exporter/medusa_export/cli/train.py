@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.options import exclude_option, force_option, threads_option, trust_remote_code_option
+from medusa_export.command_options.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 from medusa_heads.train.settings import TrainSettings
 
 
@@ -57,7 +57,7 @@ def command(
     Several processes share the work: `accelerate launch --num_processes 2 -m medusa_export train …`; on CPUs, that takes
     --multi_gpu all the same. A run that was stopped goes on under the same command.
     """
-    from medusa_export.training import TrainOptions, train
+    from medusa_export.head_training.training import TrainOptions, train
 
     options = TrainOptions(
         model,

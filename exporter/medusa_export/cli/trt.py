@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from medusa_export.cli.options import force_option
+from medusa_export.command_options.shared_options import force_option
 from medusa_runtime.bundle.manifest import EngineWeights, HardwareCompatibility
 
 if TYPE_CHECKING:

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import decodes_a_bundle, trust_remote_code_option
+from medusa_export.command_options.validate_options import validate_options
 
 
 @click.command("validate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", required=True, help="The model BUNDLE was made from: a directory, a hub id or a GGUF file.")
-@click.option("--heads", type=click.Path(path_type=Path), help="The heads BUNDLE was made from, to compare them too.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: some of our own]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="A prompt's answer.")
-@decodes_a_bundle
-@trust_remote_code_option
+@validate_options
 def command(
     bundle: Path,
     reference: str,

@@ -11,6 +11,10 @@ from typing import Any, Literal, get_type_hints
 import click
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from medusa_export.command_options.distill_options import distill_options
+from medusa_export.command_options.onnx_options import onnx_options
+from medusa_export.command_options.shared_options import Function, declared
+from medusa_export.command_options.validate_options import validate_options
 from medusa_heads.train.settings import TrainSettings
 
 SECTIONS = ("distill", "train", "onnx", "validate")
@@ -33,31 +37,32 @@ def section(name: str) -> type[BaseModel]:
 
 
 def _distill() -> type[BaseModel]:
-    from medusa_export.cli.distill import command  # noqa: PLC0415 - with what it belongs to
-    from medusa_export.distillation import DistillOptions  # noqa: PLC0415
+    from medusa_export.head_training.distillation import DistillOptions  # noqa: PLC0415
 
-    return _derived("distill", DistillOptions, command)
+    return _derived("distill", DistillOptions, distill_options)
 
 
 def _onnx() -> type[BaseModel]:
-    from medusa_export.cli.onnx import command  # noqa: PLC0415
     from medusa_export.export import ExportOptions  # noqa: PLC0415 - imports PyTorch
 
-    return _derived("onnx", ExportOptions, command)
+    return _derived("onnx", ExportOptions, onnx_options)
 
 
 def _validate() -> type[BaseModel]:
-    from medusa_export.cli.validate import command  # noqa: PLC0415
     from medusa_export.validate import validate  # noqa: PLC0415 - imports PyTorch
 
-    return _derived("validate", validate, command, leave_out=ON_CPU)
+    return _derived("validate", validate, validate_options, leave_out=ON_CPU)
 
 
 def _derived(
-    name: str, target: Callable[..., Any], command: click.Command, *, leave_out: Collection[str] = ()
+    name: str,
+    target: Callable[..., Any],
+    command_options: Callable[[Function], Function],
+    *,
+    leave_out: Collection[str] = (),
 ) -> type[BaseModel]:
     """A model with the target's arguments, bounded as the command's options of the same names are."""
-    hints, options = get_type_hints(target), {option.name: option for option in command.params}
+    hints, options = get_type_hints(target), declared(command_options)
     fields: dict[str, Any] = {}
     for argument, default in _defaults(target).items():
         if argument not in {*ELSEWHERE, *TRUST, *leave_out}:

@@ -168,7 +168,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
     import torch  # noqa: PLC0415 - a bundle needs none
 
     from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
-    from medusa_export.devices import fast_precision, torch_device  # noqa: PLC0415
+    from medusa_export.head_training.torch_devices import fast_precision, torch_device  # noqa: PLC0415
     from medusa_heads.distill import slots  # noqa: PLC0415
     from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
     from medusa_heads.train.hidden import backbone_digest  # noqa: PLC0415

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from medusa_runtime.backends.choosing import BACKENDS
 
 Function = Callable[..., Any]
+SCHEMES = ("int8", "int8-blocks", "int4", "int8-int4")
 
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 trust_remote_code_option = click.option(
@@ -37,6 +38,17 @@ cuda_graphs_option = click.option(
     help="On a GPU, capture steps and replay them. [default: yes with TensorRT, no with ONNX Runtime]",
 )
 
+activation_bits_option = click.option(
+    "--activation-bits",
+    type=click.Choice(["8", "16"]),
+    help="int8: what weights are multiplied with on the CPU; 8 is faster, with outliers moved into the weights. [default: 16]",
+)
+max_kl_option = click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0),
+    help="Refuse a result whose mean KL divergence from the original is more, in nats.",
+)
+
 
 def runs_a_bundle(function: Function) -> Function:
     """Add the options that say where a bundle runs: backend, device and CPU threads."""
@@ -46,3 +58,24 @@ def runs_a_bundle(function: Function) -> Function:
 def decodes_a_bundle(function: Function) -> Function:
     """Add those, and what a GPU may do beside when it decodes."""
     return runs_a_bundle(cuda_graphs_option(function))
+
+
+def as_bits(choice: str | None) -> Literal[8, 16] | None:
+    """The number that an option's word stands for."""
+    return None if choice is None else 8 if choice == "8" else 16
+
+
+def combined(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Several options as one decorator. `--help` lists them in this order."""
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def declared(options: Callable[[Function], Function]) -> dict[str, click.Parameter]:
+    """The options that such a decorator adds, by their parameters' names."""
+    return {option.name or "": option for option in click.command()(options(lambda: None)).params}

@@ -1,0 +1,1 @@
+"""Options of commands that are declared below the commands: those that several share, and those that recipes have as fields."""

@@ -1,0 +1,20 @@
+"""The options of `medusa-export validate`, which are the fields of a recipe's section too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from medusa_export.command_options.shared_options import combined, decodes_a_bundle, trust_remote_code_option
+
+validate_options = combined(
+    click.option("--reference", required=True, help="The model BUNDLE was made from: a directory, a hub id or a GGUF file."),
+    click.option("--heads", type=click.Path(path_type=Path), help="The heads BUNDLE was made from, to compare them too."),
+    click.option(
+        "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: some of our own]"
+    ),
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="A prompt's answer."),
+    decodes_a_bundle,
+    trust_remote_code_option,
+)
