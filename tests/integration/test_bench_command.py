@@ -180,7 +180,7 @@ def test_interrupted_it_keeps_what_there_is(make_bundle: Make, tmp_path: Path, m
     target = tmp_path / "out.json"
     result = run(make_bundle(), "--modes", "plain,tuned", "--max-new-tokens", 6, "--json", target, "--csv", tmp_path / "o.csv")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == f"Error: interrupted after 3 answers; {target} has what was measured"
+    assert result.stderr.splitlines()[-1] == f"Error: interrupted after 3 answers; the measurements so far are in {target}"
     assert "incomplete" in result.stdout
     kept = json.loads(target.read_text())
     assert kept["complete"] is False
@@ -223,7 +223,7 @@ def test_the_floor_counts_what_a_step_reads(make_bundle: Make, make_model: Make)
         (("--max-new-tokens", 250), "no prompt leaves room for 250 new tokens in the bundle's 256; lower --max-new-tokens"),
         (("--gguf", "nowhere.gguf"), "--gguf nowhere.gguf: there is nothing there"),
         (("--json", "nowhere/out.json"), "nowhere/out.json cannot be written"),
-        (("--steps", "0,3"), "'0,3': it must be whole numbers from 1 on with commas between them, or none"),
+        (("--steps", "0,3"), "'0,3': it must be whole numbers from 1 on, separated by commas, or none"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
     ],
 )

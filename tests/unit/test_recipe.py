@@ -239,7 +239,7 @@ def test_an_unknown_recipe_is_told_with_those_there_are(words: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--only", "train", "--from", "onnx"), "--only goes without --from and --to"),
+        (("--only", "train", "--from", "onnx"), "--only cannot be combined with --from or --to"),
         (("--from", "onnx", "--to", "train"), "--from onnx comes after --to train"),
         (
             ("--only", "distill", "--set", "distill=null", "--set", "data=[x]"),

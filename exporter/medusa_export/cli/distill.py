@@ -17,7 +17,7 @@ from medusa_export.command_options.distill_options import distill_options
 def command(mix: tuple[str, ...], prompts: tuple[Path, ...], **options: Any) -> None:
     """Have MODEL (a checkpoint or a bundle) answer prompts: training data for its heads.
 
-    What is interrupted goes on under the same command, without repeating or losing an answer.
+    Run the same command again to continue an interrupted run: no answer is repeated or lost.
     """
     from medusa_export.head_training.distillation import DistillOptions, distill
 

@@ -19,17 +19,21 @@ from medusa_runtime.options import GenerationOptions
 if TYPE_CHECKING:
     from medusa_runtime import Choice, MedusaLM
 
-BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags are not their values
+BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags need parsing of their own
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
 @options_from(GenerationOptions, leave_out=BY_HAND)
-@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit. May be given several times.")
-@click.option("--json-schema", type=click.Path(path_type=Path), help="A file: the answer is JSON that this schema allows.")
-@click.option("--tree", "tree_file", type=click.Path(path_type=Path), help="A candidate tree as JSON: choices, or parents.")
-@click.option("--tree-nodes", type=int, help="A tree of so many nodes, made anew at each step from the heads' probabilities.")
+@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
+@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
+@click.option(
+    "--tree", "tree_file", type=click.Path(path_type=Path), help="File with a candidate tree as JSON: choices or parents."
+)
+@click.option(
+    "--tree-nodes", type=int, help="Use a dynamic tree of this many nodes, rebuilt at each step from the heads' probabilities."
+)
 @click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
 @click.option("--allow-failed", is_flag=True, help="Run a bundle even though its validation failed.")
@@ -51,10 +55,11 @@ def command(
     threads: int,
     **fields: Any,
 ) -> None:
-    """Answer a prompt with BUNDLE: text streams to stdout, statistics go to stderr.
+    """Answer a prompt with BUNDLE. The text streams to stdout, statistics go to stderr.
 
-    Greedy without a temperature. With one, answers are samples of exactly the model's distribution, as without Medusa: the same
-    seed gives the same text either way (but for --acceptance typical, which accepts more).
+    Decoding is greedy unless a temperature is given. With a temperature, answers are samples of exactly the model's
+    distribution, and the same seed gives the same text with and without Medusa. The exception is --acceptance typical, which
+    accepts more drafts than that.
     """
     from medusa_export.placement import place
     from medusa_runtime import Manifest, MedusaLM
@@ -102,7 +107,7 @@ def command(
 
 
 def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> list[Choice]:
-    """The answers; the first one is printed as it comes, the others after it."""
+    """The answers. If `streamed`, the first is printed while it is decoded, the others after it."""
     handle = lm.stream(prompt, options)
     for chunk in handle:
         if streamed and chunk.index == 0:

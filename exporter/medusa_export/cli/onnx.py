@@ -28,14 +28,14 @@ def command(
 ) -> None:
     """Export MODEL (a directory, a hub id or a GGUF file) with its heads to an ONNX bundle.
 
-    A bundle that fails its validation is kept and marked as failed, and the exit code is 3.
+    If validation fails, the bundle is kept and marked as failed, and the exit code is 3.
     """
     from medusa_export.export import ExportOptions, export_bundle
     from medusa_export.progress import note
 
     if scheme is None:
         if max_kl is not None or activation_bits is not None:
-            raise OptionError("--max-kl and --activation-bits are for --quantize")
+            raise OptionError("--max-kl and --activation-bits need --quantize; leave them out, or give --quantize")
         export_bundle(ExportOptions(model=model, output=output, **options))
     else:
         from medusa_export.quantize import QuantizeOptions, export_quantized

@@ -27,10 +27,10 @@ def command(
 ) -> None:
     """Compare BUNDLE with the PyTorch model: logits of prompts and tree paths, and greedy decoding token by token.
 
-    An ONNX bundle is compared on the CPU, where all its graphs can run, unless a GPU is asked for; TensorRT engines on the GPU
-    that they were built for. PyTorch itself always runs on the CPU, in float32.
+    An ONNX bundle runs on the CPU unless --device names a GPU, since all its graphs can run there. TensorRT engines run on the
+    GPU that they were built for. PyTorch always runs on the CPU, in float32.
 
-    The report is kept as validation.json in the bundle. Exit code 3 when it is out of tolerance.
+    The report is written to validation.json in the bundle. Exit code 3 if a difference exceeds the tolerance.
     """
     from medusa_export.validate import PROMPTS, record, validate
 

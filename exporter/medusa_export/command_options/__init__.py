@@ -1,1 +1,1 @@
-"""Options of commands that are declared below the commands: those that several share, and those that recipes have as fields."""
+"""Command-line options that are declared below the commands: some commands share them, and recipes have them as fields."""

@@ -1,4 +1,4 @@
-"""The options of `medusa-export onnx`, which are the fields of a recipe's section too."""
+"""The options of `medusa-export onnx`. They are also the fields of a recipe's section."""
 
 from __future__ import annotations
 
@@ -16,22 +16,34 @@ from medusa_export.command_options.shared_options import (
 )
 
 onnx_options = combined(
-    click.option("--heads", required=True, type=click.Path(path_type=Path), help="Heads made for MODEL (see: heads init)."),
-    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's directory, a new one."),
+    click.option("--heads", required=True, type=click.Path(path_type=Path), help="Heads made for MODEL (see `heads init`)."),
+    click.option(
+        "-o",
+        "--output",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="Directory for the bundle; it must not exist yet.",
+    ),
     click.option("--dtype", "precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True),
-    click.option("--opset", type=int, default=24, show_default=True, help="ONNX operator set; 24 is the least."),
-    click.option("--max-seq-len", type=click.IntRange(min=2), help="Prompt and answer together. [default: the model's own]"),
-    click.option("--head-top-k", type=click.IntRange(min=1), help="Candidates a head returns. [default: 32]"),
-    click.option("--full-head-vocabulary", is_flag=True, help="Let heads guess tokens, too, that they were not trained on."),
+    click.option("--opset", type=int, default=24, show_default=True, help="ONNX operator set, 24 or 25."),
+    click.option(
+        "--max-seq-len",
+        type=click.IntRange(min=2),
+        help="Longest prompt plus answer, in tokens. [default: the model's own limit]",
+    ),
+    click.option("--head-top-k", type=click.IntRange(min=1), help="Candidates that each head returns. [default: 32]"),
+    click.option("--full-head-vocabulary", is_flag=True, help="Let heads also guess tokens that they were not trained on."),
     click.option(
         "--tree",
         type=click.Path(path_type=Path),
-        help="The bundle's candidate tree, as JSON. [default: by the heads' evaluation]",
+        help="The bundle's candidate tree, a JSON file. [default: the best one in the heads' evaluation]",
     ),
     click.option(
-        "--tree-nodes", type=click.IntRange(2, 1024), default=16, show_default=True, help="Size of that default tree."
+        "--tree-nodes", type=click.IntRange(2, 1024), default=16, show_default=True, help="Nodes of the default tree."
     ),
-    click.option("--quantize", "scheme", type=click.Choice(SCHEMES), help="Round the weights; see: quantize. [default: not]"),
+    click.option(
+        "--quantize", "scheme", type=click.Choice(SCHEMES), help="Quantise the weights (see `quantize`). [default: no]"
+    ),
     activation_bits_option,
     max_kl_option,
     click.option("--validate/--no-validate", default=True, show_default=True, help="Compare with PyTorch afterwards."),

@@ -21,47 +21,47 @@ exclude_option = click.option(
     "--exclude",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Texts to evaluate on: answers that share 13 words in a row with them, or their prompts, are left out.",
+    help="Evaluation texts to keep out of training: drops answers whose text or prompt shares 13 words in a row with them.",
 )
-threads_option = click.option("--threads", type=click.IntRange(0, 512), default=0, help="CPU threads. [default: one a core]")
+threads_option = click.option("--threads", type=click.IntRange(0, 512), default=0, help="CPU threads. [default: one per core]")
 backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="What runs the bundle. auto: the best there is for it here.",
+    help="Backend that runs the bundle. auto: the fastest one that works here.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="Where: auto, cpu, cuda, cuda:1 …")
+device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda, cuda:1 …")
 cuda_graphs_option = click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=None,
-    help="On a GPU, capture steps and replay them. [default: yes with TensorRT, no with ONNX Runtime]",
+    help="On a GPU, capture each step as a CUDA graph and replay it. [default: yes with TensorRT, no with ONNX Runtime]",
 )
 
 activation_bits_option = click.option(
     "--activation-bits",
     type=click.Choice(["8", "16"]),
-    help="int8: what weights are multiplied with on the CPU; 8 is faster, with outliers moved into the weights. [default: 16]",
+    help="int8 only: bits of the activations on the CPU. 8 is faster; outliers are then moved into the weights. [default: 16]",
 )
 max_kl_option = click.option(
     "--max-kl",
     type=click.FloatRange(min=0),
-    help="Refuse a result whose mean KL divergence from the original is more, in nats.",
+    help="Fail if the mean KL divergence from the original exceeds this, in nats.",
 )
 
 
 def runs_a_bundle(function: Function) -> Function:
-    """Add the options that say where a bundle runs: backend, device and CPU threads."""
+    """Add the options for where a bundle runs: backend, device and CPU threads."""
     return backend_option(device_option(threads_option(function)))
 
 
 def decodes_a_bundle(function: Function) -> Function:
-    """Add those, and what a GPU may do beside when it decodes."""
+    """Add the options of `runs_a_bundle`, and CUDA graphs."""
     return runs_a_bundle(cuda_graphs_option(function))
 
 
 def as_bits(choice: str | None) -> Literal[8, 16] | None:
-    """The number that an option's word stands for."""
+    """The value of `--activation-bits` as a number."""
     return None if choice is None else 8 if choice == "8" else 16
 
 
@@ -77,5 +77,5 @@ def combined(*options: Callable[[Function], Function]) -> Callable[[Function], F
 
 
 def declared(options: Callable[[Function], Function]) -> dict[str, click.Parameter]:
-    """The options that such a decorator adds, by their parameters' names."""
+    """The options that a decorator made by `combined` adds, by parameter name."""
     return {option.name or "": option for option in click.command()(options(lambda: None)).params}
