@@ -189,7 +189,7 @@ def test_a_bundle_samples_the_same_whatever_it_decodes_beside(make_bundle: Make)
 
 
 def test_a_bundle_does_not_prompt_itself(make_bundle: Make) -> None:
-    with pytest.raises(OptionError, match="cannot prompt itself"):
+    with pytest.raises(OptionError, match="--self-prompts does not work with a bundle"):
         BundleCodec(MedusaLM.from_bundle(make_bundle()).codec).opening()
 
 

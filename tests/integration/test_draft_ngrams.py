@@ -105,7 +105,7 @@ def test_a_damaged_file_stops_the_export(make_model: Make, heads: Path, tmp_path
 def test_heads_without_a_directory_have_no_place_for_them(make_model: Make, data: Path, tmp_path: Path) -> None:
     (tmp_path / "heads.pt").write_bytes(b"")
     result = run("heads", "ngrams", tmp_path / "heads.pt", "--model", make_model(), "--data", data)
-    fails(result, 2, "is no directory of heads")
+    fails(result, 2, "is not a directory of heads")
 
 
 @pytest.mark.parametrize("root", [8, 9])  # of the known tokens, and not

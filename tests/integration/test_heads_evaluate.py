@@ -124,7 +124,7 @@ def test_a_bundle_starts_with_the_best_tree_of_its_heads(
     [
         (["--tree", "missing.json"], 2, "cannot read the tree"),
         (["-o", "no/such/place.json"], 2, "there is no directory"),
-        (["--held-out", "0.0000001"], 2, "no answer is held out"),
+        (["--held-out", "0.0000001"], 2, "leaves no answers to evaluate on"),
         (["--device", "cuda:77"], 2, "no such device"),
         (["--plot", "accuracy.txt"], 2, "ends in .png"),
         (["--max-length", "100000"], 2, "the model takes 256"),

@@ -137,6 +137,6 @@ def test_fsdp_trains_heads_and_backbone_as_ddp_does(
 def test_fsdp_without_gpus_is_refused(make_model: Make, data: Path, tmp_path: Path) -> None:
     done, said = launch(FSDP, "medusa_export", make_model(), data, tmp_path / "heads")
     assert done.returncode != 0
-    assert "Error: FSDP is supported on GPUs, with --fsdp_version 2; use that, or --multi_gpu" in said[0]
+    assert "Error: FSDP is only supported on GPUs with --fsdp_version 2; use that, or --multi_gpu" in said[0]
     assert "Traceback" not in said[0]
     assert not (tmp_path / "heads").exists()

@@ -1,1 +1,1 @@
-"""Making Medusa heads for a model: its answers as training data, training, evaluation, and draft n-grams."""
+"""Makes Medusa heads for a model: training data from its own answers, training, evaluation, and draft n-grams."""
