@@ -80,7 +80,7 @@ def test_every_command_refuses_what_it_cannot_do(
     if find_gpus().why_none is not None:
         fails(run(*command, "--device", "cuda:0"), 1, "ort-cuda needs an NVIDIA GPU: ")
     if words[0] != "tree":
-        message = "--no-cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (asked for)"
+        message = "--no-cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (asked for)"
         fails(run(*command, "--device", "cpu", "--no-cuda-graphs"), 2, message)
     if words[0] != "distill":
         message = "the backend ort-cuda does not run on the device cpu"
@@ -131,7 +131,9 @@ def test_validation_on_a_gpu_is_of_what_runs_there(make_bundle: Make, make_model
 def test_cuda_graphs_are_for_gpus_where_validation_runs_on_the_cpu_by_itself(make_bundle: Make, make_model: Make) -> None:
     words = ("validate", make_bundle(), "--reference", make_model(), "--cuda-graphs")
     fails(
-        run(*words), 2, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (where all of an ONNX bundle's graphs"
+        run(*words),
+        2,
+        "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (where all of an ONNX bundle's graphs",
     )
 
 

@@ -229,7 +229,11 @@ FILES = {
             "--device is only for transformers or a bundle; an endpoint chooses its own device",
         ),
         ("{bundle} -o {new} --prompts {p} --device gpu", 2, "the device is 'gpu'; there are: auto, cpu, cuda"),
-        ("{bundle} -o {new} --prompts {p} --cuda-graphs", 2, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu"),
+        (
+            "{bundle} -o {new} --prompts {p} --cuda-graphs",
+            2,
+            "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu",
+        ),
         (
             "{model} -o {new} --prompts {p} --no-cuda-graphs",
             2,

@@ -74,7 +74,9 @@ def test_the_full_vocabulary_can_be_asked_for(make_model: Make, make_heads: Make
 
 def test_more_candidates_than_the_heads_know_are_refused(make_model: Make, make_heads: Make, tmp_path: Path) -> None:
     heads = with_vocabulary(make_heads(), tmp_path / "heads", known=[4, 5, 6])
-    with pytest.raises(OptionError, match="--head-top-k is 10; the heads know 3 tokens: lower it, or give --full-head-vocab"):
+    with pytest.raises(
+        OptionError, match="--head-top-k is 10, but the heads know only 3 tokens; lower it, or give --full-head-vocab"
+    ):
         export_bundle(ExportOptions(str(make_model()), heads, tmp_path / "bundle", head_top_k=10))
 
 

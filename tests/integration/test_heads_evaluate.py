@@ -110,7 +110,7 @@ def test_a_bundle_starts_with_the_best_tree_of_its_heads(
         return CandidateTree.from_json(Manifest.load(output).tree), result.stderr
 
     assert export("best", "--tree-nodes", expected.nodes)[0] == CandidateTree.from_json(expected.tree)
-    assert "a tree for unknown heads" in export("other", "--tree-nodes", 5)[1]
+    assert "using a default tree" in export("other", "--tree-nodes", 5)[1]
     own = tmp_path / "own.json"
     own.write_text("[[0], [0, 0]]")
     assert export("own", "--tree", own)[0] == CandidateTree.from_choices([[0], [0, 0]])
