@@ -155,7 +155,7 @@ def test_an_attention_that_takes_more_than_slots_give_is_refused() -> None:
         torch.zeros(1, 1, 1, 2),
         torch.ones(1, 1, 1, 1, dtype=torch.bool),
     )
-    with pytest.raises(CheckpointError, match="cannot be decoded in slots: its attention takes s_aux"):
+    with pytest.raises(CheckpointError, match="cannot be decoded in slots: its attention has the extra inputs s_aux"):
         slots.slot_attention(torch.nn.Module(), *operands, s_aux=torch.zeros(1))
 
 

@@ -133,7 +133,7 @@ def test_cuda_graphs_are_for_gpus_where_validation_runs_on_the_cpu_by_itself(mak
     fails(
         run(*words),
         2,
-        "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (where all of an ONNX bundle's graphs",
+        "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (all graphs of an ONNX bundle",
     )
 
 

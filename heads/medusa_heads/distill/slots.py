@@ -40,7 +40,7 @@ def slot_attention(
     Returns [B, T, Hq, D], as Transformers expects.
     """
     if unknown := [name for name, tensor in others.items() if isinstance(tensor, torch.Tensor) and name not in HARMLESS]:
-        raise CheckpointError(f"this model cannot be decoded in slots: its attention takes {', '.join(unknown)}")
+        raise CheckpointError(f"this model cannot be decoded in slots: its attention has the extra inputs {', '.join(unknown)}")
     batch, heads, tokens, width = query.shape
     groups = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], groups * tokens, width)
