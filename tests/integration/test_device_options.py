@@ -170,7 +170,7 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
     bundle = Path(shutil.copytree(make_bundle(), tmp_path / "bundle"))
     small = ("--quick", "--max-nodes", 4, "--max-new-tokens", 8)
     told = done("tune", bundle, *small, "--device", "cuda")
-    assert told.stdout.startswith(f"{ON_GPU}; acceptance from own prompts")
+    assert told.stdout.startswith(f"{ON_GPU}; acceptance from built-in prompts")
     assert "runs with ort-cuda on cuda:0 (asked for)" in told.stderr
     found = Tuning.load(bundle)
     assert found is not None
@@ -180,8 +180,10 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
         NAME,
         0,
     )
-    assert done("tree", "show", bundle, "--device", "cuda").stdout.startswith("the best fixed tree for batch 1")
-    assert done("tree", "show", bundle, "--device", "cpu").stdout.startswith("the bundle's own tree; it is not tuned")
+    assert done("tree", "show", bundle, "--device", "cuda").stdout.startswith("the best static tree for batch size 1")
+    assert done("tree", "show", bundle, "--device", "cpu").stdout.startswith(
+        "the bundle's default tree; the bundle is not tuned"
+    )
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -194,7 +196,7 @@ def test_an_engine_of_one_sequence_is_tuned_within_its_limits(make_bundle: Make,
     [device] = found.devices.values()
     assert [batch.batch_size for batch in device.batches] == device.costs.batch_sizes == [1]
     assert device.backend == "trt-rtx"
-    message = "--batch-sizes asks for 4, the bundle takes 1"
+    message = "--batch-sizes has 4, but the bundle's largest batch is 1"
     fails(run("tune", engine, "--quick", "--batch-sizes", "1,4"), 1, message)
 
 

@@ -420,17 +420,17 @@ def test_quantising_compares_with_pytorch_on_request(exported: Make, make_model:
 
 def test_a_result_beyond_the_limit_is_refused_and_leaves_nothing(exported: Make, make_model: Make, tmp_path: Path) -> None:
     result = run("quantize", exported(), "-o", tmp_path / "new", "--max-kl", 0)
-    fails(result, 3, "nats, more than --max-kl 0.0: nothing is written")
+    fails(result, 3, "nats, more than --max-kl 0.0; nothing was written")
     assert list(tmp_path.iterdir()) == []
     words = ("onnx", make_model("llama", **MODELS["llama"]), "--heads", exported().parent / "heads", "-o", tmp_path / "new")
-    fails(run(*words, "--quantize", "int4", "--max-kl", 0), 3, "nats, more than --max-kl 0.0: nothing is written")
+    fails(run(*words, "--quantize", "int4", "--max-kl", 0), 3, "nats, more than --max-kl 0.0; nothing was written")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_result_leaves_what_it_was_to_replace(exported: Make, quantized: Make, tmp_path: Path) -> None:
     shutil.copytree(quantized(), tmp_path / "old")
     before = Manifest.load(tmp_path / "old")
-    fails(run("quantize", exported(), "-o", tmp_path / "old", "--force", "--max-kl", 0), 3, "nothing is written")
+    fails(run("quantize", exported(), "-o", tmp_path / "old", "--force", "--max-kl", 0), 3, "nothing was written")
     assert Manifest.load(tmp_path / "old") == before
     before.require_intact(tmp_path / "old")
     result = run("quantize", exported(), "-o", tmp_path / "old", "--force", "--scheme", "int4")
@@ -455,9 +455,9 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
     ("words", "exit_code", "message"),
     [
         (("quantize", "/nowhere", "-o", "{new}"), 1, "/nowhere is not a bundle"),
-        (("quantize", "{quantized}", "-o", "{new}"), 1, "is quantised already (int8); quantize the bundle it was made from"),
-        (("quantize", "{half}", "-o", "{new}"), 1, "is in fp16; quantize one that was exported with --dtype fp32"),
-        (("quantize", "{engines}", "-o", "{new}"), 1, "is a tensorrt bundle; quantize the ONNX bundle it was built from"),
+        (("quantize", "{quantized}", "-o", "{new}"), 1, "is already quantised (int8); quantize the bundle that it was"),
+        (("quantize", "{half}", "-o", "{new}"), 1, "is in fp16; quantize a bundle that was exported with --dtype fp32"),
+        (("quantize", "{engines}", "-o", "{new}"), 1, "is a tensorrt bundle; quantize the ONNX bundle that it was built from"),
         (("quantize", "{damaged}", "-o", "{new}"), 1, "does not match its manifest: weights.bin"),
         (("quantize", "{bundle}", "-o", "{quantized}"), 2, "exists; choose another output, or replace it with --force"),
         (("quantize", "{bundle}", "-o", "{bundle}", "--force"), 2, "so it cannot be replaced"),
@@ -465,17 +465,17 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
         (("quantize", "{bundle}", "-o", "{new}", "--activation-bits", "4"), 2, "Invalid value for '--activation-bits'"),
         (("quantize", "{bundle}", "-o", "{new}", "--max-kl", "-1"), 2, "Invalid value for '--max-kl'"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "{prompts}"), 2,
-         "--calibration-prompts is for int8 with --activation-bits 8"),
+         "--calibration-prompts only applies to --scheme int8 with --activation-bits 8"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "{prompts}", "--scheme", "int4"), 2,
-         "--calibration-prompts is for int8 with --activation-bits 8"),
+         "--calibration-prompts only applies to --scheme int8 with --activation-bits 8"),
         (("quantize", "{bundle}", "-o", "{new}", "--scheme", "int4", "--activation-bits", "8"), 2,
-         "--activation-bits is for the scheme int8"),
+         "--activation-bits only applies to --scheme int8"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "/nowhere", "--activation-bits", "8"), 2, "/nowhere"),
         (("quantize", "{bundle}", "-o", "{new}", "--quality-prompts", "/nowhere"), 2, "/nowhere"),
         (("quantize", "{bundle}", "-o", "{new}", "--quality-text", "/nowhere"), 2, "cannot read the text /nowhere"),
         (("quantize", "{gpt2}", "-o", "{new}", "--activation-bits", "8"), 2, "cannot be smoothed"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--quantize", "int8", "--dtype", "fp16"), 2,
-         "--dtype is fp16; --quantize starts from fp32"),
+         "--dtype is fp16, but --quantize needs fp32"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--quantize", "int3"), 2, "Invalid value for '--quantize'"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--max-kl", "1"), 2,
          "--max-kl and --activation-bits need --quantize"),

@@ -497,8 +497,8 @@ def test_quality_reads_as_one_line() -> None:
         tokens_per_step_before=2.5, tokens_per_step=2.25,
     )  # fmt: skip
     assert quality.line() == (
-        "KL 0.0123 nats (at most 1.50), perplexity 4.000 → 4.400 (+10.00%), the same greedy token in 97.5% of 200 places, "
-        "2.500 → 2.250 tokens a step"
+        "KL 0.0123 nats (at most 1.50), perplexity 4.000 → 4.400 (+10.00%), the same greedy token at 97.5% of 200 positions, "
+        "2.500 → 2.250 tokens per step"
     )
 
 
@@ -526,8 +526,8 @@ def test_a_text_is_cut_into_pieces(tmp_path: Path) -> None:
     [
         (None, "cannot read the text"),
         (b"\xff\xfe", "cannot read the text"),
-        (b"", "has 0 tokens; at least 2 are needed"),
-        (b"x", "has 1 tokens; at least 2 are needed"),
+        (b"", "has 0 tokens; give a text with at least 2"),
+        (b"x", "has 1 tokens; give a text with at least 2"),
     ],
 )
 def test_a_text_that_cannot_be_used_gets_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_prompts_are_read_from_lines_and_json_lines(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "\n", "holds no prompt"),
+        ("a.txt", "\n", "has no prompts"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: no prompt"),
         ("a.jsonl", "plain", "line 1: no prompt"),
         ("a.jsonl", '{"turns": []}', "line 1: no prompt"),
