@@ -483,7 +483,7 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
          "--max-kl and --activation-bits need --quantize"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{bundle}", "--quantize", "int8"), 2, "exists; choose another output"),
         (("onnx", "{model}", "--heads", "/nowhere", "-o", "{new}", "--quantize", "int8"), 1, "there are no heads at /nowhere"),
-        (("trt", "{quantized}", "-o", "{new}"), 1, "is quantised (int8); build from the float bundle it was made from"),
+        (("trt", "{quantized}", "-o", "{new}"), 1, "is quantised (int8); build from the float bundle that it was made from"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_leaves_nothing(
