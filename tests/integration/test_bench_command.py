@@ -218,9 +218,12 @@ def test_the_floor_counts_what_a_step_reads(make_bundle: Make, make_model: Make)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--modes", "fast"), "there is no mode 'fast'; there are: plain, static, dynamic, tuned"),
+        (("--modes", "fast"), "there is no mode 'fast'; use some of: plain, static, dynamic, tuned"),
         (("--peers", "vllm"), "there is no peer 'vllm'"),
-        (("--max-new-tokens", 250), "no prompt leaves room for 250 new tokens in the bundle's 256; lower --max-new-tokens"),
+        (
+            ("--max-new-tokens", 250),
+            "no prompt leaves room for 250 new tokens within the bundle's limit of 256; lower --max-new-tokens",
+        ),
         (("--gguf", "nowhere.gguf"), "--gguf nowhere.gguf: there is nothing there"),
         (("--json", "nowhere/out.json"), "nowhere/out.json cannot be written"),
         (("--steps", "0,3"), "'0,3': it must be whole numbers from 1 on, separated by commas, or none"),
@@ -239,4 +242,4 @@ def test_bundles_must_be_of_one_model(make_bundle: Make, make_model: Make, tmp_p
     manifest = Manifest.load(make_bundle())
     manifest.files["tokenizer.json"].sha256 = "0" * 64
     manifest.save(other)
-    fails(run(make_bundle(), other), 2, "have different tokenizers; only bundles of one model can be compared")
+    fails(run(make_bundle(), other), 2, "have different tokenizers; give bundles of one model")

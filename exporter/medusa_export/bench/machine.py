@@ -1,4 +1,4 @@
-"""What a measurement says of the machine it was made on."""
+"""The description of the machine in a benchmark's result."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SHOWN_FLAGS = ("amx_int8", "avx2", "avx512_vnni", "avx512f")
 
 
 def num_cores() -> int:
-    """Cores this process may run on."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, system and, where there are any, GPUs."""
+    """Processor, cores, system and GPUs."""
     found = find_gpus()
     gpus = {"gpus": [asdict(gpu) for gpu in found.gpus], "cuda": found.cuda_version} if found.gpus else {}
     return {"cpu": _cpu(), "cores": num_cores(), "system": platform.system()} | gpus
