@@ -166,7 +166,7 @@ def test_memory_that_does_not_do_is_told(make_model: Make, monkeypatch: pytest.M
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
 
     monkeypatch.setattr(decoder, "_step", fail)
-    with pytest.raises(CapacityError, match="cpu has no memory for 3 slots; lower --batch-size"):
+    with pytest.raises(CapacityError, match="cpu has too little memory for 3 slots; lower --batch-size"):
         collect(decoder, requests())
 
 
@@ -312,7 +312,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         collect(endpoint(server), asks(1))
     assert server.keys == {"Bearer none", "Bearer secret"}
     monkeypatch.setenv("OPENAI_API_KEY", "geheim-ü")
-    with pytest.raises(OptionError, match="OPENAI_API_KEY holds other characters than a key can have"):
+    with pytest.raises(OptionError, match="OPENAI_API_KEY has characters that a key cannot have"):
         EndpointAnswerer("http://localhost/v1", "tiny", words, 0)
 
 
@@ -328,11 +328,11 @@ def test_an_endpoint_that_is_busy_is_asked_again() -> None:
     [
         (
             failure(401, "Incorrect key"),
-            " (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a key that it takes",
+            " (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a valid key",
         ),
         (
             failure(404, "The model `tiny` does not exist."),
-            "404, The model `tiny` does not exist.; check --base-url, which mostly",
+            "404, The model `tiny` does not exist.; check --base-url (it usually",
         ),
         (failure(400, "maximum context\nlength is 8"), "400, maximum context length is 8; lower --max-prompt-tokens"),
         (failure(500, "broken"), "500, broken; run the same command again later"),
@@ -340,10 +340,10 @@ def test_an_endpoint_that_is_busy_is_asked_again() -> None:
         ((422, {"detail": [{"msg": "bad"}]}), "422, [{'msg': 'bad'}]; leave this prompt out"),
         ((404, "<html>" + "x" * 1000), "404, <html>xxxx"),
         ((500, ""), "500, Internal Server Error; run"),
-        ((200, "<html>hello</html>"), "answers otherwise than OpenAI's API (<html>hello</html>); check --base-url"),
-        ((200, {"hello": "there"}), "answers otherwise than OpenAI's API"),
-        ((200, {"choices": []}), "answers otherwise than OpenAI's API"),
-        ((200, []), "answers otherwise than OpenAI's API"),
+        ((200, "<html>hello</html>"), "does not answer like OpenAI's API (<html>hello</html>); check --base-url"),
+        ((200, {"hello": "there"}), "does not answer like OpenAI's API"),
+        ((200, {"choices": []}), "does not answer like OpenAI's API"),
+        ((200, []), "does not answer like OpenAI's API"),
     ],
 )
 def test_an_endpoint_that_fails_is_told_in_one_line(reply, message) -> None:

@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on(own, make_model: Make, prompts: Path, tmp_pa
         monkeypatch.setattr(AnswerStore, "append", interrupted_after(count))
         stopped = run(*words, "-o", tmp_path / "pieces")
         assert (stopped.exit_code, stopped.stdout) == (1, "")
-        told = f"  {count} answers are kept in {tmp_path / 'pieces'}; run the same command again to continue"
+        told = f"  {count} answers are in {tmp_path / 'pieces'}; run the same command again to continue"
         assert (told in stopped.stderr) == (count > 0)
         assert stopped.stderr.endswith("Aborted!\n")
     monkeypatch.setattr(AnswerStore, "append", append)
@@ -135,7 +135,7 @@ def test_an_endpoint_that_fails_midway_loses_nothing(make_model: Make, prompts: 
     monkeypatch.setattr(endpoint, "MAX_RETRIES", 0)
     words = (make_model(), "--prompts", prompts, "-o", tmp_path / "data", "--batch-size", 2, *SHORT[:4])
     with chat_server(lambda _: completion("yes") if len(server.asked) <= 5 else failure(401, "expired")) as server:
-        fails(run(*words, "--base-url", server.url), 1, "401, expired; set OPENAI_API_KEY to a key that it takes")
+        fails(run(*words, "--base-url", server.url), 1, "401, expired; set OPENAI_API_KEY to a valid key")
     kept = rows_of(tmp_path / "data")
     assert len(kept) == 5
     with chat_server(lambda _: completion("yes")) as server:
@@ -151,7 +151,7 @@ def test_other_settings_are_refused(make_model: Make, prompts: Path, tmp_path: P
     assert run(*words).exit_code == 0
     before = rows_of(tmp_path / "data")
     fails(
-        run(*words, "--max-new-tokens", 7), 2, "begun with other settings (max_new_tokens was 6, is 7); choose another output"
+        run(*words, "--max-new-tokens", 7), 2, "started with other settings (max_new_tokens was 6, is 7); choose another output"
     )
     fails(run(*words, "--temperature", 0.5), 2, "(temperature was 0.0, is 0.5)")
     fails(run(*words, "--limit", 3), 2, "(prompts was ")
@@ -188,16 +188,20 @@ FILES = {
     [
         ("{model} -o {new}", 2, "there are no prompts; give --prompts FILE, --self-prompts N, or both"),
         ("{model} -o {new} --prompts {files}/bad.jsonl", 2, "bad.jsonl, row 2: a user's turn is 3, not text"),
-        ("{model} -o {new} --prompts {files}/empty.txt", 2, "empty.txt holds no prompts"),
+        ("{model} -o {new} --prompts {files}/empty.txt", 2, "empty.txt has no prompts"),
         ("{model} -o {new} --prompts {files}/none.txt", 2, "none.txt cannot be read: No such file"),
-        ("{model} -o {new} --prompts {p} --mix poems=3", 2, "no prompt has a source 'poems'; there are: dog, fox"),
+        (
+            "{model} -o {new} --prompts {p} --mix poems=3",
+            2,
+            "no prompt has the source 'poems'; the other sources are: dog, fox",
+        ),
         ("{model} -o {new} --prompts {p} --mix fox", 2, "'fox' is not SOURCE=N, with N at least 1"),
         ("{model} -o {new} --prompts {p} --mix fox=0", 2, "'fox=0' is not SOURCE=N"),
         ("{model} -o {new} --prompts {p} --mix =3", 2, "'=3' is not SOURCE=N"),
         ("{model} -o {new} --self-prompts 3 --mix fox=3", 2, "--mix selects from --prompts, but there are none"),
         ("{model} -o {new} --prompts {p} --prompts {files}/again/prompts.jsonl", 2, "have the name 'prompts'"),
         ("{model} -o {new} --prompts {files}/self.txt --self-prompts 3", 2, "two sources of prompts have the name 'self'"),
-        ("{model} -o {files}/other --prompts {p}", 2, "holds something else; choose"),
+        ("{model} -o {files}/other --prompts {p}", 2, "has other files in it; choose"),
         (
             "{model} -o {p} --prompts {p}",
             2,
@@ -241,7 +245,7 @@ FILES = {
         ),
         ("{bundle} -o {new} --prompts {p}", 2, "is 1280, but the model takes at most 256 tokens; lower one"),
         ("/nowhere -o {new} --prompts {p}", 1, "there is no tokenizer '/nowhere'"),
-        ("{silent} -o {new} --prompts {p}", 2, "this model has no chat template, so it cannot be asked anything"),
+        ("{silent} -o {new} --prompts {p}", 2, "this model has no chat template, so it cannot answer prompts"),
     ],
 )
 def test_bad_input_gets_one_line(

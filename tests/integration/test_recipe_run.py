@@ -184,7 +184,7 @@ def test_other_answers_need_another_output(recipe: Path, done: Path, tmp_path: P
     before = (output / "data" / "answers.jsonl").read_text()
     refused = run(recipe, "-o", output, "--set", "distill.seed=1")
     assert refused.exit_code == 2
-    assert "was begun with other settings (" in refused.stderr.splitlines()[-1]
+    assert "was started with other settings (" in refused.stderr.splitlines()[-1]
     assert "seed was 0, is 1" in refused.stderr.splitlines()[-1]
     assert (output / "data" / "answers.jsonl").read_text() == before
     back = run(recipe, "-o", output)

@@ -201,7 +201,7 @@ def test_a_prompt_may_be_just_as_long_as_the_limit(tmp_path: Path) -> None:
 def test_an_own_prompt_is_no_longer_than_prompts_may_be(tmp_path: Path) -> None:
     run(tmp_path, self_prompted(1), answerer := FakeAnswerer(), AnswerOptions(8, 20))
     assert answerer.requests[0].max_new_tokens == 20 - len(FakeCodec().opening())
-    with pytest.raises(OptionError, match="puts 6 tokens before the user's words"):
+    with pytest.raises(OptionError, match="has 6 tokens before the user's words"):
         run(tmp_path, self_prompted(1), FakeAnswerer(), AnswerOptions(8, 6))
 
 

@@ -170,8 +170,8 @@ def _sections(bench: Bench) -> None:
     left_out = {*options.steps} - {*widths} | {*options.context} - {*context} | {*options.prefill} - {*prefill}
     if left_out:
         note(
-            f"not measured: sizes {', '.join(map(str, sorted(left_out)))}. A sequence has at most {bench.longest} tokens and a step "
-            f"at most {bench.widest}"
+            f"not measured: sizes {', '.join(map(str, sorted(left_out)))}. A sequence has at most {bench.longest} tokens "
+            f"and a step at most {bench.widest}"
         )
     if widths:
         with _counted("step costs", len(bench.bundles)) as tell:
