@@ -1,4 +1,4 @@
-"""The recipe of the heads that come along, at a small size: from PyPI to a validated bundle."""
+"""The recipe of the heads that come with the project, at a small size: from PyPI to a validated bundle."""
 
 from __future__ import annotations
 

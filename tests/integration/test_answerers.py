@@ -1,4 +1,4 @@
-"""Who answers when data is made: slots on a Transformers model, a bundle, an endpoint."""
+"""The backends that answer prompts for training data: slots on a Transformers model, a bundle, an endpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTHS = (1, 5, 23, 2, 40, 9, 9, 31, 3, 17)  # of prompts; more than there are 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tiny products are slower on several."""
+    """Use one thread: tiny matrix products are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def slot_decoder(model: Path, num_slots: int = 3, eos: Iterable[int] = ()) -> Sl
 
 
 def generated(backbone: Backbone, prompt: tuple[int, ...]) -> list[int]:
-    """What Transformers' own greedy decoding gives."""
+    """The tokens of Transformers' own greedy decoding."""
     row = torch.tensor([prompt])
     whole = backbone.model.generate(
         row, attention_mask=torch.ones_like(row), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=1
@@ -91,7 +91,7 @@ def test_an_answer_ends_with_its_end_of_sequence_token(make_model: Make) -> None
 
 
 def test_requests_that_follow_from_answers_are_answered(make_model: Make) -> None:
-    """A source that has nothing for a while, as when all conversations wait for their next turn."""
+    """A source without requests for a while, like a run in which all conversations wait for an answer."""
     waiting, decoder = requests()[:1], slot_decoder(make_model())
     num_answers = 0
     for answer in decoder.answers(lambda: waiting.pop() if waiting else None):

@@ -1,4 +1,4 @@
-"""`medusa-export bench` on tiny models: our modes, PyTorch beside them, and what is left of a run that was cut short."""
+"""`medusa-export bench` on tiny models: our modes, PyTorch as a peer, and the results of an interrupted run."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_two_bundles_of_one_model(make_bundle: Make, tmp_path: Path) -> None:
 def test_pytorch_gives_the_same_tokens_in_the_same_steps(
     make_model: Make, make_heads: Make, prompts: Path, tmp_path: Path
 ) -> None:
-    """The loop in PyTorch is another program: that both agree in every step says that both decode what they claim to."""
+    """The loop in PyTorch is an independent program, so if both agree in every step, both decode correctly."""
     heads, bundle = load_heads(make_heads()), tmp_path / "bundle"
     heads.draft_ids = list(range(0, 320, 2))  # so roots are read that the heads know, and others
     save_heads(heads, tmp_path / "heads")
@@ -143,7 +143,7 @@ def load(settings):
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Peers that answer so many requests, and then no more."""
+    """Peers that fail after a number of requests."""
     (tmp_path / "fake_peer.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     made = tuple(

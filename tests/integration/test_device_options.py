@@ -188,7 +188,7 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("stand_ins")
 def test_an_engine_of_one_sequence_is_tuned_within_its_limits(make_bundle: Make, tmp_path: Path) -> None:
-    """Defaults, also those of --quick, are cut to what it takes; what was asked for is refused."""
+    """Default batch sizes, also those of --quick, are cut to the bundle's limit; larger given ones are refused."""
     engine = stand_in_engine(make_bundle(), tmp_path / "engine", max_batch_size=1)
     done("tune", engine, "--quick", "--max-new-tokens", 8)
     found = Tuning.load(engine)

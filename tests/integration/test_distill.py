@@ -24,7 +24,7 @@ BUNDLE_SHORT = SHORT[:-2]
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No proxies, no key, and PyTorch's threads as they were."""
+    """No proxies and no API key; PyTorch's number of threads is restored."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

@@ -1,4 +1,4 @@
-"""Draft n-grams on their way from the answers that heads are trained on, beside the heads and in the bundle, to the drafts."""
+"""Draft n-grams from end to end: from training answers to the heads' directory, the bundle, and the drafts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXACT = ("--max-length", 128, "--threads", 1)
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Neither accelerate's state nor PyTorch's threads outlive a test."""
+    """Restore accelerate's state and PyTorch's number of threads after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Heads that were trained on some tokens alone guess among these, and the bundle says so."""
+"""Heads that were trained on some tokens only guess among these, and the bundle records it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def with_vocabulary(heads: Path, target: Path, known: list[int] = KNOWN) -> Path
 
 
 def proposals(bundle: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What the heads guess after each token of a prompt and the same root, which all of them know. [T, K, M]"""
+    """The heads' guesses after each token of a prompt, always with the same root, which all heads know. [T, K, M]"""
     backend = open_backend(bundle, Manifest.load(bundle))
     count = 12
     backend.resize(1, count)

@@ -1,4 +1,4 @@
-"""Every architecture through trace, stamp and bundle, against the eager model; and what a bundle holds."""
+"""Every architecture is exported and compared with the eager model; and the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_stamped_layers_are_the_layers_of_a_full_trace(make_model: Make, monkeyp
 
 
 def run_step(model: ir.Model) -> list[np.ndarray]:
-    """All outputs of a step over random tokens, with a random cache."""
+    """All outputs of a step with random tokens and a random cache."""
     rng = np.random.default_rng(0)
     model.opset_imports.pop("medusa.trace", None)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])

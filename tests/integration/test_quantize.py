@@ -1,4 +1,4 @@
-"""Graphs for ONNX Runtime's CPU provider, and quantised bundles, of tiny models: what they compute and what they say."""
+"""Graphs for ONNX Runtime's CPU provider, and quantised bundles, of tiny models: their results and their manifests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def exported(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Exports one of the models, once. Its heads lie beside the bundle."""
+    """Exports one of the models, once. Its heads are next to the bundle."""
     made: dict[str, Path] = {}
 
     def export(model_type: str = "llama") -> Path:
@@ -72,7 +72,7 @@ def run(*words: object) -> Result:
 
 
 def opened(bundle: Path, target: str, **changes: Any) -> OrtCpuBackend:
-    """The backend on its own graphs, or on the portable ones."""
+    """The backend with its own graphs, or with the portable ones."""
     manifest = Manifest.load(bundle)
     if target == PORTABLE:
         manifest.graphs = {name: graph for name, graph in manifest.graphs.items() if graph.target == PORTABLE}
@@ -83,7 +83,7 @@ def opened(bundle: Path, target: str, **changes: Any) -> OrtCpuBackend:
 
 
 def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[np.ndarray]:
-    """Of three sequences of different lengths: prompts, one in chunks, a batch of trees, what heads guess, a smaller batch."""
+    """Outputs for three sequences of different lengths: prompts (one in chunks), a batch of trees, heads, a smaller batch."""
     rng = np.random.default_rng(0)
     tree = CandidateTree.from_json(backend.manifest.tree).pruned(6)
     count, lengths = tree.num_nodes, np.array([13, 5, 9])
@@ -231,7 +231,7 @@ def test_both_kinds_of_graph_share_the_weights(exported: Make) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(exported: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Quantises an exported model, once for each way."""
+    """Quantises an exported model, once per scheme."""
     made: dict[tuple[str, str, int | None], Path] = {}
 
     def quantize(model_type: str = "llama", scheme: Any = "int8", bits: Any = None) -> Path:
@@ -258,7 +258,7 @@ WAYS = [
 def test_a_quantised_bundle_passes_its_validation(
     model_type: str, scheme: str, bits: int | None, quantized: Make, make_model: Make
 ) -> None:
-    """Which means, too, that greedy decoding with Medusa is that without, but for near ties."""
+    """So greedy decoding with and without Medusa gives the same tokens, except for nearly equal logits."""
     reference = str(make_model(model_type, **MODELS[model_type]))
     report = validate(quantized(model_type, scheme, bits), reference, prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
@@ -513,7 +513,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 
 def changed(bundle: Path, place: Path) -> Path:
-    """A copy of a bundle that says it is in fp16, or whose weights are cut short."""
+    """A copy of a bundle whose manifest says fp16, or whose weights are truncated."""
     shutil.copytree(bundle, place)
     if place.name == "damaged":
         (place / WEIGHTS_NAME).write_bytes(b"")

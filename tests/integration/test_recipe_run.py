@@ -1,4 +1,4 @@
-"""`medusa-export recipes run` on a tiny model: every step, once, and again only where something changed."""
+"""`medusa-export recipes run` on a tiny model: every step runs once, and again only if something changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _threads_as_they_were() -> Any:
 
 @pytest.fixture(scope="module")
 def recipe(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole recipe at a tiny size; its prompts lie beside it."""
+    """A complete recipe at a tiny size, with its prompts next to it."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "prompts.txt").write_text("".join(f"the fox number {n}\n" for n in range(6)))
     path = folder / "tiny.yaml"
@@ -73,7 +73,7 @@ def run(recipe: Path, *words: object) -> Result:
 
 
 def told(result: Result) -> list[tuple[str, list[str]]]:
-    """What is told under each step's header."""
+    """The lines that are printed under each step's header."""
     found: list[tuple[str, list[str]]] = []
     for line in result.stderr.splitlines():
         if line.endswith(")") and line.partition(" (")[0] in STEPS and " of " in line:
@@ -97,7 +97,7 @@ def files_of(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def trained(result: Result) -> bool:
-    """Whether steps of the optimizer were taken."""
+    """Whether optimizer steps were done."""
     return any(line.startswith("steps: ") for _, lines in told(result) for line in lines)
 
 

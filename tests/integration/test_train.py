@@ -41,7 +41,7 @@ SHORT = (*EXACT, "--max-length", 128, "--batch-tokens", 64, "--held-out", 0.25, 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Neither accelerate's state nor PyTorch's threads outlive a test."""
+    """Restore accelerate's state and PyTorch's number of threads after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -51,7 +51,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """One answer to many questions: what can be known by heart."""
+    """The same answer to many questions, which heads can learn by heart."""
     return write_data(tmp_path / "data.jsonl")
 
 
@@ -74,7 +74,7 @@ def works(result: Result) -> None:
 
 
 def entries(path: Path, *, timed: bool = False) -> list[dict[str, Any]]:
-    """A run's log; without what differs from run to run."""
+    """A run's log without the fields that differ from run to run."""
     found = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return found if timed else [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in found]
 
@@ -84,7 +84,7 @@ def losses(path: Path, stage: str = "heads") -> list[float]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
-    """Have the next run be interrupted when it tells of a step."""
+    """Interrupt the next run when it reports a step."""
     news = loop.News
 
     def telling(*values: Any) -> Any:

@@ -65,7 +65,7 @@ def launch(
 
 
 def alone(model: Path, data: Path, output: Path, **settings: Any) -> None:
-    """The same by one process, in this one."""
+    """The same training by a single process, namely this one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     assert train(TrainOptions(str(model), (data,), output, TrainSettings(**(SIZES | settings)), threads=1))

@@ -27,7 +27,7 @@ def answer(prompt: int, sizes: list[int], seconds: list[float], number: int = 0,
 
 
 def steady(prompt: int, rate: float, number: int = 0) -> Answer:
-    """Eight tokens after the first, at so many a second."""
+    """An answer with eight tokens after the first, at `rate` tokens per second."""
     return answer(prompt, [1] * 9, [0.5 + place / rate for place in range(9)], number)
 
 
@@ -229,7 +229,7 @@ def test_workers_import_nothing_of_ours() -> None:
 
 
 def python_with(directory: Path, *packages: str) -> Path:
-    """What says that it has these packages, whatever it is asked."""
+    """A program in place of Python that always reports these packages."""
     script = directory / "python"
     script.write_text(f"#!/bin/sh\necho '{json.dumps(dict.fromkeys(packages, '1'))}'\n")
     script.chmod(0o755)

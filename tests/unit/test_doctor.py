@@ -1,4 +1,4 @@
-"""`medusa-export doctor`: what it says of machines of every kind, and that it needs nothing but the base install."""
+"""`medusa-export doctor`: its report on machines of every kind. It needs only the base install."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVERYTHING = dict.fromkeys(PACKAGES, "1.0") | {"onnxruntime": None}
 
 
 def facts(gpu: GpuFacts | None = ADA, **changed: Any) -> Facts:
-    """A machine with everything, but for what is changed."""
+    """The facts of a machine with everything, except the given changes."""
     gpus = NO_GPU if gpu is None else Gpus([gpu], "13.0")
     whole = Facts(
         python="CPython 3.12",
@@ -165,7 +165,7 @@ def test_a_flavour_that_is_not_installed() -> None:
 
 
 def test_a_base_install_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No extra at all: everything is told to be missing, and how to get it."""
+    """Without any extras, everything is reported as missing, with the command that installs it."""
     base = {"numpy", "medusa-export"}
     version = importlib.metadata.version
 

@@ -113,7 +113,7 @@ def test_a_command_that_takes_too_long_ends_with_what_it_started(check: ModuleTy
 
 
 def bundle_in(directory: Path, status: str) -> Path:
-    """What validation leaves of a bundle."""
+    """A bundle's validation result."""
     directory.mkdir()
     facts = {"status": status, "backend": "ort-cuda", "processor": "A GPU", "precision": "fp16"}
     (directory / "validation.json").write_text(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""Evaluation texts are found in training data, and nothing else is."""
+"""Copies of evaluation texts in training data are found, and nothing else is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where commands run a bundle, what they tell of it, and what they refuse."""
+"""The backend and device that commands choose for a bundle, their messages, and their refusals."""
 
 from __future__ import annotations
 

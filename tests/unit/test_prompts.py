@@ -1,4 +1,4 @@
-"""Prompts: what a row may be, what is told of a bad one, and which are chosen."""
+"""Prompts: valid rows, errors for bad rows, and the selection."""
 
 from __future__ import annotations
 

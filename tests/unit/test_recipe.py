@@ -1,4 +1,4 @@
-"""Recipes as files: what they may say, and the commands that look at them."""
+"""Recipes as files: their fields, errors, and the commands that read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers on disk: what is written stays, what was cut is mended, and nothing is mixed."""
+"""Answers on disk: written rows are kept, incomplete ones are removed, and runs are never mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of training, each against what it says of itself."""
+"""The parts of training, each tested on its own."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def random_heads(*, shared: bool = True, reads_root: bool = False) -> MedusaHead
 
 
 def plain_root(weight: torch.Tensor, token: int, kept: list[int]) -> torch.Tensor:
-    """What heads read of a root: its row, of mean square 1. [C]"""
+    """The embedding of a root that heads read: its row, scaled to mean square 1. [C]"""
     if token not in kept:
         return torch.zeros(C)
     return torch.tensor(
@@ -334,7 +334,7 @@ def backbone(make_model) -> Any:
 
 
 def joint_batch(backbone: Any) -> tuple[list[Example], tuple[torch.Tensor, ...]]:
-    """Two conversations of unlike lengths, as the second stage takes them."""
+    """A batch of two conversations of different lengths, for the second stage."""
     from medusa_heads.train.joint import _Loader
     from medusa_heads.train.settings import TrainSettings
 
