@@ -1,9 +1,10 @@
-"""Tokens per step of a bundle on a set of prompts, over all and by category, for trees of some sizes.
+"""Measures a bundle's tokens per step on prompts, in total and by category, for trees of several sizes.
 
     python bench/acceptance.py BUNDLE --prompts FILE.jsonl [--tree-nodes 16 --tree-nodes 64] [-o bench/results/acceptance.json]
 
-FILE.jsonl has a `prompt`, or the `turns` of MT-bench (the first is asked), and maybe a `category`, in each row. Trees come from
-`evaluation.json` beside the heads (--heads) or from files (--tree). With exact acceptance every tree gives the same tokens.
+Each row of FILE.jsonl has a `prompt`, or the `turns` of MT-bench (the first is used), and optionally a `category`. Trees come
+from the `evaluation.json` of the heads (--heads) or from files (--tree). With exact acceptance every tree gives the same
+tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read_trees(heads: Path | None, nodes: tuple[int, ...], files: tuple[Path, ..
 
 
 class Counts:
-    """Verification steps and the tokens they gave."""
+    """Numbers of verification steps and of the tokens from them."""
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.answers = 0
@@ -57,7 +58,7 @@ class Counts:
 def measure(
     lm: MedusaLM, prompts: list[tuple[str, str]], tree: CandidateTree | DynamicTree, options: DecodingOptions
 ) -> dict[str, Any]:
-    """Decode all prompts with a tree, as many side by side as the engine has slots."""
+    """Decode all prompts with a tree, as many at the same time as the engine has slots."""
     counts: dict[str, Counts] = defaultdict(Counts)
     started, engine = time.perf_counter(), lm.engine
     options = DecodingOptions.of(options, tree=tree)
@@ -89,12 +90,12 @@ def measure(
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompts", required=True, type=click.Path(path_type=Path))
-@click.option("--heads", type=click.Path(path_type=Path), help="Heads with an evaluation.json, to take trees from.")
+@click.option("--heads", type=click.Path(path_type=Path), help="Directory of heads with an evaluation.json that has trees.")
 @click.option("--tree-nodes", multiple=True, type=int, default=(16, 64), show_default=True)
 @click.option("--tree", "trees", multiple=True, type=click.Path(path_type=Path))
-@click.option("--static/--no-static", default=True, help="Each size as a fixed tree.")
-@click.option("--dynamic", is_flag=True, help="Each size also as a tree that is made anew at each step.")
-@click.option("--prompt-lookup", is_flag=True, help="Trees made anew at each step, with what prompt lookup finds.")
+@click.option("--static/--no-static", default=True, help="Measure each size as a static tree.")
+@click.option("--dynamic", is_flag=True, help="Measure each size also as a dynamic tree, rebuilt at each step.")
+@click.option("--prompt-lookup", is_flag=True, help="Measure dynamic trees with prompt lookup.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--acceptance", type=click.Choice(["exact", "typical"]), default="exact", show_default=True)
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -126,7 +127,7 @@ def main(
     made = [DynamicTree(size) for size in sorted({tree.num_nodes for tree in fixed})]
     chosen = [*(fixed if static else ()), *(made if dynamic else ())]
     if not chosen and not prompt_lookup:
-        raise click.UsageError("with --no-static, ask for --dynamic or --prompt-lookup")
+        raise click.UsageError("--no-static needs --dynamic or --prompt-lookup")
     options = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, acceptance=acceptance, seed=0)
     results = [measure(lm, asked, tree, options) for tree in chosen]
     if prompt_lookup:

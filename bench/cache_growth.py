@@ -1,4 +1,4 @@
-"""How coarsely the cache should grow on the CPU: whole generations under several policies, in turn.
+"""Compares policies for growing the cache on the CPU: each decodes whole answers, in turn.
 
 python bench/cache_growth.py BUNDLE [-o bench/results/cache_growth.json]
 """

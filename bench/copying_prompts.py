@@ -1,4 +1,4 @@
-"""Prompts whose answers repeat much of what they hold: tasks on a text or a program that the prompt brings along."""
+"""Prompts whose answers repeat much of the prompt: tasks on a text or a program that the prompt contains."""
 
 from __future__ import annotations
 

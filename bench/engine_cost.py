@@ -1,8 +1,8 @@
-"""What building TensorRT-RTX engines costs: seconds and peak memory of a fresh process, and the plans' sizes.
+"""Measures building TensorRT-RTX engines: seconds and peak memory of a fresh process, and sizes of the plans.
 
     python bench/engine_cost.py BUNDLE [BUNDLE …] [-o bench/results/engine_cost.json]
 
-Needs no GPU.
+It needs no GPU.
 """
 
 from __future__ import annotations

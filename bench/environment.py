@@ -1,4 +1,4 @@
-"""What every benchmark result says of the machine and the run that made it."""
+"""The part of every benchmark result that describes the machine and the run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
 
 def publish(result: dict[str, Any], output: Path | None) -> None:
-    """Print a result as JSON, and keep it where that is asked for."""
+    """Print a result as JSON, and write it to a file if one is given."""
     text = json_text(result, indent=2)
     click.echo(text)
     if output:

@@ -1,4 +1,4 @@
-"""What an export costs: seconds of each part and peak memory, of a fresh process, on the real model.
+"""Measures an export of the real model: seconds of each part and peak memory of a fresh process.
 
 python bench/export_cost.py MODEL HEADS [--runs 3] [-o bench/results/export_cost.json]
 """
@@ -37,7 +37,7 @@ print(json.dumps({"import_seconds": imported - started, "export_seconds": done -
 @click.option("--runs", default=3, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(model: str, heads: str, precision: str, runs: int, output: Path | None) -> None:
-    """Export MODEL with HEADS several times, each in a process of its own."""
+    """Export MODEL with HEADS several times, each time in a new process."""
     found = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,8 +1,9 @@
-"""Whether RMSNormalization and RotaryEmbedding as single operators are faster than what a trace spells out.
+"""Measures whether RMSNormalization and RotaryEmbedding are faster as single operators than as the nodes of a trace.
 
     python bench/fused_operators.py MODEL HEADS [-o bench/results/fused_operators.json]
 
-The four graphs run in turn in one process. Their weights together exceed the processor's cache, which one model's may not.
+The four graphs run in turn in one process. Together their weights are larger than the processor's cache; those of a single
+model might not be.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ REPEATS, CACHED = 25, 128
 
 
 def export_variant(model: str, heads: Path, output: Path, left_out: tuple[str, ...]) -> Backend:
-    """Export with some fusions replaced by nothing."""
+    """Export without some of the fusions."""
     with ExitStack() as patches:
         for name in left_out:
             patches.enter_context(mock.patch(f"medusa_export.trace.program.{name}"))

@@ -1,10 +1,9 @@
-"""Bundles on a GPU: steps by width, decoding with Medusa and without, what the host adds, what comes down, what memory is held.
+"""Measures bundles on a GPU: steps by width, decoding with and without Medusa, the host's share, downloads, and memory.
 
     python bench/gpu.py BUNDLE... [--checkpoint DIR --heads DIR] [--prompts FILE] [-o bench/results/gpu.json]
 
-Each bundle runs on what runs it on a GPU: ONNX Runtime, or the TensorRT that built its engines; with CUDA graphs and without,
-each in a process of its own. With a checkpoint and its heads, the same decoding in PyTorch stands beside it, eager and
-compiled.
+Each bundle runs with ONNX Runtime or with the TensorRT that built its engines, with and without CUDA graphs, each time in a new
+process. If a checkpoint and its heads are given, the same decoding is measured in PyTorch, eager and compiled.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Waits:
-    """Seconds that the host waits for the GPU: all else of a step is the host's own."""
+    """Adds up the seconds that the host waits for the GPU. The rest of a step is the host's share."""
 
     def __init__(self, backend: GpuBackend) -> None:
         self.seconds = 0.0
         self._wait = backend.gpu.synchronize
-        backend.gpu.synchronize = self._timed  # type: ignore[method-assign] # of this one object
+        backend.gpu.synchronize = self._timed  # type: ignore[method-assign] # only for this object
 
     def _timed(self) -> None:
         started = time.perf_counter()
@@ -52,7 +51,7 @@ class Waits:
 
 
 def measured(bundle: Path, prompts: list[BenchPrompt], max_new_tokens: int, *, cuda_graphs: bool) -> dict[str, Any]:
-    """One bundle, in this process."""
+    """Measure one bundle in this process."""
     manifest = Manifest.load(bundle)
     place = choose_backend(manifest, device="cuda")
     prompts = [one for one in prompts if len(one.token_ids) + max_new_tokens <= manifest.limits.max_seq_len]
@@ -64,7 +63,7 @@ def measured(bundle: Path, prompts: list[BenchPrompt], max_new_tokens: int, *, c
     cached = min(CONTEXT, manifest.limits.max_seq_len // 2)
     widths = [width for width in STEP_WIDTHS if width <= (manifest.limits.max_tree_nodes or STEP_WIDTHS[-1])]
     context = of_length(prompts, cached)
-    own.steps(widths, context, cached + max(widths), 4)  # captures, and compiles where that is done late
+    own.steps(widths, context, cached + max(widths), 4)  # warm up: captures CUDA graphs and compiles kernels
     steps = own.steps(widths, context, cached + max(widths), REPEATS)
     decoded = {mode: _decoded(own, backend, mode, prompts, max_new_tokens) for mode in MODES}
     answers = {mode: found.pop("answers") for mode, found in decoded.items()}
@@ -87,7 +86,7 @@ def measured(bundle: Path, prompts: list[BenchPrompt], max_new_tokens: int, *, c
 def _decoded(
     own: OwnDecoding, backend: GpuBackend, mode: str, prompts: list[BenchPrompt], max_new_tokens: int
 ) -> dict[str, Any]:
-    """All prompts in one mode. The host's share is of the whole answers, their prompts' steps included."""
+    """Decode all prompts in one mode. The host's share includes the steps that read prompts."""
     own.generate(mode, prompts[0].token_ids, min(WARM_UP, max_new_tokens))
     waits, down = Waits(backend), backend.num_bytes_down
     answers = [
@@ -105,7 +104,7 @@ def _decoded(
 def in_pytorch(
     checkpoint: Path, heads: Path, manifest: Manifest, prompts: list[BenchPrompt], max_new_tokens: int, *, compiled: bool
 ) -> dict[str, Any]:
-    """The same heads and tree in PyTorch on the GPU, in a process of its own."""
+    """Measure the same heads and tree in PyTorch on the GPU, in a new process."""
     settings = {
         "checkpoint": str(checkpoint.resolve()),
         "heads": str(heads.resolve()),
@@ -118,7 +117,7 @@ def in_pytorch(
     name = f"torch-medusa {'compiled' if compiled else 'eager'}"
     try:
         with WorkerProcess(name, [sys.executable, str(SERVE), "with_torch_medusa", json.dumps(settings)]) as worker:
-            for prompt in prompts[:2]:  # where it compiles
+            for prompt in prompts[:2]:  # warm up: it compiles
                 worker.ask("generate", token_ids=prompt.token_ids, max_new_tokens=max_new_tokens)
             answers = [
                 Answer.of(name, place, 0, worker.ask("generate", token_ids=prompt.token_ids, max_new_tokens=max_new_tokens))
@@ -130,7 +129,7 @@ def in_pytorch(
 
 
 def beside(arguments: list[str]) -> dict[str, Any]:
-    """`measured` in a process of its own: its memory, and what it may break, are its own too."""
+    """Run `measured` in a new process, so that its memory is separate and a crash does not end this one."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments, "--alone"], capture_output=True, encoding="utf-8", errors="replace", check=False
     )
@@ -143,12 +142,12 @@ def beside(arguments: list[str]) -> dict[str, Any]:
 
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines, or text with a prompt a line.")
-@click.option("--limit", type=click.IntRange(min=1), help="So many of the prompts.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines, or text with one prompt per line.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many of the prompts.")
 @click.option("--max-new-tokens", type=click.IntRange(min=8), default=128, show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="For PyTorch beside it.")
-@click.option("--heads", type=click.Path(path_type=Path, exists=True), help="For PyTorch beside it.")
-@click.option("--alone", is_flag=True, hidden=True, help="Measure one bundle here, and print the result.")
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="For the comparison with PyTorch.")
+@click.option("--heads", type=click.Path(path_type=Path, exists=True), help="For the comparison with PyTorch.")
+@click.option("--alone", is_flag=True, hidden=True, help="Measure one bundle in this process, and print the result.")
 @click.option("--cuda-graphs/--no-cuda-graphs", default=True, hidden=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
@@ -188,7 +187,9 @@ def main(
         if checkpoint and heads
     }
     publish(environment() | {"prompts": len(asked), "max_new_tokens": max_new_tokens, "runs": runs, "pytorch": pytorch}, output)
-    sys.exit(1 if any(all("failed" in run for run in ways.values()) for ways in runs.values()) else 0)  # some do not capture
+    sys.exit(
+        1 if any(all("failed" in run for run in ways.values()) for ways in runs.values()) else 0
+    )  # some bundles cannot be captured as CUDA graphs
 
 
 if __name__ == "__main__":

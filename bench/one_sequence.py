@@ -1,8 +1,8 @@
-"""What the graph for one sequence gains over the graph for any number, by tokens a step and by entries that are cached.
+"""Measures the speed-up of the graph for one sequence over the graph for any number, by step width and cached entries.
 
     python bench/one_sequence.py BUNDLE … [-o bench/results/one_sequence.json]
 
-Both graphs of a bundle run in turn, step by step, on caches that hold the same.
+Both graphs of a bundle run in turn, step by step, on caches with equal contents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from medusa_runtime.backends.choosing import open_backend
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP
 
 WIDTHS, CACHED, PREFILLED, REPEATS = (1, 4, 8, 16, 64), (256, 1024, 4096), (128, 512), 25
-CHUNK = 256  # tokens a step while the cache is filled
+CHUNK = 256  # tokens per step while the cache is filled
 
 
 def opened(bundle: Path, target: str) -> Backend:
@@ -35,7 +35,7 @@ def opened(bundle: Path, target: str) -> Backend:
 
 
 def step(backend: Backend, tokens: int, cached: int, rows: int) -> float:
-    """A step of made-up tokens, its last rows evaluated. Returns milliseconds."""
+    """Run a step of arbitrary tokens with its last rows evaluated. Returns milliseconds."""
     ids = np.arange(cached, cached + tokens)[None] % 1000 + 100
     started = time.perf_counter()
     backend.step(
@@ -49,7 +49,7 @@ def step(backend: Backend, tokens: int, cached: int, rows: int) -> float:
 
 
 def compare(backends: dict[str, Backend], tokens: int, cached: int, rows: int, repeats: int) -> dict[str, float]:
-    """Medians of both, and of their ratios pair by pair."""
+    """Medians of both times, and the median of their ratios."""
     times = np.array([[step(backend, tokens, cached, rows) for backend in backends.values()] for _ in range(repeats + 2)])[2:]
     medians = dict(zip(backends, np.median(times, axis=0).round(3).tolist(), strict=True))
     return medians | {"ratio": round(float(np.median(times[:, 0] / times[:, 1])), 3)}
@@ -59,7 +59,7 @@ def compare(backends: dict[str, Backend], tokens: int, cached: int, rows: int, r
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(bundles: tuple[Path, ...], output: Path | None) -> None:
-    """Time steps of BUNDLES with both graphs."""
+    """Measure steps of BUNDLES with both graphs."""
     result = environment() | {"unit": "ms, medians; ratio: any number over one", "bundles": {}}
     for bundle in bundles:
         backends = {"any number": opened(bundle, ORT_CPU), "one": opened(bundle, ORT_CPU_SINGLE)}

@@ -1,8 +1,8 @@
-"""Greedy decoding of a bundle against `transformers` generate, token by token.
+"""Compares greedy decoding of a bundle with `generate` of Transformers, token by token.
 
     python bench/parity.py BUNDLE MODEL [--prompts FILE.jsonl] [--num-prompts 24] [-o bench/results/parity.json]
 
-FILE.jsonl has a `prompt`, or the `turns` of MT-bench, in each row; without one, prompts of our own are used.
+Each row of FILE.jsonl has a `prompt`, or the `turns` of MT-bench. Without a file, built-in prompts are used.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ def read_prompts(path: Path) -> list[str]:
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_new_tokens: int, output: Path | None) -> None:
-    """Compare BUNDLE with MODEL. Exits with 3 where a token differs by more than a near tie."""
+    """Compare BUNDLE with MODEL. Exit code 3 if a token differs although its logits are not nearly equal."""
     lm = MedusaLM.from_bundle(bundle)
     reference = load_backbone(model, attention="sdpa").model
-    reference.generation_config.eos_token_id = None  # both go on to the limit, so that every prompt counts in full
+    reference.generation_config.eos_token_id = None  # both decode up to the limit, so that every prompt counts equally
     rows: list[dict[str, Any]] = []
     for prompt in (read_prompts(prompts) if prompts else own_prompts())[:num_prompts]:
         prompt_ids = lm.codec.encode(prompt)
         started = time.perf_counter()
         with torch.no_grad():
             tokens = torch.tensor([prompt_ids])
-            mask = torch.ones_like(tokens)  # else generate masks the prompt's end-of-turn tokens, taking them for padding
+            mask = torch.ones_like(
+                tokens
+            )  # otherwise generate takes the prompt's end-of-turn tokens for padding and masks them
             whole = reference.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)[0]
         theirs, seconds = whole[len(prompt_ids) :].tolist(), time.perf_counter() - started
         ours = lm.generate(prompt, max_new_tokens=max_new_tokens, ignore_eos=True)

@@ -1,11 +1,11 @@
-"""What prompt lookup gives: tokens a step and tokens a second, with and without heads, by how much answers copy.
+"""Measures prompt lookup: tokens per step and per second, with and without heads, by how much answers copy.
 
     python bench/prompt_lookup.py BUNDLE [--prompts FILE.jsonl] [-o bench/results/prompt_lookup.json]
 
-`edit` prompts want a text or a program again with a change, `ask` prompts a summary or an answer from a text
-(bench/copying_prompts.py), `ordinary` ones bring no text along: those of bench/serving.py, or FILE.jsonl, whose rows are as for
-bench/acceptance.py. Tokens a step are counted with whole trees, so they do not depend on time. Tokens a second are those of one
-answer at a time, with trees no larger than pays; each way to decode has an engine of its own, and they take turns.
+`edit` prompts ask for a changed text or program, `ask` prompts for a summary or an answer from a text
+(bench/copying_prompts.py). `ordinary` prompts contain no text: they are those of bench/serving.py, or FILE.jsonl with rows as
+for bench/acceptance.py. Tokens per step are counted with full trees, so they do not depend on time. Tokens per second are
+measured for one answer at a time, with trees as large as pays. Each way to decode has its own engine, and they take turns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Prompts = Mapping[str, Sequence[str]]
 
 
 def count_steps(lm: MedusaLM, prompts: Prompts, **options: Any) -> tuple[dict[str, Any], list[list[int]]]:
-    """Steps and tokens by kind for each way to decode, and all the answers' tokens."""
+    """Numbers of steps and tokens by kind of prompt, and the tokens of all answers."""
     entries: dict[str, Any] = {}
     answers: list[list[int]] = []
     for kind, texts in prompts.items():
@@ -57,8 +57,8 @@ def count_steps(lm: MedusaLM, prompts: Prompts, **options: Any) -> tuple[dict[st
 
 
 def measure_speed(lm: MedusaLM, prompts: Prompts, **options: Any) -> dict[str, float]:
-    """Decoded tokens a second by kind, one answer at a time."""
-    lm.generate(prompts["edit"][0], **options)  # costs are learned from what is decoded
+    """Decoded tokens per second by kind of prompt, one answer at a time."""
+    lm.generate(prompts["edit"][0], **options)  # warm up: costs are learned while decoding
     found = {}
     for kind, texts in prompts.items():
         stats = [lm.generate(text, **options).stats for text in texts]
@@ -69,11 +69,11 @@ def measure_speed(lm: MedusaLM, prompts: Prompts, **options: Any) -> dict[str, f
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with ordinary prompts.")
-@click.option("--nodes", default=16, show_default=True, help="The largest tree.")
+@click.option("--nodes", default=16, show_default=True, help="Nodes of the largest tree.")
 @click.option("--max-new-tokens", default=224, show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Of the measurements of time; 0 for none.")
-@click.option("--threads", default=0, show_default=True, help="0 for one a core.")
-@click.option("--limit", type=int, help="Prompts of each kind.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of the speed measurement; 0 for none.")
+@click.option("--threads", default=0, show_default=True, help="CPU threads; 0 for one per core.")
+@click.option("--limit", type=int, help="Number of prompts of each kind.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
     bundle: Path,

@@ -1,10 +1,10 @@
-"""What a service gets: throughput and latency against concurrent callers, and the part of the time that is not the engine's.
+"""Measures a service: throughput and latency by number of concurrent callers, and the time spent outside forward passes.
 
     python bench/serving.py BUNDLE [--prompts FILE] [-o bench/results/serving.json]
 
-Callers send their next prompt as soon as they have an answer. All ways to decode take turns in one process, so that drift of
-the machine hits all alike. `plain` is batched decoding without Medusa; `learned` and `measured` are Medusa with a tree made at
-each step, no larger than pays: by what steps were seen to cost, or by a table measured before. `full` verifies all of it.
+Callers send their next prompt as soon as they have an answer. All ways to decode take turns in one process, so that changes of
+the machine's speed affect all alike. `plain` is batched decoding without Medusa. `learned` and `measured` are Medusa with a
+dynamic tree as large as pays, by costs learned while decoding or measured before. `full` always verifies the whole tree.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REQUESTS_PER_CALLER, LEAST_REQUESTS, ROUNDS = 2, 4, 3
 
 
 class Clock:
-    """A backend that notes the time spent in its forward passes."""
+    """A backend that adds up the time of its forward passes."""
 
     def __init__(self, backend: Any) -> None:
         self._backend, self.seconds = backend, 0.0
@@ -67,7 +67,7 @@ class Clock:
 
 
 def load(lm: MedusaLM, prompts: Sequence[str], callers: int, max_new_tokens: int, **fields: Any) -> dict[str, float]:
-    """Answer prompts with so many callers at once."""
+    """Answer prompts with `callers` concurrent callers."""
     wanted = [prompts[number % len(prompts)] for number in range(max(LEAST_REQUESTS, REQUESTS_PER_CALLER * callers))]
     started = time.perf_counter()
     with ThreadPoolExecutor(callers) as pool:
@@ -85,7 +85,7 @@ def load(lm: MedusaLM, prompts: Sequence[str], callers: int, max_new_tokens: int
 
 
 def overhead(lm: MedusaLM, clock: Clock, prompts: Sequence[str], batch: int, **fields: Any) -> float:
-    """The part of the time that is spent outside forward passes, from the request to the last answer."""
+    """The part of the time spent outside forward passes, from the request to the last answer."""
     before, started = clock.seconds, time.perf_counter()
     lm.generate_batch((list(prompts) * batch)[:batch], max_new_tokens=64, ignore_eos=True, **fields)
     return 1 - (clock.seconds - before) / (time.perf_counter() - started)
@@ -95,7 +95,7 @@ Modes = dict[str, tuple[MedusaLM, dict[str, Any]]]
 
 
 def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[int, dict[str, dict[str, float]]]:
-    """Medians by callers and mode; the modes take turns."""
+    """Medians by number of callers and mode. The modes take turns."""
     by_callers = {}
     for callers in CONCURRENCY:
         found: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -113,7 +113,7 @@ def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[
 
 
 def overheads(lm: MedusaLM, texts: Sequence[str]) -> dict[str, float]:
-    """Medians of `overhead` by what is decoded and how many side by side."""
+    """Medians of `overhead` by mode and batch size."""
     clock = Clock(lm.engine.backend)
     lm.engine.backend = clock
     kinds = {"plain": {"medusa": False}, "medusa": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
@@ -127,13 +127,13 @@ def overheads(lm: MedusaLM, texts: Sequence[str]) -> dict[str, float]:
 
 
 def rounded(costs: StepCosts) -> dict[str, Any]:
-    """A cost table to four digits of a second."""
+    """A cost table with rounded numbers."""
     return {name: np.round(table, 4).tolist() for name, table in dataclasses.asdict(costs).items()}
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with a prompt each; our own without it.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with a prompt each. [default: built-in prompts]")
 @click.option("--max-new-tokens", default=96, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path | None) -> None:

@@ -1,9 +1,9 @@
-"""Thousands of requests, of random lengths and options, some cancelled, dropped or bad: is any lost, hung or wrong?
+"""Sends thousands of random requests, some cancelled, dropped or invalid, and checks that none is lost, stuck or wrong.
 
     python bench/soak.py BUNDLE [--requests 10000] [-o bench/results/soak.json]
 
-What each request has to give is decoded first, alone and without Medusa. A tiny bundle is best: this is about the service, not
-the model. It exits with 1 where anything is wrong.
+The expected tokens of each request are decoded first, alone and without Medusa. Use a tiny bundle, since this tests the service
+and not the model. Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TREES = [None, CandidateTree.root_only(), DynamicTree(2), DynamicTree(7), Dynami
 
 @dataclass(frozen=True)
 class Expected:
-    """A request and the tokens that it gives when it is alone."""
+    """A request and the tokens that it gives when it is decoded alone."""
 
     prompt: str
     fields: dict[str, Any]
@@ -51,7 +51,7 @@ class Expected:
 
 
 def expectations(lm: MedusaLM, prompts: Sequence[str], longest: int, seed: int) -> list[Expected]:
-    """Requests of every kind, each decoded alone on a model that nobody else uses."""
+    """Requests of every kind with their expected tokens, each decoded alone on an idle model."""
     rng = random.Random(seed)
     found = []
     for prompt in prompts:
@@ -65,11 +65,11 @@ def expectations(lm: MedusaLM, prompts: Sequence[str], longest: int, seed: int) 
 
 
 class Storm:
-    """Callers in many threads, and a count of what happened to their requests.
+    """Callers in many threads, and counts of the outcomes of their requests.
 
     Args:
-        lm: what they ask.
-        expected: what they may ask, and what comes of it.
+        lm: the model that they use.
+        expected: the requests to choose from, with their expected tokens.
     """
 
     def __init__(self, lm: MedusaLM, expected: Sequence[Expected]) -> None:
@@ -78,7 +78,7 @@ class Storm:
         self._counts: Counter[str] = Counter()
 
     def run(self, num_requests: int, seed: int, num_threads: int = 16) -> dict[str, int]:
-        """Send requests until so many were sent and all slots are free again."""
+        """Send `num_requests` requests, and wait until all slots are free again."""
         share = -(-num_requests // num_threads)
         with ThreadPoolExecutor(num_threads) as pool:
             callers = [pool.submit(self._call, random.Random(f"{seed} {thread}"), share) for thread in range(num_threads)]
@@ -138,14 +138,14 @@ class Storm:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now."""
+    """The resident memory of this process, in bytes."""
     return 4096 * int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--requests", default=10_000, show_default=True)
-@click.option("--longest", default=40, show_default=True, help="New tokens of a request at most.")
+@click.option("--longest", default=40, show_default=True, help="Most new tokens of a request.")
 @click.option("--max-batch-size", default=8, show_default=True)
 @click.option("--max-queue", default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -153,7 +153,7 @@ def resident_bytes() -> int:
 def main(
     bundle: Path, requests: int, longest: int, max_batch_size: int, max_queue: int, seed: int, output: Path | None
 ) -> None:
-    """Storm BUNDLE."""
+    """Send many requests to BUNDLE."""
     rng = random.Random(seed)
     prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(200)]
     with MedusaLM.from_bundle(bundle, max_batch_size=1, reuse_prefixes=False) as alone:

@@ -1,8 +1,8 @@
-"""What a step costs against its tokens, the cache's capacity and what is cached; and the choices behind the CPU backend.
+"""Measures a step's time by its tokens, the cache's capacity and the cached tokens, and alternatives for the CPU backend.
 
     python bench/step_cost.py BUNDLE [-o bench/results/step_cost.json]
 
-Every comparison is interleaved in one process, so that drift of the machine hits all sides alike.
+The sides of every comparison take turns in one process, so that changes of the machine's speed affect all alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT = "Explain in three sentences why the sky is blue."
 
 
 def medians(**sides: Callable[[], Any]) -> dict[str, float]:
-    """Median milliseconds of each side, taken in turn."""
+    """Median milliseconds of each side. The sides take turns."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(REPEATS + 2):
         for name, side in sides.items():
@@ -92,7 +92,7 @@ def main(bundle: Path, output: Path | None) -> None:
 
 
 def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
-    """Step and heads in turn, under three ways for a session's idle threads to wait."""
+    """Times of step and heads with three ways for the idle threads of a session to wait."""
     found = {}
     settings = {
         "spin until the session's run ends": ("session.force_spinning_stop", "1"),
@@ -116,7 +116,7 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
 
 
 def loop(bundle: Path) -> dict[str, dict[str, float]]:
-    """Whole generations, with and without Medusa in turn: medians of tokens per second and of what is not the engine."""
+    """Whole answers with and without Medusa, in turn: medians of tokens per second and of the time outside the engine."""
     lm = MedusaLM.from_bundle(bundle)
     found: dict[str, list[DecodingStats]] = {"medusa": [], "plain": []}
     for _ in range(5):

@@ -1,9 +1,9 @@
-"""A batch job: a file of prompts in, a file of answers out, decoded side by side with continuous batching.
+"""A batch job: reads a file of prompts and writes a file of answers, decoded with continuous batching.
 
     python examples/batch_job.py build/smollm2-135m-instruct-fp32 prompts.jsonl -o answers.jsonl --max-new-tokens 128
 
-The prompts are a text file with one a line, or JSON lines with "prompt" or "messages" (and whatever else, which is kept).
-The answers are JSON lines in the same order. A prompt that cannot be answered gets an "error" instead, and the job goes on.
+The prompts are a text file with one per line, or JSON lines with "prompt" or "messages" (other fields are kept).
+The answers are JSON lines in the same order. A prompt that cannot be answered gets an "error" instead, and the job continues.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ Row = dict[str, Any]
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False))
 @click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="JSON lines.  [default: stdout]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.File("w", encoding="utf-8"),
+    default="-",
+    help="file for the answers, in JSON lines  [default: stdout]",
+)
 @click.option("--max-new-tokens", type=int, help=GenerationOptions.model_fields["max_new_tokens"].description)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy")
-@click.option("--seed", type=int, help="the same answers again; the same random numbers for each prompt")
-@click.option("--max-batch-size", type=int, default=8, show_default=True, help="answers decoded at a time")
-@click.option("--max-queue", type=int, default=32, show_default=True, help="answers that wait to take a finished one's place")
+@click.option("--seed", type=int, help="random seed, used for each prompt; gives the same answers again")
+@click.option("--max-batch-size", type=int, default=8, show_default=True, help="answers decoded at the same time")
+@click.option("--max-queue", type=int, default=32, show_default=True, help="answers that can wait for a place")
 def main(bundle: str, prompts: Path, output: TextIO, max_batch_size: int, max_queue: int, **fields: Any) -> None:
     """Answer all PROMPTS with the model in BUNDLE."""
     try:
@@ -46,7 +52,7 @@ def main(bundle: str, prompts: Path, output: TextIO, max_batch_size: int, max_qu
 
 
 def read(path: Path) -> list[Row]:
-    """The prompts, as rows of JSON."""
+    """Read the prompts as rows of JSON."""
     texts = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in texts]
@@ -57,7 +63,7 @@ def read(path: Path) -> list[Row]:
         except json.JSONDecodeError as error:
             raise click.UsageError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("messages", row.get("prompt")), str | list):
-            raise click.UsageError(f"{path}:{number} has neither a prompt nor messages")
+            raise click.UsageError(f"{path}:{number} has neither a prompt nor messages; give one of them")
         rows.append(row)
     return rows
 
@@ -65,7 +71,7 @@ def read(path: Path) -> list[Row]:
 def answers(
     lm: MedusaLM, rows: Iterable[Row], options: GenerationOptions, most: int
 ) -> Iterator[GenerationResult | MedusaError]:
-    """What each row is answered, in order. At most `most` requests are under way, so that none is refused."""
+    """The answer to each row, in order. At most `most` requests are unfinished at a time, so that none is refused."""
     under_way: deque[Handle | MedusaError] = deque()
     for row in rows:
         if len(under_way) == most:
@@ -78,14 +84,14 @@ def answers(
 def submit(lm: MedusaLM, row: Row, options: GenerationOptions) -> Handle | MedusaError:
     try:
         return lm.submit(row["messages"] if "messages" in row else row["prompt"], options)
-    except MedusaError as error:  # such as a prompt that is too long
+    except MedusaError as error:  # for example, the prompt is too long
         return error
 
 
 def finish(asked: Handle | MedusaError) -> GenerationResult | MedusaError:
     try:
         return asked if isinstance(asked, MedusaError) else asked.result()
-    except MedusaError as error:  # it failed while it was decoded
+    except MedusaError as error:  # it failed during decoding
         return error
 
 

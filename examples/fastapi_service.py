@@ -1,4 +1,4 @@
-"""A service: MedusaLM inside FastAPI. All requests share one model, and its steps.
+"""A service: MedusaLM in FastAPI. All requests share one model and are decoded in the same steps.
 
 MEDUSA_BUNDLE=build/smollm2-135m-instruct-fp32 uvicorn --app-dir examples fastapi_service:app
 curl localhost:8000/generate --json '{"prompt": "Why is the sky blue?", "max_new_tokens": 64}'
@@ -60,7 +60,7 @@ Model = Annotated[MedusaLM, Depends(loaded)]
 
 
 class Asked(BaseModel):
-    """A prompt or messages. Every other key is a field of `GenerationOptions`, which checks it."""
+    """A prompt or messages. All other keys are fields of `GenerationOptions`, which checks them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -70,7 +70,7 @@ class Asked(BaseModel):
     def submit(self, lm: MedusaLM) -> Handle:
         given = [one for one in (self.prompt, self.messages) if one is not None]
         if len(given) != 1:
-            raise OptionError("a request has either a prompt or messages")
+            raise OptionError("a request must have either a prompt or messages")
         return lm.submit(given[0], **(self.model_extra or {}))
 
 
@@ -81,17 +81,17 @@ async def generate(asked: Asked, lm: Model) -> GenerationResult:
 
 @app.post("/stream")
 async def stream(asked: Asked, lm: Model) -> StreamingResponse:
-    """JSON lines, one a step: what GenerationChunk holds."""
-    handle = asked.submit(lm)  # what is refused is refused here, while the status can still say so
+    """JSON lines with the fields of GenerationChunk, one line per step."""
+    handle = asked.submit(lm)  # raises here if the request is refused, while the status code can still be set
     return StreamingResponse(lines(handle), media_type="application/x-ndjson")
 
 
 async def lines(handle: Handle) -> AsyncIterator[bytes]:
-    with handle:  # a client that goes away ends this generator, and with it the request
+    with handle:  # if the client disconnects, this generator ends and cancels the request
         try:
             async for chunk in handle:
                 yield CHUNK.dump_json(chunk) + b"\n"
-        except MedusaError as error:  # too late for a status
+        except MedusaError as error:  # too late for a status code
             yield json.dumps({"error": str(error)}).encode() + b"\n"
 
 

@@ -1,15 +1,15 @@
-"""The decoding loop without text: token ids in, token ids out, several prompts side by side.
+"""The decoding loop without text: it takes and prints token ids, and decodes several prompts in one batch.
 
     python examples/token_loop.py build/smollm2-135m-instruct-fp32 504,3575,282 1,2,3 --max-new-tokens 16
 
-A step of the engine is a round of Medusa decoding for every sequence that has a slot:
+A step of the engine is one round of Medusa decoding for every sequence in a slot:
 
-    propose   each head's guesses for the tokens ahead make a tree of drafts below the last decided token
-    verify    one forward pass over the whole tree: what the model itself says after each draft
-    accept    the longest path that the model agrees with, and one token more from the model itself
-    commit    that path's entries stay in the KV cache; the others are overwritten by the next step
+    propose   the heads' guesses for the next tokens form a tree of drafts below the last decided token
+    verify    one forward pass over the whole tree gives the model's own next token after each draft
+    accept    the longest path that the model agrees with, plus one more token from the model itself
+    commit    the entries of that path stay in the KV cache; the next step overwrites the others
 
-Sequences join and leave between steps. A sequence that joins has its prompt read first, which gives it one token.
+Sequences join and leave between steps. When a sequence joins, its prompt is read first, which gives one token.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ def decode(bundle: str, prompts: list[list[int]], max_new_tokens: int, max_batch
     manifest.require_intact(bundle)
     engine = DecodingEngine(open_backend(bundle, manifest), max_batch_size=max_batch_size)
     options = DecodingOptions.of(max_new_tokens=max_new_tokens)
-    sequences = [engine.add(prompt_ids, options) for prompt_ids in prompts]  # checked here, decoded by the steps
+    sequences = [
+        engine.add(prompt_ids, options) for prompt_ids in prompts
+    ]  # the prompts are checked here and decoded by the steps
 
     while not engine.is_idle:
-        for sequence in engine.step():  # those with news
+        for sequence in engine.step():  # the sequences with new tokens
             for step in sequence.take_steps():
                 accepted, bonus = step.token_ids[: step.num_accepted], step.token_ids[step.num_accepted :]
                 click.echo(f"{sequence.id}: {accepted} + {bonus} {step.finish_reason or ''}".rstrip())

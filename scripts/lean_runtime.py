@@ -1,11 +1,11 @@
-"""Install nothing but what decoding on TensorRT engines needs, TensorRT and CUDA themselves apart, and say how large it is.
+"""Installs only what decoding on TensorRT engines needs, without TensorRT and CUDA themselves, and prints the size.
 
     python scripts/lean_runtime.py TARGET                          then run with PYTHONPATH=TARGET
     python scripts/lean_runtime.py TARGET --numpy WHEEL            with a NumPy built without BLAS (docs/edge-guide.md)
     python scripts/lean_runtime.py TARGET --wheels DIR             without network
 
-The command line, the exporter, and the packages that only they use are left out, and so are tests and the parts of the CUDA
-bindings that are not the driver's. Imports everything once to see that nothing is missing.
+It leaves out the command line, the exporter and packages that only they use, tests, and all of the CUDA bindings except the
+driver's. At the end everything is imported once, to check that nothing is missing.
 """
 
 from __future__ import annotations
@@ -25,25 +25,32 @@ PACKAGES = (
 )  # fmt: skip
 OWN = "medusa_runtime"
 OF_THE_COMMAND_LINE = ("medusa_export", "medusa_heads", "bin")
-BINDINGS = ("__init__", "_version", "driver", "cydriver", "_internal", "utils")  # of cuda/bindings, by the name's first part
+BINDINGS = (
+    "__init__",
+    "_version",
+    "driver",
+    "cydriver",
+    "_internal",
+    "utils",
+)  # the files of cuda/bindings to keep, by the first part of their names
 INTERNAL = ("__init__", "driver", "utils", "_fast_enum")
 SOURCES = (".pxd", ".pyx", ".pyi", ".h")
 PROGRAM = "import medusa_runtime, medusa_runtime.backends.gpu.trt, cuda.bindings.driver; print(medusa_runtime.__file__)"
 
 
 def install(target: Path, numpy: str, wheels: Path | None) -> None:
-    """Everything without its dependencies: what we need of them is named above."""
+    """Install packages without their dependencies: the list above names all that are needed."""
     from_ = ["--no-index", "--find-links", str(wheels)] if wheels else []
     own = [str(ROOT)] if wheels is None else ["medusa-export"]
     words = ["--quiet", "--no-compile", "--no-deps", "--target", str(target), "-c", str(ROOT / "constraints.txt"), *from_]
-    if numpy != NUMPY:  # a wheel of one's own, which the constraints know nothing of
+    if numpy != NUMPY:  # the user's own wheel is not in the constraints
         subprocess.run([sys.executable, "-m", "pip", "install", *words[:5], numpy], check=True)
     names = [*own, *PACKAGES, *([NUMPY] if numpy == NUMPY else [])]
     subprocess.run([sys.executable, "-m", "pip", "install", *words, *names], check=True)
 
 
 def trim(target: Path) -> None:
-    """Delete what decoding never reads."""
+    """Delete files that decoding never reads."""
     for name in OF_THE_COMMAND_LINE:
         shutil.rmtree(target / name, ignore_errors=True)
     for folder, kept in ((target / "cuda" / "bindings", BINDINGS), (target / "cuda" / "bindings" / "_internal", INTERNAL)):
@@ -57,25 +64,29 @@ def trim(target: Path) -> None:
 
 
 def megabytes(path: Path) -> float:
-    """Of all files within."""
+    """Size of all files in a directory, in MB."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files) / 1e6
 
 
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--numpy", default=NUMPY, help="A wheel, instead of the one on PyPI.")
-@click.option("--wheels", type=click.Path(path_type=Path, exists=True), help="Take all from this directory, without network.")
+@click.option("--numpy", default=NUMPY, help="A wheel to install instead of the one on PyPI.")
+@click.option(
+    "--wheels", type=click.Path(path_type=Path, exists=True), help="Directory of wheels to install from, without network."
+)
 def main(target: Path, numpy: str, wheels: Path | None) -> None:
     """Install the runtime into TARGET, a new directory."""
     if target.exists():
-        raise click.UsageError(f"{target} exists; name a new directory")
+        raise click.UsageError(f"{target} exists; give a new directory")
     install(target, numpy, wheels)
     trim(target)
     command = [sys.executable, "-S", "-B", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {PROGRAM}"]
     found = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
     if str(target.resolve()) not in str(Path(found.strip()).resolve()):
-        raise click.ClickException(f"it imports {found.strip()}, not what is in {target}")
+        raise click.ClickException(
+            f"the runtime is imported from {found.strip()} instead of {target}; use a Python that does not see the former"
+        )
     for entry in sorted(target.iterdir(), key=megabytes, reverse=True)[:8]:
         click.echo(f"{megabytes(entry):6.1f} MB  {entry.name}")
     click.echo(f"{megabytes(target):6.1f} MB  in all")

@@ -1,8 +1,8 @@
-"""What TensorRT-RTX says of a GPU, listed or not: it is asked for an engine of one small layer, and to load it.
+"""Tests whether TensorRT-RTX supports a GPU, listed or not: it builds and loads an engine of one small layer.
 
     python scripts/rtx_verdict.py 9.0
 
-Prints JSON: for the compute capability by its name, and for CURRENT, the GPU at hand, what happened at each stage.
+It prints JSON with the outcome of each stage, for the given compute capability and for CURRENT, this machine's GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import tensorrt_rtx as trt
 
 
-class Log(trt.ILogger):  # type: ignore[misc] # untyped
-    """Keeps warnings and errors."""
+class Log(trt.ILogger):  # type: ignore[misc] # the module has no types
+    """Collects warnings and errors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Log(trt.ILogger):  # type: ignore[misc] # untyped
 
 
 def verdict(member: str) -> dict[str, Any]:
-    """Build and load an engine for one of `ComputeCapability`."""
+    """Build and load an engine for one member of `ComputeCapability`."""
     log = Log()
     if member not in trt.ComputeCapability.__members__:
         return {"builds": False, "loads": False, "says": [f"there is no ComputeCapability.{member}"]}
@@ -45,7 +45,7 @@ def verdict(member: str) -> dict[str, Any]:
 
 
 def main(capability: str) -> None:
-    """Ask for one capability and for the GPU at hand."""
+    """Test one capability and this machine's GPU."""
     names = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
     asked = ("SM" + capability.replace(".", ""), "CURRENT")
     print(json.dumps({"version": trt.__version__, "lists": names, **{name: verdict(name) for name in asked}}))

@@ -1,4 +1,4 @@
-"""What tests share: tiny random models with a tokenizer, their heads, and bundles made of them."""
+"""Shared fixtures: tiny random models with a tokenizer, heads for them, and bundles made from both."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_heads(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..
 def make_bundle(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path], make_heads: Callable[..., Path]
 ) -> Callable[..., Path]:
-    """Exports a tiny model to a bundle, once for each set of settings. Tests that change a bundle copy it first."""
+    """Exports a tiny model to a bundle, once per set of settings. Tests that change a bundle must copy it first."""
     from medusa_export.export import ExportOptions, export_bundle
 
     made: dict[str, Path] = {}

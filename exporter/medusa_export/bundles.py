@@ -1,4 +1,4 @@
-"""Which directories are bundles."""
+"""Recognises directories that are bundles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from medusa_runtime.bundle.manifest import MANIFEST_NAME, REPORT_NAME, RUNTIME_C
 
 
 def is_bundle(path: Path, kind: str) -> bool:
-    """Whether a directory is a bundle of that kind and holds nothing else, so that it may be replaced by another."""
+    """Whether a directory is a bundle of that kind and has no other files, so that it can be replaced by another bundle."""
     try:
         data = read_json(path / MANIFEST_NAME)
         beside = {REPORT_NAME, TUNING_NAME, WEIGHTS_NAME, *(file.name for file in path.glob(RUNTIME_CACHE.format("*")))}

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model from a directory, a hub id or a GGUF file, and the facts the exporter needs of it."""
+"""Loads a Hugging Face model from a directory, a hub id or a GGUF file, and reads the facts that the exporter needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TESTED_ARCHITECTURES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt2",
     "gpt_neox", "starcoder2", "stablelm", "cohere2",
 )  # fmt: skip
-MAX_REASON = 300  # characters of another library's message
+MAX_REASON = 300  # most characters quoted from another library's message
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -33,7 +33,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass
 class Backbone:
-    """A loaded causal LM, and what it is called."""
+    """A loaded causal LM, with its source and name."""
 
     source: str
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Backbone:
         """The kind of attention of each layer.
 
         Raises:
-            ExportError: a layer's kind is none that the step graph has a mask for.
+            ExportError: the step graph has no mask for a layer's kind of attention.
         """
         config = self.config
         types = getattr(config, "layer_types", None)
@@ -61,7 +61,7 @@ class Backbone:
 
     @property
     def sliding_window(self) -> int | None:
-        """How many tokens back a sliding layer sees, where the model has such layers."""
+        """How many tokens back a sliding-window layer attends; None if the model has no such layers."""
         if getattr(self.config, "use_sliding_window", True):
             return getattr(self.config, "sliding_window", None)
         return None
@@ -70,8 +70,8 @@ class Backbone:
     def max_seq_len(self) -> int:
         """The longest sequence that a cache can serve.
 
-        LongRoPE rotates all keys otherwise once a sequence is longer than it was first trained for, the cached ones too,
-        which a cache cannot follow: it ends there.
+        LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
+        cache cannot follow that, so the limit is that length.
         """
         longest = int(self._setting("max_position_embeddings"))
         for rope in _rope_settings(self.config):
@@ -82,7 +82,7 @@ class Backbone:
 
     @property
     def has_tied_embeddings(self) -> bool:
-        """Whether the LM head is the embedding table."""
+        """Whether the LM head's weight is the embedding."""
         embedding, lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         return bool(embedding.weight is lm_head.weight)
 
@@ -106,7 +106,7 @@ class Backbone:
         config = self.config
         try:
             normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-        except KeyError:  # not one whose names differ from the usual
+        except KeyError:  # the type uses the usual names
             normalized = NormalizedTextConfig(config)
         heads, hidden = self._setting("num_attention_heads", normalized), self._setting("hidden_size", normalized)
         return ModelFacts(
@@ -134,20 +134,20 @@ def load_backbone(
     """Load a causal LM for inference on the CPU.
 
     Args:
-        source: a directory, a hub id, or a GGUF file (whose weights are dequantised). A directory with an adapter (LoRA) gives
-            the model it was made for, the adapter merged into it.
-        precision: what the weights are cast to.
-        attention: a name that Transformers' attention interface knows; where an architecture lacks sdpa, it is eager.
-        trust_remote_code: run code that comes with the checkpoint.
-        quantization: a configuration of Transformers', to load the weights quantised, on the device it works on.
+        source: a directory, a hub id, or a GGUF file (whose weights are dequantised). For a directory with a LoRA adapter,
+        its base model is loaded and the adapter merged into it.
+        precision: the precision that the weights are cast to.
+        attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
-        ExportError: the architecture knows no attention of that name.
+        ExportError: the architecture does not support an attention of that name.
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
         if quantization is not None:
-            raise CheckpointError(f"{source} is an adapter, which cannot be loaded quantised; merge it into its model first")
+            raise CheckpointError(f"{source} is an adapter and cannot be loaded quantised; merge it into its model first")
         return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
     place, options = _resolve(source)
     if quantization is not None:
@@ -162,13 +162,13 @@ def load_backbone(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed
+            ignore_mismatched_sizes=True,  # so that they are listed, see `_require_complete`
             **options,
         )
-    except Exception as error:  # a damaged checkpoint makes the library fail in any way
-        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the architecture has the eager one alone
+    except Exception as error:  # a damaged checkpoint can make the library raise anything
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the architecture has only eager attention
             return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
-        if attention not in {"eager", "sdpa"} and attention in str(error):  # it was looked up in a table of the class's own
+        if attention not in {"eager", "sdpa"} and attention in str(error):  # the class looked it up in its own table
             raise unsupported(source) from error
         raise CheckpointError(_reason(source, error)) from error
     _require_complete(source, loaded)
@@ -179,15 +179,15 @@ def load_backbone(
 
 
 def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone:
-    """The model that an adapter was made for, with the adapter merged into it before any cast."""
+    """An adapter's base model, with the adapter merged into it before any cast."""
     from peft import PeftModel  # noqa: PLC0415 - the train extra
 
     base = load_backbone(_adapter_base(source), "fp32", **options)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's calls of Transformers
+            warnings.simplefilter("ignore")  # peft calls deprecated functions of Transformers
             model: Any = PeftModel.from_pretrained(base.model, source).merge_and_unload()
-    except Exception as error:  # as for a model
+    except Exception as error:  # as in `load_backbone`
         raise CheckpointError(_reason(source, error, "adapter")) from error
     return Backbone(source, model.to(DTYPES[precision]).eval(), DTYPES[precision])
 
@@ -199,7 +199,7 @@ def _adapter_base(source: str) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
-        raise CheckpointError(f"{place} is damaged: it does not name the model it was made for")
+        raise CheckpointError(f"{place} is damaged: it does not name its base model; save the adapter again")
     return base
 
 
@@ -217,7 +217,7 @@ def _require_generation_config(directory: Path) -> None:
 
 
 def _require_complete(source: str, loaded: dict[str, Any]) -> None:
-    """Transformers fills what a checkpoint lacks with random numbers."""
+    """Refuse a checkpoint that lacks weights: Transformers would fill them with random numbers."""
     for kind, names in (("lacks", loaded["missing_keys"]), ("has another shape for", loaded["mismatched_keys"])):
         if names:
             first = min(name if isinstance(name, str) else name[0] for name in names)
@@ -227,28 +227,28 @@ def _require_complete(source: str, loaded: dict[str, Any]) -> None:
 def _require_plain_positions(source: str, config: Any) -> None:
     if any(rope.get("rope_type") == "dynamic" for rope in _rope_settings(config)):
         raise ExportError(
-            f"{source} has rotary embeddings that change with the sequence's length (rope_type dynamic): keys that are cached "
-            "could not follow; this is not supported"
+            f"{source} has rotary embeddings that depend on the sequence length (rope_type dynamic); this is not supported, "
+            "since cached keys would become wrong"
         )
 
 
 def _rope_settings(config: Any) -> list[dict[str, Any]]:
-    """The rotary embeddings' settings; some models have one for each kind of layer."""
+    """The settings of the rotary embeddings; some models have one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def unsupported(what: str, detail: str = "its attention cannot be replaced") -> ExportError:
-    """The error for an architecture that cannot be traced."""
+    """The error to raise for an architecture that cannot be traced."""
     known = ", ".join(TESTED_ARCHITECTURES)
-    return ExportError(f"{what} is not supported ({detail}); architectures known to work: {known}")
+    return ExportError(f"{what} is not supported ({detail}); known to work: {known}")
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer.
 
     Raises:
-        CheckpointError: it has none, or none that the runtime can read.
+        CheckpointError: it has no tokenizer, or none that the runtime can read.
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
         return load_tokenizer(_adapter_base(source), trust_remote_code=trust_remote_code)
@@ -257,46 +257,49 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # as for the model
+    except Exception as error:  # as in `load_backbone`
         raise CheckpointError(_reason(source, error, "tokenizer")) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise CheckpointError(f"the tokenizer of {source} has no fast form (tokenizer.json), which the runtime needs")
+        raise CheckpointError(f"the tokenizer of {source} has no fast form, and the runtime needs one; add a tokenizer.json")
     return tokenizer
 
 
 def _quiet() -> None:
-    """What matters of the libraries' messages is in the errors raised here, in one line."""
+    """Silence the libraries: the important part of their messages is in our one-line errors."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
 def _resolve(source: str) -> tuple[str, dict[str, Any]]:
-    """Where Transformers finds a checkpoint, and what it must be told."""
+    """The name and the options with which Transformers finds a checkpoint."""
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
-            raise CheckpointError(f"{source} is no checkpoint: it has neither a config.json nor a single GGUF file")
+            found = (
+                f"give one of its GGUF files: {', '.join(file.name for file in files)}" if files else "it is not a checkpoint"
+            )
+            raise CheckpointError(f"{source} has no config.json; {found}")
         path = files[0]
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}")
         return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if path.is_file():
-        raise CheckpointError(f"{source} is a file, but no .gguf; a model is a directory, a hub id or a GGUF file")
+        raise CheckpointError(f"{source} is a file but not a GGUF file; give a directory, a hub id or a GGUF file")
     return source, {}
 
 
 def _reason(source: str, error: BaseException, part: str = "model") -> str:
-    text = " ".join(str(error).split()) or type(error).__name__  # some say what they mean in their second line
+    text = " ".join(str(error).split()) or type(error).__name__  # some libraries put the reason in their second line
     line = text if len(text) <= MAX_REASON else text[:MAX_REASON] + " …"
     if not Path(source).exists() and isinstance(error, OSError):
-        return f"there is no {part} {source!r}: not a local directory or GGUF file, and the hub gave none ({line})"
+        return f"there is no {part} {source!r}: it is not a local directory or GGUF file, and the hub does not have it ({line})"
     return f"the {part} of {source} cannot be loaded: {line}"
 
 
 def _forget_quantization(model: Any) -> None:
-    """The weights of a GGUF file are plain floats once loaded; what says otherwise would keep them from being saved."""
+    """Remove the mark of a quantised model: a GGUF file's weights are plain floats once loaded, and it would prevent saving."""
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None

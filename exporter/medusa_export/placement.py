@@ -1,4 +1,4 @@
-"""Where a command runs a bundle: asked for, or chosen and told."""
+"""The backend and device that a command runs a bundle on."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def place(
     cuda_graphs: bool | None = None,
     tell: bool = True,
 ) -> Placement:
-    """Where a bundle runs. What was chosen and not asked for is told, in a line.
+    """Choose backend and device for a bundle, and print the choice if it was automatic.
 
     Args:
-        manifest: the bundle's.
+        manifest: the bundle's manifest.
         backend: one of `medusa_runtime.BACKENDS`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: of the CPU; 0 where they were not asked for.
-        cuda_graphs: as they were asked for; none where they were not.
-        tell: whether to tell.
+        threads: CPU threads; 0 if the user gave none.
+        cuda_graphs: whether to use CUDA graphs; None if the user did not say.
+        tell: whether to print an automatic choice.
 
     Raises:
-        OptionError: a name is unknown, they contradict each other, or what was asked for has no meaning there.
-        BackendError: that backend does not run this kind of bundle, or it needs a GPU and there is none.
-        MissingExtraError: what would run it is not installed.
+        OptionError: a name is unknown, options contradict each other, or an option has no meaning on that device.
+        BackendError: the backend does not run this kind of bundle, or it needs a GPU and there is none.
+        MissingExtraError: the package of the backend is not installed.
     """
     placement = choose_backend(manifest, backend, device)
     require_usable(placement, threads=threads, cuda_graphs=cuda_graphs)
@@ -43,17 +43,19 @@ def place(
 
 
 def require_usable(placement: Placement, *, threads: int, cuda_graphs: bool | None) -> None:
-    """Check that a GPU is there where one is needed, and that what was asked for has a meaning there.
+    """Check that there is a GPU if one is needed, and that the options have a meaning on the device.
 
     Raises:
-        OptionError: it has none.
+        OptionError: an option has no meaning on the device.
         BackendError: there is no GPU.
     """
     if placement.backend == ORT_CPU:
         if cuda_graphs is not None:
             flag = "--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"
-            raise OptionError(f"{flag} is for GPUs, the bundle runs with {placement}")
+            raise OptionError(f"{flag} is only for GPUs, but the bundle runs with {placement}; leave it out")
     elif (why := find_gpus().why_none) is not None:
         raise BackendError(f"{placement.backend} needs an NVIDIA GPU: {why}")
     elif threads:
-        raise OptionError(f"--threads is for the CPU, the bundle runs on {placement.device}; leave it out or take --device cpu")
+        raise OptionError(
+            f"--threads is only for the CPU, but the bundle runs on {placement.device}; leave it out or use --device cpu"
+        )

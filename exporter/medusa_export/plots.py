@@ -1,4 +1,4 @@
-"""Plots, with the `plot` extra."""
+"""Plots. They need the extra `plot`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from medusa_runtime.drafting.tree import CandidateTree
 
 
 def training_curves(log: Path, target: Path) -> None:
-    """Loss of each head over the steps, and the held-out accuracies, as a PNG.
+    """Plot each head's loss and held-out accuracy over the steps, as a PNG.
 
     Args:
-        log: a run's JSON lines.
-        target: the PNG.
+        log: a training run's log, in JSON lines.
+        target: the PNG file.
     """
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -41,13 +41,13 @@ def training_curves(log: Path, target: Path) -> None:
 
 
 def accuracy_curves(evaluation: dict[str, Any], target: Path) -> None:
-    """Top-1 to top-10 accuracy of each head, and tokens per step over the tree's size, as a PNG."""
+    """Plot each head's top-1 to top-10 accuracy, and tokens per step over the tree size, as a PNG."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     accuracy, trees = figure.subplots(1, 2)
     for k, ranks in enumerate(evaluation["accuracy"]):
         top = [sum(ranks[: n + 1]) for n in range(len(ranks))]
         accuracy.plot(range(1, len(top) + 1), top, marker="o", label=f"head {k + 1}")
-    accuracy.set(title="how often the right token is among a head's best", xlabel="best tokens", ylim=(0, 1))
+    accuracy.set(title="how often the right token is among a head's top k", xlabel="k", ylim=(0, 1))
     ordered = sorted(evaluation["trees"], key=lambda tree: tree["nodes"])
     nodes = [tree["nodes"] for tree in ordered]
     trees.plot(nodes, [tree["tokens_per_step"] for tree in ordered], marker="o", label="replayed")
@@ -68,12 +68,12 @@ def _lines(axes: Any, entries: list[dict[str, Any]], field: str, offset: int, pr
 
 
 def tree_drawing(tree: CandidateTree, chances: Sequence[float] | None, target: Path) -> None:
-    """A candidate tree with each node's rank path and how often it is accepted, as a PNG or SVG by the target's name.
+    """Draw a candidate tree with each node's path of ranks and acceptance probability, as a PNG or SVG by the target's name.
 
     Args:
-        tree: what is drawn, the root on top.
-        chances: of its nodes; none where they are not known. [N]
-        target: the file.
+        tree: the tree, drawn with the root on top.
+        chances: acceptance probability of each node, or None if unknown. [N]
+        target: the PNG or SVG file.
     """
     places = _tree_layout(tree)  # [N, 2]
     width = places[:, 0].max() + 1
@@ -90,7 +90,7 @@ def tree_drawing(tree: CandidateTree, chances: Sequence[float] | None, target: P
             x, y, text if chances is None or not node else f"{text}\n{chances[node]:.3f}", fontsize=6, ha="center", va="center"
         )
     axes.set(
-        title=f"{tree.num_nodes} nodes: ranks{', and how often accepted' if chances is not None else ''}",
+        title=f"{tree.num_nodes} nodes: ranks{', and acceptance probability' if chances is not None else ''}",
         yticks=-np.arange(tree.depth + 1),
     )
     axes.set_yticklabels(["root", *(f"head {head}" for head in range(1, tree.depth + 1))])
@@ -100,7 +100,7 @@ def tree_drawing(tree: CandidateTree, chances: Sequence[float] | None, target: P
 
 
 def _tree_layout(tree: CandidateTree) -> npt.NDArray[np.float64]:
-    """Leaves side by side, each inner node above the middle of its children. [N, 2]"""
+    """The nodes' coordinates: leaves next to each other, each inner node above the middle of its children. [N, 2]"""
     children: dict[int, list[int]] = {node: [] for node in range(tree.num_nodes)}
     for node in sorted(range(1, tree.num_nodes), key=lambda node: tree.ranks[node]):
         children[tree.parents[node]].append(node)
@@ -118,12 +118,12 @@ def _tree_layout(tree: CandidateTree) -> npt.NDArray[np.float64]:
 
 
 def benchmark(result: dict[str, Any], directory: Path) -> None:
-    """What `medusa-export bench` found, as PNGs: tokens per second, and what steps, contexts and prompts cost."""
+    """Plot the results of `medusa-export bench` as PNGs: tokens per second, and times of steps, contexts and prompts."""
     directory.mkdir(exist_ok=True)
     _rates(result["contestants"], directory / "tokens_per_second.png")
     if "steps" in result:
         costs = {name: found["step_ms"] for name, found in result["steps"]["by_bundle"].items()}
-        _costs(costs, "cost of a step", "tokens in the step", directory / "step_cost.png")
+        _costs(costs, "time of a step", "tokens in the step", directory / "step_cost.png")
     if "context" in result:
         costs = {
             f"{name}, T={width}, {kind}": {length: by_width[str(width)] for length, by_width in found.items()}
@@ -131,7 +131,7 @@ def benchmark(result: dict[str, Any], directory: Path) -> None:
             for name, found in result["context"][kind].items()
             for width in result["context"]["widths"]
         }
-        _costs(costs, "cost of a step", "tokens of context, used or not", directory / "context.png")
+        _costs(costs, "time of a step", "tokens of context, used or not", directory / "context.png")
     if "lengths" in result:
         _costs(result["lengths"]["first_token_ms"], "time to first token", "tokens of the prompt", directory / "prefill.png")
 

@@ -1,4 +1,4 @@
-"""What a long command tells while it works: on stderr, so that stdout stays for results."""
+"""Progress of long commands. It goes to stderr, so that stdout has only results."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rich.progress import (
 from medusa_export.console import Console
 
 console = Console(stderr=True, highlight=False)
-NEWS_SECONDS = 60  # between two lines of progress where there is no terminal
+NEWS_SECONDS = 60  # between two lines of progress if stderr is not a terminal
 
 
 def note(text: str) -> None:
-    """One line that stays."""
+    """Print one line."""
     console.print(f"  {text}", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[Callable[[str], None]]:
-    """A stage of unknown length: a spinner on a terminal, and a line with its seconds once it is done.
+    """A stage of unknown length: a spinner on a terminal, and a line with its duration at the end.
 
-    Yields a function that may be told what the stage is at. A terminal shows that, a log gets a line a minute.
+    Yields a function that reports the current step of the stage. A terminal shows each report, a log gets a line a minute.
     """
     started = last = time.perf_counter()
     with Progress(
@@ -57,7 +57,7 @@ def stage(name: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def byte_stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A stage measured in bytes. Yields a function that is told how many more are done."""
+    """A stage measured in bytes. Yields a function that takes the number of bytes done since its last call."""
     started = time.perf_counter()
     columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -68,11 +68,10 @@ def byte_stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Callable[..., None]]:
-    """A stage of things to count, with a rate and the time left.
+    """A stage of countable items, with a rate and the remaining time.
 
-    Yields a function that is told how many things are done, how many of those were done before, how much (of `unit`) was
-    made in this run, 0 where that is not counted, and the total where it was not known. A terminal shows a bar, a log gets
-    a line a minute.
+    Yields a function that takes four numbers: items done, items that were done before this run, amount made in this run (in
+    `unit`; 0 if it is not counted), and the total if `total` is 0. A terminal shows a bar, a log gets a line a minute.
     """
     started = last = ended = 0.0
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
@@ -98,7 +97,7 @@ def count_stage(name: str, total: int = 0, unit: str = "tokens") -> Iterator[Cal
 
 @contextmanager
 def quiet(silent: bool = True) -> Iterator[None]:
-    """Tell nothing, as processes other than the main one do."""
+    """Print nothing, for processes other than the main one."""
     before, console.quiet = console.quiet, silent
     try:
         yield

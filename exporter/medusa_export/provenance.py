@@ -1,4 +1,4 @@
-"""What an artifact says of the run that made it."""
+"""The record, in an artifact, of the command that made it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PACKAGES = (
 )  # fmt: skip
 FOLDERS = re.compile(
     r"(?<![\w.:/])(?:\.\.)?/(?:[^/\s,=\[\]{}'\"]+/)+"
-)  # of absolute paths, and of those that lead out of where the command runs: they tell of the machine, not of the artifact
+)  # absolute paths, and those that leave the current directory: they describe the machine, not the artifact
 
 
 def provenance() -> Provenance:
-    """The command that runs now, paths to elsewhere cut to their last part, with the versions of what it may have used."""
+    """The running command and the versions of its packages. Paths outside the current directory are cut to their last part."""
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:

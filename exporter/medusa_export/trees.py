@@ -1,4 +1,4 @@
-"""Which tree a bundle starts with."""
+"""The candidate tree that a bundle starts with."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from medusa_runtime.drafting.tree import CandidateTree
 
 
 def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nodes: int) -> CandidateTree:
-    """The tree a bundle starts with: the best of that size by the heads' own evaluation, else one for heads not known.
+    """The tree a bundle starts with: the best of that size in the heads' evaluation, or else `prior_tree`.
 
     Args:
-        heads_path: where the heads are.
-        digest_: of the heads; an evaluation of others is not used.
-        num_heads: of the heads.
-        top_k: candidates a head will return.
-        num_nodes: the size wanted.
+        heads_path: the heads' directory.
+        digest_: the heads' digest; an evaluation of other heads is not used.
+        num_heads: number of heads.
+        top_k: candidates that each head will return.
+        num_nodes: nodes of the tree, including the root.
 
     Raises:
-        CheckpointError: the evaluation beside the heads is damaged.
+        CheckpointError: the evaluation in the heads' directory is damaged.
     """
     place = heads_path / native.EVALUATION_NAME
     if heads_path.is_dir() and place.is_file():
@@ -39,30 +39,30 @@ def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nod
             result for result, rank in zip(evaluation.trees, most, strict=True) if result.nodes == num_nodes and rank < top_k
         ]
         if evaluation.heads != digest_:
-            note(f"{place} is of other heads and not used; make it again with: medusa-export heads evaluate")
+            note(f"{place} is of other heads, so it is not used; make it again with: medusa-export heads evaluate")
         elif fitting:
             return CandidateTree.from_json(max(fitting, key=lambda result: result.tokens_per_step).tree)
         else:
-            note(
-                f"{place} has no tree of {num_nodes} nodes within the best {top_k} of a head: a tree for unknown heads is used"
-            )
+            note(f"{place} has no tree of {num_nodes} nodes that needs only {top_k} candidates per head; using a default tree")
     return prior_tree(num_heads, top_k, num_nodes)
 
 
 def most_likely_tree(acceptance: FloatArray, num_nodes: int) -> CandidateTree:
-    """The tree of `num_nodes` nodes that is expected to have most drafts accepted.
+    """The tree of `num_nodes` nodes with the most expected accepted drafts.
 
-    A node is accepted when every node on its path is; taken as independent, its probability is the product along the
-    path, which never grows with depth, so taking the likeliest node that can be added next is optimal.
+    A node is accepted if every node on its path is. If these events are independent, a node's probability is the product
+    along its path, which never grows with depth. So adding the most likely possible node each time is optimal.
 
     Args:
-        acceptance: ``acceptance[k, r]`` is the probability that head k's token of rank r is the right one. [K, M]
-        num_nodes: the root included.
+        acceptance: ``acceptance[k, r]`` is the probability that head k's token of rank r is right. [K, M]
+        num_nodes: nodes of the tree, including the root.
     """
     heads, width = acceptance.shape
     order = np.argsort(-acceptance, axis=1, kind="stable")  # [K, M]
     parents, ranks = [-1], [0]
-    frontier: list[tuple[float, int, int, int, float]] = []  # -probability, parent, depth, place in order, parent's probability
+    frontier: list[
+        tuple[float, int, int, int, float]
+    ] = []  # -probability, parent, depth, index into order, parent's probability
 
     def offer(parent: int, depth: int, place: int, parent_probability: float) -> None:
         if depth < heads and place < width:
@@ -81,11 +81,11 @@ def most_likely_tree(acceptance: FloatArray, num_nodes: int) -> CandidateTree:
 
 
 def prior_tree(num_heads: int, top_k: int, num_nodes: int = 16) -> CandidateTree:
-    """A tree for heads whose accuracy is not known yet.
+    """A tree for heads of unknown accuracy.
 
-    It assumes what trained Medusa heads show: each further head is right about three fifths as often as the one before
-    (0.45, 0.27 …) and each further rank about two fifths as often as the one before. `most_likely_tree` with measured
-    accuracies is better.
+    It assumes the accuracies typical of trained Medusa heads: each head is right about three fifths as often as the one before
+    (0.45, 0.27 …), and each rank about two fifths as often as the one before. `most_likely_tree` with measured accuracies
+    is better.
     """
     head = 0.45 * 0.6 ** np.arange(num_heads, dtype=np.float32)  # [K]
     rank = 0.4 ** np.arange(top_k, dtype=np.float32)  # [M]

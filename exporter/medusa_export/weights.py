@@ -1,4 +1,4 @@
-"""The bundle's weights: one file, each tensor once, streamed tensor by tensor."""
+"""Writes a bundle's weights: one file, each tensor stored once, written one by one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import onnx_ir as ir
 from medusa_export.graph.values import shape_of
 from medusa_runtime.bundle.manifest import WEIGHTS_NAME, FileFacts
 
-INLINE_BYTES = 1024  # smaller tensors stay in the graph, where a runtime needs them to fold shapes
-ALIGNMENT = 4096  # pages, so that a runtime can map the file
+INLINE_BYTES = 1024  # smaller tensors stay in the graph: runtimes need their values to compute shapes
+ALIGNMENT = 4096  # a page, so that a runtime can map the file
 
 
 def total_bytes(models: Iterable[ir.Model]) -> int:
-    """Bytes of all tensors that will be written, tensors of two graphs counted twice."""
+    """Bytes of all tensors to write. A tensor of two graphs is counted twice."""
     return sum(tensor.nbytes for _, tensor in _external(models))
 
 
 def write_weights(models: Iterable[ir.Model], directory: Path, advance: Callable[[int], None] = lambda _: None) -> FileFacts:
-    """Move the models' large tensors into `WEIGHTS_NAME` and make the models refer to it.
+    """Move the models' large tensors to the file `WEIGHTS_NAME`. Afterwards the models refer to that file.
 
-    A tensor that two graphs share, or that two names hold, is stored once. No more than one tensor is in memory beyond
-    what the models hold already.
+    A tensor that two graphs or two names share is stored once. At most one tensor is in memory in addition to those that the
+    models already hold.
     """
     offsets: dict[bytes, int] = {}
     whole = hashlib.sha256()

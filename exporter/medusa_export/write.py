@@ -1,4 +1,4 @@
-"""A bundle's graphs on disk: the portable ones, those derived for a backend, and the weights that they share."""
+"""Writes a bundle's graphs: the portable ones, those derived for one backend, and the weights that they share."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from medusa_runtime.bundle.manifest import (
 def write_graphs(
     graphs: dict[str, ir.Model], directory: Path, precision: Precision, *, activation_bits: int = 16
 ) -> tuple[dict[str, FileFacts], dict[str, GraphFacts]]:
-    """Write portable graphs, those for ONNX Runtime's CPU provider, and their weights, each tensor once.
+    """Write the portable graphs, the graphs for ONNX Runtime's CPU provider, and their weights, each tensor once.
 
     Args:
-        graphs: portable ones by name. They refer to the written weights afterwards.
-        directory: where to.
-        precision: of the graphs; only float32 ones get a graph for the CPU, which has no fused kernels for others.
+        graphs: the portable graphs by name. Afterwards they refer to the written weights.
+        directory: the bundle's directory.
+        precision: the graphs' precision. Only float32 graphs get variants for the CPU, which has no fused kernels for others.
         activation_bits: see `for_ort_cpu`.
 
     Returns:
-        The facts of the files and of the graphs, as the manifest has them.
+        The entries of the files and of the graphs for the manifest.
     """
     with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
         files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}

@@ -1,1 +1,1 @@
-"""Medusa heads: the modules, and the files they are kept in."""
+"""Medusa heads: the modules, their files, and their training."""

@@ -23,35 +23,37 @@ def require_new(
     force: bool = False,
     inputs: Sequence[str | Path] = (),
 ) -> Path:
-    """Check an output directory before the work that fills it.
+    """Check an output directory before the work that fills it starts.
 
     Args:
-        path: where the output will be.
-        replaceable: tells an earlier output of the same kind. With `force`, such a directory may be replaced, or an empty
-            one; nothing else is ever removed.
-        force: replace what is there.
-        inputs: what the work reads; the output may be none of it, nor hold any of it.
+        path: the output directory.
+        replaceable: whether a directory is an earlier output of the same kind. With `force`, such a directory or an empty one
+            is replaced; nothing else is ever removed.
+        force: replace an existing output.
+        inputs: the paths that the work reads. The output must not be one of them or contain one.
 
     Returns:
         The path with symbolic links and dots resolved.
 
     Raises:
-        OptionError: it exists and may not be replaced, or it cannot be written.
+        OptionError: the path exists and must not be replaced, or it cannot be written.
     """
     path = Path(path)
     target = path.resolve()
     if path.is_symlink() and not target.exists():
-        raise OptionError(f"{path} is a symbolic link to nothing; choose another output")
+        raise OptionError(f"{path} is a symbolic link to a missing file; choose another output")
     if target.exists():
         if not force:
             raise OptionError(f"{path} exists; choose another output, or replace it with --force")
         if not target.is_dir():
-            raise OptionError(f"{path} exists and is not a directory")
+            raise OptionError(f"{path} exists and is not a directory; choose another output")
         for other in (*inputs, Path.cwd()):
             if Path(other).resolve().is_relative_to(target):
-                raise OptionError(f"{path} holds {other}, so it cannot be replaced; choose another output")
+                raise OptionError(f"{path} contains {other}, so it cannot be replaced; choose another output")
         if any(target.iterdir()) and not replaceable(target):
-            raise OptionError(f"{path} is no earlier output of this command, so --force does not replace it")
+            raise OptionError(
+                f"{path} is not an earlier output of this command, so --force does not replace it; choose another output"
+            )
     _require_writable(path, target.parent)
     return target
 
@@ -64,13 +66,13 @@ def new_directory(
     force: bool = False,
     inputs: Sequence[str | Path] = (),
 ) -> Iterator[Path]:
-    """Fill a temporary sibling and, if nothing fails, rename it to `path`. Arguments as for `require_new`.
+    """Fill a temporary directory next to `path` and, if nothing fails, rename it to `path`. Arguments as for `require_new`.
 
-    All files are on the disk before that. With `force`, the directory that stood there is moved away last, and put back if
-    that fails. Leftovers of killed runs are removed.
+    All files are on the disk before the renaming. With `force`, the earlier output is moved away at the very end, and put back
+    if the renaming fails. Leftovers of killed runs are removed.
 
     Raises:
-        OptionError: see `require_new`; also when the output appears while the work goes on.
+        OptionError: see `require_new`; also if the output appears during the work.
     """
     target = require_new(path, replaceable, force=force, inputs=inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,14 +92,14 @@ def new_directory(
 
 @contextmanager
 def alone_in(path: Path) -> Iterator[None]:
-    """Make a directory where there is none, and keep other processes that ask for the same out of it meanwhile.
+    """Lock a directory against other processes that call this. It is created if it is missing.
 
     Raises:
-        OptionError: one is in it.
+        OptionError: another process has locked it.
     """
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
-    if lock is None and sys.platform != "win32":  # which has no such locks
+    if lock is None and sys.platform != "win32":  # Windows has no such locks
         raise OptionError(f"{path} is in use by another run; wait for it, or choose another directory")
     try:
         yield
@@ -134,7 +136,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def _require_writable(path: Path, parent: Path) -> None:
-    """Find out now, not after the work. The nearest directory there is must take a new one."""
+    """Check that the output can be created: its nearest existing parent must be writable."""
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     try:
@@ -144,7 +146,7 @@ def _require_writable(path: Path, parent: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what runs that no longer live have left beside the target, and put back what one had moved away."""
+    """Remove leftovers of killed runs next to the target, and put back an output that one had moved away."""
     replaced = target.with_name(f".{target.name}.replaced")
     if replaced.exists() and not target.exists():
         os.replace(replaced, target)
@@ -155,18 +157,18 @@ def _sweep(target: Path) -> None:
 
 
 def _lock(directory: Path, *, wait: bool = False) -> int | None:
-    """Hold a directory as long as this process lives.
+    """Lock a directory as long as this process lives.
 
     Returns:
-        An open descriptor, which is the lock; none if another process holds it, or if the file system has no locks.
+        An open descriptor, which holds the lock. None if another process holds it, or if the file system has no locks.
     """
-    if sys.platform == "win32":  # no such locks: leftovers stay
+    if sys.platform == "win32":  # no such locks; leftovers are not removed
         return None
-    import fcntl  # noqa: PLC0415 - not everywhere
+    import fcntl  # noqa: PLC0415 - not on Windows
 
     try:
         descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:  # gone already
+    except OSError:  # removed meanwhile
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""Errors of making heads. The hierarchy is `medusa_runtime.errors`'."""
+"""Errors of making heads. The base class is in `medusa_runtime.errors`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from medusa_runtime.errors import MedusaError
 
 
 class CheckpointError(MedusaError):
-    """A model or heads checkpoint is missing, damaged, or does not fit the other."""
+    """A checkpoint of a model or of heads is missing or damaged, or the two do not belong together."""
 
 
 class EndpointError(MedusaError):
-    """An endpoint that answers prompts cannot be reached, or refuses one."""
+    """An endpoint that answers prompts cannot be reached, or it refuses a prompt."""

@@ -1,4 +1,4 @@
-"""How often heads are right on held-out answers, and what that is worth under a tree of candidates."""
+"""Measures the accuracy of heads on held-out answers, and the tokens per step of candidate trees."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from medusa_heads.replay import (
 from medusa_heads.train.hidden import HiddenStates
 from medusa_runtime.drafting.tree import CandidateTree
 
-ROWS = 512  # whose logits are held at once
+ROWS = 512  # rows whose logits are in memory at a time
 
 
 @torch.no_grad()
 def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, rows: IntArray | None = None) -> IntArray:
-    """The rank, from 0, that each head gives the right token at each row. TOP_K stands for all further ones. [n, K]
+    """The rank (from 0) of the right token in each head's guesses, at each row. TOP_K stands for all further ranks. [n, K]
 
     Args:
-        heads: in the precision of the LM head.
-        lm_head: the backbone's.
-        states: the held-out answers'.
-        rows: of the states; none for all.
+        heads: the heads, in the precision of the LM head.
+        lm_head: the backbone's LM head.
+        states: hidden states of the held-out answers.
+        rows: the rows to use, or None for all.
     """
     index = np.arange(len(states.next_ids)) if rows is None else rows
     parameter = next(lm_head.parameters())
@@ -49,8 +49,8 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
             logits = (head.lm_head or lm_head)(head(hidden, roots))  # [n, V]
             target = targets[:, k : k + 1].clamp(min=0)
             right = logits.gather(1, target)
-            after = torch.arange(logits.shape[1], device=logits.device) > target  # of equals, the first comes first
-            worse = (logits < right) | ((logits == right) & after)  # [n, V], false for what is no number
+            after = torch.arange(logits.shape[1], device=logits.device) > target  # of equal logits, the lower id ranks first
+            worse = (logits < right) | ((logits == right) & after)  # [n, V], false for NaN
             rank = logits.shape[1] - 1 - worse.sum(1)
             rank = rank.clamp(max=TOP_K).masked_fill(targets[:, k] < 0, NOT_VALID)
             ranks[start : start + ROWS, k] = rank.cpu().numpy()
@@ -67,16 +67,16 @@ def evaluate(
     trees: Sequence[CandidateTree] = (),
     nodes: Sequence[int] = TREE_NODES,
 ) -> Evaluation:
-    """Accuracy per head and rank, and tokens per step for given trees and for the best trees of some sizes.
+    """Measure the accuracy per head and rank, and the tokens per step of given trees and of the best trees of some sizes.
 
     Args:
-        heads: what to judge.
-        lm_head: the backbone's.
-        digest: of the heads as they are kept, which may be in another precision.
-        states: held-out answers. The best trees are searched on every second answer and judged on the others.
+        heads: the heads.
+        lm_head: the backbone's LM head.
+        digest: digest of the heads as they are stored, possibly in another precision.
+        states: hidden states of held-out answers. The best trees are found on every second answer and measured on the others.
         data: digest of the answers.
-        trees: to judge.
-        nodes: sizes of trees to search.
+        trees: the given trees.
+        nodes: sizes of the trees to search.
     """
     ranks = target_ranks(heads, lm_head, states)
     accuracy = accuracies(ranks)
@@ -84,7 +84,7 @@ def evaluate(
     searched, judged = (answer % 2 == 0), (answer % 2 == 1)
     if not judged.any():
         searched = judged = np.ones(len(ranks), np.bool_)
-    offsets = np.cumsum(judged) - judged  # where a judged row is among the judged
+    offsets = np.cumsum(judged) - judged  # index of a measured row among the measured ones
     starts = offsets[states.starts[judged[states.starts]]]
 
     def result(tree: CandidateTree) -> TreeResult:

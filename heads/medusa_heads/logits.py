@@ -1,4 +1,4 @@
-"""What some architectures do to the LM head's output before it is a distribution."""
+"""Scaling and capping that some architectures apply to the LM head's output."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def shaped_logits(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Logits as the model itself gives them.
+    """The logits that the model itself returns.
 
-    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 caps softly. None of it changes which token
-    is best, but all of it changes probabilities.
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 applies a soft cap. This does not change
+    which token is most likely, but it changes probabilities.
 
     Args:
-        logits: the LM head's plain product. [..., V]
+        logits: the LM head's output. [..., V]
         config: the text model's configuration.
     """
     if scale := getattr(config, "logit_scale", None):

@@ -1,8 +1,8 @@
-"""The heads themselves.
+"""The modules of the heads.
 
 Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads", section 2.1.1.
-That heads read what is decided before what they guess: Ankner et al., "Hydra: Sequentially-Dependent Draft Heads for Medusa
-Decoding"; here they read one token, the root, and so stay independent of each other.
+Reading decided tokens comes from Ankner et al., "Hydra: Sequentially-Dependent Draft Heads for Medusa Decoding". Here heads
+read only one token, the root, and so stay independent of each other.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import nn
 
 from medusa_heads.config import HeadsConfig
 
-RMS_EPS = 1e-6  # beside the mean square of a row
+RMS_EPS = 1e-6  # added to the mean square of a row
 
 
 class ResidualBlock(nn.Module):
-    """``x + SiLU(W x + b)``. It starts as the identity, so an untrained head guesses what the LM head would.
+    """``x + SiLU(W x + b)``. It is initialised as the identity, so an untrained head guesses like the LM head.
 
     Args:
-        width: of x, C.
-        width_beside: of what is read beside x, without a residual path of its own; 0 for nothing.
+        width: C, the width of x.
+        width_beside: width of a second input, which has no residual path; 0 for none.
     """
 
     def __init__(self, width: int, width_beside: int = 0) -> None:
@@ -38,18 +38,18 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHead(nn.Module):
-    """Residual blocks of its own, then an LM head: its own, or the backbone's where `lm_head` is None."""
+    """Residual blocks, then an LM head: the head's own, or the backbone's if `lm_head` is None."""
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         width = config.hidden_size
         first = ResidualBlock(width, width if config.reads_root else 0)
-        # a comprehension, not [block] * n: the blocks of a head do not share weights
+        # a comprehension, not [block] * n: the blocks must not share weights
         self.blocks = nn.ModuleList([first, *(ResidualBlock(width) for _ in range(config.num_layers - 1))])
         self.lm_head = None if config.shared_lm_head else nn.Linear(width, config.vocab_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, roots: torch.Tensor | None = None) -> torch.Tensor:
-        """What the LM head reads. Both [..., C] -> [..., C]; roots: of heads that read the root, see `root_states`."""
+        """The input of the LM head. [..., C] -> [..., C]. roots: see `root_states`, for heads that read them. [..., C]"""
         features: torch.Tensor = self.blocks[0](hidden, roots)
         for block in self.blocks[1:]:
             features = block(features)
@@ -57,11 +57,11 @@ class MedusaHead(nn.Module):
 
 
 def root_states(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What heads read of root tokens: the LM head's rows of them, scaled to a root mean square of 1.
+    """The embeddings of root tokens that heads read: the tokens' rows of the LM head, scaled to a root mean square of 1.
 
     Args:
-        weight: of an LM head. [V, C]
-        places: its rows; below 0 for a token that the heads do not know, of which they read zeros. [N]
+        weight: weight of an LM head. [V, C]
+        places: row numbers. A negative number stands for a token that the heads do not know, and gives zeros. [N]
 
     Returns:
         [N, C]
@@ -74,11 +74,11 @@ def root_states(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 class MedusaHeads(nn.Module):
     """K heads on the backbone's last hidden state (after its final norm).
 
-    Where the config says so, they also read the *root*: the token that was decided from that state, which all that they guess
-    comes after. The paper's heads know it only as far as the state tells it (docs/decisions/0025-reading-the-root.md).
+    If the config says so, they also read the *root*: the token decided from that state, which comes before all tokens that they
+    guess. The paper's heads must infer it from the state (docs/decisions/0025-reading-the-root.md).
 
-    `draft_ids` are the tokens that the heads learned to tell apart, ascending; none where that is all of them. The heads'
-    logits are of all tokens nevertheless; who proposes drafts may leave the others out, which is cheaper.
+    `draft_ids` are the tokens that the heads were trained on, in ascending order, or None for all. The heads' logits still
+    cover all tokens; it is cheaper to compute only those of `draft_ids`.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
@@ -92,8 +92,8 @@ class MedusaHeads(nn.Module):
 
         Args:
             hidden: the backbone's last hidden states. [N, C]
-            lm_head: the backbone's; used where the heads share it, and for what they read of the root.
-            root_ids: the tokens decided from these states, for heads that read them. [N]
+            lm_head: the backbone's LM head, for heads that share it and for embeddings of the root.
+            root_ids: the tokens decided from these states, for heads that read the root. [N]
 
         Returns:
             [N, K, V]
@@ -101,7 +101,7 @@ class MedusaHeads(nn.Module):
         return self.logits(hidden, lm_head, self.roots(root_ids, lm_head))
 
     def logits(self, hidden: torch.Tensor, lm_head: nn.Module, roots: torch.Tensor | None) -> torch.Tensor:
-        """As `forward`, of what `roots` gave. [N, C], [N, C] -> [N, K, V]"""
+        """Like `forward`, with the result of `roots`. [N, C], [N, C] -> [N, K, V]"""
         features = torch.stack([head(hidden, roots) for head in self.heads], dim=1)  # [N, K, C]
         if self.config.shared_lm_head:
             logits: torch.Tensor = lm_head(features)
@@ -109,18 +109,18 @@ class MedusaHeads(nn.Module):
         return torch.stack([head.lm_head(features[:, k]) for k, head in enumerate(self.heads)], dim=1)
 
     def roots(self, root_ids: torch.Tensor | None, lm_head: Any) -> torch.Tensor | None:
-        """What the heads read of root tokens; None where they read nothing of them. [N] -> [N, C]"""
+        """The embeddings of root tokens; None if the heads do not read the root. [N] -> [N, C]"""
         if not self.config.reads_root:
             return None
         if root_ids is None:
-            raise ValueError("these heads read the root; give its tokens")
+            raise ValueError("these heads read the root; give root_ids")
         if self.draft_ids is not None:
             known = torch.isin(root_ids, torch.tensor(self.draft_ids, device=root_ids.device))
             root_ids = torch.where(known, root_ids, -1)
         return root_states(lm_head.weight, root_ids)
 
     def digest(self) -> str:
-        """SHA-256 over names and values of all weights, whatever file they came from."""
+        """SHA-256 over names and values of all weights, independent of their file."""
         whole = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -129,7 +129,7 @@ class MedusaHeads(nn.Module):
 
     @torch.no_grad()
     def start_from(self, lm_head: nn.Linear) -> None:
-        """Start the heads' own LM heads from the backbone's."""
+        """Initialise the heads' own LM heads from the backbone's."""
         for head in self.heads:
             if head.lm_head is not None:
                 head.lm_head.weight.copy_(lm_head.weight)

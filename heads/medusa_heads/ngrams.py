@@ -1,4 +1,4 @@
-"""Counting draft n-grams in the model's answers, and fitting how far to trust them. See `medusa_runtime.drafting.ngrams`."""
+"""Counts draft n-grams in the model's answers, and fits their weights. See `medusa_runtime.drafting.ngrams`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from medusa_runtime.arrays import FloatArray, IntArray
 from medusa_runtime.drafting.ngrams import NO_TOKEN, RATIO_STEP, NGrams, ngram_codes, rest_log_prob
 from medusa_runtime.errors import OptionError
 
-MIN_CELLS, MAX_CELLS = 1 << 16, 1 << 20  # two bytes each
+MIN_CELLS, MAX_CELLS = 1 << 16, 1 << 20  # cells of the table, two bytes each
 CELLS_PER_NGRAM = 2
-TOP_K = 32  # candidates a head returns where n-grams choose among them
-DISCOUNT = 0.75  # of each count, left to n-grams that were not seen
-ROWS = 128  # whose logits are held at once
-PRIOR_ROWS = 1000  # rows that the default weights count for
-MAX_ROWS = 10_000  # held-out rows that weights are fitted on
-# As fitted for SmolLM2-135M's heads (docs/decisions/0019-draft-ngrams.md), a row a depth
+TOP_K = 32  # candidates that each head returns if n-grams choose among them
+DISCOUNT = 0.75  # subtracted from each count, in favour of unseen n-grams
+ROWS = 128  # rows whose logits are in memory at a time
+PRIOR_ROWS = 1000  # weight of the default weights, as a number of rows
+MAX_ROWS = 10_000  # most held-out rows that weights are fitted on
+# Fitted for the heads of SmolLM2-135M (docs/decisions/0019-draft-ngrams.md), one row per depth
 WEIGHTS = np.array(
     [[0.8, 0.4, 0.35, 0.8, 0.85], [0.75, 0.55, 0.5, 0.8, 0.9], [0.75, 0.6, 0.6, 0.8, 0.85], [0.75, 0.65, 0.65, 0.85, 0.8]],
     np.float32,
@@ -33,22 +33,22 @@ Counts = npt.NDArray[np.float64]
 
 
 def count(examples: Sequence[Example], vocab_size: int, *, max_cells: int = MAX_CELLS) -> NGrams:
-    """Count pairs and triples in answers.
+    """Count pairs and triples of tokens in answers.
 
     Args:
-        examples: the answers, and what they begin after.
-        vocab_size: the model's.
-        max_cells: of the table, a power of two. Of n-grams that have the same cell, the most frequent is kept.
+        examples: the answers with their prompts.
+        vocab_size: the model's vocabulary size.
+        max_cells: most cells of the table, a power of two. Of n-grams that share a cell, the most frequent is kept.
 
     Raises:
-        OptionError: the answers have no three tokens in a row.
+        OptionError: no answer has three tokens in a row.
     """
     texts = [(*example.prompt_ids[-2:], *example.response_ids) for example in examples]
     tokens = np.fromiter((token for text in texts for token in text), np.int64)
     text = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     pairs, triples = (_counted(tokens, text, length, vocab_size) for length in (2, 3))
     if not len(triples.counts):
-        raise OptionError("the answers are too short to count n-grams in")
+        raise OptionError("the answers are too short to count n-grams; use more data")
     singles = np.bincount(tokens, minlength=vocab_size) + 0.1
     return _table(_smoothed(singles / singles.sum(), pairs, triples), max_cells)
 
@@ -56,16 +56,16 @@ def count(examples: Sequence[Example], vocab_size: int, *, max_cells: int = MAX_
 def draft_ngrams(
     heads: MedusaHeads, lm_head: nn.Module, training: Sequence[Example], held_states: HiddenStates | None
 ) -> NGrams | None:
-    """N-grams of the answers that heads were trained on, trusted as far as held-out answers say.
+    """N-grams of the answers that heads were trained on, with weights fitted on held-out answers.
 
     Args:
-        heads: in the precision of the LM head.
-        lm_head: the backbone's.
-        training: the answers.
-        held_states: of the held-out ones, where there are some.
+        heads: the heads, in the precision of the LM head.
+        lm_head: the backbone's LM head.
+        training: the answers that the heads were trained on.
+        held_states: hidden states of the held-out answers, or None if there are none.
 
     Returns:
-        None where no answer has three tokens.
+        The n-grams, or None if no answer has three tokens.
     """
     try:
         ngrams = count(training, heads.config.vocab_size)
@@ -82,9 +82,9 @@ def draft_ngrams(
 def head_candidates(
     heads: MedusaHeads, lm_head: nn.Module, rows: torch.Tensor, root_ids: torch.Tensor, top_k: int = TOP_K
 ) -> tuple[IntArray, FloatArray]:
-    """What exported heads would return for hidden states and the tokens decided there: ids and log-probabilities, best first.
+    """The candidates that exported heads would return: ids and log-probabilities, best first.
 
-    [n, C], [n] -> [n, K, M] each
+    Takes hidden states [n, C] and the tokens decided there [n]. Returns two arrays [n, K, M].
     """
     known = None if heads.draft_ids is None else torch.tensor(heads.draft_ids, device=rows.device)
     ids, log_probs = [], []
@@ -100,13 +100,13 @@ def head_candidates(
 
 
 def fit(ngrams: NGrams, states: HiddenStates, head_ids: IntArray, head_log_probs: FloatArray) -> FloatArray:
-    """The weights under which n-grams and heads make the held-out answers likeliest, depth by depth. [K, 5]
+    """The weights of n-grams and heads with which the held-out answers are most likely, for each depth. [K, 5]
 
     Args:
-        ngrams: counted in other answers.
-        states: the held-out answers'.
-        head_ids: the heads' candidates at their rows, or the first of them. [n, K, M]
-        head_log_probs: theirs.
+        ngrams: n-grams counted in other answers.
+        states: hidden states of the held-out answers.
+        head_ids: the heads' candidates at all rows of the states, or at the first n. [n, K, M]
+        head_log_probs: the candidates' log-probabilities. [n, K, M]
     """
     rows, num_heads = np.arange(len(head_ids)), head_ids.shape[1]
     targets = states.targets(rows, num_heads)  # [P, K]
@@ -124,12 +124,12 @@ def fit(ngrams: NGrams, states: HiddenStates, head_ids: IntArray, head_log_probs
 
 
 def _likeliest(features: FloatArray, rest: FloatArray, place: IntArray, prior: FloatArray) -> FloatArray:
-    """Weights of a softmax over candidates and all other tokens, drawn to a prior as far as rows are few. Returns [5]
+    """Maximum-likelihood weights of a softmax over the candidates and "any other token". With few rows, the prior wins. [5]
 
     Args:
         features: [n, M, 3]
         rest: the log-probability of all other tokens. [n]
-        place: of the right candidate, M for any other token. [n]
+        place: index of the right candidate; M for any other token. [n]
         prior: [5]
     """
     x, others, right = torch.from_numpy(features), torch.from_numpy(rest), torch.from_numpy(place)
@@ -152,18 +152,18 @@ def _likeliest(features: FloatArray, rest: FloatArray, place: IntArray, prior: F
 
 @dataclass(frozen=True)
 class _Counted:
-    """N-grams of one length."""
+    """The n-grams of one length, with their counts."""
 
     tokens: IntArray  # [G, n]
     counts: Counts  # [G]
-    of_context: Counts  # [G] of all n-grams that begin like it
-    context: IntArray  # [G] which of the contexts it has
+    of_context: Counts  # [G] total count of the n-grams with the same context
+    context: IntArray  # [G] number of its context: the tokens before the last
 
     def smoothed(self, shorter: Counts) -> tuple[Counts, Counts]:
-        """Probabilities of last tokens after those before, and what is left of each context to unseen ones. [G], [G]
+        """Smoothed probabilities of the last token given its context, and the probability left for unseen tokens. [G], [G]
 
         Args:
-            shorter: those without the first token. [G]
+            shorter: probabilities of the n-grams without their first token. [G]
         """
         own = (self.counts - DISCOUNT) / self.of_context
         left: Counts = 1 - np.bincount(self.context, own).astype(np.float64)[self.context]
@@ -171,10 +171,10 @@ class _Counted:
 
 
 def _counted(tokens: IntArray, text: IntArray, length: int, vocab_size: int) -> _Counted:
-    """The n-grams of that length that lie in one text, ordered by their tokens."""
+    """The n-grams of a length that lie within one text, sorted by their tokens."""
     end = len(tokens) - length + 1
     inside = np.flatnonzero(text[: max(end, 0)] == text[length - 1 :])
-    code = np.zeros(len(inside), np.int64)  # below 2**63 up to a vocabulary of two million
+    code = np.zeros(len(inside), np.int64)  # below 2**63 for vocabularies of up to two million tokens
     for place in range(length):
         code = code * vocab_size + tokens[inside + place]
     codes, counts = np.unique(code, return_counts=True)
@@ -186,15 +186,15 @@ def _counted(tokens: IntArray, text: IntArray, length: int, vocab_size: int) -> 
 
 @dataclass(frozen=True)
 class _Ratios:
-    """What a table is to hold of n-grams of one length."""
+    """The entries of a table for n-grams of one length."""
 
     tokens: IntArray  # [G, n]
     ratios: Counts  # [G]
-    weights: Counts  # [G] how often it is wanted
+    weights: Counts  # [G] how often the entry is looked up
 
 
 def _smoothed(singles: Counts, pairs: _Counted, triples: _Counted) -> list[_Ratios]:
-    """Ratios of probabilities, each smoothed with that of the n-gram without its first token."""
+    """For each n-gram, the ratio of its smoothed probability to that of the n-gram without its first token."""
     size = len(singles)
     chances, left = pairs.smoothed(singles[pairs.tokens[:, 1]])
     shorter = chances[np.searchsorted(pairs.tokens @ [size, 1], triples.tokens[:, 1:] @ [size, 1])]
@@ -206,7 +206,7 @@ def _smoothed(singles: Counts, pairs: _Counted, triples: _Counted) -> list[_Rati
 
 
 def _with_others(ngrams: _Counted, ratios: Counts, left: Counts) -> list[_Ratios]:
-    """The n-grams, and for each context what holds for all other tokens."""
+    """The n-grams' ratios, and for each context the ratio of all other tokens."""
     first = np.unique(ngrams.context, return_index=True)[1]
     others = ngrams.tokens[first]
     others[:, -1] = NO_TOKEN
@@ -214,7 +214,7 @@ def _with_others(ngrams: _Counted, ratios: Counts, left: Counts) -> list[_Ratios
 
 
 def _table(parts: list[_Ratios], max_cells: int) -> NGrams:
-    """A cell for each n-gram, the most frequent first."""
+    """Fill the cells of a table, the most frequent n-grams first."""
     num_ngrams = sum(len(part.ratios) for part in parts)
     num_cells = min(max_cells, max(MIN_CELLS, 1 << (CELLS_PER_NGRAM * num_ngrams).bit_length()))
     codes = np.concatenate([_codes(part.tokens, num_cells) for part in parts])

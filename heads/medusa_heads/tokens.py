@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, as distillation and training see it."""
+"""A checkpoint's tokenizer, for distillation and training."""
 
 from __future__ import annotations
 
@@ -12,56 +12,60 @@ from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.errors import OptionError, first_line
 from medusa_runtime.text.codec import Message
 
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the user's words go
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # placeholder for the user's words
 
 
 class CheckpointCodec:
-    """Messages to token ids and back, by a Transformers tokenizer."""
+    """Converts messages to token ids and back, with a Transformers tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
-            raise OptionError("this model has no chat template, so it cannot be asked anything; take an instruction-tuned one")
+            raise OptionError("this model has no chat template, so it cannot answer prompts; use an instruction-tuned model")
 
     @cached_property
     def digest(self) -> str:
-        """Of the vocabulary."""
+        """Digest of the vocabulary."""
         return vocabulary_digest(self.tokenizer.get_vocab())
 
     def encode(self, prompt: Sequence[Message]) -> list[int]:
-        """Token ids of messages through the chat template, up to where the answer starts.
+        """Token ids of messages in the chat template, up to the start of the answer.
 
         Raises:
-            OptionError: the template refuses them.
+            OptionError: the template refuses the messages.
         """
         return self.text_ids(self._render(prompt, add_generation_prompt=True))
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of text as it is."""
+        """Token ids of plain text, without template and special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     @cached_property
     def vocab_size(self) -> int:
-        """Ids are below it."""
+        """One more than the largest token id."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def answer_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the last message, the assistant's, with the special token that the template puts behind it."""
+        """Token ids of the last message (the assistant's), with the special token that the template puts after it."""
         before, whole = self._render(messages[:-1], add_generation_prompt=True), self._render(messages)
         if not whole.startswith(before):
-            raise OptionError("the chat template rewrites what came before an answer; give response_token_ids with the data")
+            raise OptionError(
+                "the chat template changes earlier messages when an answer is added; give response_token_ids with the data"
+            )
         ids, end = self.text_ids(whole[len(before) :]), self.closing()
         return ids[: ids.index(end) + 1] if end in ids else ids
 
     def opening(self) -> list[int]:
-        """Token ids of a conversation up to where the user's first words begin."""
+        """Token ids of a conversation up to the user's first words."""
         text = self._render([{"role": "user", "content": MARK}])
         if text.count(MARK) != 1:
-            raise OptionError("the chat template does not give the user's words as they are, so the model cannot prompt itself")
+            raise OptionError(
+                "the chat template changes the user's words, so the model cannot write its own prompts; give --prompts instead"
+            )
         return self.text_ids(text[: text.index(MARK)])
 
     def closing(self) -> int | None:
-        """The special token that the chat template puts behind an answer, else the tokenizer's end-of-sequence token."""
+        """The special token that the chat template puts after an answer, or else the tokenizer's end-of-sequence token."""
         text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         after = self.text_ids(text.partition(MARK)[2])[:1]
         known = self.tokenizer.added_tokens_decoder
@@ -71,13 +75,13 @@ class CheckpointCodec:
         return end
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         conversation: Any = list(messages)
         try:
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # the template is a program from elsewhere: it may fail in any way
+        except Exception as error:  # the template is foreign code and can raise anything
             raise OptionError(f"the chat template refuses {messages!r:.80}: {first_line(error)}") from error
         return str(text)

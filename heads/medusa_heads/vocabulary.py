@@ -1,4 +1,4 @@
-"""Telling tokenizers apart."""
+"""A digest to compare tokenizers by."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 over a vocabulary: two tokenizers with the same one give token ids the same meaning."""
+    """SHA-256 over a vocabulary. If it is equal for two tokenizers, token ids have the same meaning in both."""
     whole = hashlib.sha256()
     for token, index in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         whole.update(f"{index}\t{token}\n".encode())

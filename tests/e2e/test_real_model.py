@@ -47,7 +47,7 @@ def model() -> str:
 
 @pytest.fixture(scope="module")
 def heads() -> Path:
-    """Those that come with the project."""
+    """The heads that come with the project."""
     return library.folder() / "heads" / "smollm2-135m-instruct"
 
 

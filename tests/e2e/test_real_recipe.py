@@ -1,4 +1,4 @@
-"""The recipe of the heads that come along, at a small size: from PyPI to a validated bundle."""
+"""The recipe of the heads that come with the project, at a small size: from PyPI to a validated bundle."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_one_command_goes_from_the_model_to_a_validated_bundle(tmp_path: Path) -
     assert losses[-1] < 0.8 * losses[0]
     again = CliRunner().invoke(main, words)
     assert again.exit_code == 0, again.output
-    assert again.output.count("done before") == 5
+    assert again.output.count("already done") == 5

@@ -1,4 +1,4 @@
-"""What this machine has for the tests of this folder: a GPU and what runs bundles on it, or why not."""
+"""The GPU and the packages of this machine for the tests of this folder, or the reasons why they cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def _reasons() -> dict[str, str | None]:
-    """Why each backend cannot run here; none where it can."""
+    """For each backend the reason why it cannot run on this machine, or None."""
     if GPUS.why_none is not None:
         return dict.fromkeys(BACKENDS, GPUS.why_none)
     found = {(verdict.action, verdict.what): verdict for verdict in verdicts(find_facts())}

@@ -1,4 +1,4 @@
-"""Engines that do not fit the machine are refused before TensorRT sees them, with both sides and what mends it."""
+"""Engines that do not fit the machine are refused before TensorRT sees them; the message names both sides and the remedy."""
 
 from __future__ import annotations
 

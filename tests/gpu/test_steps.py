@@ -23,7 +23,7 @@ MOST_DOWN = 16 << 10  # bytes a step
 
 
 def answers(bundle: Path, backend: str, *, cuda_graphs: bool) -> list[list[int]]:
-    """Greedy ones with trees of several sizes, alone and side by side."""
+    """Greedy requests with trees of several sizes, alone and in a batch."""
     with MedusaLM.from_bundle(bundle, backend, device="cuda", cuda_graphs=cuda_graphs) as lm:
         found = [
             lm.generate(PROMPT, max_new_tokens=50, tree=DynamicTree(nodes), ignore_eos=True).token_ids

@@ -1,4 +1,4 @@
-"""Who answers when data is made: slots on a Transformers model, a bundle, an endpoint."""
+"""The backends that answer prompts for training data: slots on a Transformers model, a bundle, an endpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTHS = (1, 5, 23, 2, 40, 9, 9, 31, 3, 17)  # of prompts; more than there are 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tiny products are slower on several."""
+    """Use one thread: tiny matrix products are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def slot_decoder(model: Path, num_slots: int = 3, eos: Iterable[int] = ()) -> Sl
 
 
 def generated(backbone: Backbone, prompt: tuple[int, ...]) -> list[int]:
-    """What Transformers' own greedy decoding gives."""
+    """The tokens of Transformers' own greedy decoding."""
     row = torch.tensor([prompt])
     whole = backbone.model.generate(
         row, attention_mask=torch.ones_like(row), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=1
@@ -91,7 +91,7 @@ def test_an_answer_ends_with_its_end_of_sequence_token(make_model: Make) -> None
 
 
 def test_requests_that_follow_from_answers_are_answered(make_model: Make) -> None:
-    """A source that has nothing for a while, as when all conversations wait for their next turn."""
+    """A source without requests for a while, like a run in which all conversations wait for an answer."""
     waiting, decoder = requests()[:1], slot_decoder(make_model())
     num_answers = 0
     for answer in decoder.answers(lambda: waiting.pop() if waiting else None):
@@ -155,7 +155,7 @@ def test_an_attention_that_takes_more_than_slots_give_is_refused() -> None:
         torch.zeros(1, 1, 1, 2),
         torch.ones(1, 1, 1, 1, dtype=torch.bool),
     )
-    with pytest.raises(CheckpointError, match="cannot be decoded in slots: its attention takes s_aux"):
+    with pytest.raises(CheckpointError, match="cannot be decoded in slots: its attention has the extra inputs s_aux"):
         slots.slot_attention(torch.nn.Module(), *operands, s_aux=torch.zeros(1))
 
 
@@ -166,7 +166,7 @@ def test_memory_that_does_not_do_is_told(make_model: Make, monkeypatch: pytest.M
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
 
     monkeypatch.setattr(decoder, "_step", fail)
-    with pytest.raises(CapacityError, match="cpu has no memory for 3 slots; lower --batch-size"):
+    with pytest.raises(CapacityError, match="cpu has too little memory for 3 slots; lower --batch-size"):
         collect(decoder, requests())
 
 
@@ -189,7 +189,7 @@ def test_a_bundle_samples_the_same_whatever_it_decodes_beside(make_bundle: Make)
 
 
 def test_a_bundle_does_not_prompt_itself(make_bundle: Make) -> None:
-    with pytest.raises(OptionError, match="cannot prompt itself"):
+    with pytest.raises(OptionError, match="--self-prompts does not work with a bundle"):
         BundleCodec(MedusaLM.from_bundle(make_bundle()).codec).opening()
 
 
@@ -312,7 +312,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         collect(endpoint(server), asks(1))
     assert server.keys == {"Bearer none", "Bearer secret"}
     monkeypatch.setenv("OPENAI_API_KEY", "geheim-ü")
-    with pytest.raises(OptionError, match="OPENAI_API_KEY holds other characters than a key can have"):
+    with pytest.raises(OptionError, match="OPENAI_API_KEY has characters that a key cannot have"):
         EndpointAnswerer("http://localhost/v1", "tiny", words, 0)
 
 
@@ -328,11 +328,11 @@ def test_an_endpoint_that_is_busy_is_asked_again() -> None:
     [
         (
             failure(401, "Incorrect key"),
-            " (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a key that it takes",
+            " (model 'tiny'): 401, Incorrect key; set OPENAI_API_KEY to a valid key",
         ),
         (
             failure(404, "The model `tiny` does not exist."),
-            "404, The model `tiny` does not exist.; check --base-url, which mostly",
+            "404, The model `tiny` does not exist.; check --base-url (it usually",
         ),
         (failure(400, "maximum context\nlength is 8"), "400, maximum context length is 8; lower --max-prompt-tokens"),
         (failure(500, "broken"), "500, broken; run the same command again later"),
@@ -340,10 +340,10 @@ def test_an_endpoint_that_is_busy_is_asked_again() -> None:
         ((422, {"detail": [{"msg": "bad"}]}), "422, [{'msg': 'bad'}]; leave this prompt out"),
         ((404, "<html>" + "x" * 1000), "404, <html>xxxx"),
         ((500, ""), "500, Internal Server Error; run"),
-        ((200, "<html>hello</html>"), "answers otherwise than OpenAI's API (<html>hello</html>); check --base-url"),
-        ((200, {"hello": "there"}), "answers otherwise than OpenAI's API"),
-        ((200, {"choices": []}), "answers otherwise than OpenAI's API"),
-        ((200, []), "answers otherwise than OpenAI's API"),
+        ((200, "<html>hello</html>"), "does not answer like OpenAI's API (<html>hello</html>); check --base-url"),
+        ((200, {"hello": "there"}), "does not answer like OpenAI's API"),
+        ((200, {"choices": []}), "does not answer like OpenAI's API"),
+        ((200, []), "does not answer like OpenAI's API"),
     ],
 )
 def test_an_endpoint_that_fails_is_told_in_one_line(reply, message) -> None:

@@ -1,4 +1,4 @@
-"""`medusa-export bench` on tiny models: our modes, PyTorch beside them, and what is left of a run that was cut short."""
+"""`medusa-export bench` on tiny models: our modes, PyTorch as a peer, and the results of an interrupted run."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_two_bundles_of_one_model(make_bundle: Make, tmp_path: Path) -> None:
 def test_pytorch_gives_the_same_tokens_in_the_same_steps(
     make_model: Make, make_heads: Make, prompts: Path, tmp_path: Path
 ) -> None:
-    """The loop in PyTorch is another program: that both agree in every step says that both decode what they claim to."""
+    """The loop in PyTorch is an independent program, so if both agree in every step, both decode correctly."""
     heads, bundle = load_heads(make_heads()), tmp_path / "bundle"
     heads.draft_ids = list(range(0, 320, 2))  # so roots are read that the heads know, and others
     save_heads(heads, tmp_path / "heads")
@@ -143,7 +143,7 @@ def load(settings):
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Peers that answer so many requests, and then no more."""
+    """Peers that fail after a number of requests."""
     (tmp_path / "fake_peer.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     made = tuple(
@@ -180,7 +180,7 @@ def test_interrupted_it_keeps_what_there_is(make_bundle: Make, tmp_path: Path, m
     target = tmp_path / "out.json"
     result = run(make_bundle(), "--modes", "plain,tuned", "--max-new-tokens", 6, "--json", target, "--csv", tmp_path / "o.csv")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == f"Error: interrupted after 3 answers; {target} has what was measured"
+    assert result.stderr.splitlines()[-1] == f"Error: interrupted after 3 answers; the measurements so far are in {target}"
     assert "incomplete" in result.stdout
     kept = json.loads(target.read_text())
     assert kept["complete"] is False
@@ -218,12 +218,15 @@ def test_the_floor_counts_what_a_step_reads(make_bundle: Make, make_model: Make)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--modes", "fast"), "there is no mode 'fast'; there are: plain, static, dynamic, tuned"),
+        (("--modes", "fast"), "there is no mode 'fast'; use some of: plain, static, dynamic, tuned"),
         (("--peers", "vllm"), "there is no peer 'vllm'"),
-        (("--max-new-tokens", 250), "no prompt leaves room for 250 new tokens in the bundle's 256; lower --max-new-tokens"),
+        (
+            ("--max-new-tokens", 250),
+            "no prompt leaves room for 250 new tokens within the bundle's limit of 256; lower --max-new-tokens",
+        ),
         (("--gguf", "nowhere.gguf"), "--gguf nowhere.gguf: there is nothing there"),
         (("--json", "nowhere/out.json"), "nowhere/out.json cannot be written"),
-        (("--steps", "0,3"), "'0,3': it must be whole numbers from 1 on with commas between them, or none"),
+        (("--steps", "0,3"), "'0,3': it must be whole numbers from 1 on, separated by commas, or none"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
     ],
 )
@@ -239,4 +242,4 @@ def test_bundles_must_be_of_one_model(make_bundle: Make, make_model: Make, tmp_p
     manifest = Manifest.load(make_bundle())
     manifest.files["tokenizer.json"].sha256 = "0" * 64
     manifest.save(other)
-    fails(run(make_bundle(), other), 2, "have different tokenizers; only bundles of one model can be compared")
+    fails(run(make_bundle(), other), 2, "have different tokenizers; give bundles of one model")

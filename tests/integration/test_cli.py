@@ -136,7 +136,7 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [
-        (("fetch", "gpt-17"), 2, "there is no model 'gpt-17' to fetch; there are: smollm2-135m-instruct"),
+        (("fetch", "gpt-17"), 2, "fetch does not know the model 'gpt-17'; known models: smollm2-135m-instruct"),
         (("generate", "/nowhere", "-p", "x"), 1, "/nowhere is not a bundle"),
         (("generate", "{bundle}", "-p", ""), 0, ""),
         (("generate", "{bundle}", "-p", "", "--raw"), 2, "the prompt is empty"),
@@ -161,7 +161,7 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("heads", "init", "/nowhere", "-o", "{new}"), 1, "there is no model '/nowhere'"),
         (("heads", "init", "{model}", "-o", "{model}", "--force"), 2, "so it cannot be replaced"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{heads}", "--force"), 2, "so it cannot be replaced"),
-        (("onnx", "{model}/config.json", "--heads", "{heads}", "-o", "{new}"), 1, "is a file, but no .gguf"),
+        (("onnx", "{model}/config.json", "--heads", "{heads}", "-o", "{new}"), 1, "is a file but not a GGUF file"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{model}/config.json/new"), 2, "cannot be written"),
         (("trt", "{bundle}", "-o", "{bundle}", "--force"), 2, "so it cannot be replaced"),
         (("trt", "/nowhere", "-o", "{new}"), 1, "/nowhere is not a bundle"),

@@ -80,7 +80,7 @@ def test_every_command_refuses_what_it_cannot_do(
     if find_gpus().why_none is not None:
         fails(run(*command, "--device", "cuda:0"), 1, "ort-cuda needs an NVIDIA GPU: ")
     if words[0] != "tree":
-        message = "--no-cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (asked for)"
+        message = "--no-cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (asked for)"
         fails(run(*command, "--device", "cpu", "--no-cuda-graphs"), 2, message)
     if words[0] != "distill":
         message = "the backend ort-cuda does not run on the device cpu"
@@ -131,7 +131,9 @@ def test_validation_on_a_gpu_is_of_what_runs_there(make_bundle: Make, make_model
 def test_cuda_graphs_are_for_gpus_where_validation_runs_on_the_cpu_by_itself(make_bundle: Make, make_model: Make) -> None:
     words = ("validate", make_bundle(), "--reference", make_model(), "--cuda-graphs")
     fails(
-        run(*words), 2, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu (where all of an ONNX bundle's graphs"
+        run(*words),
+        2,
+        "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (all graphs of an ONNX bundle",
     )
 
 
@@ -168,7 +170,7 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
     bundle = Path(shutil.copytree(make_bundle(), tmp_path / "bundle"))
     small = ("--quick", "--max-nodes", 4, "--max-new-tokens", 8)
     told = done("tune", bundle, *small, "--device", "cuda")
-    assert told.stdout.startswith(f"{ON_GPU}; acceptance from own prompts")
+    assert told.stdout.startswith(f"{ON_GPU}; acceptance from built-in prompts")
     assert "runs with ort-cuda on cuda:0 (asked for)" in told.stderr
     found = Tuning.load(bundle)
     assert found is not None
@@ -178,13 +180,15 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
         NAME,
         0,
     )
-    assert done("tree", "show", bundle, "--device", "cuda").stdout.startswith("the best fixed tree for batch 1")
-    assert done("tree", "show", bundle, "--device", "cpu").stdout.startswith("the bundle's own tree; it is not tuned")
+    assert done("tree", "show", bundle, "--device", "cuda").stdout.startswith("the best static tree for batch size 1")
+    assert done("tree", "show", bundle, "--device", "cpu").stdout.startswith(
+        "the bundle's default tree; the bundle is not tuned"
+    )
 
 
 @pytest.mark.usefixtures("stand_ins")
 def test_an_engine_of_one_sequence_is_tuned_within_its_limits(make_bundle: Make, tmp_path: Path) -> None:
-    """Defaults, also those of --quick, are cut to what it takes; what was asked for is refused."""
+    """Default batch sizes, also those of --quick, are cut to the bundle's limit; larger given ones are refused."""
     engine = stand_in_engine(make_bundle(), tmp_path / "engine", max_batch_size=1)
     done("tune", engine, "--quick", "--max-new-tokens", 8)
     found = Tuning.load(engine)
@@ -192,7 +196,7 @@ def test_an_engine_of_one_sequence_is_tuned_within_its_limits(make_bundle: Make,
     [device] = found.devices.values()
     assert [batch.batch_size for batch in device.batches] == device.costs.batch_sizes == [1]
     assert device.backend == "trt-rtx"
-    message = "--batch-sizes asks for 4, the bundle takes 1"
+    message = "--batch-sizes has 4, but the bundle's largest batch is 1"
     fails(run("tune", engine, "--quick", "--batch-sizes", "1,4"), 1, message)
 
 

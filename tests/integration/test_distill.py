@@ -24,7 +24,7 @@ BUNDLE_SHORT = SHORT[:-2]
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No proxies, no key, and PyTorch's threads as they were."""
+    """No proxies and no API key; PyTorch's number of threads is restored."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on(own, make_model: Make, prompts: Path, tmp_pa
         monkeypatch.setattr(AnswerStore, "append", interrupted_after(count))
         stopped = run(*words, "-o", tmp_path / "pieces")
         assert (stopped.exit_code, stopped.stdout) == (1, "")
-        told = f"  {count} answers are kept in {tmp_path / 'pieces'}; the same command goes on there"
+        told = f"  {count} answers are in {tmp_path / 'pieces'}; run the same command again to continue"
         assert (told in stopped.stderr) == (count > 0)
         assert stopped.stderr.endswith("Aborted!\n")
     monkeypatch.setattr(AnswerStore, "append", append)
@@ -135,7 +135,7 @@ def test_an_endpoint_that_fails_midway_loses_nothing(make_model: Make, prompts: 
     monkeypatch.setattr(endpoint, "MAX_RETRIES", 0)
     words = (make_model(), "--prompts", prompts, "-o", tmp_path / "data", "--batch-size", 2, *SHORT[:4])
     with chat_server(lambda _: completion("yes") if len(server.asked) <= 5 else failure(401, "expired")) as server:
-        fails(run(*words, "--base-url", server.url), 1, "401, expired; set OPENAI_API_KEY to a key that it takes")
+        fails(run(*words, "--base-url", server.url), 1, "401, expired; set OPENAI_API_KEY to a valid key")
     kept = rows_of(tmp_path / "data")
     assert len(kept) == 5
     with chat_server(lambda _: completion("yes")) as server:
@@ -151,7 +151,7 @@ def test_other_settings_are_refused(make_model: Make, prompts: Path, tmp_path: P
     assert run(*words).exit_code == 0
     before = rows_of(tmp_path / "data")
     fails(
-        run(*words, "--max-new-tokens", 7), 2, "begun with other settings (max_new_tokens was 6, is 7); choose another output"
+        run(*words, "--max-new-tokens", 7), 2, "started with other settings (max_new_tokens was 6, is 7); choose another output"
     )
     fails(run(*words, "--temperature", 0.5), 2, "(temperature was 0.0, is 0.5)")
     fails(run(*words, "--limit", 3), 2, "(prompts was ")
@@ -160,10 +160,10 @@ def test_other_settings_are_refused(make_model: Make, prompts: Path, tmp_path: P
 
 def test_prompts_that_are_all_too_long_are_an_error(make_model: Make, prompts: Path, tmp_path: Path) -> None:
     words = (make_model(), "--prompts", prompts, "-o", tmp_path / "data", *SHORT)
-    fails(run(*words, "--max-prompt-tokens", 3), 1, "no prompt was answered: all of them are too long")
+    fails(run(*words, "--max-prompt-tokens", 3), 1, "no prompt was answered: all are too long")
     result = run(*words, "--max-prompt-tokens", 25)  # settings that gave nothing bind nobody
     assert result.exit_code == 0, result.stderr
-    assert "not answered: prompts that are too long" in result.stderr
+    assert "prompts: too long" in result.stderr
     assert 0 < len(rows_of(tmp_path / "data")) < NUM_ANSWERS
 
 
@@ -186,58 +186,66 @@ FILES = {
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [
-        ("{model} -o {new}", 2, "there is nothing to ask: give --prompts FILE, --self-prompts N, or both"),
+        ("{model} -o {new}", 2, "there are no prompts; give --prompts FILE, --self-prompts N, or both"),
         ("{model} -o {new} --prompts {files}/bad.jsonl", 2, "bad.jsonl, row 2: a user's turn is 3, not text"),
-        ("{model} -o {new} --prompts {files}/empty.txt", 2, "empty.txt holds no prompts"),
+        ("{model} -o {new} --prompts {files}/empty.txt", 2, "empty.txt has no prompts"),
         ("{model} -o {new} --prompts {files}/none.txt", 2, "none.txt cannot be read: No such file"),
-        ("{model} -o {new} --prompts {p} --mix poems=3", 2, "no prompt has a source 'poems'; there are: dog, fox"),
+        (
+            "{model} -o {new} --prompts {p} --mix poems=3",
+            2,
+            "no prompt has the source 'poems'; the other sources are: dog, fox",
+        ),
         ("{model} -o {new} --prompts {p} --mix fox", 2, "'fox' is not SOURCE=N, with N at least 1"),
         ("{model} -o {new} --prompts {p} --mix fox=0", 2, "'fox=0' is not SOURCE=N"),
         ("{model} -o {new} --prompts {p} --mix =3", 2, "'=3' is not SOURCE=N"),
-        ("{model} -o {new} --self-prompts 3 --mix fox=3", 2, "--mix chooses among --prompts, and there are none"),
+        ("{model} -o {new} --self-prompts 3 --mix fox=3", 2, "--mix selects from --prompts, but there are none"),
         ("{model} -o {new} --prompts {p} --prompts {files}/again/prompts.jsonl", 2, "have the name 'prompts'"),
         ("{model} -o {new} --prompts {files}/self.txt --self-prompts 3", 2, "two sources of prompts have the name 'self'"),
-        ("{model} -o {files}/other --prompts {p}", 2, "holds something else; choose"),
+        ("{model} -o {files}/other --prompts {p}", 2, "has other files in it; choose"),
         (
             "{model} -o {p} --prompts {p}",
             2,
             "is not a directory; choose another output",
         ),
-        ("{model} -o {new} --prompts {p}", 2, "make 1280 together, the model takes 256; lower one"),
+        ("{model} -o {new} --prompts {p}", 2, "is 1280, but the model takes at most 256 tokens; lower one"),
         ("{model} -o {new} --prompts {p} --temperature 9", 2, "Invalid value for '--temperature'"),
-        ("{model} -o {new} --prompts {p} --temperature nan", 2, "a temperature is nan; give a number"),
-        ("{model} -o {new} --prompts {p} --device tpu", 2, "--device tpu: there is no such device here"),
+        ("{model} -o {new} --prompts {p} --temperature nan", 2, "a temperature is NaN; give a number"),
+        ("{model} -o {new} --prompts {p} --device tpu", 2, "--device tpu: this machine has no such device"),
         ("{model} -o {new} --prompts {p} --backend bundle", 2, "is none"),
-        ("{model} -o {new} --prompts {p} --backend endpoint", 2, "--base-url belongs to --backend endpoint"),
-        ("{model} -o {new} --prompts {p} --backend transformers --base-url http://x/v1", 2, "--base-url belongs to --backend"),
+        ("{model} -o {new} --prompts {p} --backend endpoint", 2, "--base-url and --backend endpoint need each other"),
+        ("{model} -o {new} --prompts {p} --backend transformers --base-url http://x/v1", 2, "--base-url and --backend"),
         (
             "{model} -o {new} --prompts {p} --served-model x",
             2,
-            "--served-model belongs to an endpoint; give its --base-url too",
+            "--served-model is only for an endpoint; give its --base-url too",
         ),
         ("{model} -o {new} --prompts {p} --base-url localhost:8000", 2, "it must be like http://localhost:8000/v1"),
         (
             "{model} -o {new} --self-prompts 3 --base-url http://x/v1",
             2,
-            "an endpoint cannot be asked to write the user's words",
+            "--self-prompts does not work with an endpoint",
         ),
-        ("{model} -o {new} --prompts {p} --base-url http://x/v1 --dtype fp16", 2, "--dtype belongs to --backend transformers"),
-        ("{bundle} -o {new} --self-prompts 3", 2, "a bundle's model cannot prompt itself"),
+        ("{model} -o {new} --prompts {p} --base-url http://x/v1 --dtype fp16", 2, "--dtype is only for --backend transformers"),
+        ("{bundle} -o {new} --self-prompts 3", 2, "--self-prompts does not work with a bundle"),
         (
             "{model} -o {new} --prompts {p} --base-url http://x/v1 --device cpu",
             2,
-            "--device belongs to transformers or a bundle; an endpoint runs where it runs",
+            "--device is only for transformers or a bundle; an endpoint chooses its own device",
         ),
         ("{bundle} -o {new} --prompts {p} --device gpu", 2, "the device is 'gpu'; there are: auto, cpu, cuda"),
-        ("{bundle} -o {new} --prompts {p} --cuda-graphs", 2, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu"),
+        (
+            "{bundle} -o {new} --prompts {p} --cuda-graphs",
+            2,
+            "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu",
+        ),
         (
             "{model} -o {new} --prompts {p} --no-cuda-graphs",
             2,
-            "--no-cuda-graphs belong to --backend bundle; the backend is transformers",
+            "--no-cuda-graphs are only for --backend bundle; the backend is transformers",
         ),
-        ("{bundle} -o {new} --prompts {p}", 2, "make 1280 together, the model takes 256; lower one"),
+        ("{bundle} -o {new} --prompts {p}", 2, "is 1280, but the model takes at most 256 tokens; lower one"),
         ("/nowhere -o {new} --prompts {p}", 1, "there is no tokenizer '/nowhere'"),
-        ("{silent} -o {new} --prompts {p}", 2, "this model has no chat template, so it cannot be asked anything"),
+        ("{silent} -o {new} --prompts {p}", 2, "this model has no chat template, so it cannot answer prompts"),
     ],
 )
 def test_bad_input_gets_one_line(

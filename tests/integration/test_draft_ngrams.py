@@ -1,4 +1,4 @@
-"""Draft n-grams on their way from the answers that heads are trained on, beside the heads and in the bundle, to the drafts."""
+"""Draft n-grams from end to end: from training answers to the heads' directory, the bundle, and the drafts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXACT = ("--max-length", 128, "--threads", 1)
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Neither accelerate's state nor PyTorch's threads outlive a test."""
+    """Restore accelerate's state and PyTorch's number of threads after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -105,7 +105,7 @@ def test_a_damaged_file_stops_the_export(make_model: Make, heads: Path, tmp_path
 def test_heads_without_a_directory_have_no_place_for_them(make_model: Make, data: Path, tmp_path: Path) -> None:
     (tmp_path / "heads.pt").write_bytes(b"")
     result = run("heads", "ngrams", tmp_path / "heads.pt", "--model", make_model(), "--data", data)
-    fails(result, 2, "is no directory of heads")
+    fails(result, 2, "is not a directory of heads")
 
 
 @pytest.mark.parametrize("root", [8, 9])  # of the known tokens, and not

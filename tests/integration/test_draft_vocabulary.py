@@ -1,4 +1,4 @@
-"""Heads that were trained on some tokens alone guess among these, and the bundle says so."""
+"""Heads that were trained on some tokens only guess among these, and the bundle records it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def with_vocabulary(heads: Path, target: Path, known: list[int] = KNOWN) -> Path
 
 
 def proposals(bundle: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What the heads guess after each token of a prompt and the same root, which all of them know. [T, K, M]"""
+    """The heads' guesses after each token of a prompt, always with the same root, which all heads know. [T, K, M]"""
     backend = open_backend(bundle, Manifest.load(bundle))
     count = 12
     backend.resize(1, count)
@@ -74,7 +74,9 @@ def test_the_full_vocabulary_can_be_asked_for(make_model: Make, make_heads: Make
 
 def test_more_candidates_than_the_heads_know_are_refused(make_model: Make, make_heads: Make, tmp_path: Path) -> None:
     heads = with_vocabulary(make_heads(), tmp_path / "heads", known=[4, 5, 6])
-    with pytest.raises(OptionError, match="--head-top-k is 10; the heads know 3 tokens: lower it, or give --full-head-vocab"):
+    with pytest.raises(
+        OptionError, match="--head-top-k is 10, but the heads know only 3 tokens; lower it, or give --full-head-vocab"
+    ):
         export_bundle(ExportOptions(str(make_model()), heads, tmp_path / "bundle", head_top_k=10))
 
 
@@ -96,13 +98,13 @@ def test_the_vocabulary_is_kept_with_the_heads(make_heads: Make, tmp_path: Path)
     ("text", "message"),
     [
         ("", "cannot be used"),
-        ("{}", "a list of token ids, ascending"),
-        ("[]", "must be in the vocabulary of 320"),
-        ("[3, 2]", "a list of token ids, ascending"),
-        ("[1, 1]", "a list of token ids, ascending"),
-        ("[1, 320]", "must be in the vocabulary of 320"),
-        ('["a"]', "a list of token ids, ascending"),
-        ("[1.5]", "a list of token ids, ascending"),
+        ("{}", "an ascending list of token ids"),
+        ("[]", "must be below the vocabulary size 320"),
+        ("[3, 2]", "an ascending list of token ids"),
+        ("[1, 1]", "an ascending list of token ids"),
+        ("[1, 320]", "must be below the vocabulary size 320"),
+        ('["a"]', "an ascending list of token ids"),
+        ("[1.5]", "an ascending list of token ids"),
     ],
 )
 def test_a_damaged_vocabulary_is_told(text, message, make_heads: Make, tmp_path: Path) -> None:

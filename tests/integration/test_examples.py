@@ -114,8 +114,8 @@ class TestService:
         [
             ({"prompt": "x", "max_tokens": 3}, 422, "there is no option max_tokens; did you mean max_new_tokens?"),
             ({"prompt": "x", "temperature": -1}, 422, "temperature is -1; it must be greater than or equal to 0"),
-            ({"max_new_tokens": 3}, 422, "a request has either a prompt or messages"),
-            ({"prompt": "x", "messages": []}, 422, "a request has either a prompt or messages"),
+            ({"max_new_tokens": 3}, 422, "a request must have either a prompt or messages"),
+            ({"prompt": "x", "messages": []}, 422, "a request must have either a prompt or messages"),
             ({"prompt": "x", "max_new_tokens": 256}, 413, "more than the bundle's 256"),
         ],
     )

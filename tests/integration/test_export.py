@@ -1,4 +1,4 @@
-"""Every architecture through trace, stamp and bundle, against the eager model; and what a bundle holds."""
+"""Every architecture is exported and compared with the eager model; and the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_stamped_layers_are_the_layers_of_a_full_trace(make_model: Make, monkeyp
 
 
 def run_step(model: ir.Model) -> list[np.ndarray]:
-    """All outputs of a step over random tokens, with a random cache."""
+    """All outputs of a step with random tokens and a random cache."""
     rng = np.random.default_rng(0)
     model.opset_imports.pop("medusa.trace", None)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
@@ -164,9 +164,9 @@ def test_an_interrupted_export_leaves_nothing_and_the_next_one_succeeds(
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"opset": 23}, OptionError, "--opset is 23; 24"),
-        ({"max_seq_len": 257}, OptionError, "--max-seq-len is 257; the model serves 256"),
-        ({"head_top_k": 321}, OptionError, "--head-top-k is 321; the vocabulary has 320"),
+        ({"opset": 23}, OptionError, "--opset must be 24 or 25, not 23"),
+        ({"max_seq_len": 257}, OptionError, "--max-seq-len is 257, but the model supports at most 256"),
+        ({"head_top_k": 321}, OptionError, "--head-top-k is 321, but the vocabulary has only 320 tokens"),
         ({"model": "/nowhere"}, CheckpointError, "there is no model '/nowhere'"),
         ({"heads": Path("/nowhere")}, CheckpointError, "there are no heads at /nowhere"),
     ],
@@ -222,7 +222,7 @@ def test_a_longrope_model_serves_as_far_as_its_keys_keep_their_rotation(
     model = make_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     options = ExportOptions(str(model), make_heads(), tmp_path / "bundle")
     assert export_bundle(options).limits.max_seq_len == 64
-    with pytest.raises(OptionError, match="--max-seq-len is 65; the model serves 64"):
+    with pytest.raises(OptionError, match="--max-seq-len is 65, but the model supports at most 64"):
         export_bundle(replace(options, output=tmp_path / "other", max_seq_len=65))
     report = validate(tmp_path / "bundle", str(model), prompts=["a fox " * 9], max_new_tokens=24)
     assert report.status == "passed", report.verdicts()

@@ -110,7 +110,7 @@ def test_a_bundle_starts_with_the_best_tree_of_its_heads(
         return CandidateTree.from_json(Manifest.load(output).tree), result.stderr
 
     assert export("best", "--tree-nodes", expected.nodes)[0] == CandidateTree.from_json(expected.tree)
-    assert "a tree for unknown heads" in export("other", "--tree-nodes", 5)[1]
+    assert "using a default tree" in export("other", "--tree-nodes", 5)[1]
     own = tmp_path / "own.json"
     own.write_text("[[0], [0, 0]]")
     assert export("own", "--tree", own)[0] == CandidateTree.from_choices([[0], [0, 0]])
@@ -124,7 +124,7 @@ def test_a_bundle_starts_with_the_best_tree_of_its_heads(
     [
         (["--tree", "missing.json"], 2, "cannot read the tree"),
         (["-o", "no/such/place.json"], 2, "there is no directory"),
-        (["--held-out", "0.0000001"], 2, "no answer is held out"),
+        (["--held-out", "0.0000001"], 2, "leaves no answers to evaluate on"),
         (["--device", "cuda:77"], 2, "no such device"),
         (["--plot", "accuracy.txt"], 2, "ends in .png"),
         (["--max-length", "100000"], 2, "the model takes 256"),

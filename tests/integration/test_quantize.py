@@ -1,4 +1,4 @@
-"""Graphs for ONNX Runtime's CPU provider, and quantised bundles, of tiny models: what they compute and what they say."""
+"""Graphs for ONNX Runtime's CPU provider, and quantised bundles, of tiny models: their results and their manifests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def exported(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Exports one of the models, once. Its heads lie beside the bundle."""
+    """Exports one of the models, once. Its heads are next to the bundle."""
     made: dict[str, Path] = {}
 
     def export(model_type: str = "llama") -> Path:
@@ -72,7 +72,7 @@ def run(*words: object) -> Result:
 
 
 def opened(bundle: Path, target: str, **changes: Any) -> OrtCpuBackend:
-    """The backend on its own graphs, or on the portable ones."""
+    """The backend with its own graphs, or with the portable ones."""
     manifest = Manifest.load(bundle)
     if target == PORTABLE:
         manifest.graphs = {name: graph for name, graph in manifest.graphs.items() if graph.target == PORTABLE}
@@ -83,7 +83,7 @@ def opened(bundle: Path, target: str, **changes: Any) -> OrtCpuBackend:
 
 
 def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[np.ndarray]:
-    """Of three sequences of different lengths: prompts, one in chunks, a batch of trees, what heads guess, a smaller batch."""
+    """Outputs for three sequences of different lengths: prompts (one in chunks), a batch of trees, heads, a smaller batch."""
     rng = np.random.default_rng(0)
     tree = CandidateTree.from_json(backend.manifest.tree).pruned(6)
     count, lengths = tree.num_nodes, np.array([13, 5, 9])
@@ -231,7 +231,7 @@ def test_both_kinds_of_graph_share_the_weights(exported: Make) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(exported: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Quantises an exported model, once for each way."""
+    """Quantises an exported model, once per scheme."""
     made: dict[tuple[str, str, int | None], Path] = {}
 
     def quantize(model_type: str = "llama", scheme: Any = "int8", bits: Any = None) -> Path:
@@ -258,7 +258,7 @@ WAYS = [
 def test_a_quantised_bundle_passes_its_validation(
     model_type: str, scheme: str, bits: int | None, quantized: Make, make_model: Make
 ) -> None:
-    """Which means, too, that greedy decoding with Medusa is that without, but for near ties."""
+    """So greedy decoding with and without Medusa gives the same tokens, except for nearly equal logits."""
     reference = str(make_model(model_type, **MODELS[model_type]))
     report = validate(quantized(model_type, scheme, bits), reference, prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
@@ -420,17 +420,17 @@ def test_quantising_compares_with_pytorch_on_request(exported: Make, make_model:
 
 def test_a_result_beyond_the_limit_is_refused_and_leaves_nothing(exported: Make, make_model: Make, tmp_path: Path) -> None:
     result = run("quantize", exported(), "-o", tmp_path / "new", "--max-kl", 0)
-    fails(result, 3, "nats, more than --max-kl 0.0: nothing is written")
+    fails(result, 3, "nats, more than --max-kl 0.0; nothing was written")
     assert list(tmp_path.iterdir()) == []
     words = ("onnx", make_model("llama", **MODELS["llama"]), "--heads", exported().parent / "heads", "-o", tmp_path / "new")
-    fails(run(*words, "--quantize", "int4", "--max-kl", 0), 3, "nats, more than --max-kl 0.0: nothing is written")
+    fails(run(*words, "--quantize", "int4", "--max-kl", 0), 3, "nats, more than --max-kl 0.0; nothing was written")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_result_leaves_what_it_was_to_replace(exported: Make, quantized: Make, tmp_path: Path) -> None:
     shutil.copytree(quantized(), tmp_path / "old")
     before = Manifest.load(tmp_path / "old")
-    fails(run("quantize", exported(), "-o", tmp_path / "old", "--force", "--max-kl", 0), 3, "nothing is written")
+    fails(run("quantize", exported(), "-o", tmp_path / "old", "--force", "--max-kl", 0), 3, "nothing was written")
     assert Manifest.load(tmp_path / "old") == before
     before.require_intact(tmp_path / "old")
     result = run("quantize", exported(), "-o", tmp_path / "old", "--force", "--scheme", "int4")
@@ -455,9 +455,9 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
     ("words", "exit_code", "message"),
     [
         (("quantize", "/nowhere", "-o", "{new}"), 1, "/nowhere is not a bundle"),
-        (("quantize", "{quantized}", "-o", "{new}"), 1, "is quantised already (int8); quantize the bundle it was made from"),
-        (("quantize", "{half}", "-o", "{new}"), 1, "is in fp16; quantize one that was exported with --dtype fp32"),
-        (("quantize", "{engines}", "-o", "{new}"), 1, "is a tensorrt bundle; quantize the ONNX bundle it was built from"),
+        (("quantize", "{quantized}", "-o", "{new}"), 1, "is already quantised (int8); quantize the bundle that it was"),
+        (("quantize", "{half}", "-o", "{new}"), 1, "is in fp16; quantize a bundle that was exported with --dtype fp32"),
+        (("quantize", "{engines}", "-o", "{new}"), 1, "is a tensorrt bundle; quantize the ONNX bundle that it was built from"),
         (("quantize", "{damaged}", "-o", "{new}"), 1, "does not match its manifest: weights.bin"),
         (("quantize", "{bundle}", "-o", "{quantized}"), 2, "exists; choose another output, or replace it with --force"),
         (("quantize", "{bundle}", "-o", "{bundle}", "--force"), 2, "so it cannot be replaced"),
@@ -465,25 +465,25 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
         (("quantize", "{bundle}", "-o", "{new}", "--activation-bits", "4"), 2, "Invalid value for '--activation-bits'"),
         (("quantize", "{bundle}", "-o", "{new}", "--max-kl", "-1"), 2, "Invalid value for '--max-kl'"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "{prompts}"), 2,
-         "--calibration-prompts is for int8 with --activation-bits 8"),
+         "--calibration-prompts only applies to --scheme int8 with --activation-bits 8"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "{prompts}", "--scheme", "int4"), 2,
-         "--calibration-prompts is for int8 with --activation-bits 8"),
+         "--calibration-prompts only applies to --scheme int8 with --activation-bits 8"),
         (("quantize", "{bundle}", "-o", "{new}", "--scheme", "int4", "--activation-bits", "8"), 2,
-         "--activation-bits is for the scheme int8"),
+         "--activation-bits only applies to --scheme int8"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "/nowhere", "--activation-bits", "8"), 2, "/nowhere"),
         (("quantize", "{bundle}", "-o", "{new}", "--quality-prompts", "/nowhere"), 2, "/nowhere"),
         (("quantize", "{bundle}", "-o", "{new}", "--quality-text", "/nowhere"), 2, "cannot read the text /nowhere"),
         (("quantize", "{gpt2}", "-o", "{new}", "--activation-bits", "8"), 2, "cannot be smoothed"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--quantize", "int8", "--dtype", "fp16"), 2,
-         "--dtype is fp16; --quantize starts from fp32"),
+         "--dtype is fp16, but --quantize needs fp32"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--quantize", "int3"), 2, "Invalid value for '--quantize'"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--max-kl", "1"), 2,
-         "--max-kl and --activation-bits are for --quantize"),
+         "--max-kl and --activation-bits need --quantize"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--activation-bits", "8"), 2,
-         "--max-kl and --activation-bits are for --quantize"),
+         "--max-kl and --activation-bits need --quantize"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{bundle}", "--quantize", "int8"), 2, "exists; choose another output"),
         (("onnx", "{model}", "--heads", "/nowhere", "-o", "{new}", "--quantize", "int8"), 1, "there are no heads at /nowhere"),
-        (("trt", "{quantized}", "-o", "{new}"), 1, "is quantised (int8); build from the float bundle it was made from"),
+        (("trt", "{quantized}", "-o", "{new}"), 1, "is quantised (int8); build from the float bundle that it was made from"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_leaves_nothing(
@@ -513,7 +513,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 
 def changed(bundle: Path, place: Path) -> Path:
-    """A copy of a bundle that says it is in fp16, or whose weights are cut short."""
+    """A copy of a bundle whose manifest says fp16, or whose weights are truncated."""
     shutil.copytree(bundle, place)
     if place.name == "damaged":
         (place / WEIGHTS_NAME).write_bytes(b"")

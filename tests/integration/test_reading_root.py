@@ -1,4 +1,4 @@
-"""Heads that read the root: what they read, that the exported graph reads the same, and what decoding tells them."""
+"""Heads that read the root: the embedding that they read, in PyTorch and in the exported graph, and the roots in decoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_root_is_read_as_its_row_of_mean_square_one() -> None:
 
 
 def proposals(bundle: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What a bundle's heads guess after each token of a text, taking `ROOTS` for what was decided there. [T, K, M]"""
+    """The guesses of a bundle's heads after each token of a text, with `ROOTS` as the decided tokens. [T, K, M]"""
     backend, count = open_backend(bundle, Manifest.load(bundle)), TOKENS.shape[1]
     backend.resize(1, count)
     places = np.arange(count)[None]
@@ -83,7 +83,7 @@ def test_heads_that_read_it_refuse_to_go_without(make_heads: Make) -> None:
 
 
 class Noting(FakeBackend):
-    """Notes each root that it is asked about, and the text before it; and which steps are to run the heads at once."""
+    """Records each root with the text before it, and the steps that run the heads at once."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__("sometimes", manifest)

@@ -1,4 +1,4 @@
-"""`medusa-export recipes run` on a tiny model: every step, once, and again only where something changed."""
+"""`medusa-export recipes run` on a tiny model: every step runs once, and again only if something changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _threads_as_they_were() -> Any:
 
 @pytest.fixture(scope="module")
 def recipe(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole recipe at a tiny size; its prompts lie beside it."""
+    """A complete recipe at a tiny size, with its prompts next to it."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "prompts.txt").write_text("".join(f"the fox number {n}\n" for n in range(6)))
     path = folder / "tiny.yaml"
@@ -73,7 +73,7 @@ def run(recipe: Path, *words: object) -> Result:
 
 
 def told(result: Result) -> list[tuple[str, list[str]]]:
-    """What is told under each step's header."""
+    """The lines that are printed under each step's header."""
     found: list[tuple[str, list[str]]] = []
     for line in result.stderr.splitlines():
         if line.endswith(")") and line.partition(" (")[0] in STEPS and " of " in line:
@@ -85,7 +85,7 @@ def told(result: Result) -> list[tuple[str, list[str]]]:
 
 def steps_of(result: Result) -> list[str]:
     """The steps that were not done before."""
-    return [name for name, lines in told(result) if lines[:1] != ["done before"]]
+    return [name for name, lines in told(result) if lines[:1] != ["already done"]]
 
 
 def files_of(output: Path) -> dict[str, tuple[int, int]]:
@@ -97,7 +97,7 @@ def files_of(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def trained(result: Result) -> bool:
-    """Whether steps of the optimizer were taken."""
+    """Whether optimizer steps were done."""
     return any(line.startswith("steps: ") for _, lines in told(result) for line in lines)
 
 
@@ -123,7 +123,7 @@ def test_a_second_run_does_nothing_and_tells_what_there_is(recipe: Path, done: P
     rows = [json.loads(line) for line in (done / "data" / "answers.jsonl").read_text().splitlines()]
     tokens = sum(len(row["response_token_ids"]) for row in rows)
     assert f"{len(rows)} answers, {tokens} tokens" in summary
-    for word in ("top-1", "tokens/step", "fp32", "passed", "before)"):
+    for word in ("top-1", "tokens/step", "fp32", "passed", "earlier)"):
         assert word in summary
 
 
@@ -139,7 +139,7 @@ def test_a_changed_setting_does_its_step_again_and_what_follows(recipe: Path, do
     faster = ("--set", "train.learning_rate=0.02")
     changed = run(recipe, "-o", output, *faster)
     assert (changed.exit_code, steps_of(changed)) == (0, ["train", "onnx", "validate"]), changed.output
-    assert dict(told(changed))["train"][0] == "again, since learning_rate was 0.0015, is 0.02"
+    assert dict(told(changed))["train"][0] == "done again, because learning_rate was 0.0015, is 0.02"
     assert json.loads((output / "heads" / "run.json").read_text())["settings"]["learning_rate"] == 0.02
     assert Manifest.load(output / "bundle").heads.sha256 != Manifest.load(done / "bundle").heads.sha256
     assert files_of(output / "data") == data
@@ -163,7 +163,7 @@ def test_what_a_step_reads_decides_as_well(recipe: Path, done: Path, tmp_path: P
     words = ("--to", "train", "--set", f"data=[{more}]")
     added = run(recipe, "-o", output, *words)
     assert (added.exit_code, steps_of(added)) == (0, ["train"]), added.output
-    assert dict(told(added))["train"][0] == f"again, since the data in {more} changed"
+    assert dict(told(added))["train"][0] == f"done again, because the data in {more} changed"
     assert trained(added)
     more.touch()
     assert steps_of(run(recipe, "-o", output, *words)) == []
@@ -184,7 +184,7 @@ def test_other_answers_need_another_output(recipe: Path, done: Path, tmp_path: P
     before = (output / "data" / "answers.jsonl").read_text()
     refused = run(recipe, "-o", output, "--set", "distill.seed=1")
     assert refused.exit_code == 2
-    assert "was begun with other settings (" in refused.stderr.splitlines()[-1]
+    assert "was started with other settings (" in refused.stderr.splitlines()[-1]
     assert "seed was 0, is 1" in refused.stderr.splitlines()[-1]
     assert (output / "data" / "answers.jsonl").read_text() == before
     back = run(recipe, "-o", output)
@@ -217,7 +217,7 @@ def test_an_interrupted_run_goes_on(recipe: Path, done: Path, tmp_path: Path, mo
     assert not (output / "heads").exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_export.training.save_heads", _interrupt)
+        patch.setattr("medusa_export.head_training.training.save_heads", _interrupt)
         stopped = run(recipe, "-o", output)
     assert (stopped.exit_code, steps_of(stopped)) == (1, ["distill", "train"])
 
@@ -283,7 +283,7 @@ def test_an_output_of_something_else_is_left_alone(recipe: Path, done: Path, tmp
     (tmp_path / "heads").mkdir()
     (tmp_path / "heads" / "mine").touch()
     for output, message in (
-        (tmp_path, f"{tmp_path} holds something that no recipe made; choose another --output"),
+        (tmp_path, f"{tmp_path} has files in it that no recipe made; choose another --output"),
         (recipe, f"{recipe} is not a directory; choose another --output"),
     ):
         result = run(recipe, "-o", output)
@@ -291,7 +291,7 @@ def test_an_output_of_something_else_is_left_alone(recipe: Path, done: Path, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["heads"]
 
     other = run(recipe, "-o", done, "--set", "name=other")
-    assert (other.exit_code, other.stderr) == (2, f"Error: {done} holds what the recipe tiny made; choose another --output\n")
+    assert (other.exit_code, other.stderr) == (2, f"Error: {done} belongs to the recipe tiny; choose another --output\n")
     with opened(done, "tiny"):
         busy = run(recipe, "-o", done)
     assert (busy.exit_code, busy.stderr) == (
@@ -307,5 +307,5 @@ def test_a_model_that_is_not_fetched_is_told(recipe: Path, tmp_path: Path, monke
     monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path / "cache"))
     result = run(recipe, "-o", tmp_path / "out", "--set", "model=smollm2-135m-instruct", "--from", "distill")
     assert result.exit_code == 2
-    assert result.stderr == "Error: smollm2-135m-instruct is not fetched yet; run the step fetch too\n"
+    assert result.stderr == "Error: smollm2-135m-instruct is not fetched yet; run the step fetch first\n"
     assert list(tmp_path.iterdir()) == []

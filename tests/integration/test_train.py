@@ -41,7 +41,7 @@ SHORT = (*EXACT, "--max-length", 128, "--batch-tokens", 64, "--held-out", 0.25, 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Neither accelerate's state nor PyTorch's threads outlive a test."""
+    """Restore accelerate's state and PyTorch's number of threads after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -51,7 +51,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """One answer to many questions: what can be known by heart."""
+    """The same answer to many questions, which heads can learn by heart."""
     return write_data(tmp_path / "data.jsonl")
 
 
@@ -74,7 +74,7 @@ def works(result: Result) -> None:
 
 
 def entries(path: Path, *, timed: bool = False) -> list[dict[str, Any]]:
-    """A run's log; without what differs from run to run."""
+    """A run's log without the fields that differ from run to run."""
     found = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return found if timed else [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in found]
 
@@ -84,7 +84,7 @@ def losses(path: Path, stage: str = "heads") -> list[float]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
-    """Have the next run be interrupted when it tells of a step."""
+    """Interrupt the next run when it reports a step."""
     news = loop.News
 
     def telling(*values: Any) -> Any:
@@ -401,9 +401,9 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model: Make, data: Path, tm
 
 def test_a_rate_that_is_too_high_stops_the_run(make_model: Make, data: Path, tmp_path: Path) -> None:
     words = (make_model(), "--data", data, "-o", tmp_path / "heads", *SHORT)
-    fails(run(*words, "--learning-rate", 1e37), 1, "there is no checkpoint yet. Begin again with a lower --learning-rate")
+    fails(run(*words, "--learning-rate", 1e37), 1, "there is no checkpoint yet. Start again with a lower --learning-rate")
     shutil.rmtree(tmp_path / "heads.work")
-    fails(run(*words, "--learning-rate", 1e6), 1, "the heads' weights do not fit fp16; use another --heads-dtype")
+    fails(run(*words, "--learning-rate", 1e6), 1, "the heads' weights overflow in fp16; use another --heads-dtype")
     assert not (tmp_path / "heads").exists()
 
 
@@ -422,11 +422,11 @@ def test_a_rate_that_is_too_high_stops_the_run(make_model: Make, data: Path, tmp
         (("{model}", "--data", "{data}", "--held-out", 0.999999), 2, "all conversations are held out; lower --held-out"),
         (("{model}", "--data", "{data}", "--max-length", 4096), 2, "--max-length is 4096, the model takes 256; lower it"),
         (("{model}", "--data", "{data}", "--min-token-count", 9999), 2, "no token occurs 9999 times in the data"),
-        (("{model}", "--data", "{data}", "--gradient-accumulation", 99), 2, "a step takes 99: lower --batch-tokens"),
+        (("{model}", "--data", "{data}", "--gradient-accumulation", 99), 2, "a step needs 99; lower --batch-tokens"),
         (("{model}", "--data", "{data}", "--mixed-precision", "fp16"), 2, "--mixed-precision fp16 needs a GPU"),
-        (("{model}", "--data", "{data}", "--device", "cuda:7"), 2, "--device cuda:7: there is no such device here"),
-        (("{model}", "--data", "{data}", "--load-in-4bit", "--method", "medusa-2"), 2, "--load-in-4bit is for medusa-1"),
-        (("{model}", "--data", "{data}", "--lora-rank", 8), 2, "--lora-rank changes nothing with these settings"),
+        (("{model}", "--data", "{data}", "--device", "cuda:7"), 2, "--device cuda:7: this machine has no such device"),
+        (("{model}", "--data", "{data}", "--load-in-4bit", "--method", "medusa-2"), 2, "--load-in-4bit is only for medusa-1"),
+        (("{model}", "--data", "{data}", "--lora-rank", 8), 2, "--lora-rank has no effect with these settings"),
         (("{model}", "--data", "{data}", "--method", "medusa-2", "--backbone-dtype", "bf16"), 2, "--backbone-dtype changes"),
         (("{model}", "--data", "{data}", "--backbone", "full", "--save-backbone", "adapter"), 2, "needs --backbone lora"),
         (("{model}", "--data", "{data}", "--epochs", 0), 2, "Invalid value for '--epochs'"),
@@ -449,7 +449,7 @@ def test_data_of_another_tokenizer_is_refused(make_model: Make, tmp_path: Path) 
     ids = tokenizer()(ANSWER, add_special_tokens=False).input_ids[::-1]
     (tmp_path / "data.jsonl").write_text(json.dumps(row | {"response_token_ids": ids}) + "\n")
     result = run(make_model(), "--data", tmp_path / "data.jsonl", "-o", tmp_path / "heads", *SHORT)
-    fails(result, 2, "row 1: its token ids do not spell its answer; it was made with another tokenizer")
+    fails(result, 2, "row 1: the token ids do not decode to the answer, so another tokenizer made them")
 
 
 # --- Medusa-2

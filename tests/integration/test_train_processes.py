@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from medusa_export.training import TrainOptions, train
+from medusa_export.head_training.training import TrainOptions, train
 from medusa_heads.train.settings import TrainSettings
 
 Make = Callable[..., Path]
@@ -65,7 +65,7 @@ def launch(
 
 
 def alone(model: Path, data: Path, output: Path, **settings: Any) -> None:
-    """The same by one process, in this one."""
+    """The same training by a single process, namely this one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     assert train(TrainOptions(str(model), (data,), output, TrainSettings(**(SIZES | settings)), threads=1))
@@ -137,6 +137,6 @@ def test_fsdp_trains_heads_and_backbone_as_ddp_does(
 def test_fsdp_without_gpus_is_refused(make_model: Make, data: Path, tmp_path: Path) -> None:
     done, said = launch(FSDP, "medusa_export", make_model(), data, tmp_path / "heads")
     assert done.returncode != 0
-    assert "Error: FSDP is supported on GPUs, with --fsdp_version 2; use that, or --multi_gpu" in said[0]
+    assert "Error: FSDP is only supported on GPUs with --fsdp_version 2; use that, or --multi_gpu" in said[0]
     assert "Traceback" not in said[0]
     assert not (tmp_path / "heads").exists()

@@ -164,7 +164,7 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
     get_bundle: GetBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = get_bundle("fp16")
-    with pytest.raises(OptionError, match=r"'8\.6'; TensorRT .* builds here for 8\.9"):
+    with pytest.raises(OptionError, match=r"'8\.6'; TensorRT .* builds only for 8\.9"):
         build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt", compute_capabilities=("8.6",)))
     manifest = build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt"))
     assert manifest.graphs[STEP].target == "tensorrt"
@@ -173,7 +173,7 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
     assert manifest.engine.built_with == {"gpu": "Some GPU", "cuda": "13.0"}
 
     monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: Gpus(why_none="there is no driver"))
-    with pytest.raises(BackendError, match=r"finds none here \(there is no driver\); build on the target machine"):
+    with pytest.raises(BackendError, match=r"found none \(there is no driver\); build on the target machine"):
         build_engines(options(bundle, tmp_path / "other", flavor="tensorrt"))
 
 
@@ -183,23 +183,23 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
         ({"max_seq_len": 257}, "--max-seq-len is 257; it must be 2 to 256"),
         ({"max_seq_len": 1}, "--max-seq-len is 1; it must be 2 to 256"),
         ({"max_batch_size": 0}, "--max-batch-size is 0; it must be 1 or more"),
-        ({"max_tree_nodes": 8}, r"--max-tree-nodes is 8; it must be 16 \(the bundle's own tree\) to 1024"),
+        ({"max_tree_nodes": 8}, r"--max-tree-nodes is 8; it must be 16 \(the bundle's default tree\) to 1024"),
         ({"max_prefill_tokens": 0}, "--max-prefill-tokens is 0; it must be 1 or more"),
         ({"flavor": "lite"}, "--flavor is 'lite'; there are: rtx, tensorrt"),
-        ({"compute_capabilities": ("9.0",)}, r"--compute-capability is '9\.0'; TensorRT-RTX .* builds here for .*8\.9"),
+        ({"compute_capabilities": ("9.0",)}, r"--compute-capability is '9\.0'; TensorRT-RTX .* builds only for .*8\.9"),
         ({"compute_capabilities": ("SM89",)}, "--compute-capability is 'SM89'"),
         ({"workspace": 0}, "--workspace is 0; it must be 1 or more"),
         ({"opt_level": 6}, "--opt-level is 6; it must be 0 to 5"),
         (
             {"version_compatible": True},
-            "--version-compatible is for --flavor tensorrt; with TensorRT-RTX, build",
+            "--version-compatible is only for --flavor tensorrt; with TensorRT-RTX, build",
         ),
         (
             {"hardware_compatibility": "ampere-plus"},
-            "--hardware-compatibility is for --flavor .* every GPU with --compute-capability",
+            "--hardware-compatibility is only for --flavor .* every GPU with --compute-capability",
         ),
-        ({"timing_cache": Path("times")}, "--timing-cache is for --flavor tensorrt; with TensorRT-RTX, leave it out"),
-        ({"strip_weights": True, "weights": "int8"}, "--strip-weights leaves out what the bundle holds, which are no int8"),
+        ({"timing_cache": Path("times")}, "--timing-cache is only for --flavor tensorrt; with TensorRT-RTX, leave it out"),
+        ({"strip_weights": True, "weights": "int8"}, "--strip-weights does not work with --weights int8"),
         (
             {"weights": "fp8", "compute_capabilities": ("8.9", "8.6")},
             r"fp8 needs compute capability 8\.9, .* has 8\.6; use",
@@ -220,7 +220,7 @@ def test_an_option_out_of_range_is_refused_before_any_work(
 
 def test_bf16_is_refused_where_the_gpu_has_none(get_bundle: GetBundle, tmp_path: Path) -> None:
     bundle = edited(get_bundle("fp16"), tmp_path / "bundle", precision="bf16")
-    with pytest.raises(OptionError, match=r"the bundle's bf16 needs compute capability 8\.0, one to build for has 7\.5"):
+    with pytest.raises(OptionError, match=r"the bundle's bf16 needs compute capability 8\.0, but you build for 7\.5"):
         build_engines(options(bundle, tmp_path / "engine", compute_capabilities=("7.5",)))
 
 
@@ -261,7 +261,7 @@ def test_only_a_sound_onnx_bundle_is_built(get_bundle: GetBundle, tmp_path: Path
         with pytest.raises(BundleError, match=message):
             build_engines(options(edited(source, tmp_path / name, **changes), tmp_path / "engine"))
     build_engines(options(source, tmp_path / "engines"))
-    with pytest.raises(BundleError, match="holds engines already; build from the ONNX bundle"):
+    with pytest.raises(BundleError, match="is an engine bundle already; build from the ONNX bundle"):
         build_engines(options(tmp_path / "engines", tmp_path / "engine"))
     damaged = edited(source, tmp_path / "damaged")
     (damaged / "weights.bin").write_bytes(b"")
@@ -390,22 +390,22 @@ def refused(name: str, nodes: list[ir.Node], inputs: list[ir.Value], directory: 
     ("operator", "domain", "told"),
     [
         ("Det", "", r"Det node 'n': TensorRT has no such operator"),
-        ("Odd", "odd", r"Odd node 'n': Plugin not found, .* \(no operator of TensorRT, nor of standard ONNX\)"),
-        ("Add", "", r"Add node 'n': n: .* must have same input types\. .* \(a type that TensorRT does not take here\)"),
+        ("Odd", "odd", r"Odd node 'n': Plugin not found, .* \(the operator is neither TensorRT's nor standard ONNX\)"),
+        ("Add", "", r"Add node 'n': n: .* must have same input types\. .* \(TensorRT does not support this type here\)"),
     ],
 )
 def test_a_node_that_tensorrt_refuses_is_told_in_one_line(tmp_path: Path, operator: str, domain: str, told: str) -> None:
     x, half = value("x", ir.DataType.FLOAT, (4, 4)), value("half", ir.DataType.FLOAT16, (4, 4))
     node = ir.node(operator, [x, half] if operator == "Add" else [x], name="n", domain=domain)
     message = refused("odd", [node], [x, half], tmp_path)
-    assert re.fullmatch(f"TensorRT-RTX cannot take the odd graph: {told}", message)
+    assert re.fullmatch(f"TensorRT-RTX refuses the odd graph: {told}", message)
     assert "/_src/" not in message
 
 
 def test_all_nodes_that_tensorrt_refuses_are_told(tmp_path: Path) -> None:
     x = value("x", ir.DataType.FLOAT, (4, 4))
     lines = refused("odd", [ir.node("Det", [x], name=f"n{index}") for index in range(12)], [x], tmp_path).splitlines()
-    assert lines[0] == "TensorRT-RTX cannot take the odd graph:"
+    assert lines[0] == "TensorRT-RTX refuses the odd graph:"
     assert lines[1:11] == [f"  Det node 'n{index}': TensorRT has no such operator" for index in range(10)]
     assert lines[11:] == ["  … and 2 more"]
 
@@ -421,7 +421,7 @@ def test_what_tensorrt_cannot_compile_is_told_in_one_line(get_bundle: GetBundle,
         write_plan(network, tmp_path / "step.plan", {"verify": profiles["verify"]}, ["8.9"], asked)
     assert "\n" not in str(failed.value)
     assert "/_src/" not in str(failed.value)
-    with pytest.raises(ExportError, match=r"no tactics .* workspace limit.* \(raise --workspace, or leave it out\)"):
+    with pytest.raises(ExportError, match=r"no tactics .* workspace limit.* \(raise --workspace or leave it out\)"):
         build_engines(options(get_bundle("fp16"), tmp_path / "engine", workspace=1))
     assert not (tmp_path / "engine").exists()
 
@@ -455,7 +455,7 @@ def test_a_timing_cache_is_read_and_written(get_bundle: GetBundle, tmp_path: Pat
     build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt", timing_cache=cache))
     assert cache.stat().st_size
     build_engines(options(bundle, tmp_path / "again", flavor="tensorrt", timing_cache=cache))
-    with pytest.raises(OptionError, match=r"--timing-cache is .*times, whose directory does not exist"):
+    with pytest.raises(OptionError, match=r"--timing-cache is .*times, but its directory does not exist"):
         build_engines(options(bundle, tmp_path / "third", flavor="tensorrt", timing_cache=tmp_path / "nowhere" / "times"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "engine", "times"]
 

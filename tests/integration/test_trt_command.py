@@ -171,7 +171,7 @@ def test_inspect_refuses_damaged_engines_in_one_line(bundle: Path, engine: Path,
         assert len(done.stderr.splitlines()) == 1
     done = run("trt", "inspect", bundle)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "holds no engines; build them from it with: medusa-export trt" in done.stderr
+    assert "has no engines; build them from it with: medusa-export trt" in done.stderr
 
 
 def copy(engine: Path, directory: Path) -> Path:

@@ -70,7 +70,7 @@ def evaluation_for(bundle: Path, target: Path, heads: str | None = None) -> Path
 
 def test_tuning_is_shown_and_kept(tuned_bundle: Path) -> None:
     told = (tuned_bundle.parent / "told.txt").read_text()
-    assert told.startswith(f"{device_key('ort-cpu')}; acceptance from own prompts (16 answers, ")
+    assert told.startswith(f"{device_key('ort-cpu')}; acceptance from built-in prompts (16 answers, ")
     for word in ("batch", "static", "dynamic", "ratio", "batch 1, ", "batch 4, ", "measured", "predicted", "prompt lookup: "):
         assert word in told
     found = Tuning.load(tuned_bundle).devices[device_key("ort-cpu")]
@@ -227,7 +227,7 @@ def test_prompts_of_ones_own_are_decoded(copy: Path, tmp_path: Path) -> None:
         (("--batch-sizes", "0"), 2, "--batch-sizes is '0'"),
         (("--lengths", "-4"), 2, "--lengths is '-4'"),
         (("--prompts", "nowhere.txt"), 2, "cannot read the prompts nowhere.txt"),
-        (("--evaluation", "nowhere.json"), 1, "nowhere.json is no evaluation of heads"),
+        (("--evaluation", "nowhere.json"), 1, "nowhere.json is not an evaluation of heads"),
         (("--evaluation", "a", "--heads", "b"), 2, "exclude each other"),
         (("--json", "nowhere/x.json"), 2, "there is no directory nowhere"),
         (("--max-nodes", 1), 2, "--max-nodes"),
@@ -244,11 +244,11 @@ def test_bad_input_is_refused_before_any_work(make_bundle: Make, words, exit_cod
 def test_what_cannot_be_tuned_is_refused_in_a_line(make_bundle: Make, copy: Path, tmp_path: Path) -> None:
     fails(run("tune", tmp_path), 1, "is not a bundle")
     other = evaluation_for(copy, tmp_path / "other.json", heads="f" * 64)
-    fails(run("tune", copy, "--evaluation", other), 1, "is of other heads (ffffffffffff…)")
+    fails(run("tune", copy, "--evaluation", other), 1, "belongs to other heads (ffffffffffff…)")
     manifest = Manifest.load(copy)
     manifest.limits.max_batch_size = 2
     manifest.save(copy)
-    fails(run("tune", copy, "--batch-sizes", "1,4"), 1, "--batch-sizes asks for 4, the bundle takes 2")
+    fails(run("tune", copy, "--batch-sizes", "1,4"), 1, "--batch-sizes has 4, but the bundle's largest batch is 2")
     manifest.validation.status = "failed"
     manifest.save(copy)
     fails(run("tune", copy), 1, "failed its validation")
@@ -261,7 +261,7 @@ def test_what_cannot_be_tuned_is_refused_in_a_line(make_bundle: Make, copy: Path
 def test_tree_show_draws_the_tuned_tree_or_the_bundles_own(make_bundle: Make, copy: Path, tmp_path: Path) -> None:
     found = Tuning.load(copy).devices[device_key("ort-cpu")]
     drawn = run("tree", "show", copy, "--batch-size", 4).stdout
-    assert "the best fixed tree for batch 4 on this device" in drawn
+    assert "the best static tree for batch size 4 on this device" in drawn
     assert f"root: {found.batch(4).static.nodes} nodes" in drawn
     own = run("tree", "show", make_bundle()).stdout
     assert "not tuned for this device" in own

@@ -187,7 +187,7 @@ def test_a_reference_that_is_off_at_first_is_given_time_to_settle(make_model: Ma
     assert list(passes) == []
     never = itertools.count()
     monkeypatch.setattr(side, "logits", lambda _: np.full((1, 3), float(next(never))))
-    with pytest.raises(CheckpointError, match="there is no reference"):
+    with pytest.raises(CheckpointError, match="so it cannot be a reference"):
         side.settle()
 
 

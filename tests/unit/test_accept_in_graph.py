@@ -1,4 +1,4 @@
-"""The step graph's own acceptance beside the host's."""
+"""Acceptance in the step graph gives the same as on the host."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def answer(prompt: int, sizes: list[int], seconds: list[float], number: int = 0,
 
 
 def steady(prompt: int, rate: float, number: int = 0) -> Answer:
-    """Eight tokens after the first, at so many a second."""
+    """An answer with eight tokens after the first, at `rate` tokens per second."""
     return answer(prompt, [1] * 9, [0.5 + place / rate for place in range(9)], number)
 
 
@@ -210,7 +210,7 @@ def test_answers_have_exactly_the_length_asked_for() -> None:
             emit(piece)
 
     assert timed(decode)([0], 3)["pieces"] == [[1, 2], [3]]
-    with pytest.raises(RuntimeError, match=r"6 tokens where 7 were wanted"):
+    with pytest.raises(RuntimeError, match=r"6 tokens instead of 7"):
         timed(decode)([0], 7)
 
 
@@ -229,7 +229,7 @@ def test_workers_import_nothing_of_ours() -> None:
 
 
 def python_with(directory: Path, *packages: str) -> Path:
-    """What says that it has these packages, whatever it is asked."""
+    """A program in place of Python that always reports these packages."""
     script = directory / "python"
     script.write_text(f"#!/bin/sh\necho '{json.dumps(dict.fromkeys(packages, '1'))}'\n")
     script.chmod(0o755)
@@ -253,9 +253,9 @@ def test_what_is_named_must_be_there(tmp_path: Path) -> None:
         choose_peers(["llama.cpp-q8_0"], Sources(gguf=tmp_path), python)
     with pytest.raises(OptionError, match=r"^onnxruntime-genai: it needs --checkpoint$"):
         choose_peers(["onnxruntime-genai"], Sources(), python)
-    with pytest.raises(OptionError, match=r"there is no peer 'vllm'; there are: all, transformers"):
+    with pytest.raises(OptionError, match=r"there is no peer 'vllm'; use all, or some of: transformers"):
         choose_peers(["vllm"], Sources(), python)
-    with pytest.raises(OptionError, match=r"--peers-python .*nowhere is no Python that runs"):
+    with pytest.raises(OptionError, match=r"--peers-python .*nowhere cannot be run as Python"):
         choose_peers(["all"], Sources(), tmp_path / "nowhere")
     chosen = choose_peers(["onnxruntime-genai"], Sources(checkpoint=tmp_path), python)
     assert [peer.name for peer in chosen.peers] == [f"onnxruntime-genai-{kind}" for kind in ("fp32", "int8", "int4")]

@@ -104,7 +104,7 @@ def test_nothing_but_the_cache_itself_is_as_large_as_the_capacity() -> None:
 
 
 def intermediate_shapes(model: ir.Model, feeds: Arrays) -> dict[str, tuple[int, ...]]:
-    """What every node gives, by running the graph with all of it as outputs."""
+    """The result of every node, by running the graph with all values as outputs."""
     ShapeInferencePass()(model)
     for value in [value for node in model.graph for value in node.outputs]:
         if not value.is_graph_output():
@@ -177,7 +177,7 @@ def test_what_the_mask_hides_weighs_nothing_however_large() -> None:
 
 
 def test_layers_with_masks_of_their_own_keep_them() -> None:
-    """As sliding and full attention do, with groups of different sizes, too."""
+    """Two masks, like sliding and full attention, and groups of different sizes."""
     text = """
     g (float[B,4,T,8] q, float[B,2,T,8] p, float[B,2,S,8] k, float[B,2,S,8] v, bool[B,1,T,S] mask, bool[B,1,T,S] other)
       => (float[B,4,T,8] a, float[B,4,T,8] b, float[B,2,T,8] c)
@@ -340,7 +340,7 @@ def test_weights_are_kept_once_when_products_are_merged() -> None:
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_products_with_scales_of_blocks_become_one(zeros: bool) -> None:
-    """In 8 bits; in 4 they stay apart, for a runtime cannot concatenate those."""
+    """With 8 bits. With 4 bits they are not merged, since a runtime cannot concatenate 4-bit weights."""
     text = """
     g (float[T,64] x, TYPE[64,24] q, float[2,24] qs, TYPE[2,24] qz, TYPE[64,8] k, float[2,8] ks, TYPE[2,8] kz)
       => (float[T,24] qx, float[T,8] kx)

@@ -1,4 +1,4 @@
-"""`medusa-export doctor`: what it says of machines of every kind, and that it needs nothing but the base install."""
+"""`medusa-export doctor`: its report on machines of every kind. It needs only the base install."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVERYTHING = dict.fromkeys(PACKAGES, "1.0") | {"onnxruntime": None}
 
 
 def facts(gpu: GpuFacts | None = ADA, **changed: Any) -> Facts:
-    """A machine with everything, but for what is changed."""
+    """The facts of a machine with everything, except the given changes."""
     gpus = NO_GPU if gpu is None else Gpus([gpu], "13.0")
     whole = Facts(
         python="CPython 3.12",
@@ -79,14 +79,14 @@ def test_without_a_gpu_engines_are_built_by_tensorrt_rtx_alone_and_none_runs() -
 def test_a_gpu_that_tensorrt_rtx_does_not_know_is_named_with_what_it_does() -> None:
     found = told(facts(HOPPER))
     assert working(facts(HOPPER)) == {"export onnx", "build trt", "build rtx", "run ort-cpu", "run ort-cuda", "run trt"}
-    assert "H GPU (9.0) is none that TensorRT-RTX builds for (7.5, 8.0, 8.6, 8.9, 12.0, 12.1)" in found["build rtx"].why
-    assert found["run trt-rtx"].why.endswith("take ort-cuda or full TensorRT")
+    assert "TensorRT-RTX does not build for H GPU (9.0), only for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in found["build rtx"].why
+    assert found["run trt-rtx"].why.endswith("use ort-cuda or full TensorRT")
 
 
 def test_an_old_driver_does_not_run_engines() -> None:
     found = told(facts(gpus=Gpus([ADA], "12.8")))
     assert not found["run trt"].works
-    assert found["run trt-rtx"].why == "TensorRT-RTX 1.7 needs CUDA 13, the driver knows 12.8; update the driver"
+    assert found["run trt-rtx"].why == "TensorRT-RTX 1.7 needs CUDA 13, but the driver supports 12.8; update the driver"
     assert found["run ort-cuda"].works
 
 
@@ -94,7 +94,7 @@ def test_an_onnx_runtime_for_the_cpu_is_replaced_not_joined() -> None:
     packages = EVERYTHING | {"onnxruntime": "1.31", "onnxruntime-gpu": None}
     found = told(facts(providers=["CPUExecutionProvider"], packages=packages))
     assert found["run ort-cpu"].works
-    assert found["run ort-cuda"].why == "ONNX Runtime 1.31 is for the CPU alone"
+    assert found["run ort-cuda"].why == "ONNX Runtime 1.31 is only for the CPU"
     assert found["run ort-cuda"].mend == "pip uninstall --yes onnxruntime && pip install 'medusa-export[gpu]'"
     assert warnings(facts(packages=EVERYTHING | {"onnxruntime": "1.31"}))[0].startswith(
         "onnxruntime and onnxruntime-gpu are both"
@@ -165,7 +165,7 @@ def test_a_flavour_that_is_not_installed() -> None:
 
 
 def test_a_base_install_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No extra at all: everything is told to be missing, and how to get it."""
+    """Without any extras, everything is reported as missing, with the command that installs it."""
     base = {"numpy", "medusa-export"}
     version = importlib.metadata.version
 
@@ -186,7 +186,7 @@ def test_a_base_install_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(verdict["mend"].startswith("pip install 'medusa-export[") for verdict in found["verdicts"])
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0, shown.output
-    assert "for export onnx: pip install 'medusa-export[export]'" in shown.stdout
+    assert "to export onnx: pip install 'medusa-export[export]'" in shown.stdout
     assert "GPUs: 0; cuda-bindings is not installed" in shown.stdout
 
 
@@ -207,7 +207,9 @@ def test_full_tensorrt_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: NO_GPU)
     found = find_facts()
     assert found.flavors["tensorrt"] == FlavorFacts("11.1", [])
-    assert told(dataclasses.replace(found, gpus=NO_GPU))["build trt"].why.startswith("TensorRT 11.1 builds for the GPU it runs")
+    assert told(dataclasses.replace(found, gpus=NO_GPU))["build trt"].why.startswith(
+        "TensorRT 11.1 builds for the GPU of the machine"
+    )
 
 
 def test_the_extras_it_names_are_there_and_the_two_onnx_runtimes_never_meet() -> None:

@@ -123,11 +123,11 @@ def test_an_existing_output_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("other files", "no earlier output of this command"),
-        ("files beside ours", "no earlier output of this command"),
+        ("other files", "not an earlier output of this command"),
+        ("files beside ours", "not an earlier output of this command"),
         ("a file", "is not a directory"),
-        ("an input", "holds .*out, so it cannot be replaced"),
-        ("a parent of an input", "holds .*model, so it cannot be replaced"),
+        ("an input", "contains .*out, so it cannot be replaced"),
+        ("a parent of an input", "contains .*model, so it cannot be replaced"),
         ("here", "so it cannot be replaced"),
         ("above here", "so it cannot be replaced"),
     ],
@@ -165,7 +165,7 @@ def test_a_link_is_followed_and_a_dangling_one_refused(tmp_path) -> None:
         (directory / "new").write_text("2")
     assert names(tmp_path / "out") == ["new"]
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OptionError, match="symbolic link to nothing"):
+    with pytest.raises(OptionError, match="symbolic link to a missing file"):
         require_new(tmp_path / "dangling", is_ours)
 
 

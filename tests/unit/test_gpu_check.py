@@ -104,7 +104,7 @@ def test_what_a_failed_command_says_is_kept(check: ModuleType) -> None:
 def test_a_command_that_takes_too_long_ends_with_what_it_started(check: ModuleType, tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     program = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    with pytest.raises(check.Failed, match=r"^not done after 5 s: begun$"):
+    with pytest.raises(check.Failed, match=r"^not finished after 5 s: begun$"):
         check.run_command(sys.executable, "-c", program, timeout=5)
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # until whoever takes in orphans has seen that it is gone
@@ -113,7 +113,7 @@ def test_a_command_that_takes_too_long_ends_with_what_it_started(check: ModuleTy
 
 
 def bundle_in(directory: Path, status: str) -> Path:
-    """What validation leaves of a bundle."""
+    """A bundle's validation result."""
     directory.mkdir()
     facts = {"status": status, "backend": "ort-cuda", "processor": "A GPU", "precision": "fp16"}
     (directory / "validation.json").write_text(json.dumps(facts))
@@ -131,7 +131,7 @@ def test_a_bundle_that_cannot_be_compared_does_not_keep_the_others_from_it(check
         return ""
 
     found: dict[str, Any] = {}
-    with pytest.raises(check.Failed, match=r"^not what PyTorch says: a \(not compared\), b \(failed\)$"):
+    with pytest.raises(check.Failed, match=r"^different from PyTorch: a \(not compared\), b \(failed\)$"):
         check.validated(run, found, bundles, "model")
     assert found["a"] == {"failed": "exit code 1: no memory"}  # and not what an earlier validation left there
     assert (found["b"]["status"], found["c"]["status"], found["c"]["greedy"]) == ("failed", "passed", 0.9)

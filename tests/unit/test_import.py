@@ -1,4 +1,4 @@
-"""What production imports is light."""
+"""The imports of production are light."""
 
 from __future__ import annotations
 

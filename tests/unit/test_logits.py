@@ -1,4 +1,4 @@
-"""The LM head's output becomes what the model itself gives, for architectures that reshape it."""
+"""`shaped_logits` gives the model's own logits, for architectures that scale or cap them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distillation loop, against a model that is a function of what it is asked."""
+"""The distillation loop, with a model whose answer is a function of the prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = AnswerOptions(max_new_tokens=8, max_prompt_tokens=200)
 
 
 class FakeCodec:
-    """A character a token, a line a message."""
+    """A codec in which each character is a token and each line a message."""
 
     def encode(self, prompt: Sequence[Message]) -> list[int]:
         if any(message["content"] == "forbidden" for message in prompt):
@@ -45,7 +45,7 @@ class FakeCodec:
 
 
 class FakeAnswerer:
-    """Answers `batch_size` requests side by side, and ends one of them at random; with the next seed, in another order."""
+    """Answers `batch_size` requests at the same time and finishes them in a random order that depends on the seed."""
 
     def __init__(self, batch_size: int = 3, order: int = 0, speak: Callable[[Request], str] | None = None) -> None:
         self.batch_size = batch_size
@@ -201,7 +201,7 @@ def test_a_prompt_may_be_just_as_long_as_the_limit(tmp_path: Path) -> None:
 def test_an_own_prompt_is_no_longer_than_prompts_may_be(tmp_path: Path) -> None:
     run(tmp_path, self_prompted(1), answerer := FakeAnswerer(), AnswerOptions(8, 20))
     assert answerer.requests[0].max_new_tokens == 20 - len(FakeCodec().opening())
-    with pytest.raises(OptionError, match="puts 6 tokens before the user's words"):
+    with pytest.raises(OptionError, match="has 6 tokens before the user's words"):
         run(tmp_path, self_prompted(1), FakeAnswerer(), AnswerOptions(8, 6))
 
 

@@ -37,7 +37,7 @@ CLOSE = RATIO_STEP / 2 + 1e-6
 
 
 def chance(token: int, *before: int) -> float:
-    """The definition: absolute discounting, and the shorter n-gram for what it leaves."""
+    """The definition: absolute discounting, with the remaining probability given to the shorter n-gram."""
     found = Counter(
         tuple(text[start : start + len(before) + 1])
         for text in TEXTS

@@ -1,4 +1,4 @@
-"""Evaluation texts are found in training data, and nothing else is."""
+"""Copies of evaluation texts in training data are found, and nothing else is."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_plain_text_counts_line_by_line(tmp_path: Path) -> None:
     assert not overlap.found_in("four five six seven eight nine")
 
 
-@pytest.mark.parametrize(("content", "message"), [("{bad", "row 1 is not JSON"), ('{"a": "two words"}', "holds no text")])
+@pytest.mark.parametrize(("content", "message"), [("{bad", "row 1 is not JSON"), ('{"a": "two words"}', "has no text")])
 def test_a_bad_file_is_one_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "eval.jsonl"
     path.write_text(content)

@@ -1,4 +1,4 @@
-"""Where commands run a bundle, what they tell of it, and what they refuse."""
+"""The backend and device that commands choose for a bundle, their messages, and their refusals."""
 
 from __future__ import annotations
 
@@ -52,9 +52,19 @@ def test_a_choice_is_told_once_with_its_reason(manifest: Manifest, told: list[st
         (ONE_GPU, {"device": "gpu"}, OptionError, "the device is 'gpu'; there are: auto, cpu, cuda"),
         (ONE_GPU, {"backend": "ort-cpu", "device": "cuda"}, OptionError, "ort-cpu does not run on the device cuda"),
         (ONE_GPU, {"backend": "trt-rtx"}, BackendError, "this is an ONNX bundle; build one with: medusa-export trt"),
-        (ONE_GPU, {"device": "cuda", "threads": 2}, OptionError, "--threads is for the CPU, the bundle runs on cuda:0"),
-        (NO_GPU, {"cuda_graphs": True}, OptionError, "--cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu"),
-        (NO_GPU, {"cuda_graphs": False}, OptionError, "--no-cuda-graphs is for GPUs, the bundle runs with ort-cpu on cpu"),
+        (
+            ONE_GPU,
+            {"device": "cuda", "threads": 2},
+            OptionError,
+            "--threads is only for the CPU, but the bundle runs on cuda:0",
+        ),
+        (NO_GPU, {"cuda_graphs": True}, OptionError, "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu"),
+        (
+            NO_GPU,
+            {"cuda_graphs": False},
+            OptionError,
+            "--no-cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu",
+        ),
         (NO_GPU, {"device": "cuda:1"}, BackendError, "ort-cuda needs an NVIDIA GPU: there is no NVIDIA driver"),
     ],
 )

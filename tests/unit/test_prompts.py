@@ -1,4 +1,4 @@
-"""Prompts: what a row may be, what is told of a bad one, and which are chosen."""
+"""Prompts: valid rows, errors for bad rows, and the selection."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ def test_json_may_hold_other_line_separators(tmp_path: Path) -> None:
         ("{", "row 2 is not JSON (Expecting property name"),
         ('{"prompt": ' + "9" * 5000 + "}", "row 2 is not JSON (Exceeds the limit"),
         ('["why?"]', 'row 2 is not an object; a row is {"prompt"'),
-        ({"text": "why?"}, 'row 2 holds no prompt; a row is {"prompt"'),
-        ({"turns": []}, "row 2 holds no prompt"),
-        ({"turns": "why?"}, "row 2 holds no prompt"),
-        ({"prompt": " "}, "row 2: a user's turn is ' ', not text"),
-        ({"prompt": ["x" * 1000]}, f"row 2: a user's turn is ['{'x' * 78}, not text"),
-        ({"turns": ["why?", None]}, "row 2: a user's turn is None, not text"),
-        ('{"prompt": "half \\ud83d"}', "row 2: a user's turn is 'half \\ud83d', not text"),
-        ({"messages": "why?"}, "row 2: messages is not a list of objects with role and content"),
-        ({"messages": ["why?"]}, "row 2: messages is not a list of objects"),
-        (said(("human", "why?")), "row 2: the role 'human' is none of assistant, system, tool, user"),
-        ({"messages": [{"role": ["user"], "content": "why?"}]}, "row 2: the role ['user'] is none of"),
-        ({"messages": [{"role": "user"}]}, "row 2: a user's turn is None, not text"),
-        (said(("system", "be brief"), ("assistant", "yes")), "row 2: nothing is said by a user"),
-        ({"prompt": "why?", "source": 3}, "row 2: source is 3, not text"),
+        ({"text": "why?"}, 'row 2 has no prompt; a row is {"prompt"'),
+        ({"turns": []}, "row 2 has no prompt"),
+        ({"turns": "why?"}, "row 2 has no prompt"),
+        ({"prompt": " "}, "row 2: a user's turn is ' '; it must be text"),
+        ({"prompt": ["x" * 1000]}, f"row 2: a user's turn is ['{'x' * 78}; it must be text"),
+        ({"turns": ["why?", None]}, "row 2: a user's turn is None; it must be text"),
+        ('{"prompt": "half \\ud83d"}', "row 2: a user's turn is 'half \\ud83d'; it must be text"),
+        ({"messages": "why?"}, "row 2: messages must be a list of objects with role and content"),
+        ({"messages": ["why?"]}, "row 2: messages must be a list of objects"),
+        (said(("human", "why?")), "row 2: the role is 'human'; it must be one of assistant, system, tool, user"),
+        ({"messages": [{"role": ["user"], "content": "why?"}]}, "row 2: the role is ['user']; it must be one of"),
+        ({"messages": [{"role": "user"}]}, "row 2: a user's turn is None; it must be text"),
+        (said(("system", "be brief"), ("assistant", "yes")), "row 2: there is no message of a user"),
+        ({"prompt": "why?", "source": 3}, "row 2: source is 3; it must be text"),
     ],
 )
 def test_a_bad_row_is_told_by_its_number(row, message, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_file_that_gives_no_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(OptionError, match=r"latin\.txt is not UTF-8 text"):
         read_prompts(tmp_path / "latin.txt")
-    with pytest.raises(OptionError, match="holds no prompts"):
+    with pytest.raises(OptionError, match="has no prompts"):
         read_prompts(written(tmp_path, "", "  "))
 
 
@@ -122,9 +122,9 @@ def test_a_mix_takes_so_many_of_each_source_and_none_of_others() -> None:
 
 
 def test_a_mix_of_an_unknown_source_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"no prompt has a source 'poems'; there are: code-c, code-py, maths$"):
+    with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the other sources are: code-c, code-py, maths$"):
         select(MANY, mix={"maths": 3, "poems": 5})
-    with pytest.raises(OptionError, match=r"no prompt has a source 'poems'; there are: none$"):
+    with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the other sources are: none$"):
         select([Conversation("a-1", user("why?"))], mix={"poems": 5})
 
 

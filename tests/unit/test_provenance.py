@@ -1,4 +1,4 @@
-"""An artifact tells of the command that made it, not of the machine's folders."""
+"""An artifact records the command that made it, but not the folders of the machine."""
 
 from __future__ import annotations
 

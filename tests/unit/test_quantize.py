@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, outliers moved into them, and what that is found to cost."""
+"""Weights in 8 and 4 bits, smoothing, and the measured loss of quality."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_four_bits_cut_off_outliers_where_that_is_nearer_to_the_rest() -> None:
 
 
 def standard(model: ir.Model) -> ir.Model:
-    """The model, found to be valid and made of standard operators alone."""
+    """The model, after checking that it is valid and has only standard operators."""
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert {node.domain for node in model.graph} == {""}
     return model
@@ -133,13 +133,13 @@ def quantized(model: ir.Model, storage: Storage = "int8") -> ir.Model:
 
 
 def types(model: ir.Model) -> dict[str, tuple[str, list[Any]]]:
-    """Types and shapes of what is stored."""
+    """Types and shapes of the stored tensors."""
     values = model.graph.initializers.items()
     return {name: (value.dtype.name, list(value.shape)) for name, value in values if value.dtype and value.shape is not None}
 
 
 def near(storage: Storage, weight: np.ndarray, x: np.ndarray) -> float:
-    """How far a product with a rounded weight may be off."""
+    """The largest error of a product with a rounded weight."""
     step = np.ptp(weight) / 15 if storage == "int4" else np.abs(weight).max() / 127 / 2
     return float(np.abs(x).sum(-1).max() * step)
 
@@ -313,7 +313,7 @@ def gated(text: str = GATED) -> ir.Model:
 
 
 def smoothed(model: ir.Model, feeds: dict[str, np.ndarray], strength: float = 0.5) -> dict[str, np.ndarray]:
-    """Smooth a graph by what its activations are found to be. Returns those, by name."""
+    """Smooth a graph with the measured maxima of its activations. Returns the maxima by name."""
     found = junctions(model)
     measuring = ir.from_proto(ir.to_proto(model))
     names = with_maxima(measuring, junctions(measuring))
@@ -427,7 +427,7 @@ def test_dead_channels_leave_everything_finite() -> None:
 
 
 class Sharper(FakeBackend):
-    """Has the same favourites, but is surer of them."""
+    """A backend with the same most likely tokens, but a sharper distribution."""
 
     def step(self, *inputs: Any, **options: Any) -> StepOutput:
         output = super().step(*inputs, **options)
@@ -435,7 +435,7 @@ class Sharper(FakeBackend):
 
 
 class Contrary(FakeBackend):
-    """Likes best what the other likes least."""
+    """A backend whose most likely token is the other's least likely one."""
 
     def step(self, *inputs: Any, **options: Any) -> StepOutput:
         output = super().step(*inputs, **options)
@@ -497,8 +497,8 @@ def test_quality_reads_as_one_line() -> None:
         tokens_per_step_before=2.5, tokens_per_step=2.25,
     )  # fmt: skip
     assert quality.line() == (
-        "KL 0.0123 nats (at most 1.50), perplexity 4.000 → 4.400 (+10.00%), the same greedy token in 97.5% of 200 places, "
-        "2.500 → 2.250 tokens a step"
+        "KL 0.0123 nats (at most 1.50), perplexity 4.000 → 4.400 (+10.00%), the same greedy token at 97.5% of 200 positions, "
+        "2.500 → 2.250 tokens per step"
     )
 
 
@@ -526,8 +526,8 @@ def test_a_text_is_cut_into_pieces(tmp_path: Path) -> None:
     [
         (None, "cannot read the text"),
         (b"\xff\xfe", "cannot read the text"),
-        (b"", "has 0 tokens; at least 2 are needed"),
-        (b"x", "has 1 tokens; at least 2 are needed"),
+        (b"", "has 0 tokens; give a text with at least 2"),
+        (b"x", "has 1 tokens; give a text with at least 2"),
     ],
 )
 def test_a_text_that_cannot_be_used_gets_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recipes as files: what they may say, and the commands that look at them."""
+"""Recipes as files: their fields, errors, and the commands that read them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
-from medusa_export.distillation import DistillOptions
+from medusa_export.head_training.distillation import DistillOptions
 from medusa_export.recipe import document, library
 from medusa_export.recipe.schema import Recipe, RecipeError, parse
 from medusa_heads.train.settings import TrainSettings
@@ -74,7 +74,7 @@ def test_a_section_that_is_left_out_is_a_step_that_is_not_run() -> None:
         ("train: {learnin_rate: 1}", "train.learnin_rate: there is no such field; did you mean learning_rate?"),
         ("train: {epochs: '3'}", "train.epochs: input should be a valid number, found '3'"),
         ("train: {method: medusa-3}", "train.method: input should be 'medusa-1' or 'medusa-2', found 'medusa-3'"),
-        ("train:", "train: this is empty; write {} to take the defaults, or leave it out"),
+        ("train:", "train: the section is empty; write {} to use the defaults, or leave the section out"),
         ("train: [1]", "train: input should be an object, found [1]"),
         ("distill: {max_new_tokens: 0}", "distill.max_new_tokens: input should be greater than or equal to 1, found 0"),
         (
@@ -87,13 +87,13 @@ def test_a_section_that_is_left_out_is_a_step_that_is_not_run() -> None:
         ("distill: {trust_remote_code: true}", "distill.trust_remote_code: there is no such field"),
         ("onnx: {precision: fp8}", "onnx.precision: input should be 'fp32', 'fp16' or 'bf16', found 'fp8'"),
         ("onnx: {head_top_k: true}", "onnx.head_top_k: input should be a valid integer, found True"),
-        ("validate: {heads: h}", "validate.heads: there is no such field; there are: prompts, max_new_tokens"),
+        ("validate: {heads: h}", "validate.heads: there is no such field; the fields are: prompts, max_new_tokens"),
         ("validate: {prompts: why}", "validate.prompts: input should be a valid array, found 'why'"),
         ("data: 7", "data: input should be a valid array, found 7"),
         ("model: ''", "model: string should match pattern"),
         ("description: |\n  two\n  lines", "description: string should match pattern"),
         ("trian: {}", "trian: there is no such field; did you mean train?"),
-        ("heads: h", "heads: train makes them; leave it out, or give train.start_from"),
+        ("heads: h", "heads: train makes the heads; remove heads, or use train.start_from"),
     ],
 )
 def test_what_is_wrong_gets_one_line_with_its_path(section: str, line: str) -> None:
@@ -112,7 +112,7 @@ def test_all_that_is_wrong_is_told() -> None:
 @pytest.mark.parametrize(
     ("without", "line"),
     [
-        (("distill",), "train: there is nothing to train on"),
+        (("distill",), "train: there is no data to train on"),
         (("train",), "onnx: there are no heads to export"),
         (("onnx",), "validate: there is no bundle to validate"),
         (("distill", "train", "onnx", "validate"), "there is nothing to do"),
@@ -126,13 +126,13 @@ def test_a_step_needs_what_it_works_on(without: tuple[str, ...], line: str) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "recipes/x.yaml is no recipe: it holds nothing"),
-        ("- 1\n", "recipes/x.yaml is no recipe: it holds no fields"),
+        ("", "recipes/x.yaml is not a recipe: it is empty"),
+        ("- 1\n", "recipes/x.yaml is not a recipe: it has no fields"),
         ("name: [\n", "recipes/x.yaml: line 2: "),
-        ("name: x\nname: y\n", "recipes/x.yaml: line 2: name is there twice"),
+        ("name: x\nname: y\n", "recipes/x.yaml: line 2: the key name is given twice"),
         ("name: *here\n", "recipes/x.yaml: line 1: found undefined alias"),
-        ("name: x\x00\n", "recipes/x.yaml is no YAML: "),
-        (WHOLE + "data: &here [*here]\n", "recipes/x.yaml holds something within itself"),
+        ("name: x\x00\n", "recipes/x.yaml is not valid YAML: "),
+        (WHOLE + "data: &here [*here]\n", "recipes/x.yaml has an alias (*) that refers to itself"),
     ],
 )
 def test_what_is_no_recipe_is_refused(text: str, message: str) -> None:
@@ -177,9 +177,9 @@ def test_overrides_come_in_place_of_what_the_text_says() -> None:
         ("train.epochs=-1", "--set: train.epochs: input should be greater than 0, found -1"),
         ("distill.mix.fox=x", "--set: distill.mix.fox: input should be a valid integer, found 'x'"),
         ("tarin.epochs=1", "--set: tarin: there is no such field; did you mean train?"),
-        ("train.epochs", "--set is 'train.epochs', not section.field=value"),
-        ("train.=1", "--set is 'train.=1', not section.field=value"),
-        ("name.first=1", "--set name.first: name holds no fields"),
+        ("train.epochs", "--set is 'train.epochs'; it must be section.field=value"),
+        ("train.=1", "--set is 'train.=1'; it must be section.field=value"),
+        ("name.first=1", "--set name.first: name has no fields"),
         ("train.epochs=[", "--set train.epochs: line 1: "),
     ],
 )
@@ -239,7 +239,7 @@ def test_an_unknown_recipe_is_told_with_those_there_are(words: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--only", "train", "--from", "onnx"), "--only goes without --from and --to"),
+        (("--only", "train", "--from", "onnx"), "--only cannot be combined with --from or --to"),
         (("--from", "onnx", "--to", "train"), "--from onnx comes after --to train"),
         (
             ("--only", "distill", "--set", "distill=null", "--set", "data=[x]"),
@@ -277,4 +277,4 @@ def test_a_recipe_of_the_package_is_called_as_its_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(library, "folder", lambda: tmp_path)
     result = run("validate")
     assert result.exit_code == 2
-    assert "y.yaml: name: this is the file's own without its ending, found 'x'" in result.stderr
+    assert "y.yaml: name: must be the file's name without its ending, found 'x'" in result.stderr

@@ -1,4 +1,4 @@
-"""What the stand-ins stand in for is there: every function, field and method that is used exists in the real packages."""
+"""Every function, field and method that the stand-ins replace exists in the real packages."""
 
 from __future__ import annotations
 

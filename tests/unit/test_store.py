@@ -1,4 +1,4 @@
-"""Answers on disk: what is written stays, what was cut is mended, and nothing is mixed."""
+"""Answers on disk: written rows are kept, incomplete ones are removed, and runs are never mixed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_damaged_row_is_told_by_its_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 7}, "begun with other settings (seed was 0, is 7); choose another output"),
+        ({"seed": 7}, "started with other settings (seed was 0, is 7); choose another output"),
         ({"max_new_tokens": 9, "temperature": 0.5}, "(max_new_tokens was 8, is 9; temperature was 0.0, is 0.5)"),
         ({"prompts": "b" * 11 + "c" * 53}, "(prompts was bbbbbbbbbbbb…, is bbbbbbbbbbbc…)"),
         ({"model": "other", "dtype": "bf16"}, "(model was tiny, is other; dtype was fp32, is bf16)"),
@@ -114,7 +114,7 @@ def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(OptionError, match="holds something else; choose another output"):
+    with pytest.raises(OptionError, match="has other files in it; choose another output"):
         AnswerStore(tmp_path, facts())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(OptionError, match=r"thesis\.txt is not a directory"):
@@ -130,7 +130,7 @@ def test_what_a_killed_run_left_of_its_facts_is_no_hindrance(tmp_path: Path) -> 
 
 
 def test_what_is_no_data_is_told(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"is no data of `medusa-export distill`: data\.json is missing or damaged"):
+    with pytest.raises(OptionError, match=r"is not data of `medusa-export distill`: data\.json is missing or damaged"):
         read_facts(tmp_path)
     (tmp_path / "data.json").write_text("{}")
     with pytest.raises(OptionError, match=r"data\.json is missing or damaged"):

@@ -1,4 +1,4 @@
-"""The parts of training, each against what it says of itself."""
+"""The parts of training, each tested on its own."""
 
 from __future__ import annotations
 
@@ -189,17 +189,17 @@ def test_answers_are_cut_at_the_longest_length_and_dropped_where_nothing_is_left
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ([1], "is no object"),
-        ({"prompt": "x"}, "has no messages that end with an answer"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "has no messages that end with an answer"),
-        ({"messages": ["x", "y"]}, "has no messages that end with an answer"),
-        ({"messages": [conversation()["messages"][0]] * 2}, "the last message is not an answer of the assistant"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "the last message is not"),
-        (conversation() | {"response_token_ids": [1, VOCAB_SIZE]}, f"is not a list of token ids below {VOCAB_SIZE}"),
-        (conversation() | {"response_token_ids": [True]}, "response_token_ids is not a list of token ids"),
-        (conversation() | {"response_token_ids": "12"}, "response_token_ids is not a list of token ids"),
-        (conversation() | {"prompt_token_ids": [-1]}, "prompt_token_ids is not a list of token ids"),
-        (conversation() | {"response_token_ids": [40, 41]}, "its token ids do not spell its answer"),
+        ([1], "is not a JSON object"),
+        ({"prompt": "x"}, "has no list of messages that ends with an answer"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "has no list of messages that ends with an answer"),
+        ({"messages": ["x", "y"]}, "has no list of messages that ends with an answer"),
+        ({"messages": [conversation()["messages"][0]] * 2}, "the last message must be an answer of the assistant"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "the last message must be"),
+        (conversation() | {"response_token_ids": [1, VOCAB_SIZE]}, f"must be a list of token ids below {VOCAB_SIZE}"),
+        (conversation() | {"response_token_ids": [True]}, "response_token_ids must be a list of token ids"),
+        (conversation() | {"response_token_ids": "12"}, "response_token_ids must be a list of token ids"),
+        (conversation() | {"prompt_token_ids": [-1]}, "prompt_token_ids must be a list of token ids"),
+        (conversation() | {"response_token_ids": [40, 41]}, "the token ids do not decode to the answer"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_told_by_its_number(codec, row, message, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_data_that_is_no_data_is_refused(codec, tmp_path: Path) -> None:
         ("nothing", "there is no data at"),
         ("binary.jsonl", "is not UTF-8 text"),
         ("empty.jsonl", "no answers to learn from"),
-        ("folder", "is no data of `medusa-export distill`"),
+        ("folder", "is not data of `medusa-export distill`"),
     ):
         with pytest.raises(OptionError, match=message):
             read_examples([tmp_path / name], codec, max_length=100)
@@ -283,7 +283,7 @@ def random_heads(*, shared: bool = True, reads_root: bool = False) -> MedusaHead
 
 
 def plain_root(weight: torch.Tensor, token: int, kept: list[int]) -> torch.Tensor:
-    """What heads read of a root: its row, of mean square 1. [C]"""
+    """The embedding of a root that heads read: its row, scaled to mean square 1. [C]"""
     if token not in kept:
         return torch.zeros(C)
     return torch.tensor(
@@ -334,7 +334,7 @@ def backbone(make_model) -> Any:
 
 
 def joint_batch(backbone: Any) -> tuple[list[Example], tuple[torch.Tensor, ...]]:
-    """Two conversations of unlike lengths, as the second stage takes them."""
+    """A batch of two conversations of different lengths, for the second stage."""
     from medusa_heads.train.joint import _Loader
     from medusa_heads.train.settings import TrainSettings
 
@@ -408,17 +408,19 @@ def test_a_run_goes_on_only_under_its_settings(tmp_path: Path) -> None:
     identity = {"epochs": 3.0, "seed": 0, "data": "abc"}
     WorkDirectory(tmp_path / "work", identity, alone())
     WorkDirectory(tmp_path / "work", identity, alone())
-    with pytest.raises(OptionError, match=r"other settings \(epochs was 3\.0, is 2\.0; seed was 0, is 1\); go on with those"):
+    with pytest.raises(
+        OptionError, match=r"other settings \(epochs was 3\.0, is 2\.0; seed was 0, is 1\); continue with those"
+    ):
         WorkDirectory(tmp_path / "work", identity | {"epochs": 2.0, "seed": 1}, alone())
     for damaged in ("{", "[1]", ""):
         (tmp_path / "work" / "run.json").write_text(damaged)
-        with pytest.raises(OptionError, match=r"run\.json is damaged; remove .*work to begin again"):
+        with pytest.raises(OptionError, match=r"run\.json is damaged; delete .*work to start again"):
             WorkDirectory(tmp_path / "work", identity, alone())
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(OptionError, match="holds something else; choose another --work"):
+    with pytest.raises(OptionError, match="has other files in it; choose another --work"):
         WorkDirectory(tmp_path, {}, alone())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

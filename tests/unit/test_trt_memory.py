@@ -1,4 +1,4 @@
-"""Weights that are read where they lie."""
+"""Weights that TensorRT reads from mapped files."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
 
 
 def mapped_bytes() -> int:
-    """What this process has of files in memory."""
+    """Bytes of mapped files that are in this process's memory."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("RssFile")) * 1024

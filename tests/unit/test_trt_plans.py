@@ -1,4 +1,4 @@
-"""What a runtime checks before it loads a plan, and plans without their weights."""
+"""A runtime's checks before it loads a plan, and stripped plans."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_regions_that_do_not_fit_are_refused() -> None:
 
 @given(st.data())
 def test_what_is_left_out_comes_back(data: st.DataObject) -> None:
-    """Plans made of weights, alone or side by side, and bytes of their own."""
+    """Plans made of weights, single or interleaved, and of other bytes."""
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     weights = random.integers(0, 256, 1 << 14, np.uint8)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.sampled_from([32, 40, 64])), min_size=1, max_size=4))

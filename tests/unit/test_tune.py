@@ -51,7 +51,7 @@ def small_record(seed: int, rows: int = 12, heads: int = 2, width: int = 2) -> R
 
 
 def test_a_record_holds_the_ranks_of_greedy_answers() -> None:
-    """Every token of an answer is looked for among what the heads said when the tokens before it were known."""
+    """Each token of an answer is looked up among the heads' guesses made after the tokens before it."""
     backend, ends = FakeBackend("sometimes"), {17}
     found = record(backend, PROMPTS, max_new_tokens=30, end_ids=ends, batch_size=2)
     bounds = [*found.starts.tolist(), len(found.ranks)]
@@ -88,7 +88,7 @@ def test_replaying_a_fixed_tree_gives_what_the_engine_gives(tree) -> None:
 @pytest.mark.parametrize("costs", [CHEAP, DEAR, BETWEEN, RESTING])
 @pytest.mark.parametrize("nodes", [1, 4, 12])
 def test_replaying_a_dynamic_tree_gives_what_the_engine_gives(costs, nodes) -> None:
-    """One sequence at a time, so that the engine and the replay have the same steps, each no larger than pays."""
+    """One sequence at a time, so that engine and replay take the same steps, each with the width that pays most."""
     found = recorded()
     backend = FakeBackend()
     engine = DecodingEngine(backend, DynamicTree(nodes), max_batch_size=1, costs=costs, reuse_prefixes=False)
@@ -124,7 +124,7 @@ def test_sequences_side_by_side_are_replayed_as_such() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_dynamic_tree_holds_the_likeliest_nodes(seed) -> None:
-    """Against the trees themselves, all of whose nodes are enumerated."""
+    """Compared with the trees themselves, with all nodes enumerated."""
     found = small_record(seed)
     drafts = LikelyDrafts.of(found, candidates_for(DynamicTree(6), 2, 2))
     paths = [path for depth in (1, 2) for path in itertools.product(range(2), repeat=depth)]
@@ -145,7 +145,7 @@ def all_trees(width: int, depth: int) -> list[CandidateTree]:
 @pytest.mark.parametrize("costs", [CHEAP, DEAR, BETWEEN])
 @pytest.mark.parametrize("seed", range(5))
 def test_no_fixed_tree_gives_more_tokens_a_second(costs, seed) -> None:
-    """Of all there are, by the drafts that a step starting anywhere has accepted."""
+    """The best of all trees, by the accepted drafts of steps that start at any row."""
     found, place = small_record(seed, rows=60), Place(costs, 2, 64)
 
     def seconds(nodes: int) -> float:
@@ -239,7 +239,7 @@ def test_the_hosts_share_is_on_a_line_between_the_smallest_and_the_largest_batch
 
 
 def test_two_engines_decode_the_same_prompts_in_turn() -> None:
-    """On one backend, the first engine first, then the second one first, and so on."""
+    """On one backend: the engines alternate in going first."""
     backend, told = FakeBackend("sometimes"), []
     turns: list[str] = []
 
@@ -296,7 +296,7 @@ def test_prompts_are_read_from_lines_and_json_lines(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "\n", "holds no prompt"),
+        ("a.txt", "\n", "has no prompts"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: no prompt"),
         ("a.jsonl", "plain", "line 1: no prompt"),
         ("a.jsonl", '{"turns": []}', "line 1: no prompt"),

@@ -1,4 +1,4 @@
-"""`tuning.json`: what is kept of a device, and when it is used."""
+"""`tuning.json`: its entries for devices, and when they are used."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`medusa-export bench`: bundles against themselves without Medusa, and against other engines on the same weights.
+"""`medusa-export bench`: compares bundles with and without Medusa, and with other engines on the same weights.
 
-Every contestant lives in a process of its own (`process`, `workers/`), decodes the same token ids to the same number of new
-ones, and is stopped while another one is measured. `contest` lets them take turns, `summary` says what came out.
+Every contestant runs in its own process (`process`, `workers/`), gets the same token ids and decodes the same number of tokens.
+It is paused while another one is measured. `contest` lets them take turns; `summary` evaluates their answers.
 """

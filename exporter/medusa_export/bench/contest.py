@@ -1,4 +1,4 @@
-"""The contest: every prompt is put to all contestants in turn, so that drift of the machine hits all alike."""
+"""The contest: all contestants answer each prompt in turn, so that changes of the machine's speed affect all alike."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ WARM_UP_TOKENS = 48
 
 @dataclass(eq=False)
 class Contestant:
-    """Something that decodes: one of our modes on a bundle, or another engine."""
+    """One way to decode: one of our modes on a bundle, or another engine."""
 
     name: str
     process: WorkerProcess
-    arguments: dict[str, Any] = field(default_factory=dict)  # of its requests
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of its requests
     bundle: str | None = None
     mode: str | None = None
-    drafts: bool = False  # whether it verifies several tokens a step
+    drafts: bool = False  # whether it verifies several tokens per step
     failure: str | None = None
 
     @property
     def kind(self) -> Literal["own", "peer"]:
-        """Whether it is ours."""
+        """Whether it is one of ours or another engine."""
         return "own" if self.bundle is not None else "peer"
 
     def generate(self, token_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
@@ -37,10 +37,10 @@ class Contestant:
         return result
 
     def attempt(self, token_ids: list[int], max_new_tokens: int) -> dict[str, Any] | None:
-        """`generate`, or none for another engine that fails, or has failed before.
+        """Like `generate`, but returns None for another engine that fails or has failed before.
 
         Raises:
-            WorkerError: it is one of our own that fails.
+            WorkerError: one of our own contestants failed.
         """
         if self.failure is not None:
             return None
@@ -55,51 +55,51 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant gave for a prompt, and when."""
+    """A contestant's answer to a prompt, with its times."""
 
     contestant: str
     prompt: int
     round: int
     token_ids: list[int]
-    sizes: list[int]  # tokens of each piece, in the order they came
-    seconds: list[float]  # from the request to each piece
-    parts: dict[str, float]  # seconds of decoding by what they were spent on, where it tells
+    sizes: list[int]  # number of tokens of each piece, in order of arrival
+    seconds: list[float]  # seconds from the request to each piece
+    parts: dict[str, float]  # seconds of decoding by part, if the contestant reports them
 
     @classmethod
     def of(cls, contestant: str, prompt: int, number: int, result: dict[str, Any]) -> Answer:
-        """An answer from what the contestant's process said."""
+        """An answer from the result of a contestant's process."""
         pieces, seconds = result["pieces"], result["seconds"]
         token_ids = [token for piece in pieces for token in piece]
         return cls(contestant, prompt, number, token_ids, [len(piece) for piece in pieces], seconds, result.get("parts", {}))
 
     @property
     def num_steps(self) -> int:
-        """Steps after the one that read the prompt."""
+        """Number of steps, without the one that read the prompt."""
         return len(self.sizes) - 1
 
     @property
     def num_decoded(self) -> int:
-        """Tokens that those steps gave."""
+        """Number of tokens from these steps."""
         return len(self.token_ids) - self.sizes[0]
 
     @property
     def decode_seconds(self) -> float:
-        """From the first token to the last."""
+        """Seconds from the first token to the last."""
         return self.seconds[-1] - self.seconds[0]
 
     @property
     def tokens_per_second(self) -> float:
-        """While decoding: the prompt, and the tokens that reading it gave, left out."""
+        """Tokens per second of decoding, without the prompt and the tokens that came from reading it."""
         return self.num_decoded / self.decode_seconds
 
     @property
     def whole_tokens_per_second(self) -> float:
-        """The prompt's time included."""
+        """Tokens per second, including the prompt's time."""
         return len(self.token_ids) / self.seconds[-1]
 
 
 def warm_up(contestants: Sequence[Contestant], prompts: Sequence[BenchPrompt], max_new_tokens: int) -> None:
-    """One short answer of each, which counts for nothing."""
+    """Let each contestant decode one short answer that is not counted."""
     for contestant in contestants:
         contestant.attempt(prompts[0].token_ids, min(WARM_UP_TOKENS, max_new_tokens))
 
@@ -113,17 +113,17 @@ def contest(
     max_new_tokens: int,
     tell: Callable[..., None],
 ) -> None:
-    """Have all contestants answer all prompts. Who begins changes with each prompt.
+    """Let all contestants answer all prompts. Another one begins with each prompt.
 
-    Another engine that fails is left out from then on; what it had answered stays.
+    If another engine fails, it is left out from then on; its answers so far are kept.
 
     Args:
-        contestants: those to ask.
-        prompts: what to ask.
-        answers: filled as they come, so that what is there when the contest is interrupted is not lost.
-        rounds: how often each prompt is put.
-        max_new_tokens: of each answer, neither more nor less.
-        tell: `progress.count_stage`'s.
+        contestants: the contestants.
+        prompts: the prompts.
+        answers: receives each answer at once, so that none is lost if the contest is interrupted.
+        rounds: how often each prompt is answered.
+        max_new_tokens: exact length of each answer.
+        tell: a function from `progress.count_stage`.
 
     Raises:
         WorkerError: one of our own failed.
@@ -139,6 +139,6 @@ def contest(
 
 
 def rotated(contestants: Sequence[Contestant], by: int) -> list[Contestant]:
-    """The contestants, another one first."""
+    """The contestants in rotated order."""
     start = by % len(contestants)
     return [*contestants[start:], *contestants[:start]]

@@ -1,4 +1,4 @@
-"""The least time a step of one token can take: its weights have to be read from memory once."""
+"""A lower bound for the time of a step of one token: all weights must be read from memory once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LEAST_BYTES, MOST_BYTES = 64 << 20, 1 << 30
 
 
 def read_bandwidth(num_bytes: int, threads: int) -> float:
-    """Bytes a second that this machine reads, with so many threads, from as much memory as a step reads.
+    """Memory bandwidth of this machine in bytes per second, with `threads` threads and `num_bytes` of memory.
 
-    The best of several ways over some repeats. A sum in NumPy is bound by arithmetic in one thread and sees less than half of
-    what a matrix product reads; here each thread runs wide loads with next to no arithmetic over its own part, and a
-    product of a matrix with a vector runs over all of it. A working set that fits the last cache is read faster than one that
-    does not, and so are a model's weights, so the size counts.
+    It is the best of several methods and repeats. A sum in NumPy is limited by arithmetic in one thread and reaches less than
+    half of the bandwidth of a matrix product. So each thread runs wide loads with almost no arithmetic over its own part, and
+    a matrix-vector product runs over all of it. The size matters: memory that fits into the last-level cache is read faster,
+    and that is true for a model's weights too.
     """
     size = min(max(num_bytes, LEAST_BYTES), MOST_BYTES)
     columns = 4096
@@ -39,9 +39,9 @@ def read_bandwidth(num_bytes: int, threads: int) -> float:
 
 
 def step_weight_bytes(bundle: Path, manifest: Manifest) -> int | None:
-    """Bytes of weights that a step reads whole: all of the CPU's step graph but tables it only looks rows up in.
+    """Bytes of weights that a step reads completely: all of the CPU's step graph, except weights it only gathers rows from.
 
-    None where the packages that read ONNX files are not installed.
+    None if the packages that read ONNX files are not installed.
     """
     try:
         import onnx_ir as ir  # noqa: PLC0415 - the export extra

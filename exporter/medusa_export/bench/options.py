@@ -1,4 +1,4 @@
-"""What `medusa-export bench` is asked for."""
+"""Options of `medusa-export bench`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 MODES = {
     "plain": "no drafts",
-    "static": "Medusa with the bundle's own tree",
-    "dynamic": "Medusa with a tree of that size made anew at each step",
-    "tuned": "what MedusaLM.from_bundle does unless it is told otherwise",
-    "lookup": "the same, with prompt lookup beside the heads",
+    "static": "Medusa with the bundle's default tree",
+    "dynamic": "Medusa with a tree of that size, rebuilt at each step",
+    "tuned": "the default of MedusaLM.from_bundle",
+    "lookup": "like tuned, and with prompt lookup",
 }
 USUAL_MODES = ("plain", "static", "dynamic", "tuned")
 STEP_WIDTHS, PREFILL_LENGTHS, CONTEXT_LENGTHS = (1, 2, 4, 8, 16, 32, 64), (128, 512, 2048), (256, 1024)
@@ -18,17 +18,17 @@ STEP_WIDTHS, PREFILL_LENGTHS, CONTEXT_LENGTHS = (1, 2, 4, 8, 16, 32, 64), (128, 
 
 @dataclass(frozen=True)
 class Sources:
-    """What other engines read: the weights that the bundles were made of."""
+    """Files for other engines, with the weights that the bundles were made from."""
 
-    checkpoint: Path | None = None  # a Hugging Face directory
+    checkpoint: Path | None = None  # a directory of a Hugging Face model
     gguf: Path | None = None
     heads: Path | None = None
-    openvino: Path | None = None  # a converted model's directory
+    openvino: Path | None = None  # the directory of a converted model
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The command's help tells what each means."""
+    """Options of `medusa-export bench`; the command's help describes each."""
 
     bundles: tuple[Path, ...]
     modes: tuple[str, ...] = USUAL_MODES

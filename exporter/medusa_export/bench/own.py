@@ -1,6 +1,6 @@
-"""Our own decoding in a process of its own: `python -m medusa_export.bench.own SETTINGS`, with bundle and threads as JSON.
+"""Our own decoding in a process of its own: `python -m medusa_export.bench.own SETTINGS`, where SETTINGS is JSON.
 
-It talks as `workers/serve.py` does. All modes share one copy of the weights and one cache, which they use in turn.
+It uses the protocol of `workers/serve.py`. All modes share the weights and the cache, and use them in turn.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from medusa_runtime.text.codec import TextCodec
 from medusa_runtime.text.stream import TextStream
 
 PARTS = ("step", "propose", "commit")
-FIELDS: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "lookup": {"prompt_lookup": True}}  # of a request, by mode
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {"medusa": False},
+    "lookup": {"prompt_lookup": True},
+}  # fields of a request, by mode
 
 
 class Clock:
-    """A backend that counts the seconds of its calls."""
+    """A backend that adds up the seconds of its calls."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -47,7 +50,7 @@ class Clock:
 
 
 class OwnDecoding:
-    """A bundle, ready to decode in every mode."""
+    """A bundle that can decode in every mode."""
 
     def __init__(self, bundle: str, threads: int, backend: str, device: str, *, cuda_graphs: bool | None) -> None:
         lm = MedusaLM.from_bundle(
@@ -70,13 +73,13 @@ class OwnDecoding:
         } | {"tuned": lm.engine, "lookup": lm.engine}
 
     def operations(self) -> Operations:
-        """What it can be asked."""
+        """The operations that requests can name."""
         return {"generate": self.generate, "steps": self.steps}
 
     def generate(self, mode: str, token_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
-        """As `workers.serve.timed`, with the seconds of each part of decoding.
+        """Like `workers.serve.timed`, and with the seconds of each part of decoding.
 
-        Text is made after the clock has stopped, from the same pieces, as no other contestant makes any.
+        Text is decoded from the same pieces after the clock has stopped, since no other contestant decodes text.
         """
         options = DecodingOptions(max_new_tokens=max_new_tokens, ignore_eos=True, **FIELDS.get(mode, {}))
         pieces: list[list[int]] = []
@@ -86,18 +89,18 @@ class OwnDecoding:
         for steps in self._engines[mode].generate([token_ids], options=options):
             seconds.append(time.perf_counter() - started)
             pieces.append([token for step in steps for token in step.token_ids])
-            before = before or dict(self._clock.seconds)  # once the first token is there
+            before = before or dict(self._clock.seconds)  # set when the first token arrives
         parts = {name: self._clock.seconds[name] - before[name] for name in PARTS}
         return {"pieces": pieces, "seconds": seconds, "parts": parts | {"text": _text_seconds(self._codec, pieces[1:])}}
 
     def steps(self, widths: list[int], token_ids: list[int], capacity: int, repeats: int) -> dict[str, dict[str, float]]:
-        """Median seconds of steps of so many tokens after a context, in turn, and of the heads.
+        """Median seconds of steps of several widths after a context, and of the heads. All are measured in turn.
 
         Args:
-            widths: tokens of a step.
+            widths: tokens per step.
             token_ids: the context, which is read first.
             capacity: entries of the cache.
-            repeats: steps of each width.
+            repeats: number of steps of each width.
         """
         backend: Backend = self._clock
         _fill(backend, token_ids, capacity)
@@ -114,7 +117,7 @@ class OwnDecoding:
 
 
 def _fill(backend: Backend, token_ids: list[int], capacity: int) -> None:
-    """Read a context into an empty cache, as the engine does."""
+    """Read a context into an empty cache, like the engine."""
     backend.resize(1, capacity)
     chunk = min(CHUNK, backend.manifest.limits.max_prefill_tokens or CHUNK)
     for start in range(0, len(token_ids), chunk):

@@ -1,4 +1,4 @@
-"""Other engines that can be measured beside ours: what they are called, what they need, and how they are started."""
+"""Other engines that can be measured: their names, their requirements, and the commands that start them."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class Peer:
     """One engine at one precision.
 
     Args:
-        family: what it is, and the first part of its name.
-        variant: the second part.
-        packages: what `pip install` is to be told.
-        module: in `workers/`.
+        family: the engine, which is the first part of the name.
+        variant: the second part of the name.
+        packages: packages for `pip install`.
+        module: its module in `workers/`.
         sources: fields of `Sources` that it reads.
-        settings: further ones of the module's.
-        builder: the module whose `build` first makes the model from the first source, if one does.
-        build_packages: what that one needs.
-        drafts: whether it verifies several tokens a step.
+        settings: more settings for the module.
+        builder: the module whose `build` makes the model from the first source, if one is needed.
+        build_packages: packages that the builder needs.
+        drafts: whether it verifies several tokens per step.
     """
 
     family: str
@@ -62,7 +62,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """What it is called everywhere."""
+        """The peer's name in options and results."""
         return f"{self.family}-{self.variant}"
 
 
@@ -102,24 +102,24 @@ PEERS = (
 
 @dataclass
 class Chosen:
-    """The peers that take part, and why the others do not."""
+    """The peers that take part, and the reasons why others do not."""
 
     peers: list[Peer]
-    absent: dict[str, str]  # name → one line
-    versions: dict[str, str]  # of their packages
+    absent: dict[str, str]  # name → reason
+    versions: dict[str, str]  # package → version
 
 
 def choose_peers(names: Sequence[str], sources: Sources, python: Path | None) -> Chosen:
-    """Find the peers of these names, families or `all`, that can be measured here.
+    """Find the peers of these names or families (or `all`) that can be measured on this machine.
 
     Raises:
-        OptionError: a name is unknown, or nothing of that name can be measured: a package is not installed, a source not given.
+        OptionError: a name is unknown, or nothing of that name can be measured because a package or a source is missing.
     """
     if not names:
         return Chosen([], {}, {})
     known = [*dict.fromkeys(peer.family for peer in PEERS), *(peer.name for peer in PEERS)]
     if unknown := [name for name in names if name not in {ALL, *known}]:
-        raise OptionError(f"there is no peer {unknown[0]!r}; there are: {ALL}, {', '.join(known)}")
+        raise OptionError(f"there is no peer {unknown[0]!r}; use {ALL}, or some of: {', '.join(known)}")
     chosen = Chosen([], {}, _versions(python))
     for peer in PEERS:
         if not {ALL, peer.family, peer.name} & set(names):
@@ -135,30 +135,30 @@ def choose_peers(names: Sequence[str], sources: Sources, python: Path | None) ->
 
 
 def _problem(peer: Peer, sources: Sources, versions: dict[str, str]) -> str | None:
-    """Why a peer cannot take part, in one line."""
+    """The reason why a peer cannot take part, in one line; None if it can."""
     if missing := [name for name in peer.packages if name not in versions]:
         return f"{missing[0]} is not installed; install it with: pip install {' '.join(peer.packages)}"
     if missing := [name for name in peer.build_packages if name not in versions]:
-        return f"{missing[0]}, which its model is built with, is not installed; install it with: pip install {missing[0]}"
+        return f"{missing[0]}, which builds its model, is not installed; install it with: pip install {missing[0]}"
     if missing := [source for source in peer.sources if getattr(sources, source) is None]:
         return f"it needs {' and '.join(FLAGS[source] for source in missing)}"
     return None
 
 
 def _versions(python: Path | None) -> dict[str, str]:
-    """Versions of the peers' packages where they are installed."""
+    """Versions of the peers' installed packages."""
     wanted = sorted({name for peer in PEERS for name in (*peer.packages, *peer.build_packages)})
     command = [str(python or sys.executable), "-c", VERSIONS, json.dumps(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
         versions: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise OptionError(f"--peers-python {python} is no Python that runs") from error
+        raise OptionError(f"--peers-python {python} cannot be run as Python; give the path of a Python interpreter") from error
     return versions
 
 
 def peer_command(peer: Peer, sources: Sources, python: Path | None, models: Path | None, **settings: Any) -> list[str]:
-    """The command that starts a peer. Its model is built first, where it has to be and was not before.
+    """The command that starts a peer. If it needs a model that is not built yet, that is built first.
 
     Raises:
         MedusaError: the model cannot be built.
@@ -175,7 +175,7 @@ def peer_command(peer: Peer, sources: Sources, python: Path | None, models: Path
 
 
 def _built(peer: Peer, command: list[str], settings: dict[str, Any], models: Path) -> Path:
-    """The model's directory, or the file in it where it is a GGUF file."""
+    """The built model's directory, or the GGUF file in it."""
     assert peer.builder is not None
     source = Path(settings[peer.sources[0]])
     directory = models / f"{peer.builder.removeprefix('with_')}-{peer.settings['precision']}-{_identity(source)}"
@@ -187,7 +187,7 @@ def _built(peer: Peer, command: list[str], settings: dict[str, Any], models: Pat
                 [*command, wanted, "--build"], capture_output=True, encoding="utf-8", errors="replace", check=False
             )
             if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise MedusaError(f"{peer.name}: its model cannot be built: {last[:300]}")
     return directory / place
 

@@ -1,4 +1,4 @@
-"""A contestant's process: asked in lines of JSON, and stopped whenever it is not asked."""
+"""A contestant's process. Requests and answers are lines of JSON; between requests the process is paused."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ GRACE_SECONDS = 5.0
 
 
 class WorkerError(MedusaError):
-    """A contestant's process failed at what it was asked, or died."""
+    """A contestant's process failed at a request, or died."""
 
 
 class WorkerProcess:
-    """Starts a process that talks as `workers/serve.py` does, and waits until it is ready. Use it in a `with`.
+    """Starts a process with the protocol of `workers/serve.py`, and waits until it is ready. Use it in a `with`.
 
-    Between requests it is stopped as a whole (SIGSTOP, where there are signals): an engine's idle threads may spin on the cores
-    that another one is measured on.
+    Between requests the whole process is paused (SIGSTOP, if the system has signals), since an engine's idle threads may spin
+    on the cores that another one is measured on.
 
     Args:
-        name: what errors call it.
-        command: what to run.
-        environment: variables besides our own.
+        name: its name in errors.
+        command: the command to run.
+        environment: environment variables in addition to ours.
 
     Raises:
         WorkerError: it did not start.
@@ -41,7 +41,7 @@ class WorkerProcess:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        # a group of its own: Ctrl-C is for us, and the system wakes what is stopped in it should we be killed
+        # its own process group: Ctrl-C only reaches us, and if we are killed, the system wakes the paused processes in it
         group: dict[str, Any] = {} if sys.platform == "win32" else {"process_group": 0}
         self._child = subprocess.Popen(
             command,
@@ -60,14 +60,14 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process's id."""
         return self._child.pid
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Have it do something, and wait for the result.
+        """Send a request and wait for the result.
 
         Raises:
-            WorkerError: it failed, or died.
+            WorkerError: the request failed, or the process died.
         """
         assert self._child.stdin is not None
         self._go_on()
@@ -75,13 +75,13 @@ class WorkerProcess:
             self._child.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self._child.stdin.flush()
         except OSError:
-            pass  # it died; the answer that does not come says so
+            pass  # it died; reading the answer will report it
         result = self._answer()
         self._stop()
         return result
 
     def close(self) -> None:
-        """End it, at once where it is at work."""
+        """End the process, even in the middle of a request."""
         if self._child.poll() is None:
             self._child.kill()
         self._child.wait(GRACE_SECONDS)
@@ -89,7 +89,7 @@ class WorkerProcess:
             if stream is not None:
                 try:
                     stream.close()
-                except OSError:  # a request that it never read
+                except OSError:  # an unread request is still in the pipe
                     continue
 
     def __enter__(self) -> Self:
@@ -114,7 +114,7 @@ class WorkerProcess:
         return f": {lines[-1][:300]}" if lines else ""
 
     def _stop(self) -> None:
-        """Stop it, and wait until it stands still."""
+        """Pause the process, and wait until it has stopped."""
         if sys.platform == "win32" or self._child.poll() is not None:
             return
         self._child.send_signal(signal.SIGSTOP)

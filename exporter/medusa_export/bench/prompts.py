@@ -1,4 +1,4 @@
-"""What all contestants are asked: the same token ids."""
+"""The prompts of a benchmark. All contestants get the same token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWN = (
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """One prompt, as every contestant gets it."""
+    """One prompt, as token ids."""
 
     key: str
     category: str
@@ -32,7 +32,7 @@ class BenchPrompt:
 
 
 def load_prompts(path: Path | None, limit: int | None, codec: TextCodec) -> list[BenchPrompt]:
-    """The first turns of a file's conversations, or our own prompts, no more than `limit`, spread evenly over all of them.
+    """The first turns of a file's conversations, or the built-in prompts. At most `limit`, evenly spread over all of them.
 
     Raises:
         OptionError: the file cannot be read, or has a bad row.
@@ -45,14 +45,14 @@ def load_prompts(path: Path | None, limit: int | None, codec: TextCodec) -> list
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """Places 0 … count - 1, or so many of them at equal distances: files have their categories one after the other."""
+    """The indices 0 … count - 1, or `limit` of them at equal distances, since files are often sorted by category."""
     if limit is None or limit >= count:
         return list(range(count))
     return [place * count // limit + count // (2 * limit) for place in range(limit)]
 
 
 def of_length(prompts: list[BenchPrompt], length: int, start: int = 0) -> list[int]:
-    """So many token ids: the prompts one after the other from a place on, and from the beginning again where they end."""
+    """`length` token ids: the prompts one after the other, starting with prompt `start` and over again after the last."""
     whole = [token for one in prompts for token in one.token_ids]
     return [whole[place % len(whole)] for place in range(start, start + length)]
 
@@ -60,7 +60,7 @@ def of_length(prompts: list[BenchPrompt], length: int, start: int = 0) -> list[i
 def _from_file(path: Path) -> list[tuple[str, str, Prompt]]:
     conversations = read_prompts(path)
     if any(not conversation.turns for conversation in conversations):
-        raise OptionError(f"{path} holds a conversation in which nothing is asked")
+        raise OptionError(f"{path} has a conversation without a user's message; remove it")
     categories = _categories(path, conversations)
     return [
         (conversation.key, category, list(conversation.turns[0]))
@@ -69,7 +69,7 @@ def _from_file(path: Path) -> list[tuple[str, str, Prompt]]:
 
 
 def _categories(path: Path, conversations: list[Conversation]) -> list[str]:
-    """What each row says of its kind: `category`, as MT-bench has it, or `source`."""
+    """The kind of each row: its `category` (as in MT-bench), or else its `source`."""
     if path.suffix.lower() not in {".jsonl", ".json"}:
         return ["all"] * len(conversations)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

@@ -1,4 +1,4 @@
-"""A benchmark's result for people: tables, and a CSV file with a row a contestant."""
+"""Prints a benchmark's result as tables, and writes a CSV file with one row per contestant."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COLUMNS = (
     "tokens_per_second_p90", "tokens_per_second_with_prompt", "first_token_ms", "ms_per_token_p50", "ms_per_token_p95",
     "tokens_per_step", "ms_per_step",
 )  # fmt: skip
-FILE_WIDTH = 140  # where there is no terminal
+FILE_WIDTH = 140  # columns, if stdout is not a terminal
 PARTS = ("step", "propose", "commit", "other", "text")
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Print tables to stdout, and below them what should not be overlooked."""
+    """Print tables to stdout, and warnings below them."""
     console = stdout_console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
@@ -42,7 +42,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def write_csv(result: dict[str, Any], path: Path) -> None:
-    """One row a contestant."""
+    """Write one row per contestant."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow((*COLUMNS, *(f"{part}_ms_per_step" for part in PARTS), "peak_mb", "num_equal"))
@@ -76,7 +76,7 @@ def _contestants(result: dict[str, Any]) -> Table:
 
 
 def _parts(result: dict[str, Any]) -> Table:
-    table = Table("ms of a step", "forward pass", "heads", "commit", "other", "text, beside it")
+    table = Table("ms per step", "forward pass", "heads", "commit", "other", "text (not counted)")
     for one in result["contestants"]:
         if parts := one["ms_per_step_parts"]:
             table.add_row(one["name"], *(_number(parts[part], 2) for part in PARTS))
@@ -84,7 +84,7 @@ def _parts(result: dict[str, Any]) -> Table:
 
 
 def _ratios(result: dict[str, Any]) -> Table:
-    table = Table("times as fast", "as", "median", "95% interval")
+    table = Table("contestant", "compared with", "median speed-up", "95% interval")
     for pair in result["ratios"]:
         table.add_row(pair["above"], pair["below"], f"{pair['ratio']:.3f}", f"{pair['low']:.3f} to {pair['high']:.3f}")
     return table
@@ -93,7 +93,7 @@ def _ratios(result: dict[str, Any]) -> Table:
 def _steps(result: dict[str, Any]) -> Table:
     section = result.get("steps", {"by_bundle": {}})
     widths = list(next(iter(section["by_bundle"].values()), {"step_ms": {}})["step_ms"])
-    table = Table("ms of a step by its tokens", *widths, "heads")
+    table = Table("ms per step, by tokens in it", *widths, "heads")
     for bundle, costs in section["by_bundle"].items():
         table.add_row(bundle, *(_number(costs["step_ms"][width]) for width in widths), _number(costs["heads_ms"], 2))
     return table
@@ -102,7 +102,7 @@ def _steps(result: dict[str, Any]) -> Table:
 def _context(result: dict[str, Any]) -> Table:
     section = result.get("context", {"used": {}, "unused": {}, "widths": []})
     lengths = list(next(iter(section["used"].values()), {}))
-    table = Table("ms of a step by context", *lengths)
+    table = Table("ms per step, by context", *lengths)
     for kind in ("used", "unused"):
         for bundle, by_length in section[kind].items():
             for width in map(str, section["widths"]):
@@ -114,7 +114,7 @@ def _context(result: dict[str, Any]) -> Table:
 def _lengths(result: dict[str, Any]) -> Table:
     section = result.get("lengths", {"first_token_ms": {}, "ms_per_token": {}})
     lengths = sorted({length for found in section["first_token_ms"].values() for length in found}, key=int)
-    table = Table("prompt of so many tokens", *lengths)
+    table = Table("by prompt tokens", *lengths)
     for title, kind in (("first token ms", "first_token_ms"), ("then ms/token", "ms_per_token")):
         for name, found in section[kind].items():
             table.add_row(f"{name}, {title}", *(_number(found.get(length)) for length in lengths))
@@ -124,7 +124,7 @@ def _lengths(result: dict[str, Any]) -> Table:
 def _lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"floor of {name}: {floor['weight_mb']:.0f} MB of weights at {floor['bandwidth_gb_per_s']:.1f} GB/s, "
-        f"{floor['ms']:.1f} ms a step"
+        f"{floor['ms']:.1f} ms per step"
         for name, floor in result["floors"].items()
     ]
     lines += [f"not measured: {name}: {why}" for kind in ("absent", "failed") for name, why in result[kind].items()]

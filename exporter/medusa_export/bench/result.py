@@ -1,4 +1,4 @@
-"""What a benchmark found, as one dictionary: the JSON file, and what tables and plots are made of."""
+"""A benchmark's result as one dictionary. It is written as JSON, and tables and plots are made from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = "plain"
 
 
 def result_of(bench: Bench, *, complete: bool) -> dict[str, Any]:
-    """What was found so far."""
+    """The result so far."""
     made = provenance()
     answers: Answers = defaultdict(list)
     for one in bench.answers:
@@ -44,7 +44,7 @@ def result_of(bench: Bench, *, complete: bool) -> dict[str, Any]:
 
 
 def slower_than_plain(result: dict[str, Any]) -> str | None:
-    """A line that says where Medusa does not pay; none where it pays everywhere."""
+    """A warning that names the contestants with which Medusa is slower than plain decoding; None if there are none."""
     by_name = {one["name"]: one for one in result["contestants"]}
     slow = [
         f"{pair['above']} ({pair['ratio']:.2f} times as fast, {pair['low']:.2f} to {pair['high']:.2f})"
@@ -114,13 +114,13 @@ def _precision(manifest: Manifest) -> str:
 
 
 def _reference(bench: Bench, one: Contestant) -> str:
-    """Whose tokens its own are compared with: plain decoding on its bundle, or on the first one for all else."""
+    """The contestant to compare tokens with: plain decoding of the same bundle; of the first bundle for other engines."""
     is_drafting = one.bundle is not None and one.mode != PLAIN
     return f"{one.bundle if is_drafting else next(iter(bench.bundles))} {PLAIN}"
 
 
 def _ratios(measured: list[Contestant], answers: Answers) -> list[dict[str, Any]]:
-    """Every mode over plain decoding of the same bundle, and the fastest of ours over every other engine."""
+    """Speed-ups of every mode over plain decoding of the same bundle, and of our fastest contestant over every other engine."""
     own = [one for one in measured if one.bundle]
     plain = {one.bundle: one for one in own if one.mode == PLAIN}
     pairs = [(one, plain[one.bundle]) for one in own if one.mode != PLAIN and one.bundle in plain]

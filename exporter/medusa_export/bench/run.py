@@ -1,4 +1,4 @@
-"""A whole benchmark, from options to one dictionary of results, as far as it came."""
+"""Runs a benchmark, from options to the dictionary of results."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from medusa_runtime.text.codec import TOKENIZER_NAME, TextCodec
 
 
 def prepare(options: BenchOptions) -> Bench:
-    """Check everything that can be checked before the work.
+    """Check everything that can be checked before measuring.
 
     Raises:
-        OptionError, BundleError, BackendError: something cannot be used.
+        OptionError, BundleError, BackendError: an option or a bundle cannot be used.
     """
     if unknown := [mode for mode in options.modes if mode not in MODES]:
-        raise OptionError(f"there is no mode {unknown[0]!r}; there are: {', '.join(MODES)}")
+        raise OptionError(f"there is no mode {unknown[0]!r}; use some of: {', '.join(MODES)}")
     bundles = _bundles(options.bundles)
     chosen = choose_peers(options.peers, options.sources, options.peers_python)
     placements = {
@@ -47,21 +47,21 @@ def prepare(options: BenchOptions) -> Bench:
     bench.prompts = [one for one in prompts if len(one.token_ids) + options.max_new_tokens <= bench.longest]
     if not bench.prompts:
         raise OptionError(
-            f"no prompt leaves room for {options.max_new_tokens} new tokens in the bundle's {bench.longest}; "
+            f"no prompt leaves room for {options.max_new_tokens} new tokens within the bundle's limit of {bench.longest}; "
             "lower --max-new-tokens"
         )
     if len(bench.prompts) < len(prompts):
-        note(f"{len(prompts) - len(bench.prompts)} prompts left out: they leave no room for the answer")
+        note(f"left out {len(prompts) - len(bench.prompts)} prompts that leave no room for the answer")
     return bench
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Measure all of it. The result tells with `complete` whether it came to its end.
+    """Run all measurements. `complete` in the result is False if they were interrupted.
 
-    Ctrl-C and SIGTERM end it; what there is then is in the result.
+    Ctrl-C and SIGTERM interrupt them; the result then has everything measured so far.
 
     Raises:
-        MedusaError: one of our own contestants failed. `result_of` still gives what there is.
+        MedusaError: one of our own contestants failed. `result_of` still returns the result so far.
     """
     with _terminated_as_interrupted(), ExitStack() as processes:
         try:
@@ -73,17 +73,17 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def _bundles(paths: Sequence[Path]) -> dict[str, tuple[Path, Manifest]]:
-    """Manifests by short names. All must read text alike, or token ids would not mean the same."""
+    """Manifests by short names. All bundles must have the same tokenizer, or token ids would differ in meaning."""
     manifests = [Manifest.load(path) for path in paths]
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
-        raise OptionError("a bundle is given twice")
+        raise OptionError("a bundle is given twice; give each bundle once")
     digests = [manifest.files[TOKENIZER_NAME].sha256 for manifest in manifests]
     for name, digest in zip(names, digests, strict=True):
         if digest != digests[0]:
-            raise OptionError(f"{names[0]} and {name} have different tokenizers; only bundles of one model can be compared")
+            raise OptionError(f"{names[0]} and {name} have different tokenizers; give bundles of one model")
     return dict(zip(names, zip(paths, manifests, strict=True), strict=True))
 
 
@@ -138,7 +138,7 @@ def _measure(bench: Bench) -> None:
 
 
 def _memory(bench: Bench) -> None:
-    """How much memory every process has needed so far."""
+    """Record the memory that each process has needed so far."""
     owners = {contestant.bundle or contestant.name: contestant for contestant in bench.contestants}
     for owner, contestant in owners.items():
         if contestant.failure is None:
@@ -148,10 +148,10 @@ def _memory(bench: Bench) -> None:
 def _floors(bench: Bench) -> None:
     with stage("memory bandwidth"):
         for name, (path, manifest) in bench.bundles.items():
-            if bench.placements[name].backend != ORT_CPU:  # a GPU's memory is another one
+            if bench.placements[name].backend != ORT_CPU:  # the floor is about the CPU's memory
                 continue
             if (num_bytes := step_weight_bytes(path, manifest)) is None:
-                note("the floor needs packages that are not installed: pip install 'medusa-export[build]'")
+                note("the floor is not measured: packages are missing; install them with: pip install 'medusa-export[build]'")
                 return
             bandwidth = read_bandwidth(num_bytes, bench.threads)
             bench.floors[name] = {
@@ -170,8 +170,8 @@ def _sections(bench: Bench) -> None:
     left_out = {*options.steps} - {*widths} | {*options.context} - {*context} | {*options.prefill} - {*prefill}
     if left_out:
         note(
-            f"not measured, for a sequence has {bench.longest} tokens at most and a step {bench.widest}: "
-            f"sizes {', '.join(map(str, sorted(left_out)))}"
+            f"not measured: sizes {', '.join(map(str, sorted(left_out)))}. A sequence has at most {bench.longest} tokens "
+            f"and a step at most {bench.widest}"
         )
     if widths:
         with _counted("step costs", len(bench.bundles)) as tell:
@@ -198,7 +198,7 @@ def _counted(name: str, total: int) -> Iterator[Any]:
 
 
 def _max_length(bench: Bench) -> int:
-    """Room that a sequence needs at most."""
+    """The most entries that a sequence needs."""
     longest = max(len(one.token_ids) for one in bench.prompts) + bench.options.max_new_tokens
     return max(longest, *bench.options.prefill, *bench.options.context, 0) + sections.CONTEXT_TOKENS + 64
 
@@ -209,7 +209,7 @@ def _first(bench: Bench) -> Manifest:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
+    """While open, SIGTERM acts like Ctrl-C."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt

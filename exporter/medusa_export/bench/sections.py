@@ -1,4 +1,4 @@
-"""What steps, prompts and contexts cost: measured beside the contest, each contestant in turn."""
+"""Measurements in addition to the contest: times of steps, contexts and long prompts, each contestant in turn."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from medusa_export.bench.contest import Contestant, rotated
 from medusa_export.bench.prompts import BenchPrompt, of_length
 
-STEP_CONTEXT = 256  # entries cached while step costs are measured, where a sequence may be twice as long
-UNUSED_CONTEXT = 128  # and while the cache's capacity is what differs
+STEP_CONTEXT = 256  # cached tokens when step times are measured, if a sequence may be twice as long
+UNUSED_CONTEXT = 128  # cached tokens when the capacity of the cache is varied
 STEP_REPEATS, LENGTH_REPEATS = 15, 3
-CONTEXT_TOKENS = 17  # decoded after a context: the first comes with its prefill
+CONTEXT_TOKENS = 17  # tokens decoded after a context; the first comes with its prefill
 
 
 def step_costs(
@@ -24,7 +24,7 @@ def step_costs(
     cached: int,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
-    """Milliseconds of a step by bundle and tokens in it, with so many cached, and of the heads."""
+    """Milliseconds of a step by bundle and number of tokens, with a cached context, and milliseconds of the heads."""
     found = {}
     for bundle, contestant in _bundles(contestants).items():
         result = contestant.process.ask(
@@ -46,7 +46,7 @@ def context_costs(
     tree_nodes: int,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
-    """Milliseconds of a step of one token and of a whole tree, by bundle: after contexts, and beside room that is not used."""
+    """Milliseconds of steps of one token and of a whole tree, by bundle: after contexts, and with unused room in the cache."""
     used: dict[str, dict[str, Any]] = defaultdict(dict)
     unused: dict[str, dict[str, Any]] = defaultdict(dict)
     widths = sorted({1, tree_nodes})
@@ -72,13 +72,13 @@ def lengths_costs(
     context: Sequence[int],
     tell: Callable[..., None],
 ) -> dict[str, Any]:
-    """By contestant that decodes token by token: seconds to the first token of long prompts, and per token after them."""
+    """Milliseconds to the first token of long prompts, and per token after them, by contestant without drafts."""
     firsts: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     nexts: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     plain = [one for one in contestants if not one.drafts]
     for length in sorted({*prefill, *context}):
         for repeat in range(LENGTH_REPEATS):
-            token_ids = of_length(prompts, length, repeat)  # another beginning each time: none may be in a cache
+            token_ids = of_length(prompts, length, repeat)  # another start each time, so that no engine has it cached
             for contestant in rotated(plain, repeat):
                 result = contestant.attempt(token_ids, CONTEXT_TOKENS if length in context else 1)
                 if result is None:
@@ -95,7 +95,7 @@ def lengths_costs(
 
 
 def _bundles(contestants: Sequence[Contestant]) -> dict[str, Contestant]:
-    """One contestant of each bundle; they share a process."""
+    """One contestant of each bundle. The contestants of a bundle share a process."""
     return {one.bundle: one for one in reversed(contestants) if one.bundle is not None}
 
 

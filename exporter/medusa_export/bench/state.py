@@ -1,4 +1,4 @@
-"""A benchmark while it runs."""
+"""The state of a running benchmark."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from medusa_runtime.bundle.manifest import Manifest
 
 @dataclass
 class Bench:
-    """What is measured, and what was found so far."""
+    """What to measure, and the measurements so far."""
 
     options: BenchOptions
-    bundles: dict[str, tuple[Path, Manifest]]  # by the name it has in results
+    bundles: dict[str, tuple[Path, Manifest]]  # by the bundle's name in results
     prompts: list[BenchPrompt]
     chosen: Chosen
     placements: dict[str, Placement]  # by bundle
@@ -30,28 +30,28 @@ class Bench:
     memory: dict[str, dict[str, float]] = field(default_factory=dict)  # by bundle or peer
     sections: dict[str, Any] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)  # by bundle
-    failed: dict[str, str] = field(default_factory=dict)  # peers that did not start
+    failed: dict[str, str] = field(default_factory=dict)  # peers that did not start, with the reason
 
     @property
     def threads(self) -> int:
-        """Threads that every contestant gets."""
+        """CPU threads of every contestant."""
         return self.options.threads or num_cores()
 
     @property
     def longest(self) -> int:
-        """Tokens of a sequence that every bundle takes."""
+        """The longest sequence that every bundle supports, in tokens."""
         return min(manifest.limits.max_seq_len for _, manifest in self.bundles.values())
 
     @property
     def tree_nodes(self) -> int:
-        """The largest of the bundles' trees."""
+        """Nodes of the largest of the bundles' trees."""
         return max(len(manifest.tree["parents"]) for _, manifest in self.bundles.values())
 
     @property
     def widest(self) -> int:
-        """Tokens of a step that is evaluated whole, of which every bundle takes as many."""
+        """The widest step with all rows evaluated that every bundle supports, in tokens."""
         return min(manifest.limits.max_tree_nodes or self.longest for _, manifest in self.bundles.values())
 
     def fitting(self, lengths: Sequence[int], room: int) -> list[int]:
-        """Those lengths that leave room in every bundle."""
+        """The lengths that leave `room` more tokens in every bundle."""
         return [length for length in lengths if length + room <= self.longest]

@@ -1,4 +1,4 @@
-"""What answers say: rates, times, parts, ratios and agreement."""
+"""Statistics of answers: rates, times, parts, speed-ups and agreement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
-    """One contestant's answers in numbers. Rates are medians over prompts, of each its median over rounds."""
+    """Statistics of one contestant's answers. Rates are medians over prompts of the medians over rounds."""
     rates = np.array(list(rate_by_prompt(answers).values()))
     whole = np.array(list(_by_prompt((one.prompt, one.whole_tokens_per_second) for one in answers).values()))
     decoding = [one for one in answers if one.num_decoded]
@@ -39,12 +39,12 @@ def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def rate_by_prompt(answers: Iterable[Answer]) -> dict[int, float]:
-    """Tokens a second of each prompt: the median over the rounds it was put in."""
+    """Tokens per second of each prompt, as the median over its rounds."""
     return _by_prompt((one.prompt, one.tokens_per_second) for one in answers if one.num_decoded)
 
 
 def by_category(answers: Sequence[Answer], categories: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Tokens a second and a step by kind of prompt."""
+    """Tokens per second and tokens per step by category of prompts."""
     found: dict[str, list[Answer]] = defaultdict(list)
     for one in answers:
         if one.num_decoded:
@@ -61,9 +61,9 @@ def by_category(answers: Sequence[Answer], categories: Sequence[str]) -> dict[st
 
 
 def ratio(above: Sequence[Answer], below: Sequence[Answer]) -> dict[str, Any] | None:
-    """How many times as fast one contestant is as another, on the prompts that both answered.
+    """The speed-up of one contestant over another, on the prompts that both answered.
 
-    The median of the ratios of single prompts, and its confidence interval by the bootstrap over prompts.
+    It is the median over prompts, with a confidence interval from a bootstrap over prompts.
     """
     rates, others = rate_by_prompt(above), rate_by_prompt(below)
     ratios = np.array([rates[prompt] / others[prompt] for prompt in rates if prompt in others])
@@ -74,7 +74,7 @@ def ratio(above: Sequence[Answer], below: Sequence[Answer]) -> dict[str, Any] | 
 
 
 def bootstrap(values: Floats, seed: int = 0) -> tuple[float, float]:
-    """The interval that holds the median of `values` with `CONFIDENCE`, by drawing them again with replacement."""
+    """The confidence interval (`CONFIDENCE`) of the median of `values`, by bootstrap: resampling with replacement."""
     picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     medians = np.median(values[picks], axis=1)
     tail = 50 * (1 - CONFIDENCE)
@@ -83,7 +83,7 @@ def bootstrap(values: Floats, seed: int = 0) -> tuple[float, float]:
 
 
 def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> dict[str, Any]:
-    """How far token ids are those of the reference's answers to the same prompts."""
+    """How much of the token ids equals the reference's answers to the same prompts."""
     expected = {one.prompt: one.token_ids for one in reference}
     compared = {one.prompt: one.token_ids for one in answers if one.prompt in expected}
     places = [first_divergence(token_ids, expected[prompt]) for prompt, token_ids in compared.items()]
@@ -97,7 +97,7 @@ def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> dict[st
 
 
 def first_divergence(token_ids: Sequence[int], others: Sequence[int]) -> int | None:
-    """The place of the first token that differs, or where one ends before the other; none where they are equal."""
+    """The index of the first difference, or the shorter length if one is a prefix of the other. None if they are equal."""
     for place, (token, other) in enumerate(zip(token_ids, others, strict=False)):
         if token != other:
             return place
@@ -105,7 +105,7 @@ def first_divergence(token_ids: Sequence[int], others: Sequence[int]) -> int | N
 
 
 def _parts(answers: Sequence[Answer], steps: int) -> dict[str, float] | None:
-    """Milliseconds of a step by what they go to; "other" is decoding's rest, "text" is made beside it."""
+    """Milliseconds per step by part. "other" is the rest of decoding; "text" is measured apart and not part of it."""
     if not steps or not all(one.parts for one in answers):
         return None
     totals: dict[str, float] = defaultdict(float)

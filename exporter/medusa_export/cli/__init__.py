@@ -1,4 +1,4 @@
-"""The command line. Commands live in a module each, imported only when they run, so that `--help` stays fast."""
+"""The command line. Each command is a module of its own that is imported only when it runs, so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "Train Medusa heads on a model's own answers.",
     "heads": "Make, inspect and evaluate Medusa heads.",
     "onnx": "Export a model with heads to an ONNX bundle.",
-    "quantize": "Round a bundle's weights to 8 or 4 bits.",
+    "quantize": "Quantise a bundle's weights to 8 or 4 bits.",
     "validate": "Compare a bundle with the PyTorch model.",
     "trt": "Build TensorRT engines from an ONNX bundle.",
     "tune": "Find the trees that are fastest on this machine.",
@@ -29,7 +29,7 @@ COMMANDS = {
     "generate": "Decode a prompt with a bundle.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
-    "doctor": "Tell what can be exported, built and run here.",
+    "doctor": "Report what can be exported, built and run on this machine.",
 }
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
@@ -40,7 +40,7 @@ EXTRAS = {
 
 
 class _LazyCommands(click.Group):
-    """Knows its commands' names and one-line helps without importing them; turns errors into one line each."""
+    """A group that lists its commands without importing them, and prints an error as one line."""
 
     def list_commands(self, _: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -57,7 +57,7 @@ class _LazyCommands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars: stages are told once, by us
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries: we report each stage ourselves
         streams.prepare()
         try:
             return super().main(*args, **kwargs)
@@ -71,7 +71,7 @@ class _LazyCommands(click.Group):
         except UnicodeDecodeError:
             _fail(OptionError("the input is not UTF-8 text"))
         except OSError as error:
-            if error.strerror is None:  # not the operating system's
+            if error.strerror is None:  # not raised by the operating system
                 raise
             place = streams.broken_stream() or error.filename
             _fail(MedusaError(f"{place}: {error.strerror}" if place else error.strerror))

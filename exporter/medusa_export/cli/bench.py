@@ -16,18 +16,18 @@ from medusa_export.bench.options import (
     BenchOptions,
     Sources,
 )
-from medusa_export.cli.options import decodes_a_bundle
+from medusa_export.command_options.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.files import json_text, write_whole
 from medusa_runtime.errors import MedusaError, OptionError
 
 if TYPE_CHECKING:
     from medusa_export.bench.state import Bench
 
-INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+INTERRUPTED = 130  # a shell's exit code for a command that Ctrl-C ended
 
 
 class Words(click.ParamType[tuple[str, ...]]):
-    """Words with commas between them."""
+    """Words separated by commas."""
 
     name = "words"
 
@@ -39,7 +39,7 @@ class Words(click.ParamType[tuple[str, ...]]):
 
 
 class Sizes(click.ParamType[tuple[int, ...]]):
-    """Positive whole numbers with commas between them; none for nothing."""
+    """Positive whole numbers separated by commas; the word `none` for an empty list."""
 
     name = "sizes"
 
@@ -54,7 +54,7 @@ class Sizes(click.ParamType[tuple[int, ...]]):
         except ValueError:
             sizes = (0,)
         if sizes[0] < 1:
-            self.fail(f"{value!r}: it must be whole numbers from 1 on with commas between them, or none", param, ctx)
+            self.fail(f"{value!r}: it must be whole numbers from 1 on, separated by commas, or none", param, ctx)
         return sizes
 
 
@@ -64,10 +64,14 @@ def _listed(values: tuple[Any, ...]) -> str:
 
 @click.command("bench")
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines, or text with a prompt a line. [default: our own]")
-@click.option("--limit", type=click.IntRange(min=1), help="So many of the prompts, spread over all of them.")
-@click.option("--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Of every answer.")
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="How often each prompt is put.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSON lines, or text with one prompt per line. [default: built-in prompts]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many of the prompts, spread over all of them.")
+@click.option("--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Length of every answer.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="How often each prompt is answered.")
 @click.option(
     "--modes",
     type=Words(),
@@ -75,31 +79,43 @@ def _listed(values: tuple[Any, ...]) -> str:
     show_default=True,
     help="; ".join(f"{name}: {what}" for name, what in MODES.items()) + ".",
 )
-@click.option("--steps", type=Sizes(), default=_listed(STEP_WIDTHS), show_default=True, help="Time steps of so many tokens.")
-@click.option("--prefill", type=Sizes(), default=_listed(PREFILL_LENGTHS), show_default=True, help="Time prompts this long.")
+@click.option(
+    "--steps", type=Sizes(), default=_listed(STEP_WIDTHS), show_default=True, help="Measure steps of these widths, in tokens."
+)
+@click.option(
+    "--prefill", type=Sizes(), default=_listed(PREFILL_LENGTHS), show_default=True, help="Measure prompts of these lengths."
+)
 @click.option(
     "--context",
     type=Sizes(),
     default=_listed(CONTEXT_LENGTHS),
     show_default=True,
-    help="Time steps after so many tokens, and with room for so many that is not used.",
+    help="Measure steps after this many tokens, and with this much unused room in the cache.",
 )
-@click.option("--peers", type=Words(), default="", metavar="all|NAME,…", help="Measure other engines as well.")
+@click.option("--peers", type=Words(), default="", metavar="all|NAME,…", help="Other engines to measure as well.")
 @click.option(
-    "--peers-python", type=click.Path(path_type=Path), help="The Python that has the other engines. [default: this one]"
+    "--peers-python",
+    type=click.Path(path_type=Path),
+    help="The Python interpreter that has the other engines. [default: this one]",
 )
 @click.option(
     "--peer-models",
     type=click.Path(path_type=Path),
-    help="Keep models built for other engines here. [default: in the user's cache]",
+    help="Directory for models built for other engines. [default: in the user's cache]",
 )
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="For other engines: the bundles' Hugging Face directory.")
-@click.option("--heads", type=click.Path(path_type=Path), help="For Medusa in PyTorch: the bundles' heads.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="For other engines: the Hugging Face checkpoint that the bundles were made from.",
+)
+@click.option(
+    "--heads", type=click.Path(path_type=Path), help="For Medusa in PyTorch: the heads that the bundles were made from."
+)
 @click.option("--gguf", type=click.Path(path_type=Path), help="For llama.cpp and OpenVINO: the same weights in a GGUF file.")
 @click.option("--openvino", type=click.Path(path_type=Path), help="For OpenVINO: the same weights, converted.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write a row a contestant to this file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw PNGs into this directory.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write one row per contestant to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write plots (PNG) to this directory.")
 @decodes_a_bundle
 def command(
     bundles: tuple[Path, ...],
@@ -113,10 +129,11 @@ def command(
     plot: Path | None,
     **options: Any,
 ) -> None:
-    """Measure decoding on every BUNDLE, with and without Medusa, and other engines on the same weights.
+    """Measure decoding with every BUNDLE, with and without Medusa, and with other engines on the same weights.
 
-    All contestants get the same token ids and give the same number of new ones, greedily and one request at a time. They take
-    turns prompt by prompt, each in a process of its own that is stopped while others are measured. Ctrl-C keeps what there is.
+    All contestants get the same token ids and decode the same number of tokens, greedily and one request at a time. They take
+    turns prompt by prompt. Each runs in its own process, which is paused while others are measured. After Ctrl-C, the results
+    so far are kept.
     """
     from medusa_export.bench.result import result_of
     from medusa_export.bench.run import measure, prepare
@@ -127,7 +144,7 @@ def command(
     if plot and plot.exists() and not plot.is_dir():
         raise OptionError(f"--plot {plot}: plots go into a directory, and this is a file")
     if plot:
-        from medusa_export import plots  # noqa: F401 - its extra is missed now, not after the work
+        from medusa_export import plots  # noqa: F401 - if its extra is missing, fail now, not after the work
     sources = {"checkpoint": checkpoint, "gguf": gguf, "heads": heads, "openvino": openvino}
     for name, path in sources.items():
         if path is not None and not path.exists():
@@ -160,6 +177,6 @@ def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | No
 
 
 def _tell_interrupted(bench: Bench, json_file: Path | None) -> None:
-    kept = f"; {json_file} has what was measured" if json_file else ""
+    kept = f"; the measurements so far are in {json_file}" if json_file else ""
     click.echo(f"Error: interrupted after {len(bench.answers)} answers{kept}", err=True)
     click.get_current_context().exit(INTERRUPTED)

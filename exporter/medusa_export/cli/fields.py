@@ -1,4 +1,4 @@
-"""Command-line options made from a pydantic model: one field is the flag, the recipe's key and the documentation."""
+"""Command-line options made from a pydantic model: one field is the flag, the recipe's key and the documentation at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def options_from(model: type[BaseModel], *, leave_out: Collection[str] = ()) -> 
 
 
 def parse(model: type[Model], values: dict[str, Any]) -> Model:
-    """The model from an option's values, those not given left out.
+    """The model made from the options' values. Options that were not given are left out.
 
     Raises:
         OptionError: a value is out of range; the message names the flag.
@@ -39,7 +39,7 @@ def parse(model: type[Model], values: dict[str, Any]) -> Model:
         return model.model_validate({name: value for name, value in values.items() if value not in (None, ())})
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "value_error":  # our own words
+        if first["type"] == "value_error":  # one of our own validators: the message is complete
             raise OptionError(str(first["ctx"]["error"])) from error
         flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
         raise OptionError(f"{flag} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
@@ -54,14 +54,14 @@ def _option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
     if kind is bool:
         return click.option(flag, is_flag=True, default=None, help=text)
     if get_origin(kind) is tuple:
-        return click.option(flag, type=get_args(kind)[0], multiple=True, help=f"{text} May be given several times.")
+        return click.option(flag, type=get_args(kind)[0], multiple=True, help=f"{text} May be repeated.")
     if field.default is not None:
         text += f" [default: {field.default:g}]" if kind is float else f" [default: {field.default}]"
     return click.option(flag, type=_click_type(kind, field), help=text)
 
 
 def _plain(annotation: Any) -> Any:
-    """The type without None."""
+    """The type, without `| None`."""
     if get_origin(annotation) in {Union, types.UnionType}:
         [annotation] = [part for part in get_args(annotation) if part is not type(None)]
     return annotation

@@ -11,7 +11,7 @@ import click
 
 from medusa_export.cli import streams
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.options import decodes_a_bundle
+from medusa_export.command_options.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.files import json_text, read_json
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
@@ -20,19 +20,25 @@ from medusa_runtime.options import GenerationOptions
 if TYPE_CHECKING:
     from medusa_runtime import Choice, MedusaLM
 
-BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags are not their values
-LEFT_OUT = ("tools", "documents", "template_options")  # fields that a command line cannot hold
+BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags need parsing of their own
+LEFT_OUT = ("tools", "documents", "template_options")  # fields that no command-line flag can hold
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
 @options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
-@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit. May be given several times.")
-@click.option("--json-schema", type=click.Path(path_type=Path), help="A file: the answer is JSON that this schema allows.")
-@click.option("--grammar", type=click.Path(path_type=Path), help="A file: the answer follows this Lark grammar or EBNF.")
-@click.option("--tree", "tree_file", type=click.Path(path_type=Path), help="A candidate tree as JSON: choices, or parents.")
-@click.option("--tree-nodes", type=int, help="A tree of so many nodes, made anew at each step from the heads' probabilities.")
+@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
+@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
+@click.option(
+    "--grammar", type=click.Path(path_type=Path), help="File with a grammar, in Lark or EBNF, that the answer must match."
+)
+@click.option(
+    "--tree", "tree_file", type=click.Path(path_type=Path), help="File with a candidate tree as JSON: choices or parents."
+)
+@click.option(
+    "--tree-nodes", type=int, help="Use a dynamic tree of this many nodes, rebuilt at each step from the heads' probabilities."
+)
 @click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
 @click.option(
     "--json",
@@ -60,10 +66,11 @@ def command(
     threads: int,
     **fields: Any,
 ) -> None:
-    """Answer a prompt with BUNDLE: text streams to stdout, statistics go to stderr.
+    """Answer a prompt with BUNDLE. The text streams to stdout, statistics go to stderr.
 
-    Greedy without a temperature. With one, answers are samples of exactly the model's distribution, as without Medusa: the same
-    seed gives the same text either way (but for --acceptance typical, which accepts more).
+    Decoding is greedy unless a temperature is given. With a temperature, answers are samples of exactly the model's
+    distribution, and the same seed gives the same text with and without Medusa. The exception is --acceptance typical, which
+    accepts more drafts than that.
     """
     from medusa_export.placement import place
     from medusa_runtime import Manifest, MedusaLM
@@ -113,7 +120,7 @@ def command(
 
 
 def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> list[Choice]:
-    """The answers; the first one is printed as it comes, the others after it."""
+    """The answers. If `streamed`, the first is printed while it is decoded, the others after it."""
     handle = lm.stream(prompt, options)
     for chunk in handle:
         if streamed and chunk.index == 0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.cli.options import exclude_option, force_option, threads_option, trust_remote_code_option
+from medusa_export.command_options.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 
 if TYPE_CHECKING:
     from medusa_heads.replay import Evaluation
@@ -20,12 +20,14 @@ def command() -> None:
 
 @command.command("init")
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The heads' directory, a new one.")
-@click.option("--num-heads", type=click.IntRange(1, 32), default=4, show_default=True)
-@click.option("--num-layers", type=click.IntRange(1, 8), default=1, show_default=True, help="Residual blocks a head.")
-@click.option("--own-lm-head", is_flag=True, help="Give each head an LM head of its own, started from the model's.")
 @click.option(
-    "--read-root/--no-read-root", default=True, help="Heads read the token decided last, which the paper's do not. [default]"
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory for the heads; it must not exist yet."
+)
+@click.option("--num-heads", type=click.IntRange(1, 32), default=4, show_default=True)
+@click.option("--num-layers", type=click.IntRange(1, 8), default=1, show_default=True, help="Residual blocks per head.")
+@click.option("--own-lm-head", is_flag=True, help="Give each head its own LM head, initialised from the model's.")
+@click.option(
+    "--read-root/--no-read-root", default=True, help="Heads also read the last decided token; the paper's do not. [default]"
 )
 @force_option
 @trust_remote_code_option
@@ -40,7 +42,7 @@ def init(
     force: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Make untrained heads for MODEL: they start as its LM head, so they guess badly, but the output stays right."""
+    """Make untrained heads for MODEL. They start as copies of its LM head: they guess badly, but the output stays right."""
     from medusa_export.checkpoint import load_backbone
     from medusa_heads.config import HeadsConfig
     from medusa_heads.directories import require_new
@@ -66,47 +68,55 @@ def init(
 
 @command.command("evaluate")
 @click.argument("heads", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="The model the heads were made for; after medusa-2, the one trained with them.")
 @click.option(
-    "--data", required=True, multiple=True, type=click.Path(path_type=Path), help="The model's answers, as `train` takes them."
+    "--model", required=True, help="The model that the heads were made for; after medusa-2, the one trained with them."
+)
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="The model's answers, in the form that `train` takes.",
 )
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Only what training with this --held-out kept. [default: all]",
+    help="Use only the answers that training with this --held-out left out. [default: all]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many answers.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most this many answers.")
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
     default=2048,
     show_default=True,
-    help="Longer conversations are cut, as in training.",
+    help="Longer conversations are cut to this many tokens, as in training.",
 )
 @click.option(
     "--tree",
     "trees",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A tree to judge, as JSON. May be given several times.",
+    help="File with a tree to evaluate, as JSON. May be repeated.",
 )
-@click.option("--nodes", multiple=True, type=click.IntRange(2, 1024), help="Sizes of trees to search. [default: 4 8 16 32 64]")
-@click.option("--hidden", type=click.Path(path_type=Path), help="Keep hidden states here, for another evaluation.")
+@click.option(
+    "--nodes", multiple=True, type=click.IntRange(2, 1024), help="Tree sizes to search, in nodes. [default: 4 8 16 32 64]"
+)
+@click.option("--hidden", type=click.Path(path_type=Path), help="Keep hidden states in this directory, for another evaluation.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON to this file, whole or not at all.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the accuracies into this PNG.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot the accuracies to this PNG file.")
 @threads_option
 @trust_remote_code_option
 def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tuple[int, ...], **options: Any) -> None:
-    """Tell how often HEADS are right on held-out answers, and the tokens per step that this makes for trees.
+    """Measure how often HEADS are right on held-out answers, and how many tokens per step candidate trees then give.
 
-    A row of the table is a head; head 1 guesses the token after the next. Beside heads as `evaluation.json`, the output is what
-    `medusa-export onnx` takes the bundle's tree from.
+    Each row of the table is a head; head 1 guesses the token after the next one. If the output is written to the heads'
+    directory as `evaluation.json`, `medusa-export onnx` takes the bundle's tree from it.
     """
-    from medusa_export.evaluation import EvaluateOptions
-    from medusa_export.evaluation import evaluate as judge
+    from medusa_export.head_training.evaluation import EvaluateOptions
+    from medusa_export.head_training.evaluation import evaluate as judge
     from medusa_heads.replay import TREE_NODES
     from medusa_runtime.bundle.files import write_whole
     from medusa_runtime.errors import OptionError
@@ -150,34 +160,38 @@ def _print_evaluation(result: Evaluation) -> None:
 
 @command.command("ngrams")
 @click.argument("heads", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="The model the heads were made for; after medusa-2, the one trained with them.")
-@click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path), help="What the heads were trained on.")
+@click.option(
+    "--model", required=True, help="The model that the heads were made for; after medusa-2, the one trained with them."
+)
+@click.option(
+    "--data", required=True, multiple=True, type=click.Path(path_type=Path), help="The data that the heads were trained on."
+)
 @exclude_option
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.02,
     show_default=True,
-    help="As in training: these answers say how far the n-grams of the others are to be trusted.",
+    help="Part of the answers held out, as in training. They decide how much the n-grams of the others are trusted.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
     default=2048,
     show_default=True,
-    help="Longer conversations are cut, as in training.",
+    help="Longer conversations are cut to this many tokens, as in training.",
 )
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @threads_option
 @trust_remote_code_option
 def ngrams(**options: Any) -> None:
-    """Count which tokens follow which in the answers HEADS were trained on, to correct what they guess each for itself.
+    """Count which tokens follow which in the answers that HEADS were trained on; the counts correct independent guesses.
 
-    The file is kept beside the heads, and `medusa-export onnx` takes it into the bundle. `medusa-export train` makes one; this
-    is for heads from before, or for more answers.
+    The file is written to the heads' directory, and `medusa-export onnx` copies it into the bundle. `medusa-export train`
+    already makes one; use this command for older heads, or with more answers.
     """
-    from medusa_export.ngrams import NGramOptions, make_ngrams
+    from medusa_export.head_training.draft_ngrams import NGramOptions, make_ngrams
 
     click.echo(make_ngrams(NGramOptions(**options)))
 
@@ -186,7 +200,7 @@ def ngrams(**options: Any) -> None:
 @click.argument("heads", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(heads: Path, *, as_json: bool) -> None:
-    """Tell what the files of HEADS hold."""
+    """Print the configuration and the tensors of HEADS."""
     from rich.table import Table
 
     from medusa_export.console import stdout_console

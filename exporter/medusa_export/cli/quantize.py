@@ -3,57 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from medusa_export.cli.options import force_option, trust_remote_code_option
-
-SCHEMES = ("int8", "int8-blocks", "int4", "int8-int4")
-activation_bits_option = click.option(
-    "--activation-bits",
-    type=click.Choice(["8", "16"]),
-    help="int8: what weights are multiplied with on the CPU; 8 is faster, with outliers moved into the weights. [default: 16]",
+from medusa_export.command_options.shared_options import (
+    SCHEMES,
+    activation_bits_option,
+    as_bits,
+    force_option,
+    max_kl_option,
+    trust_remote_code_option,
 )
-max_kl_option = click.option(
-    "--max-kl",
-    type=click.FloatRange(min=0),
-    help="Refuse a result whose mean KL divergence from the original is more, in nats.",
-)
-
-
-def as_bits(choice: str | None) -> Literal[8, 16] | None:
-    """The number that an option's word stands for."""
-    return None if choice is None else 8 if choice == "8" else 16
 
 
 @click.command("quantize")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The new bundle's directory.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory for the new bundle.")
 @click.option(
     "--scheme",
     type=click.Choice(SCHEMES),
     default="int8",
     show_default=True,
-    help="int8: a scale an output, for wide trees and batches. int8-blocks: a scale for 32 inputs of an output, for narrow "
-    "trees. int4: the layers' weights in 4-bit blocks. int8-int4: only the MLPs'.",
+    help="int8: one scale per output channel, best for wide trees and batches. int8-blocks: one scale per 32 inputs, best for "
+    "narrow trees. int4: the layers' weights in 4-bit blocks. int8-int4: only the MLPs' weights in 4-bit blocks.",
 )
 @activation_bits_option
 @max_kl_option
-@click.option("--quality-prompts", type=click.Path(path_type=Path), help="Measure on the answers to these. [default: our own]")
-@click.option("--quality-text", type=click.Path(path_type=Path), help="Measure on this text instead, a plain file.")
-@click.option("--calibration-prompts", type=click.Path(path_type=Path), help="Find outliers with these. [default: our own]")
-@click.option("--reference", help="The model BUNDLE was made from: compare the result with it in PyTorch afterwards.")
+@click.option(
+    "--quality-prompts",
+    type=click.Path(path_type=Path),
+    help="Measure quality on answers to these prompts. [default: built-in prompts]",
+)
+@click.option("--quality-text", type=click.Path(path_type=Path), help="Measure quality on this plain-text file instead.")
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(path_type=Path),
+    help="Find outliers with these prompts. [default: built-in prompts]",
+)
+@click.option("--reference", help="The model that BUNDLE was made from: validate the result against it in PyTorch afterwards.")
 @force_option
 @trust_remote_code_option
 def command(
     bundle: Path, output: Path, activation_bits: str | None, reference: str | None, *, trust_remote_code: bool, **options: Any
 ) -> None:
-    """Round the weights of BUNDLE to 8 or 4 bits, and measure what that changes.
+    """Quantise the weights of BUNDLE to 8 or 4 bits, and measure the loss of quality.
 
-    Perplexity, KL divergence, greedy agreement and tokens a step go into the new bundle's manifest. Every token of a step is
-    rounded with a scale of its own, so decoding with Medusa gives what decoding without it gives, near ties apart; with
-    --activation-bits 8 many are near.
+    Perplexity, KL divergence, greedy agreement and tokens per step are written to the new bundle's manifest. Each token of a
+    step has its own activation scale, so decoding with and without Medusa gives the same tokens unless two logits are nearly
+    equal. With --activation-bits 8, that happens more often.
     """
     from medusa_export.progress import note
     from medusa_export.quantize import QuantizeOptions, quantize_bundle

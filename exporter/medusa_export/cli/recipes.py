@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import threads_option, trust_remote_code_option
+from medusa_export.command_options.shared_options import threads_option, trust_remote_code_option
 from medusa_export.recipe.schema import STEPS
 
 step_type = click.Choice(STEPS)
@@ -21,7 +21,7 @@ def command() -> None:
 
 @command.command("ls")
 def ls() -> None:
-    """List the recipes there are."""
+    """List the recipes that come with the package."""
     from rich.table import Column, Table
 
     from medusa_export.console import Console
@@ -34,12 +34,12 @@ def ls() -> None:
     for path in library.shipped():
         recipe = outline(library.text_of(path), library.shown(path))
         table.add_row(recipe.name, recipe.description, recipe.model, recipe.method or "-")
-    Console(highlight=False, width=None if sys.stdout.isatty() else 256).print(table)  # a pipe has no width
+    Console(highlight=False, width=None if sys.stdout.isatty() else 256).print(table)  # a pipe has no width: do not wrap
 
 
 @command.command("show")
 @recipe_argument
-@click.option("--resolved", is_flag=True, help="Print every field, the defaults too.")
+@click.option("--resolved", is_flag=True, help="Print every field, including defaults.")
 def show(recipe: str, *, resolved: bool) -> None:
     """Print a recipe."""
     from medusa_export.recipe import library
@@ -52,7 +52,7 @@ def show(recipe: str, *, resolved: bool) -> None:
 @recipe_argument
 @click.argument("destination", type=click.Path(path_type=Path))
 def cp(recipe: str, destination: Path) -> None:
-    """Copy a recipe to DESTINATION, a new file or a directory, to make it one's own."""
+    """Copy a recipe to DESTINATION, a new file or a directory, so that you can edit it."""
     from medusa_export.recipe import library
     from medusa_runtime.errors import OptionError
 
@@ -70,7 +70,7 @@ def cp(recipe: str, destination: Path) -> None:
 @command.command("validate")
 @click.argument("recipes", metavar="[NAME_OR_PATH]...", nargs=-1)
 def validate(recipes: tuple[str, ...]) -> None:
-    """Check recipes; those that come with the package where none is named. Exit code 2 when one is wrong."""
+    """Check recipes, by default all that come with the package. Exit code 2 if one is wrong."""
     from medusa_export.recipe import library
     from medusa_export.recipe.schema import RecipeError
     from medusa_runtime.errors import MedusaError
@@ -91,14 +91,14 @@ def validate(recipes: tuple[str, ...]) -> None:
 
 @command.command("run")
 @recipe_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where everything goes. [default: the recipe's]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory for all results. [default: the recipe's own]")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="A field's value, in place of the recipe's."
+    "--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override the value of a field of the recipe."
 )
-@click.option("--only", type=step_type, help="Run this step alone.")
+@click.option("--only", type=step_type, help="Run only this step.")
 @click.option("--from", "first", type=step_type, help="Run this step and those after it.")
 @click.option("--to", "last", type=step_type, help="Run this step and those before it.")
-@click.option("--force", is_flag=True, help="Do steps again that are done. Answers that were distilled stay.")
+@click.option("--force", is_flag=True, help="Repeat steps that are already done. Distilled answers are kept.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 … [default: auto]")
 @threads_option
 @trust_remote_code_option
@@ -117,13 +117,13 @@ def run(
 ) -> None:
     """Run a recipe's steps: fetch, distill, train, onnx, validate.
 
-    What is done is not done again unless its settings or what it reads have changed; what was interrupted goes on under the
-    same command. Exit code 3 when the bundle's output differs from PyTorch's.
+    A step that is done is repeated only if its settings or its inputs have changed. Run the same command again to continue an
+    interrupted run. Exit code 3 if the bundle's output differs from PyTorch's.
     """
     from medusa_export.recipe import library
 
     if only and (first or last):
-        raise click.UsageError("--only goes without --from and --to")
+        raise click.UsageError("--only cannot be combined with --from or --to")
     path = library.find(recipe)
     parsed = library.load(path, overrides)
 

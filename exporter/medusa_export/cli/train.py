@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.options import exclude_option, force_option, threads_option, trust_remote_code_option
+from medusa_export.command_options.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 from medusa_heads.train.settings import TrainSettings
 
 
@@ -19,20 +19,26 @@ from medusa_heads.train.settings import TrainSettings
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="What `distill` made, or JSON lines of messages. May be given several times.",
+    help="Output of `distill`, or JSON lines of messages. May be repeated.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The heads' directory, a new one.")
 @click.option(
-    "--work", type=click.Path(path_type=Path), help="Checkpoints and log; a stopped run goes on there. [default: OUTPUT.work]"
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory for the heads; it must not exist yet."
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Directory for checkpoints and the log. A stopped run continues there. [default: OUTPUT.work]",
 )
 @click.option(
     "--hidden",
     type=click.Path(path_type=Path),
-    help="Keep hidden states here, for later runs. [default: kept until heads are made]",
+    help="Keep hidden states in this directory for later runs. [default: deleted once the heads are made]",
 )
 @exclude_option
-@click.option("--plot", is_flag=True, help="Draw the curves into the output.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 … With several processes: auto.")
+@click.option("--plot", is_flag=True, help="Plot the training curves to a file in the output.")
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 … Leave it at auto with several processes."
+)
 @options_from(TrainSettings)
 @force_option
 @threads_option
@@ -54,10 +60,10 @@ def command(
 ) -> None:
     """Train Medusa heads for MODEL on its own answers.
 
-    Several processes share the work: `accelerate launch --num_processes 2 -m medusa_export train …`; on CPUs, that takes
-    --multi_gpu all the same. A run that was stopped goes on under the same command.
+    To share the work among several processes: `accelerate launch --num_processes 2 -m medusa_export train …`; accelerate needs
+    --multi_gpu for that on CPUs too. Run the same command again to continue a stopped run.
     """
-    from medusa_export.training import TrainOptions, train
+    from medusa_export.head_training.training import TrainOptions, train
 
     options = TrainOptions(
         model,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import runs_a_bundle
+from medusa_export.command_options.shared_options import runs_a_bundle
 from medusa_runtime.errors import OptionError
 
 FORMATS = (".png", ".svg")
@@ -20,10 +20,12 @@ def command() -> None:
 @command.command("show")
 @click.argument("source", metavar="BUNDLE|TREE.json", type=click.Path(path_type=Path))
 @click.option(
-    "--evaluation", type=click.Path(path_type=Path), help="An evaluation.json of the heads: how often they are right."
+    "--evaluation", type=click.Path(path_type=Path), help="An evaluation.json of the heads, with how often they are right."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="For which the tree was tuned.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this PNG or SVG, too.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Show the tree tuned for this batch size."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Also write the drawing to this PNG or SVG file.")
 @runs_a_bundle
 def show(
     source: Path,
@@ -35,10 +37,10 @@ def show(
     device: str,
     threads: int,
 ) -> None:
-    """Draw a tree: each node with its path of ranks, and how often all drafts down to it are right.
+    """Draw a tree: each node with its path of ranks, and the probability that all drafts down to it are right.
 
-    Of a bundle, the best fixed tree that was tuned for this device, or else the one in its manifest. Without a tuning or an
-    evaluation, which takes heads for independent, nobody knows how often a node is accepted.
+    Of a bundle, the tree is the best fixed one tuned for this device, or else the one in the manifest. The probabilities come
+    from the tuning, or from --evaluation, which treats the heads as independent; without either, none are shown.
     """
     from medusa_export.console import stdout_console
     from medusa_export.tune.tree import Device, find_tree

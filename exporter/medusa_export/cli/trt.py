@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from medusa_export.cli.options import force_option
+from medusa_export.command_options.shared_options import force_option
 from medusa_runtime.bundle.manifest import EngineWeights, HardwareCompatibility
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ DEFAULT = "build"
 
 
 class _DefaultGroup(click.Group):
-    """A group that takes what is no command's name to be the arguments of its default one."""
+    """A click group that runs `build` if the first argument is not a subcommand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         named = args[:1] and args[0] in {*self.commands, *ctx.help_option_names}
@@ -29,60 +29,68 @@ class _DefaultGroup(click.Group):
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_help(ctx, formatter)
         default = self.commands[DEFAULT]
-        with formatter.section(f"Options of {DEFAULT}, which is meant where no command is named"):
+        with formatter.section(f"Options of {DEFAULT}, the default command"):
             formatter.write_dl([record for option in default.get_params(ctx) if (record := option.get_help_record(ctx))])
 
 
 @click.group("trt", cls=_DefaultGroup)
 def command() -> None:
-    """Build TensorRT engines from the ONNX bundle BUNDLE, or look at built ones.
+    """Build TensorRT engines from the ONNX bundle BUNDLE, or inspect built ones.
 
-    medusa-export trt BUNDLE -o ENGINE [OPTIONS]: TensorRT-RTX (rtx) builds for the GPUs that are named and needs none itself;
-    full TensorRT (tensorrt) builds for the GPU it finds. Precision is the bundle's.
+    medusa-export trt BUNDLE -o ENGINE [OPTIONS]: TensorRT-RTX (rtx) builds for the GPUs that you name and needs no GPU.
+    Full TensorRT (tensorrt) builds for the GPU of this machine. The precision is that of the bundle.
     """
 
 
 @command.command(DEFAULT)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine bundle's directory, a new one."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory for the engine bundle; it must not exist yet.",
 )
 @click.option("--flavor", type=click.Choice(["rtx", "tensorrt"]), default="rtx", show_default=True)
 @click.option(
     "--compute-capability",
     "compute_capabilities",
     multiple=True,
-    help="A GPU to build for, such as 8.9; may be given several times. [rtx: 8.9; tensorrt: the GPU here]",
+    help="Compute capability to build for, such as 8.9. May be repeated. [default: rtx: 8.9; tensorrt: this machine's GPU]",
 )
-@click.option("--max-seq-len", type=int, help="Prompt and answer together. [default: the bundle's own, at most 2048]")
+@click.option(
+    "--max-seq-len", type=int, help="Longest prompt plus answer, in tokens. [default: the bundle's own limit, at most 2048]"
+)
 @click.option("--max-batch-size", type=int, default=1, show_default=True)
-@click.option("--max-tree-nodes", type=int, default=64, show_default=True, help="Tokens a verification step takes.")
-@click.option("--max-prefill-tokens", type=int, default=512, show_default=True, help="Prompt tokens a step takes.")
+@click.option("--max-tree-nodes", type=int, default=64, show_default=True, help="Most tokens in one verification step.")
+@click.option("--max-prefill-tokens", type=int, default=512, show_default=True, help="Most prompt tokens in one step.")
 @click.option(
     "--weights",
     type=click.Choice(get_args(EngineWeights)),
     default="as-is",
     show_default=True,
-    help="Round products' weights to fewer bits.",
+    help="Precision of the weights of matrix products. as-is: the bundle's own.",
 )
-@click.option("--strip-weights", is_flag=True, help="Leave out of the plans what BUNDLE's weights.bin holds.")
+@click.option("--strip-weights", is_flag=True, help="Do not store in the plans the weights that BUNDLE's weights.bin holds.")
 @click.option(
     "--hardware-compatibility",
     type=click.Choice(get_args(HardwareCompatibility)),
     default="none",
     show_default=True,
-    help="tensorrt: other GPUs that may run it.",
+    help="tensorrt only: other GPUs that can run the engines.",
 )
-@click.option("--version-compatible", is_flag=True, help="tensorrt: let newer runtimes of the same major version run it.")
+@click.option(
+    "--version-compatible", is_flag=True, help="tensorrt only: newer runtimes of the same major version can run the engines."
+)
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="tensorrt: measured kernels, read if the file is there and written afterwards.",
+    help="tensorrt only: file of kernel timings. It is read if it exists, and written after the build.",
 )
-@click.option("--workspace", type=int, metavar="MB", help="GPU memory that a layer's kernel may use besides.")
-@click.option("--opt-level", type=int, help="How long to look for the best kernels, 0 to 5. [default: TensorRT's own, 3]")
-@click.option("--dry-run", is_flag=True, help="Build nothing; tell what would be built and what it would take.")
-@click.option("--verbose", is_flag=True, help="TensorRT's own log, on stderr.")
+@click.option("--workspace", type=int, metavar="MB", help="Scratch GPU memory that the kernel of a layer may use.")
+@click.option("--opt-level", type=int, help="Effort spent on finding fast kernels, 0 to 5. [default: TensorRT's own, 3]")
+@click.option("--dry-run", is_flag=True, help="Build nothing; print what would be built and the memory it would need.")
+@click.option("--verbose", is_flag=True, help="Print TensorRT's log to stderr.")
 @force_option
 def build(*, dry_run: bool, **options: Any) -> None:
     """Build TensorRT engines from the ONNX bundle BUNDLE."""
@@ -104,9 +112,9 @@ def build(*, dry_run: bool, **options: Any) -> None:
 
 @command.command("inspect")
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="All of it, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect(engine: Path, *, as_json: bool) -> None:
-    """Tell what the engine bundle ENGINE was built for, takes, and shares; on a GPU also its layers."""
+    """Print the GPUs, shapes and shared weights of the engine bundle ENGINE; on a GPU, its layers too."""
     from medusa_export.trt.inspect import inspect_engines
 
     found = inspect_engines(engine)
@@ -124,8 +132,8 @@ def _tell_design(design: Design) -> None:
     console.print(f"{design.tensorrt.name} {design.tensorrt.version} for {', '.join(design.capabilities)}, {facts.name}")
     profiles = {name: profile for group in design.profiles.values() for name, profile in group.items()}
     console.print(_profile_table(profiles))
-    console.print(_size_table("plans on disk, about", design.plan_sizes()))
-    console.print(_size_table("GPU memory, at most about", _in_words(design.device_memory())))
+    console.print(_size_table("plans on disk (approximate)", design.plan_sizes()))
+    console.print(_size_table("GPU memory (approximate upper bound)", _in_words(design.device_memory())))
     console.print(
         f"KV cache = 2 · {facts.num_layers} layers · {limits.max_batch_size} sequences · {facts.num_kv_heads} heads · "
         f"{limits.capacity} slots · {facts.head_dim} · {4 if design.source.precision == 'fp32' else 2} bytes",
@@ -143,7 +151,7 @@ def _tell_inspection(found: Inspection) -> None:
     for what, value in (
         ("built with", f"{engine.flavor} {engine.tensorrt_version}"),
         ("for GPUs of", f"{', '.join(engine.compute_capabilities)} (hardware compatibility: {engine.hardware_compatibility})"),
-        ("other versions", "newer ones of the same major" if engine.version_compatible else "none"),
+        ("runs with", "newer versions of the same major too" if engine.version_compatible else "this version only"),
         ("model", f"{found.model}, {found.precision}, weights {engine.weights}"),
         ("weights from", engine.shared_weights.source if engine.shared_weights else "the plans"),
         *((f"built: {name}", value) for name, value in engine.built_with.items()),
@@ -152,7 +160,7 @@ def _tell_inspection(found: Inspection) -> None:
     ):
         console.print(f"{what}: {value}", markup=False, soft_wrap=True)
     tensors = Table(
-        "graph", "tensor", "type", "shape", "shares memory with", title="inputs and outputs; of the caches, the first"
+        "graph", "tensor", "type", "shape", "shares memory with", title="inputs and outputs (of the KV cache: layer 0's keys)"
     )
     for name, graph in found.graphs.items():
         for tensor in (*graph.inputs, *graph.outputs):
@@ -161,13 +169,13 @@ def _tell_inspection(found: Inspection) -> None:
     console.print(tensors)
     console.print(_profile_table(engine.profiles))
     console.print(_size_table("files", found.file_sizes))
-    console.print(_size_table("GPU memory, at most about", _in_words(engine.device_memory)))
+    console.print(_size_table("GPU memory (approximate upper bound)", _in_words(engine.device_memory)))
     for name, built in found.engines.items():
-        console.print(f"{name}: {len(built.layers)} layers, {built.device_memory / 1e6:.1f} MB between them")
+        console.print(f"{name}: {len(built.layers)} layers, {built.device_memory / 1e6:.1f} MB of activations")
 
 
 def _is_further_cache(tensor: str) -> bool:
-    """Whether it is like ``past.0.key`` or ``present.0.key``, of which one line is enough."""
+    """Whether the tensor is part of the KV cache but not ``past.0.key`` or ``present.0.key``, which stand for all of them."""
     return tensor.startswith(("past.", "present.")) and not tensor.endswith(".0.key")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from medusa_export.cli.options import decodes_a_bundle
+from medusa_export.command_options.shared_options import decodes_a_bundle
 from medusa_runtime.errors import OptionError
 
 QUICK: dict[str, Any] = {"rounds": 2, "default_batch_sizes": (1, 4), "lengths": (128,), "max_new_tokens": 32}
@@ -25,23 +25,33 @@ def _sizes(_: click.Context, parameter: click.Parameter, text: str | None) -> tu
 
 @click.command("tune")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--heads", type=click.Path(path_type=Path), help="Heads with an evaluation.json to take their accuracy from.")
-@click.option("--evaluation", type=click.Path(path_type=Path), help="Or that file itself.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="Text, one a line, or JSON lines. [default: some of our own]")
-@click.option("--batch-sizes", callback=_sizes, help="Sequences decoded at a time. [default: 1,2,4,8,16]")
-@click.option("--max-nodes", type=click.IntRange(2, 1024), default=64, show_default=True, help="The largest tree tried.")
+@click.option(
+    "--heads",
+    type=click.Path(path_type=Path),
+    help="Directory of the heads, if it has an evaluation.json: take their accuracy from it.",
+)
+@click.option("--evaluation", type=click.Path(path_type=Path), help="Take the heads' accuracy from this evaluation.json.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Text with one prompt per line, or JSON lines. [default: built-in prompts]",
+)
+@click.option("--batch-sizes", callback=_sizes, help="Batch sizes to tune for. [default: 1,2,4,8,16]")
+@click.option(
+    "--max-nodes", type=click.IntRange(2, 1024), default=64, show_default=True, help="Nodes of the largest tree to try."
+)
 @click.option("--lengths", callback=_sizes, help="Cached tokens at which steps are measured. [default: 128,512]")
-@click.option("--max-new-tokens", type=click.IntRange(8), help="A prompt's answer. [default: 64]")
-@click.option("--quick", is_flag=True, help="Rougher, in a fifth of the time: two batch sizes, one length, fewer rounds.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was found to this file, too.")
+@click.option("--max-new-tokens", type=click.IntRange(8), help="Tokens to decode per prompt. [default: 64]")
+@click.option("--quick", is_flag=True, help="Less precise, in a fifth of the time: two batch sizes, one length, fewer rounds.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the result to this file.")
 @decodes_a_bundle
 def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any) -> None:
-    """Find the trees with which BUNDLE gives most tokens a second on this machine, and keep them in it.
+    """Find the candidate trees with which BUNDLE decodes fastest on this machine, and store them in it.
 
-    Measures what steps cost against their tokens, and how often drafts are accepted: by decoding prompts, or from an evaluation
-    of the heads. What is found is checked by decoding, with prompt lookup and without, and kept as tuning.json; MedusaLM and
-    `generate` use it on this device.
-    The machine should do nothing else meanwhile. A minute or two for a small model.
+    Measures the time of a step by its number of tokens, and how often drafts are accepted: by decoding prompts, or from an
+    evaluation of the heads. The trees are then checked by decoding with them, with and without prompt lookup, and written to
+    tuning.json in the bundle. MedusaLM and `generate` use them on this device.
+    Nothing else should run on the machine meanwhile. A small model takes a minute or two.
     """
     from medusa_export.console import stdout_console
     from medusa_export.tune.report import show

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli.options import decodes_a_bundle, trust_remote_code_option
+from medusa_export.command_options.validate_options import validate_options
 
 
 @click.command("validate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", required=True, help="The model BUNDLE was made from: a directory, a hub id or a GGUF file.")
-@click.option("--heads", type=click.Path(path_type=Path), help="The heads BUNDLE was made from, to compare them too.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. [default: some of our own]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="A prompt's answer.")
-@decodes_a_bundle
-@trust_remote_code_option
+@validate_options
 def command(
     bundle: Path,
     reference: str,
@@ -32,10 +27,10 @@ def command(
 ) -> None:
     """Compare BUNDLE with the PyTorch model: logits of prompts and tree paths, and greedy decoding token by token.
 
-    An ONNX bundle is compared on the CPU, where all its graphs can run, unless a GPU is asked for; TensorRT engines on the GPU
-    that they were built for. PyTorch itself always runs on the CPU, in float32.
+    An ONNX bundle runs on the CPU unless --device names a GPU, since all its graphs can run there. TensorRT engines run on the
+    GPU that they were built for. PyTorch always runs on the CPU, in float32.
 
-    The report is kept as validation.json in the bundle. Exit code 3 when it is out of tolerance.
+    The report is written to validation.json in the bundle. Exit code 3 if a difference exceeds the tolerance.
     """
     from medusa_export.validate import PROMPTS, record, validate
 

@@ -1,1 +1,1 @@
-"""`medusa-export doctor`: what is here, and what can be exported, built and run with it."""
+"""`medusa-export doctor`: reports what is installed, and what can be exported, built and run with it."""

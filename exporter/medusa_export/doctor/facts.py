@@ -1,4 +1,4 @@
-"""What is here: Python, packages, GPUs. Nothing heavy is imported to find out."""
+"""The facts of this machine: Python, packages and GPUs, found without importing PyTorch or Transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
     "cuda-bindings", "onnx", "onnx-ir", "torch", "transformers",
 )  # fmt: skip
 CUDA_PROVIDER = "CUDAExecutionProvider"
-CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"  # that provider's, within the module `onnxruntime`
+CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"  # of the CUDA provider, in the package `onnxruntime`
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class FlavorFacts:
     """A flavour of TensorRT."""
 
     version: str | None = None
-    compute_capabilities: list[str] = field(default_factory=list)  # that it builds for here
-    why_not: str | None = None  # it cannot be used at all
+    compute_capabilities: list[str] = field(default_factory=list)  # the ones it can build for on this machine
+    why_not: str | None = None  # the reason why it cannot be used at all
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Facts:
 
     python: str
     system: str
-    packages: dict[str, str | None]  # versions, by the name that pip knows; none where it is not installed
-    missing: dict[str, str]  # modules that cannot be imported, with the reason in a line
+    packages: dict[str, str | None]  # pip's name → version, None if it is not installed
+    missing: dict[str, str]  # module that cannot be imported → reason in one line
     providers: list[str]  # of ONNX Runtime
     gpus: Gpus
     flavors: dict[str, FlavorFacts]
-    why_no_cuda: str | None = None  # ONNX Runtime's CUDA provider does not load; not asked where there is no GPU for it
+    why_no_cuda: str | None = None  # why ONNX Runtime's CUDA provider does not load; only checked if there is a GPU
 
 
 def find_facts() -> Facts:
-    """Look around. Imports ONNX Runtime and TensorRT where they are installed, and neither PyTorch nor Transformers."""
+    """Collect the facts. Imports ONNX Runtime and TensorRT if they are installed, but neither PyTorch nor Transformers."""
     gpus, providers = find_gpus(), _providers()
     missing = {name: why for name in ("onnxruntime", "cuda.bindings.driver") if (why := import_problem(name))}
     for name in ("onnx", "onnx_ir", "onnxscript", "torch", "transformers", "optimum", "safetensors", "accelerate"):
@@ -75,18 +75,18 @@ def _version(package: str) -> str | None:
 
 
 def _providers() -> list[str]:
-    """What this ONNX Runtime was built with; none where there is none."""
+    """The execution providers of ONNX Runtime; empty if it is not installed."""
     return [] if import_problem("onnxruntime") else list(importlib.import_module("onnxruntime").get_available_providers())
 
 
 def _why_no_cuda() -> str | None:
-    """What keeps the CUDA provider's library, and with it CUDA's, from being loaded; a session would say less."""
+    """The reason why the library of the CUDA provider does not load. A session's error would say less."""
     onnxruntime = importlib.import_module("onnxruntime")
     try:
-        with redirect_stdout(sys.stderr):  # on which it says what it does not find
+        with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
             onnxruntime.preload_dlls()
         ctypes.CDLL(str(Path(str(onnxruntime.__file__)).parent / CUDA_LIBRARY))
-    except Exception as error:  # noqa: BLE001 - whatever keeps a library from being loaded
+    except Exception as error:  # noqa: BLE001 - loading a library can raise anything
         return first_line(error)
     return None
 
@@ -97,5 +97,5 @@ def _flavor(flavor: str) -> FlavorFacts:
     tensorrt = TensorRT.load(flavor)
     try:
         return FlavorFacts(tensorrt.version, tensorrt.known_compute_capabilities())
-    except MedusaError:  # full TensorRT builds for the GPU here, and there is none
+    except MedusaError:  # full TensorRT builds for this machine's GPU, and there is none
         return FlavorFacts(tensorrt.version)

@@ -1,4 +1,4 @@
-"""The doctor's report, for programs and for people."""
+"""The doctor's report, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from medusa_export.packages import install_command
 from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
 BOTH = (
-    "onnxruntime and onnxruntime-gpu are both installed, in one place: keep one, with "
+    "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one, with: "
     f"pip uninstall --yes onnxruntime onnxruntime-gpu && {install_command('gpu')}"
 )
 
 
 def as_json(facts: Facts, found: Sequence[Verdict]) -> dict[str, Any]:
-    """Everything, as JSON has it."""
+    """The whole report as JSON values."""
     return {
         "python": facts.python,
         "system": facts.system,
@@ -38,24 +38,24 @@ def as_json(facts: Facts, found: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def warnings(facts: Facts) -> list[str]:
-    """What is wrong although nothing says so."""
+    """Problems that cause no error by themselves."""
     return [BOTH] if facts.packages["onnxruntime"] and facts.packages["onnxruntime-gpu"] else []
 
 
 def show(facts: Facts, found: Sequence[Verdict], console: Console) -> None:
-    """What is here, a line each; what works, as a table; and the commands that install the rest."""
+    """Print the facts as lines, the verdicts as a table, and the commands that install what is missing."""
     _line(console, f"{facts.python} on {facts.system}")
     _line(console, ", ".join(f"{name} {version}" for name, version in facts.packages.items() if version))
     _line(console, f"not installed: {', '.join(name for name, version in facts.packages.items() if not version)}")
     _line(console, f"ONNX Runtime's providers: {', '.join(facts.providers) or 'none'}")
     for gpu in facts.gpus.gpus:
         _line(console, f"cuda:{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory / 1e9:.0f} GB")
-    cuda = f"the driver knows CUDA {facts.gpus.cuda_version}" if facts.gpus.cuda_version else facts.gpus.why_none
+    cuda = f"the driver supports CUDA {facts.gpus.cuda_version}" if facts.gpus.cuda_version else facts.gpus.why_none
     _line(console, f"GPUs: {len(facts.gpus.gpus)}; {cuda}")
     for name, flavor in facts.flavors.items():
-        known = ", ".join(flavor.compute_capabilities) or "no GPU that is here"
+        known = ", ".join(flavor.compute_capabilities) or "no GPU of this machine"
         _line(console, f"{FLAVOR_NAMES[name]}: {flavor.why_not or f'{flavor.version}, builds for {known}'}")
-    table = Table("", "", "here", "why")
+    table = Table("", "", "works", "why")
     for verdict in found:
         table.add_row(verdict.action, verdict.what, "[green]yes" if verdict.works else "[red]no", verdict.why)
     console.print(table)
@@ -63,7 +63,7 @@ def show(facts: Facts, found: Sequence[Verdict], console: Console) -> None:
         _line(console, f"warning: {warning}")
     for mend in dict.fromkeys(verdict.mend for verdict in found if verdict.mend):
         names = ", ".join(f"{one.action} {one.what}" for one in found if one.mend == mend)
-        _line(console, f"for {names}: {mend}")
+        _line(console, f"to {names}: {mend}")
 
 
 def _line(console: Console, text: str) -> None:

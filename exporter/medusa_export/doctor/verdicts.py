@@ -1,4 +1,4 @@
-"""What can be exported, built and run with what is here, and what to do about the rest."""
+"""What can be exported, built and run on this machine, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from medusa_runtime.bundle.plans import FLAVOR_NAMES
 EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")
 BUILD = ("onnx", "onnx_ir")
 BINDINGS = "cuda.bindings.driver"
-LEAST_CUDA = 13  # that TensorRT's packages are made for
+LEAST_CUDA = 13  # the version that TensorRT's packages need
 REPLACE = "pip uninstall --yes onnxruntime && "
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Something a user may want to do, and whether it works here."""
+    """A task, and whether it works on this machine."""
 
     action: str  # export, build, run
     what: str
     works: bool
     why: str
-    mend: str | None = None  # the command that installs what is missing, where that would mend it
+    mend: str | None = None  # the command that installs what is missing, if that is enough
 
 
 def verdicts(facts: Facts) -> list[Verdict]:
-    """All of them."""
+    """The verdicts on all tasks."""
     return [
         _export(facts),
         _build(facts, "tensorrt", "trt"),
@@ -55,7 +55,7 @@ def _build(facts: Facts, flavor: str, name: str) -> Verdict:
         return Verdict("build", name, works=False, why=why, mend=install_flavor(flavor, "build"))
     title = f"{FLAVOR_NAMES[flavor]} {found.version}"
     if not found.compute_capabilities:
-        return Verdict("build", name, works=False, why=f"{title} builds for the GPU it runs on; {_no_gpu(facts)}")
+        return Verdict("build", name, works=False, why=f"{title} builds for the GPU of the machine; {_no_gpu(facts)}")
     unknown = "" if flavor == "tensorrt" else "".join(f"; {left}" for left in _left_out(facts, flavor))
     return Verdict("build", name, works=True, why=f"{title}, for {', '.join(found.compute_capabilities)}{unknown}")
 
@@ -70,7 +70,7 @@ def _run_on_gpu(facts: Facts) -> Verdict:
     is_for_cpu = "onnxruntime" not in facts.missing and CUDA_PROVIDER not in facts.providers
     problems = _missing(facts, ("onnxruntime", BINDINGS))
     if is_for_cpu:
-        problems = "; ".join(filter(None, (f"ONNX Runtime {_onnxruntime(facts)} is for the CPU alone", problems)))
+        problems = "; ".join(filter(None, (f"ONNX Runtime {_onnxruntime(facts)} is only for the CPU", problems)))
     if problems:
         mend, why = install_command("gpu"), _with_gpu(facts, problems)
         return Verdict("run", "ort-cuda", works=False, why=why, mend=REPLACE + mend if is_for_cpu else mend)
@@ -91,21 +91,23 @@ def _run_engines(facts: Facts, flavor: str, name: str) -> Verdict:
         return Verdict("run", name, works=False, why=_no_gpu(facts))
     cuda = facts.gpus.cuda_version or "0"
     if int(cuda.partition(".")[0]) < LEAST_CUDA:
-        why = f"{FLAVOR_NAMES[flavor]} {found.version} needs CUDA {LEAST_CUDA}, the driver knows {cuda}; update the driver"
+        why = (
+            f"{FLAVOR_NAMES[flavor]} {found.version} needs CUDA {LEAST_CUDA}, but the driver supports {cuda}; update the driver"
+        )
         return Verdict("run", name, works=False, why=why)
     left_out = _left_out(facts, flavor)
     if len(left_out) == len(facts.gpus.gpus):
-        return Verdict("run", name, works=False, why=f"{'; '.join(left_out)}; take ort-cuda or full TensorRT")
+        return Verdict("run", name, works=False, why=f"{'; '.join(left_out)}; use ort-cuda or full TensorRT")
     return Verdict("run", name, works=True, why=f"{FLAVOR_NAMES[flavor]} {found.version}, {_gpus(facts)}")
 
 
 def _left_out(facts: Facts, flavor: str) -> list[str]:
-    """GPUs of this machine that a flavour does not build for, a line each. Full TensorRT builds for any it finds."""
+    """The GPUs of this machine that a flavour does not build for, one line each. Full TensorRT builds for all."""
     known = facts.flavors[flavor].compute_capabilities
     if flavor == "tensorrt":
         return []
     return [
-        f"{gpu.name} ({gpu.compute_capability}) is none that {FLAVOR_NAMES[flavor]} builds for ({', '.join(known)})"
+        f"{FLAVOR_NAMES[flavor]} does not build for {gpu.name} ({gpu.compute_capability}), only for {', '.join(known)}"
         for gpu in facts.gpus.gpus
         if gpu.compute_capability not in known
     ]
@@ -120,12 +122,12 @@ def _onnxruntime(facts: Facts) -> str:
 
 
 def _no_gpu(facts: Facts) -> str:
-    """Without the details, which are told once of the machine."""
+    """The reason without its details, which the report prints once."""
     return (facts.gpus.why_none or "there is no GPU").partition(" (")[0]
 
 
 def _with_gpu(facts: Facts, problems: str) -> str:
-    """Problems with packages, and with the GPU where it is known to be missing as well."""
+    """Problems with packages, and a missing GPU if that is known."""
     return problems if facts.gpus.gpus or BINDINGS in facts.missing else f"{problems}; {_no_gpu(facts)}"
 
 

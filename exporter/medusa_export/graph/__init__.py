@@ -1,1 +1,1 @@
-"""Edits of a traced graph: one pass a file, each stating what it needs and what it leaves."""
+"""Edits of a traced graph, one pass per file. Each pass states the graph that it needs and the graph that results."""

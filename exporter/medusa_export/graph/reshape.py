@@ -1,4 +1,4 @@
-"""Reshape targets as constants."""
+"""Makes the target shapes of Reshape constant."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from medusa_export.graph.values import add_initializer
 
 
 class ConstantReshapes(ir.passes.InPlacePass):
-    """Write ``[0, 0, H, D]`` where a trace computes ``[batch, tokens, -1, D]`` at every step.
+    """Replace a target ``[batch, tokens, -1, D]``, computed at every step, by the constant ``[0, 0, H, D]``.
 
-    Needs: shapes of the reshaped values. Leaves: no computed target where the leading dimensions are the input's own and
-    the others are known. TensorRT needs the head count so, and a step saves the nodes that computed the target.
+    Needs: known shapes of the reshaped values.
+    Result: the target is constant if its leading dimensions are those of the input and the others are known. TensorRT needs a
+    constant head count, and a step saves the nodes that computed the target.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -26,7 +27,7 @@ class ConstantReshapes(ir.passes.InPlacePass):
                 name = "reshape_" + "_".join(map(str, target))
                 targets[target] = add_initializer(model.graph, name, ir.tensor(np.array(target, np.int64), name=name))
             node.replace_input_with(1, targets[target])
-            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # so that 0 means "as the input's"
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # so that 0 means "the input's size"
             modified = True
         return ir.passes.PassResult(model, modified)
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding as the standard operator."""
+"""Fuses rotary position embedding into the standard operator."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ ELEMENTWISE = frozenset({"Cos", "Sin", "Cast", "Mul"})
 
 
 class FuseRotary(ir.passes.InPlacePass):
-    """``x · cos + rotate_half(x) · sin`` becomes ``RotaryEmbedding(x, cos, sin)``.
+    """Replace ``x · cos + rotate_half(x) · sin`` by ``RotaryEmbedding(x, cos, sin)``.
 
-    Needs: cos and sin as [B, T, D] whose two halves are equal, as ``cat(freqs, freqs)`` makes them; a [B, H, T, D] input.
-    Leaves: one node for each rotated tensor, fed by the first halves of cos and sin. Opset 23 or later.
+    Needs: cos and sin of shape [B, T, D] with two equal halves, as ``cat(freqs, freqs)`` makes them; x of shape [B, H, T, D];
+    opset 23 or later.
+    Result: one node for each rotated tensor. It reads the first halves of cos and sin.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -39,12 +40,12 @@ class _Rotate(pattern.RewriteRuleClassBase):
         result = pattern.MatchResult()
         x, cos, sin = values["x"], values["cos"], values["sin"]
         if (sizes := _heads_and_width(x)) is None:
-            return result.fail("the rotated tensor's heads and width are not known")
+            return result.fail("the rotated tensor's head count or head size is unknown")
         half = sizes[1] // 2
         if _scalar(values["middle"]) != half or _scalar(values["begin"]) != half:
-            return result.fail("the tensor is not rotated by halves")
+            return result.fail("the tensor is not rotated as two halves")
         if not (_halves_are_equal(cos) and _halves_are_equal(sin)):
-            return result.fail("cos and sin do not repeat themselves")
+            return result.fail("the two halves of cos or sin are not equal")
         return result
 
     def rewrite(self, op: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: Any) -> Any:
@@ -57,7 +58,7 @@ class _Rotate(pattern.RewriteRuleClassBase):
 
 
 def _heads_and_width(value: ir.Value) -> tuple[int, int] | None:
-    """H and D of a [B, H, T, D] value, where both are known."""
+    """H and D of a value [B, H, T, D], or None if one is unknown."""
     if value.shape is None or len(value.shape) != 4:
         return None
     heads, width = value.shape[1], value.shape[3]
@@ -70,7 +71,7 @@ def _scalar(value: ir.Value) -> int | None:
 
 
 def _halves_are_equal(value: ir.Value | None) -> bool:
-    """Whether the last axis is ``cat(f, f)``, perhaps under element-wise operators with scalars."""
+    """Whether the value is ``cat(f, f)`` along the last axis, possibly followed by element-wise operators with scalars."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "Concat":
             first = node.inputs[0]

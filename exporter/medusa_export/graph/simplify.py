@@ -1,4 +1,4 @@
-"""Fold constants and drop what a trace leaves behind, without touching the weights."""
+"""Folds constants and removes unused nodes of a trace, without touching the weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import onnxscript.optimizer
 
 
 class Simplify(ir.passes.InPlacePass):
-    """onnxscript's optimizer with the weights opaque.
+    """Run onnxscript's optimizer with the weights hidden from it.
 
-    Needs: nothing. Leaves: an equal graph in which no node depends on constants alone, and every weight under its name:
-    a weight folded into an anonymous constant could not be replaced by another layer's.
+    Needs: nothing.
+    Result: an equivalent graph in which no node depends only on constants. Every weight keeps its name: if it were folded into
+    an anonymous constant, it could not be replaced by another layer's weight.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -23,7 +24,7 @@ class Simplify(ir.passes.InPlacePass):
             value.const_value = None
         log = logging.getLogger("onnx_ir.passes.common.initializer_deduplication")
         level = log.level
-        log.setLevel(logging.ERROR)  # it warns of every opaque weight
+        log.setLevel(logging.ERROR)  # it warns about every hidden weight
         try:
             onnxscript.optimizer.optimize(model)
         finally:

@@ -1,4 +1,4 @@
-"""Weights in the layout that the products read."""
+"""Stores weights in the layout that MatMul reads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from medusa_export.graph.values import add_initializer, shape_of
 
 
 class TransposeWeights(ir.passes.InPlacePass):
-    """Store a linear layer's weight as [in, out] instead of transposing it at load time.
+    """Store a linear layer's weight as [in, out] instead of transposing it when the graph is loaded.
 
-    Needs: ``MatMul(x, Transpose(weight))`` as a trace of ``nn.Linear`` leaves it. Leaves: ``MatMul(x, weight)`` with the
-    transposed weight, evaluated only when it is written. A weight that is read in its own layout too (a tied embedding) is
-    left alone, so that it is stored once.
+    Needs: ``MatMul(x, Transpose(weight))``, which a trace of ``nn.Linear`` contains.
+    Result: ``MatMul(x, weight)`` with the transposed weight, which is computed only when it is written. A weight that is also
+    read in its own layout (a tied embedding) is not changed, so that it is stored once.
 
     Args:
-        left_alone: names of weights that another graph of the bundle reads in their own layout.
+        left_alone: names of weights that another graph of the bundle reads in their own layout; they are not changed.
     """
 
     def __init__(self, left_alone: frozenset[str] = frozenset()) -> None:

@@ -1,4 +1,4 @@
-"""A bfloat16 graph as a float32 graph over the same weights."""
+"""Turns a bfloat16 graph into a float32 graph with the same weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from medusa_export.graph.values import shape_of
 class Upcast(ir.passes.InPlacePass):
     """Turn every bfloat16 value into float32.
 
-    Needs: nothing. Leaves: a graph that a runtime without bfloat16 kernels can run, for checking the trace and the stored
-    weights; the rounding between operators is gone.
+    Needs: nothing.
+    Result: a graph that a runtime without bfloat16 kernels can run, to check the trace and the stored weights. It does not
+    round between operators as the bfloat16 graph does.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

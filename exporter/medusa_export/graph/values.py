@@ -1,4 +1,4 @@
-"""Values that hold tensors."""
+"""Helpers for the values of a graph."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import onnx_ir as ir
 
 
 def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
-    """A tensor's shape, which is always known."""
+    """A tensor's shape."""
     return ir.Shape([size for size in tensor.shape if isinstance(size, int)])
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Register a tensor as the graph's initializer of that name."""
+    """Register a tensor as an initializer of the graph, under the given name."""
     value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 
 
 def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generic | npt.NDArray[np.generic]) -> ir.Value:
-    """A small constant of the graph, made once a name: a float as float32, whole numbers as int64, NumPy's as they are."""
+    """A small constant of the graph, created once per name. Floats become float32, ints int64; NumPy data keeps its type."""
     if name not in graph.initializers:
         if not isinstance(data, np.generic | np.ndarray):
             data = np.array(data, np.float32 if isinstance(data, float) else np.int64)
@@ -31,7 +31,10 @@ def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generi
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let a new value, of the same type and shape, be read wherever the old one is, under its name where that is an output."""
+    """Redirect every reader of `old` to `new`, which has the same type and shape.
+
+    If `old` is a graph output, `new` takes over its name.
+    """
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         old.name, new.name = f"{old.name}.before", old.name
@@ -39,7 +42,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def heads_and_width(value: ir.Value | None) -> tuple[int, int]:
-    """H and D of a value [B, H, T, D], where both are known."""
+    """H and D of a value [B, H, T, D]. Both must be known."""
     assert value is not None
     assert value.shape is not None
     heads, width = value.shape[1], value.shape[3]

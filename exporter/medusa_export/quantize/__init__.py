@@ -1,4 +1,4 @@
-"""Bundles with weights in 8 or 4 bits, and what that costs in quality."""
+"""Quantisation: bundles with weights in 8 or 4 bits, and measurements of their quality."""
 
 from medusa_export.quantize.bundle import QuantizeOptions, export_quantized, quantize_bundle
 from medusa_export.quantize.quality import Quality

@@ -1,4 +1,4 @@
-"""Bundle in, quantised bundle out."""
+"""`medusa-export quantize`: reads a bundle, writes a quantised bundle."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.errors import BundleError, OptionError
 from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME, TextCodec
 
-SMOOTHING = 0.5  # as the paper found best for Llama's kin, and we for SmolLM2
-LAYERS = frozenset({"layers", "h", "blocks"})  # what models name the list of their layers
+SMOOTHING = 0.5  # best in the paper for models like Llama, and in our measurements for SmolLM2
+LAYERS = frozenset({"layers", "h", "blocks"})  # the names that models give to their list of layers
 MLP = ("mlp", "feed_forward", "ffn")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What `medusa-export quantize` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export quantize`; the command's help describes each."""
 
     bundle: Path
     output: Path
@@ -53,14 +53,15 @@ class QuantizeOptions:
 
 
 def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifest:
-    """Export a checkpoint to a quantised bundle, through one in float32 that is not kept.
+    """Export a checkpoint to a quantised bundle, by way of a float32 bundle that is deleted.
 
     Raises:
-        OptionError: the export's precision is not fp32, or what `export_bundle` and `quantize_bundle` raise.
+        OptionError: the export's precision is not fp32.
+        MedusaError: see `export_bundle` and `quantize_bundle`.
     """
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[export.model, export.heads])
     if export.precision != "fp32":
-        raise OptionError(f"--dtype is {export.precision}; --quantize starts from fp32")
+        raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
     parent = options.output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".medusa-export-", dir=parent) as scratch:
@@ -70,22 +71,22 @@ def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifes
 
 
 def quantize_bundle(options: QuantizeOptions) -> Manifest:
-    """Round a bundle's weights, measure what that changed, and write the result; whole or not at all.
+    """Quantise a bundle's weights, measure the loss of quality, and write a new bundle. It appears whole or not at all.
 
     Raises:
         OptionError: the output exists, or a text file cannot be used.
-        BundleError: it is no float32 ONNX bundle, it is quantised already, or its files are not those of its manifest.
-        QualityError: the result is further from the original than `max_kl` allows. Nothing is written.
+        BundleError: the bundle is not a float32 ONNX bundle, is already quantised, or has files that do not match its manifest.
+        QualityError: the result differs from the original by more than `max_kl`. Nothing is written.
     """
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle])
     source = _source(options.bundle)
     codec = TextCodec(options.bundle)
     if options.activation_bits is not None and options.scheme != "int8":
-        raise OptionError(f"--activation-bits is for the scheme int8; with {options.scheme}, blocks of 32 have a scale each")
+        raise OptionError(f"--activation-bits only applies to --scheme int8, not {options.scheme}; leave it out")
     activation_bits = (options.activation_bits or 16) if options.scheme == "int8" else 8
     smoothing = SMOOTHING if options.activation_bits == 8 else 0.0
     if options.calibration_prompts is not None and not smoothing:
-        raise OptionError("--calibration-prompts is for int8 with --activation-bits 8: only then are outliers moved")
+        raise OptionError("--calibration-prompts only applies to --scheme int8 with --activation-bits 8; leave it out")
     quality_prompts = read_prompts(options.quality_prompts) if options.quality_prompts else QUALITY_PROMPTS
     calibration_prompts = read_prompts(options.calibration_prompts) if options.calibration_prompts else CALIBRATION_PROMPTS
     graphs = {name: ir.load(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
@@ -123,8 +124,8 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         note(quality.line())
         if options.max_kl is not None and not quality.mean_kl <= options.max_kl:
             raise QualityError(
-                f"the mean KL divergence is {quality.mean_kl:.4f} nats, more than --max-kl {options.max_kl}: nothing is "
-                "written; int8-blocks, and int8 with --activation-bits 16, are the closest to the original"
+                f"the mean KL divergence is {quality.mean_kl:.4f} nats, more than --max-kl {options.max_kl}; nothing was "
+                "written. The closest to the original are int8-blocks, and int8 with --activation-bits 16"
             )
         manifest.quantization = QuantizationFacts(
             scheme=options.scheme,
@@ -141,11 +142,13 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
 def _source(bundle: Path) -> Manifest:
     source = Manifest.load(bundle)
     if source.kind != "onnx":
-        raise BundleError(f"{bundle} is a {source.kind} bundle; quantize the ONNX bundle it was built from")
+        raise BundleError(f"{bundle} is a {source.kind} bundle; quantize the ONNX bundle that it was built from")
     if source.quantization is not None:
-        raise BundleError(f"{bundle} is quantised already ({source.quantization.scheme}); quantize the bundle it was made from")
+        raise BundleError(
+            f"{bundle} is already quantised ({source.quantization.scheme}); quantize the bundle that it was made from"
+        )
     if source.precision != "fp32":
-        raise BundleError(f"{bundle} is in {source.precision}; quantize one that was exported with --dtype fp32")
+        raise BundleError(f"{bundle} is in {source.precision}; quantize a bundle that was exported with --dtype fp32")
     source.require_intact(bundle)
     return source
 
@@ -155,7 +158,7 @@ def _is_onnx_bundle(path: Path) -> bool:
 
 
 def _storage(scheme: Scheme) -> Callable[[str], Storage]:
-    """How each weight is stored. Embeddings, LM head and Medusa heads keep 8 bits: they suffer most from 4."""
+    """How to store each weight, by its name. Embeddings, LM head and Medusa heads keep 8 bits, as 4 bits hurt them most."""
 
     def storage(name: str) -> Storage:
         if scheme in ("int8", "int8-blocks"):
@@ -169,17 +172,17 @@ def _storage(scheme: Scheme) -> Callable[[str], Storage]:
 
 
 def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> dict[str, Vector]:
-    """The largest magnitude of each channel of each activation that can be smoothed, over some texts."""
-    import onnxruntime as ort  # noqa: PLC0415 - needs an extra, which the backend has asked for
+    """Measure on texts the largest magnitude per channel of each activation that can be smoothed."""
+    import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
 
     model = ir.load(bundle / source.graphs[STEP].file)
     found = junctions(model)
     names = with_maxima(model, found)
     if not names:
-        raise OptionError("this model's activations cannot be smoothed, so 8 bits are too few: use --activation-bits 16")
+        raise OptionError("the activations of this model cannot be smoothed, so 8 bits are too few; use --activation-bits 16")
     options = ort.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
-    options.log_severity_level = 3  # errors: that the cache is copied here is no news
+    options.log_severity_level = 3  # errors only: it warns that the cache is copied, which is intended here
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     largest: dict[str, Vector] = {}
     facts = source.model

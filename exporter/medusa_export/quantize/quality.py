@@ -1,4 +1,4 @@
-"""What quantising costs in quality: two bundles side by side over the same text."""
+"""Measures the loss of quality by quantisation: both bundles read the same texts."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from pydantic import BaseModel
 
 from medusa_runtime.backends.base import Backend
 
-CHUNK = 256  # tokens a step, so that their logits stay few
+CHUNK = 256  # tokens per step, which limits the memory for logits
 
 
 class Quality(BaseModel):
-    """How far a bundle is from the one it was made from."""
+    """How much a quantised bundle differs from its original."""
 
     num_tokens: int
     perplexity: float
     perplexity_before: float
-    mean_kl: float  # nats, from the next-token distribution before to the one after
+    mean_kl: float  # nats, from the original's next-token distribution to the quantised bundle's
     max_kl: float
-    same_greedy: float  # part of the places where both choose the same token
-    tokens_per_step_before: float = 0.0  # of greedy decoding with the bundle's tree
+    same_greedy: float  # part of the positions at which both choose the same token
+    tokens_per_step_before: float = 0.0  # the original's, in greedy decoding with the bundle's tree
     tokens_per_step: float = 0.0
 
     def line(self) -> str:
-        """For people."""
+        """The result as one line."""
         change = self.perplexity / self.perplexity_before - 1
         return (
             f"KL {self.mean_kl:.4f} nats (at most {self.max_kl:.2f}), perplexity {self.perplexity_before:.3f} → "
-            f"{self.perplexity:.3f} ({change:+.2%}), the same greedy token in {self.same_greedy:.1%} of "
-            f"{self.num_tokens} places, {self.tokens_per_step_before:.3f} → {self.tokens_per_step:.3f} tokens a step"
+            f"{self.perplexity:.3f} ({change:+.2%}), the same greedy token at {self.same_greedy:.1%} of "
+            f"{self.num_tokens} positions, {self.tokens_per_step_before:.3f} → {self.tokens_per_step:.3f} tokens per step"
         )
 
 
 def compare(before: Backend, after: Backend, texts: Sequence[Sequence[int]]) -> Quality:
-    """Read the same texts with both, and compare what they expect at each place.
+    """Read the same texts with both bundles, and compare their next-token distributions at each position.
 
     Args:
-        before: the original.
-        after: the quantised one.
-        texts: token ids, two or more each.
+        before: the original's backend.
+        after: the quantised bundle's backend.
+        texts: token ids of each text, at least two.
     """
     losses: list[npt.NDArray[np.float64]] = []
     kls, same, num_tokens = [], 0, 0
@@ -54,7 +54,7 @@ def compare(before: Backend, after: Backend, texts: Sequence[Sequence[int]]) -> 
             old, new = pair
             kls.append((np.exp(old) * (old - new)).sum(-1))
             same += int((old.argmax(-1) == new.argmax(-1)).sum())
-            following = np.array(text[start + 1 : start + CHUNK + 1], np.int64)  # none after a last token alone
+            following = np.array(text[start + 1 : start + CHUNK + 1], np.int64)  # empty if the chunk is only the last token
             losses.append(np.stack([-rows[np.arange(len(following)), following] for rows in pair]))
         num_tokens += len(text)
     loss = np.concatenate(losses, axis=1).mean(1)

@@ -1,4 +1,4 @@
-"""Moving the outliers of activations into the weights, where they cost less (SmoothQuant, arXiv:2211.10438)."""
+"""Moves outliers of activations into the weights, where they cause less error (SmoothQuant, arXiv:2211.10438)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Vector = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Junction:
-    """An activation that products alone read, and the weight before it that can take over a scale for each channel."""
+    """An activation that only MatMuls read, and the weight before it that can absorb one scale per channel."""
 
     activation: ir.Value  # [.., K]
-    source: ir.Value  # a norm's weight [K], or a projection's, whose outputs are the channels
-    source_axis: int  # which axis of the source the channels lie along
+    source: ir.Value  # a norm's weight [K], or the weight of the projection that computes the channels
+    source_axis: int  # the axis of the source along which the channels lie
     readers: tuple[Linear, ...]
 
 
 def junctions(model: ir.Model) -> list[Junction]:
-    """Where a step graph can be smoothed: after norms, and before the product that follows a gated activation."""
+    """The activations of a step graph that can be smoothed: outputs of norms, and of gated activations before a MatMul."""
     by_input: dict[ir.Value, list[Linear]] = {}
     for linear in linears(model):
         assert linear.node.inputs[0] is not None
         by_input.setdefault(linear.node.inputs[0], []).append(linear)
     found = []
     for activation, readers in by_input.items():
-        own = [reader for reader in readers if _reads_alone(reader)]  # nobody else would see the change
+        own = [reader for reader in readers if _reads_alone(reader)]  # no other reader sees the change
         if activation.is_graph_output() or len(own) < len(activation.uses()):
             continue
         if (source := _source(activation)) is not None and len(source[0].uses()) == 1:
@@ -42,7 +42,7 @@ def junctions(model: ir.Model) -> list[Junction]:
 
 
 def _reads_alone(reader: Linear) -> bool:
-    stored = reader.node.inputs[1]  # the weight, or what it is transposed to
+    stored = reader.node.inputs[1]  # the weight, or its transpose
     return stored is not None and len(stored.uses()) == len(reader.weight.uses()) == 1
 
 
@@ -52,7 +52,7 @@ def _source(activation: ir.Value) -> tuple[ir.Value, int] | None:
         return None
     if node.op_type == "RMSNormalization" and (gain := node.inputs[1]) is not None and gain.const_value is not None:
         return gain, 0
-    if node.op_type == "Mul":  # the gate's activation times what is gated: the second is linear
+    if node.op_type == "Mul":  # activation(gate) times up projection: the second is linear
         for value in node.inputs:
             product = None if value is None else value.producer()
             if product is None or value is None or len(value.uses()) != 1 or value.is_graph_output():
@@ -65,7 +65,7 @@ def _source(activation: ir.Value) -> tuple[ir.Value, int] | None:
 
 
 def with_maxima(model: ir.Model, found: Iterable[Junction]) -> list[str]:
-    """Add an output with each junction's largest magnitude a channel. Returns their names, in order; each is [K]."""
+    """Add an output [K] with each junction's largest magnitude per channel. Returns the outputs' names, in order."""
     names = []
     for index, junction in enumerate(found):
         tape = ir.tape.Tape()
@@ -81,14 +81,15 @@ def with_maxima(model: ir.Model, found: Iterable[Junction]) -> list[str]:
 
 
 class Smooth(ir.passes.InPlacePass):
-    """Divide the channels of activations by scales that the weights after them are multiplied by.
+    """Divide each channel of an activation by a scale, and multiply the weights after it by the same scale.
 
-    Needs: the largest magnitudes of the channels of each junction, by its activation's name. Leaves: a graph that computes the
-    same but for rounding, whose activations and weights spread alike: ``scale = activation^a / weight^(1 - a)`` with a 0.5.
+    Needs: the largest magnitude of each channel of each junction, by its activation's name.
+    Result: the same graph except for rounding, with ``scale = activation^a / weight^(1 - a)``. With a = 0.5, activations and
+    weights have channels of similar size.
 
     Args:
         maxima: name → [K].
-        strength: a; 0 leaves all outliers in the activations, 1 moves them to the weights altogether.
+        strength: a; 0 leaves all outliers in the activations, 1 moves them completely into the weights.
     """
 
     def __init__(self, maxima: Mapping[str, Vector], strength: float = 0.5) -> None:
@@ -121,7 +122,7 @@ class Smooth(ir.passes.InPlacePass):
 
 
 def _multiply(weight: ir.Value, scale: Vector, axis: int) -> None:
-    """Multiply an initializer along an axis, when it is written."""
+    """Multiply an initializer by a scale along an axis. The product is computed when it is written."""
     tensor = weight.const_value
     assert tensor is not None
 

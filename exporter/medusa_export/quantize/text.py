@@ -1,4 +1,4 @@
-"""The text that a bundle is calibrated and measured on: the model's own answers, or a file."""
+"""The texts that a bundle is calibrated and measured on: the model's own answers, or a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_PIECES = 32
 
 
 def answered(engine: DecodingEngine, codec: TextCodec, prompts: Sequence[str]) -> tuple[list[list[int]], DecodingStats]:
-    """Token ids of prompts with the model's greedy answers, and what decoding them counted."""
+    """Token ids of prompts with the model's greedy answers, and the statistics of decoding them."""
     stats, texts = DecodingStats(), []
     longest = engine.backend.manifest.limits.max_seq_len
     options = DecodingOptions(max_new_tokens=min(ANSWER_TOKENS, longest // 2))
@@ -32,10 +32,10 @@ def answered(engine: DecodingEngine, codec: TextCodec, prompts: Sequence[str]) -
 
 
 def pieces(path: Path, codec: TextCodec, max_seq_len: int) -> list[list[int]]:
-    """A text file in pieces of 512 tokens, or what the bundle takes; the first 32 of them.
+    """The first 32 pieces of a text file, each of 512 tokens or the bundle's longest sequence.
 
     Raises:
-        OptionError: it cannot be read, or is too short.
+        OptionError: the file cannot be read, or is too short.
     """
     try:
         ids = codec.encode(path.read_text(encoding="utf-8-sig"), raw=True)
@@ -45,5 +45,5 @@ def pieces(path: Path, codec: TextCodec, max_seq_len: int) -> list[list[int]]:
     found = [ids[start : start + size] for start in range(0, len(ids), size)][:MOST_PIECES]
     found = [piece for piece in found if len(piece) > 1]
     if not found:
-        raise OptionError(f"{path} has {len(ids)} tokens; at least 2 are needed")
+        raise OptionError(f"{path} has {len(ids)} tokens; give a text with at least 2")
     return found

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, as standard ONNX says it: integers under a ``DequantizeLinear``."""
+"""Stores weights in 8 or 4 bits, in standard ONNX: integers under a ``DequantizeLinear``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from medusa_export.graph.values import add_initializer, replace, shape_of
 
 Matrix = npt.NDArray[np.float32]
 Storage = Literal["int8", "int8-blocks", "int4"]
-BLOCK_SIZE = 32  # inputs that share a scale in 4 bits: what ONNX Runtime's kernels are fastest and most accurate with
-MIN_SIZE = 4096  # a smaller matrix is not worth it
+BLOCK_SIZE = 32  # inputs that share a scale: the size at which ONNX Runtime's kernels are fastest and most accurate
+MIN_SIZE = 4096  # elements; a smaller matrix is not worth quantising
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A product with a weight: which node, which initializer, and how the weight is laid out."""
+    """A matrix product with a weight: its node, the initializer, and the weight's layout."""
 
     node: ir.Node
     weight: ir.Value
@@ -28,7 +28,7 @@ class Linear:
 
 
 def linears(model: ir.Model) -> Iterator[Linear]:
-    """The products of a graph with weights that are initializers, in order."""
+    """The graph's matrix products with weights that are initializers, in order."""
     for node in model.graph:
         if node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -57,13 +57,15 @@ def _is_weight(value: ir.Value | None) -> bool:
 class QuantizeWeights(ir.passes.InPlacePass):
     """Store weights as integers.
 
-    Needs: a float32 graph as the exporter writes it. Leaves: standard operators still, each weight under a
-    ``DequantizeLinear``. What divides into no blocks of 32 inputs gets a scale an output. A table that rows are gathered from
-    as well (a tied embedding) stays one tensor, in 8 bits at least.
+    Needs: a float32 graph as the exporter writes it.
+    Result: still only standard operators, with each weight under a ``DequantizeLinear``. A weight that cannot be divided into
+    blocks of 32 inputs gets one scale per output. A weight from which rows are also gathered (a tied embedding) stays one
+    tensor, with at least 8 bits.
 
     Args:
-        storage: how to store the weight of a name; none to leave it.
-        tables: offsets, in the weights file, of what another graph gathers rows from: kept in a table's layout, and so once.
+        storage: how to store the weight of a name; None to leave it as it is.
+        tables: offsets, in the weights file, of weights from which any graph gathers rows. All graphs keep their layout
+        [out, in], so that they are stored once.
     """
 
     def __init__(self, storage: Callable[[str], Storage | None], tables: frozenset[int] = frozenset()) -> None:
@@ -98,7 +100,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
 
 def tables(models: Iterable[ir.Model]) -> frozenset[int]:
-    """Offsets in the weights file of what graphs gather rows from."""
+    """Offsets, in the weights file, of the weights from which graphs gather rows."""
     return frozenset(
         offset
         for model in models
@@ -109,13 +111,13 @@ def tables(models: Iterable[ir.Model]) -> frozenset[int]:
 
 
 def _offsets(weight: ir.Value) -> set[int]:
-    """Where a weight begins in the weights file, if it is in one."""
+    """The offset of a weight in the weights file, if it is in one."""
     tensor = weight.const_value
     return {tensor.offset or 0} if isinstance(tensor, ir.ExternalTensor) else set()
 
 
 def _can_store(weight: ir.Value, readers: list[Linear], gathers: list[ir.Node]) -> bool:
-    """Whether all that read a weight can read integers: products that agree on its layout, and gathers of an output's row."""
+    """Whether all readers of a weight can read integers: matrix products that agree on its layout, and gathers of rows."""
     by_rows = readers[0].transposed
     known = {reader.node for reader in readers} | set(gathers)
     return (
@@ -135,11 +137,11 @@ def _inputs(weight: ir.Value, by_rows: bool) -> int:
 
 
 def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node]) -> None:
-    """int8, with a scale for each output."""
+    """Store as int8, with one scale per output."""
     name, tensor, by_rows = weight.name or "", weight.const_value, readers[0].transposed
     assert tensor is not None
     rows, columns = shape_of(tensor)
-    axis = 1 if by_rows else 0  # of the inputs, which share a scale
+    axis = 1 if by_rows else 0  # the axis of the inputs; they share a scale
     parts = [
         _lazy(f"{name}.int8", ir.DataType.INT8, [rows, columns], lambda: to_int8(tensor.numpy(), axis)[0]),
         _lazy(f"{name}.scale", ir.DataType.FLOAT, [rows if by_rows else columns], lambda: to_int8(tensor.numpy(), axis)[1]),
@@ -156,9 +158,9 @@ def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], ga
 def _store_blocks(
     graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int, as_table: bool
 ) -> None:
-    """int8 or uint4, with a scale for each output and block of 32 inputs; in 4 bits with a zero point as well.
+    """Store as int8 or uint4, with one scale per output and block of 32 inputs; uint4 has zero points as well.
 
-    As a table, it is kept as [out, in], so that rows can be gathered.
+    If `as_table`, the layout stays [out, in], so that rows can be gathered.
     """
     name, tensor, by_rows = weight.name or "", weight.const_value, readers[0].transposed
     assert tensor is not None
@@ -190,7 +192,7 @@ def _store_blocks(
 
 
 def _turned(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
-    """The value transposed, which a runtime does once, when it loads the graph."""
+    """The value, transposed. A runtime does that once, when it loads the graph."""
     turn = ir.node("Transpose", [value], {"perm": [1, 0]})
     result = turn.outputs[0]
     assert value.shape is not None
@@ -212,7 +214,7 @@ def _read(graph: ir.Graph, reader: Linear, dequantize: ir.Node) -> None:
 
 
 def _gather(graph: ir.Graph, gather: ir.Node, data: ir.Value, scales: ir.Value, *, blocks: int | None) -> None:
-    """Rows of the table: gathered as integers, then scaled, each as a whole or in blocks."""
+    """Gather rows as integers, then scale them, each row as a whole or by blocks."""
     ids = gather.inputs[1]
     tape = ir.tape.Tape()
     rows = tape.op("Cast", [tape.op("Gather", [data, ids], {"axis": 0})], {"to": ir.DataType.FLOAT})
@@ -233,7 +235,7 @@ def _gather(graph: ir.Graph, gather: ir.Node, data: ir.Value, scales: ir.Value, 
 
 
 def _as_matmul(graph: ir.Graph, node: ir.Node) -> bool:
-    """``Gemm(x, weight, bias)`` as a product and a sum, where it is no more than that."""
+    """Replace ``Gemm(x, weight, bias)`` by a MatMul and an Add, if it does nothing else."""
     plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     weight = node.inputs[1]
     if not plain or node.attributes.get_int("transA", 0) != 0 or not _is_weight(weight):
@@ -266,22 +268,22 @@ def _lazy(
 
 
 def to_int8(weight: Matrix, axis: int) -> tuple[npt.NDArray[np.int8], Matrix]:
-    """Codes of -127…127 and the scales, one for all that lie along `axis`; code x scale is nearest to the weight."""
+    """Codes in -127…127, and scales that the weights along `axis` share; the weight is about code x scale."""
     scale = np.maximum(np.abs(weight).max(axis, keepdims=True), np.finfo(np.float32).tiny * 127) / np.float32(127)
     codes = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
     return codes, scale.squeeze(axis).astype(np.float32)
 
 
 def to_int8_blocks(weight: Matrix) -> tuple[npt.NDArray[np.int8], Matrix]:
-    """As `to_int8`, with a scale for each output and block of 32 inputs. weight: [K, N]; scales: [K / 32, N]."""
+    """Like `to_int8`, with one scale per output and block of 32 inputs. weight: [K, N]; scales: [K / 32, N]."""
     codes, scale = to_int8(weight.reshape(-1, BLOCK_SIZE, weight.shape[1]), 1)
     return codes.reshape(weight.shape), scale
 
 
 def to_uint4(weight: Matrix) -> tuple[npt.NDArray[np.uint8], Matrix, npt.NDArray[np.uint8]]:
-    """Codes of 0…15 [K, N], scales and zero points [K / 32, N]: (code - zero) x scale is near the weight [K, N].
+    """Codes in 0…15 [K, N], and scales and zero points [K / 32, N]; the weight [K, N] is about (code - zero) x scale.
 
-    Of several ranges that cut off the outermost values more and more, each block has the one whose squared error is least.
+    Several ranges are tried, each clipping the outermost values more. Each block uses the one with the least squared error.
     """
     blocks = weight.reshape(-1, BLOCK_SIZE, weight.shape[1])  # [K / 32, 32, N]
     low, high = np.minimum(blocks.min(1, keepdims=True), 0), np.maximum(blocks.max(1, keepdims=True), 0)

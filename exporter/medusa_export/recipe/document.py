@@ -1,4 +1,4 @@
-"""YAML as recipes are written in: plain values as YAML 1.2 reads them, and every key once."""
+"""The YAML that recipes are written in: plain values are read as in YAML 1.2, and a repeated key is an error."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from medusa_runtime.errors import OptionError, first_line
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML knows YAML 1.1, in which `no` is false and `1e-3` a text."""
+    """PyYAML reads YAML 1.1, in which `no` is false and `1e-3` is a string. This loader reads values as YAML 1.2 does."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML reads it from the class
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is given twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -39,15 +39,15 @@ def load(text: str, where: str) -> Any:
 
     Args:
         text: the document.
-        where: what it is called in errors.
+        where: the document's name in errors.
 
     Raises:
-        OptionError: it is no YAML; the message gives the line.
+        OptionError: the text is not YAML; the message gives the line.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - made from the safe one
+        return yaml.load(text, _Loader)  # noqa: S506 - a subclass of the safe loader
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise OptionError(f"{where}: {line}{error.problem}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise OptionError(f"{where} is no YAML: {first_line(error)}") from error
+        raise OptionError(f"{where} is not valid YAML: {first_line(error)}") from error

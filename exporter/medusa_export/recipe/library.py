@@ -1,4 +1,4 @@
-"""Where recipes are: those that come with the package, and files of one's own."""
+"""Finds recipes: those that come with the package, and the user's own files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENDINGS = {".yaml", ".yml"}
 
 
 def folder() -> Path:
-    """That of the recipes which come with the package: inside it where it is installed, else the checkout's."""
+    """The folder of the recipes that come with the package: inside the installed package, else in the checkout."""
     package = Path(medusa_export.__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
@@ -28,27 +28,29 @@ def find(name: str) -> Path:
     """The file of a recipe.
 
     Args:
-        name: of one that comes with the package, or the path of a YAML file.
+        name: the name of a recipe that comes with the package, or the path of a YAML file.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is no such recipe.
     """
     path = Path(name)
     if path.suffix in ENDINGS or len(path.parts) > 1:
         if not path.is_file():
-            raise OptionError(f"there is no recipe at {name}; those by name: {', '.join(known.stem for known in shipped())}")
+            raise OptionError(
+                f"there is no recipe at {name}; recipes with a name: {', '.join(known.stem for known in shipped())}"
+            )
         return path
     names = {known.stem: known for known in shipped()}
     if name not in names:
-        raise OptionError(f"there is no recipe {name!r}; there are: {', '.join(names)}; or give the path of a YAML file")
+        raise OptionError(f"there is no recipe {name!r}; use one of {', '.join(names)}, or the path of a YAML file")
     return names[name]
 
 
 def text_of(path: Path) -> str:
-    """What a recipe's file says.
+    """The text of a recipe's file.
 
     Raises:
-        OptionError: it is no text.
+        OptionError: the file is not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -60,7 +62,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe's file.
 
     Args:
-        path: of the file.
+        path: the recipe's file.
         overrides: `section.field=value`, see `parse`.
 
     Raises:
@@ -68,11 +70,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = parse(text_of(path), shown(path), overrides)
     if path.resolve().parent == folder().resolve() and recipe.name != path.stem:
-        raise RecipeError([f"{shown(path)}: name: this is the file's own without its ending, found {recipe.name!r}"])
+        raise RecipeError([f"{shown(path)}: name: must be the file's name without its ending, found {recipe.name!r}"])
     return recipe
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be told."""
+    """A path for messages: relative to the current directory if it lies inside it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

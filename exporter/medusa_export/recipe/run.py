@@ -1,4 +1,4 @@
-"""A recipe's run: each step once, in order, and again only where its settings or what it reads have changed."""
+"""Runs a recipe: each step once, in order. A step is repeated only if its settings or its inputs have changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medusa_runtime.errors import OptionError
 
 @dataclass(frozen=True)
 class Choice:
-    """Which steps of a recipe to run, and whether to run those again that are done."""
+    """Which steps of a recipe to run, and whether to repeat the ones that are done."""
 
     first: str | None = None
     last: str | None = None
@@ -50,12 +50,12 @@ class _Outcome:
 
 
 def run_recipe(job: Job, choice: Choice) -> Path:
-    """Run a recipe, or go on running it. Returns its output directory.
+    """Run a recipe, or continue an interrupted run. Returns the output directory.
 
     Raises:
-        OptionError: a step is not there, or an option of one cannot be used.
+        OptionError: the recipe has no such step, or an option of a step cannot be used.
         ValidationMismatchError: the bundle's output differs from PyTorch's.
-        MedusaError: a step failed; the steps before it stay done.
+        MedusaError: a step failed. The steps before it count as done.
     """
     chosen = choice.of(steps(job))
     if chosen[0].name != "fetch":
@@ -66,7 +66,7 @@ def run_recipe(job: Job, choice: Choice) -> Path:
             for number, step in enumerate(chosen, start=1):
                 console.print(f"[bold]{step.name}[/bold] ({number} of {len(chosen)})")
                 outcomes.append(_do(step, state, job.output, force=choice.force))
-                gc.collect()  # models refer to themselves; the next step needs the memory
+                gc.collect()  # models are reference cycles; the next step needs their memory
         except ValidationMismatchError:
             _summarise(outcomes)
             raise
@@ -78,11 +78,11 @@ def _do(step: Step, state: RunState, output: Path, *, force: bool) -> _Outcome:
     before = state.steps.get(step.name)
     changes = step.changes(before) if before else {}
     if before and not changes and not force and Path(step.output).exists():
-        note("done before")
+        note("already done")
         return _Outcome(step, before.seconds, is_new=False)
     if changes:
-        note(f"again, since {'; '.join(changes.values())}")
-    if changes or force:  # forced, also one that was interrupted: it may be bound to other settings
+        note(f"done again, because {'; '.join(changes.values())}")
+    if changes or force:  # with force also an interrupted step: its files may belong to other settings
         step.start_over(set(changes))
     if before:
         del state.steps[step.name]
@@ -101,6 +101,6 @@ def _do(step: Step, state: RunState, output: Path, *, force: bool) -> _Outcome:
 def _summarise(outcomes: list[_Outcome]) -> None:
     table = Table("step", "seconds", "result")
     for outcome in outcomes:
-        seconds = f"{outcome.seconds:.1f}" if outcome.is_new else f"({outcome.seconds:.1f} before)"
+        seconds = f"{outcome.seconds:.1f}" if outcome.is_new else f"({outcome.seconds:.1f} earlier)"
         table.add_row(outcome.step.name, seconds, outcome.step.told())
     console.print(table)

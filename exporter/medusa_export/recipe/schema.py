@@ -1,4 +1,4 @@
-"""What a recipe says, and one line for each thing that is wrong with one."""
+"""The fields of a recipe, and one error line for each mistake in one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RecipeError(OptionError):
     """A recipe cannot be used.
 
     Attributes:
-        lines: all that is wrong, a line each.
+        lines: all errors, one line each.
     """
 
     def __init__(self, lines: Sequence[str]) -> None:
@@ -36,30 +36,32 @@ class RecipeError(OptionError):
 
 
 class Recipe(BaseModel):
-    """A recipe. A section that is not there is a step that is not run.
+    """A recipe. If a section is missing, its step is not run.
 
-    Paths that are read are looked for beside the recipe's file, then where the command runs.
+    Paths of inputs are relative to the recipe's file, or else to the current directory.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(pattern=LINE, description="that of the file, without its ending")
-    description: str = Field(pattern=LINE, description="what it is for, in one line")
+    name: str = Field(pattern=LINE, description="the recipe's name: its file's name without the ending")
+    description: str = Field(pattern=LINE, description="the recipe's purpose, in one line")
     model: str = Field(pattern=LINE, description="a name that fetch knows, a directory, a hub id or a GGUF file")
-    output: Path = Field(description="the directory that everything goes to, from where the command runs")
-    heads: Path | None = Field(default=None, description="heads to export, where none are trained")
-    distill: dict[str, Any] | None = Field(default=None, description="as `medusa-export distill`")
-    data: tuple[Path, ...] = Field(default=(), description="further data to train on")
-    exclude: tuple[Path, ...] = Field(default=(), description="texts to evaluate on: answers that share 13 words with them go")
-    train: dict[str, Any] | None = Field(default=None, description="as `medusa-export train`")
-    onnx: dict[str, Any] | None = Field(default=None, description="as `medusa-export onnx`")
-    validation: dict[str, Any] | None = Field(default=None, alias="validate", description="as `medusa-export validate`")
+    output: Path = Field(description="the directory for all results, relative to the current directory")
+    heads: Path | None = Field(default=None, description="heads to export, if the recipe trains none")
+    distill: dict[str, Any] | None = Field(default=None, description="options of `medusa-export distill`")
+    data: tuple[Path, ...] = Field(default=(), description="more data to train on")
+    exclude: tuple[Path, ...] = Field(
+        default=(), description="evaluation texts: answers that share 13 words with them are dropped"
+    )
+    train: dict[str, Any] | None = Field(default=None, description="options of `medusa-export train`")
+    onnx: dict[str, Any] | None = Field(default=None, description="options of `medusa-export onnx`")
+    validation: dict[str, Any] | None = Field(default=None, alias="validate", description="options of `medusa-export validate`")
 
     @field_validator(*(name if name != "validate" else "validation" for name in SECTIONS), mode="before")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value is None:
-            raise PydanticCustomError("empty", "this is empty; write {} to take the defaults, or leave it out")
+            raise PydanticCustomError("empty", "the section is empty; write {} to use the defaults, or leave the section out")
         return value
 
     def section(self, name: str) -> dict[str, Any] | None:
@@ -69,27 +71,27 @@ class Recipe(BaseModel):
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The steps there are, in their order."""
+        """The recipe's steps, in order."""
         return ("fetch", *(name for name in SECTIONS if self.section(name) is not None))
 
     @property
     def method(self) -> str | None:
-        """How heads are trained; none where they are not."""
+        """The training method, or None if the recipe trains no heads."""
         return None if self.train is None else str(self.train.get("method", TrainSettings().method))
 
     def to_yaml(self) -> str:
-        """The recipe with every field that it has."""
+        """The recipe as YAML, with every field that has a value."""
         fields = self.model_dump(mode="json", by_alias=True)
         kept = {name: value for name, value in fields.items() if value is not None}
         return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def outline(text: str, where: str) -> Recipe:
-    """Read a recipe's own fields and leave its sections as they are, which needs no PyTorch.
+    """Read a recipe's top-level fields without checking its sections. This needs no PyTorch.
 
     Args:
         text: YAML.
-        where: what it is called in errors.
+        where: the recipe's name in errors.
 
     Raises:
         RecipeError: a field is wrong.
@@ -102,8 +104,8 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         text: YAML.
-        where: what it is called in errors.
-        overrides: `section.field=value`, which come in place of what the text says.
+        where: the recipe's name in errors.
+        overrides: `section.field=value`. They replace values of the text.
 
     Raises:
         RecipeError: fields are wrong, or contradict each other.
@@ -139,12 +141,12 @@ class _Reader:
         return recipe.model_copy(update=filled)
 
     def _check(self, model: type[Model], data: Any, *prefix: str) -> Model | None:
-        try:  # as JSON, so that what JSON has no word for (a path, a tuple) is taken, and nothing else is
+        try:  # as JSON: strict, but a string is accepted as a path and a list as a tuple
             return model.model_validate_json(json.dumps(data, default=str), strict=True)
         except ValidationError as error:
             self.lines += [self._line(found, model, prefix) for found in error.errors()]
-        except (ValueError, RecursionError):  # it refers to itself
-            self.lines.append(f"{self.where} holds something within itself")
+        except (ValueError, RecursionError):  # a YAML alias that contains itself
+            self.lines.append(f"{self.where} has an alias (*) that refers to itself; write the value out")
         return None
 
     def _line(self, error: ErrorDetails, model: type[BaseModel], prefix: tuple[str, ...]) -> str:
@@ -154,7 +156,7 @@ class _Reader:
 
 
 def _is_within(path: list[str], other: list[str]) -> bool:
-    """Whether one of two paths leads to the other."""
+    """Whether one of two field paths is a prefix of the other."""
     return all(ours == theirs for ours, theirs in zip(path, other, strict=False))
 
 
@@ -163,9 +165,11 @@ def _reason(error: ErrorDetails, model: type[BaseModel]) -> str:
         case "extra_forbidden":
             names = [field.alias or name for name, field in model.model_fields.items()]
             close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
-            return "there is no such field" + (f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}")
+            return "there is no such field" + (
+                f"; did you mean {close[0]}?" if close else f"; the fields are: {', '.join(names)}"
+            )
         case "missing":
-            return "this is missing"
+            return "the field is missing"
         case "empty":
             return error["msg"]
         case _:
@@ -174,43 +178,43 @@ def _reason(error: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.steps == ("fetch",):
-        yield f"there is nothing to do; give at least one of {', '.join(SECTIONS)}"
+        yield f"there is nothing to do; add at least one of {', '.join(SECTIONS)}"
     if recipe.train is not None and recipe.distill is None and not recipe.data:
-        yield "train: there is nothing to train on; give distill, or data"
+        yield "train: there is no data to train on; add distill, or data"
     if recipe.train is None and recipe.data:
-        yield "data: nothing is trained on it; give train, or leave it out"
+        yield "data: the recipe trains no heads; add train, or remove data"
     if recipe.train is None and recipe.exclude:
-        yield "exclude: nothing is trained; give train, or leave it out"
+        yield "exclude: the recipe trains no heads; add train, or remove exclude"
     if recipe.train is not None and recipe.heads is not None:
-        yield "heads: train makes them; leave it out, or give train.start_from"
+        yield "heads: train makes the heads; remove heads, or use train.start_from"
     if recipe.train is None and recipe.onnx is None and recipe.heads is not None:
-        yield "heads: nothing is made of them; give onnx, or leave it out"
+        yield "heads: the recipe exports no heads; add onnx, or remove heads"
     if recipe.onnx is not None and recipe.train is None and recipe.heads is None:
-        yield "onnx: there are no heads to export; give train, or heads"
+        yield "onnx: there are no heads to export; add train, or heads"
     if recipe.validation is not None and recipe.onnx is None:
-        yield "validate: there is no bundle to validate; give onnx"
+        yield "validate: there is no bundle to validate; add onnx"
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:
     data = document.load(text, where)
     if not isinstance(data, dict):
-        raise RecipeError([f"{where} is no recipe: it holds {'nothing' if data is None else 'no fields'}"])
+        raise RecipeError([f"{where} is not a recipe: {'it is empty' if data is None else 'it has no fields'}"])
     return data
 
 
 def _override(data: dict[str, Any], override: str) -> str:
-    """Put a value into the data. Returns the path of its field."""
+    """Set the field of an override in the data. Returns the field's path."""
     path, equals, text = override.partition("=")
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
-        raise OptionError(f"{SET} is {override!r}, not section.field=value")
+        raise OptionError(f"{SET} is {override!r}; it must be section.field=value")
     value = document.load(text, f"{SET} {path}")
     node: Any = data
     for key in parents:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            raise OptionError(f"{SET} {path}: {key} holds no fields")
+            raise OptionError(f"{SET} {path}: {key} has no fields")
     node[last] = value
-    if not parents and value is None:  # a step less
+    if not parents and value is None:  # the section is removed, and so is its step
         del node[last]
     return path

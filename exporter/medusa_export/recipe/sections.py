@@ -1,4 +1,4 @@
-"""What each section of a recipe may hold: derived from the options of the command that does the step."""
+"""The fields of each section of a recipe, derived from the options of the command that does the step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from typing import Any, Literal, get_type_hints
 import click
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from medusa_export.command_options.distill_options import distill_options
+from medusa_export.command_options.onnx_options import onnx_options
+from medusa_export.command_options.shared_options import Function, declared
+from medusa_export.command_options.validate_options import validate_options
 from medusa_heads.train.settings import TrainSettings
 
 SECTIONS = ("distill", "train", "onnx", "validate")
-ELSEWHERE = {"model", "output", "heads", "bundle", "reference", "force"}  # from other steps, or the command that runs all
-MACHINE = {"device", "threads"}  # where a step runs: this changes nothing that it makes
-ON_CPU = {"backend", "device", "threads", "cuda_graphs"}  # a recipe's ONNX bundle is validated where all its graphs run
-TRUST = {"trust_remote_code"}  # is given by who runs a recipe, not by who wrote it
+ELSEWHERE = {"model", "output", "heads", "bundle", "reference", "force"}  # given by other steps, or by `recipes run`
+MACHINE = {"device", "threads"}  # the hardware that a step runs on: it does not change the result
+ON_CPU = {"backend", "device", "threads", "cuda_graphs"}  # a recipe's bundle is validated on the CPU, where all its graphs run
+TRUST = {"trust_remote_code"}  # decided by whoever runs a recipe, not by its author
 
 
 @functools.cache
 def section(name: str) -> type[BaseModel]:
-    """The model of a section, made when it is needed: that of `onnx` and `validate` needs PyTorch."""
+    """The pydantic model of a section. It is made when needed, since `onnx` and `validate` import PyTorch."""
     makers: dict[str, Callable[[], type[BaseModel]]] = {
         "distill": _distill,
         "train": lambda: TrainSettings,
@@ -33,31 +37,32 @@ def section(name: str) -> type[BaseModel]:
 
 
 def _distill() -> type[BaseModel]:
-    from medusa_export.cli.distill import command  # noqa: PLC0415 - with what it belongs to
-    from medusa_export.distillation import DistillOptions  # noqa: PLC0415
+    from medusa_export.head_training.distillation import DistillOptions  # noqa: PLC0415
 
-    return _derived("distill", DistillOptions, command)
+    return _derived("distill", DistillOptions, distill_options)
 
 
 def _onnx() -> type[BaseModel]:
-    from medusa_export.cli.onnx import command  # noqa: PLC0415
     from medusa_export.export import ExportOptions  # noqa: PLC0415 - imports PyTorch
 
-    return _derived("onnx", ExportOptions, command)
+    return _derived("onnx", ExportOptions, onnx_options)
 
 
 def _validate() -> type[BaseModel]:
-    from medusa_export.cli.validate import command  # noqa: PLC0415
     from medusa_export.validate import validate  # noqa: PLC0415 - imports PyTorch
 
-    return _derived("validate", validate, command, leave_out=ON_CPU)
+    return _derived("validate", validate, validate_options, leave_out=ON_CPU)
 
 
 def _derived(
-    name: str, target: Callable[..., Any], command: click.Command, *, leave_out: Collection[str] = ()
+    name: str,
+    target: Callable[..., Any],
+    command_options: Callable[[Function], Function],
+    *,
+    leave_out: Collection[str] = (),
 ) -> type[BaseModel]:
-    """A model with the target's arguments, bounded as the command's options of the same names are."""
-    hints, options = get_type_hints(target), {option.name: option for option in command.params}
+    """A pydantic model with the target's arguments as fields. Their limits are those of the options of the same names."""
+    hints, options = get_type_hints(target), declared(command_options)
     fields: dict[str, Any] = {}
     for argument, default in _defaults(target).items():
         if argument not in {*ELSEWHERE, *TRUST, *leave_out}:
@@ -78,7 +83,7 @@ def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _bounds(annotation: Any, kind: click.ParamType[Any] | None) -> tuple[Any, dict[str, Any]]:
-    """The type of a field and its limits, where the option's kind tells of some."""
+    """The type of a field, and the limits that the option's type has."""
     if isinstance(kind, click.Choice) and annotation is str:
         return Literal[tuple(kind.choices)], {}
     if not isinstance(kind, click.IntRange | click.FloatRange):

@@ -1,4 +1,4 @@
-"""What a recipe's run has done: kept as `recipe.json` in its output, so that the same command goes on where it stopped."""
+"""The steps that a run of a recipe has done, in `recipe.json` in its output, so that the same command continues the run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ STATE_NAME = "recipe.json"
 
 
 class StepRecord(BaseModel):
-    """A step that is done."""
+    """A finished step."""
 
     model_config = ConfigDict(extra="forbid")
 
     settings: dict[str, Any]
-    inputs: dict[str, str] = Field(description="SHA-256 of what it read")
+    inputs: dict[str, str] = Field(description="SHA-256 of each input, by name")
     seconds: float
     provenance: Provenance
 
 
 class RunState(BaseModel):
-    """`recipe.json`."""
+    """The contents of `recipe.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,16 +42,16 @@ class RunState(BaseModel):
     steps: dict[str, StepRecord] = Field(default_factory=dict)
 
     def save(self, output: Path) -> None:
-        """Write it whole."""
+        """Write the file whole or not at all."""
         write_whole(output / STATE_NAME, self.model_dump_json(indent=2) + "\n")
 
 
 @contextmanager
 def opened(output: Path, recipe: str) -> Iterator[RunState]:
-    """The state of an output directory, which no other run may use meanwhile. A directory that is not there is made.
+    """The state of an output directory, locked against other runs. A missing directory is created.
 
     Raises:
-        OptionError: it holds something else, or what another recipe made; or another run uses it.
+        OptionError: the directory has other files in it or belongs to another recipe, or another run uses it.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def opened(output: Path, recipe: str) -> Iterator[RunState]:
 
 
 def fingerprint(place: str) -> str:
-    """SHA-256 of what counts of a step's input: a file or a directory; a hub id stands for itself."""
+    """SHA-256 of an input of a step: of the files that matter for the step, or of the id if it is on a hub."""
     path = Path(place)
     if not path.exists():
         return hashlib.sha256(place.encode()).hexdigest()
@@ -76,14 +76,17 @@ def fingerprint(place: str) -> str:
 def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for names in ((ANSWERS_NAME,), native.FILES):  # data, and heads: beside them are facts of the run
+    for names in (
+        (ANSWERS_NAME,),
+        native.FILES,
+    ):  # training data or heads: other files in these directories only describe their run
         if all((path / name).is_file() for name in names):
             return [path / name for name in (*names, native.EVALUATION_NAME) if (path / name).is_file()]
     return [part for part in path.iterdir() if part.is_file()]
 
 
 @functools.lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001 - size and time tell it from what it was before
+def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001 - size and time are part of the cache key
     return sha256_of(path)
 
 
@@ -91,14 +94,14 @@ def _read(output: Path, recipe: str) -> RunState:
     place = output / STATE_NAME
     if not place.exists():
         if any(not entry.name.startswith(f".{STATE_NAME}.") for entry in output.iterdir()):
-            raise OptionError(f"{output} holds something that no recipe made; choose another --output")
+            raise OptionError(f"{output} has files in it that no recipe made; choose another --output")
         state = RunState(recipe=recipe)
         state.save(output)
         return state
     try:
         state = RunState.model_validate_json(place.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValidationError) as error:
-        raise OptionError(f"{place} is damaged; choose another --output, or remove it to do all steps again") from error
+        raise OptionError(f"{place} is damaged; choose another --output, or delete it to run all steps again") from error
     if state.recipe != recipe:
-        raise OptionError(f"{output} holds what the recipe {state.recipe} made; choose another --output")
+        raise OptionError(f"{output} belongs to the recipe {state.recipe}; choose another --output")
     return state

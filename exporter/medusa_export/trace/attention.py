@@ -1,7 +1,7 @@
-"""How a traced decoder attends: the standard ``Attention`` and ``TensorScatter`` operators, not its own kernels.
+"""The attention of a traced decoder: the standard ``Attention`` and ``TensorScatter`` operators instead of its own kernels.
 
-Transformers lets a model's attention be replaced by name. Ours emits the ONNX operator itself, so no model code is
-copied and every architecture that goes through the attention interface can be traced.
+Transformers can replace a model's attention by name. Ours emits the ONNX operator directly, so we copy no model code and can
+trace every architecture that uses the attention interface.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 ATTENTION_NAME = "medusa_onnx"
-HARMLESS = frozenset({"position_ids", "cache_position"})  # what attention is told beside its operands
-MIN_OPSET = 24  # the first with TensorScatter, and with an Attention that CPU, CUDA and TensorRT agree on
+HARMLESS = frozenset({"position_ids", "cache_position"})  # arguments that do not change the result
+MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 
 class UnknownAttentionError(Exception):
-    """A model's attention is more than scaled dot products."""
+    """A model's attention is not plain scaled dot-product attention."""
 
 
 def onnx_attention(
@@ -37,7 +37,7 @@ def onnx_attention(
         UnknownAttentionError: the model passes a tensor that would change the result, such as attention sinks.
     """
     if unknown := [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in HARMLESS]:
-        raise UnknownAttentionError(f"its attention takes {', '.join(unknown)}")
+        raise UnknownAttentionError(f"its attention has the extra inputs {', '.join(unknown)}")
     batch, heads, tokens, width = query.shape
     attributes: dict[str, Any] = {"scale": float(scaling if scaling is not None else width**-0.5)}
     if softcap:
@@ -54,15 +54,15 @@ def onnx_attention(
 
 
 def register() -> None:
-    """Make ``attn_implementation="medusa_onnx"`` known to Transformers. Idempotent."""
+    """Register ``attn_implementation="medusa_onnx"`` with Transformers. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, onnx_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
 
 
 class ScatterCache:
-    """The preallocated cache as a traced model sees it: new entries are written at each sequence's length.
+    """The preallocated KV cache of a traced model: new entries are written at each sequence's length.
 
-    Implements the part of Transformers' ``Cache`` that a decoder calls while it runs.
+    It has the methods of Transformers' ``Cache`` that decoders call.
     """
 
     is_compileable = False

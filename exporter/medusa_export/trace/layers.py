@@ -1,4 +1,4 @@
-"""Which of a decoder's layers are alike, so that one of each kind need be traced."""
+"""Groups a decoder's layers by kind, so that only a few layers of each kind are traced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The dotted name and the list of the decoder's layers: the one ModuleList as long as the configuration says.
+    """The decoder's layers and their dotted name: the first ModuleList whose length is the configuration's number of layers.
 
     Raises:
         ExportError: the model has no such list.
@@ -26,11 +26,13 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return name, module
-    raise ExportError(f"{type(model).__name__} holds no list of {depth} layers; it cannot be traced layer by layer")
+    raise ExportError(
+        f"{type(model).__name__} is not supported: it has no ModuleList of {depth} layers, and layers are traced one by one"
+    )
 
 
 def layer_kinds(layers: torch.nn.ModuleList, layer_types: list[str]) -> list[list[int]]:
-    """Group layer indices by what they compute: same modules, same shapes, same settings. [[0, 2, 4], [1, 3, 5]]."""
+    """Group the indices of layers with the same modules, shapes and settings, such as [[0, 2, 4], [1, 3, 5]]."""
     kinds: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         kinds.setdefault((layer_types[index], _signature(layer)), []).append(index)
@@ -51,9 +53,9 @@ def _signature(layer: torch.nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def only_layers(layers: torch.nn.ModuleList, kept: list[int]) -> Iterator[None]:
-    """While open, the decoder runs the kept layers alone, each between two marker nodes in its trace.
+    """While open, the decoder runs only the kept layers. In the trace, two marker nodes enclose each of them.
 
-    The first layer must be kept: it shows the skipped ones what a layer of this model returns.
+    Layer 0 must be kept: skipped layers copy its return type (tensor or tuple).
     """
     originals = list(layers)
     returns_tuple: list[bool] = []
@@ -74,11 +76,11 @@ def only_layers(layers: torch.nn.ModuleList, kept: list[int]) -> Iterator[None]:
 
 
 class _Skipped(torch.nn.Module):
-    """A layer that does nothing, but still tells the facts that decoders read off their layers."""
+    """Identity stand-in for a layer. Attribute reads are forwarded to the real layer."""
 
     def __init__(self, layer: torch.nn.Module, returns_tuple: list[bool]) -> None:
         super().__init__()
-        self._layer = (layer,)  # in a tuple, so that its weights are not this module's
+        self._layer = (layer,)  # in a tuple, so that it is not registered as a submodule
         self._returns_tuple = returns_tuple
 
     def __getattr__(self, name: str) -> Any:

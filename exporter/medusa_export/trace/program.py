@@ -1,4 +1,4 @@
-"""From torch modules to simplified ONNX graphs: the step graph and the heads graph."""
+"""Exports torch modules to simplified ONNX graphs: the step graph and the heads graph."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ Report = Callable[[str], None]
 def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, *, lm_head_as_table: bool = False) -> ir.Model:
     """Trace a backbone into the step graph of docs/onnx-contract.md.
 
-    Two layers of each kind are traced, compared, and stamped out to the full depth; where they turn out to differ, all
-    layers are traced, and `report` says so.
+    Two layers of each kind are traced and compared, then copied to the model's full depth. If the two differ, all layers are
+    traced, and `report` is called with a message.
 
     Args:
         backbone: the model.
-        opset: of the graph.
-        report: told what is worth knowing.
-        lm_head_as_table: keep the LM head's layout, because heads gather rows from the same weight (`reads_lm_head_rows`).
+        opset: the graph's ONNX operator set.
+        report: takes a message for the user.
+        lm_head_as_table: keep the LM head's layout [V, C], since heads gather rows from that weight (`reads_lm_head_rows`).
 
     Raises:
         ExportError: the model cannot be traced.
@@ -56,7 +56,7 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     try:
         model = _trace_kinds(backbone, list_name, kinds, opset)
     except UnlikeLayersError as error:
-        report(f"layers of one kind differ ({error}); tracing all {len(layers)} layers")
+        report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
         model = _trace_kinds(backbone, list_name, [[layer] for layer in range(len(layers))], opset)
     lm_head: Any = backbone.model.get_output_embeddings()
     tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
@@ -68,7 +68,7 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
     _, layers = decoder_layers(backbone.model)
     module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
-    batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes but 0 and 1, all different
+    batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes above 1, all different
     facts = backbone.facts
     shape = (batch, facts.num_kv_heads, capacity, facts.head_dim)
     past = {
@@ -111,13 +111,13 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
 
 
 class HeadsModule(torch.nn.Module):
-    """The heads graph's computation: hidden rows, and where the heads read them roots, to the heads' best candidates.
+    """The computation of the heads graph: from hidden rows, and roots if the heads read them, to each head's candidates.
 
     Args:
         heads: the heads.
-        lm_head: the backbone's, for heads that share it, and for what they read of the root.
-        top_k: candidates a head.
-        draft_ids: the tokens to choose among; none for all. The LM head's other rows are not computed at all.
+        lm_head: the backbone's LM head: heads can share it, and heads that read the root use its rows as embeddings.
+        top_k: candidates of each head.
+        draft_ids: the tokens that heads choose from, or None for all. Logits of other tokens are not computed.
     """
 
     def __init__(self, heads: MedusaHeads, lm_head: torch.nn.Module, top_k: int, draft_ids: list[int] | None) -> None:
@@ -136,19 +136,21 @@ class HeadsModule(torch.nn.Module):
                     head.lm_head = _rows(head.lm_head, draft_ids)
 
     def forward(self, hidden: torch.Tensor, root_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates and their log-probabilities. [B, C] and maybe [B] -> two of [B, K, M]"""
+        """Candidates and their log-probabilities. [B, C], and [B] if heads read the root -> [B, K, M] and [B, K, M]"""
         roots = None
         if root_ids is not None:
             lm_head: Any = self.lm_head
             roots = root_states(lm_head.weight, self.root_places[root_ids] if hasattr(self, "root_places") else root_ids)
-        logits = self.heads.logits(hidden, self.lm_head, roots).float()  # [B, K, V], V the draft vocabulary's size
+        logits = self.heads.logits(
+            hidden, self.lm_head, roots
+        ).float()  # [B, K, V], where V is the size of the draft vocabulary
         best, places = torch.topk(logits, self.top_k, dim=-1)
         head_ids = self.draft_ids[places] if hasattr(self, "draft_ids") else places
         return head_ids, best - torch.logsumexp(logits, -1, keepdim=True)
 
 
 def _rows(lm_head: Any, token_ids: list[int]) -> torch.nn.Linear:
-    """The part of an LM head that tells some tokens apart."""
+    """The rows of an LM head that belong to some tokens, as a linear layer."""
     bias = getattr(lm_head, "bias", None)
     part = torch.nn.Linear(lm_head.weight.shape[1], len(token_ids), bias=bias is not None, dtype=lm_head.weight.dtype)
     with torch.no_grad():
@@ -159,19 +161,19 @@ def _rows(lm_head: Any, token_ids: list[int]) -> torch.nn.Linear:
 
 
 def reads_lm_head_rows(heads: MedusaHeads, draft_ids: list[int] | None) -> bool:
-    """Whether the heads graph gathers rows from the backbone's whole LM head."""
+    """Whether the heads graph gathers rows from the backbone's full LM head."""
     return heads.config.reads_root and draft_ids is None
 
 
 def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int, draft_ids: list[int] | None = None) -> ir.Model:
-    """Trace heads, with the backbone's LM head where they share it, into the heads graph.
+    """Trace heads into the heads graph, together with the backbone's LM head if they share it.
 
     Args:
         backbone: the model.
-        heads: its heads.
-        top_k: candidates a head.
-        opset: of the graph.
-        draft_ids: the tokens that the heads choose among; none for all.
+        heads: the model's heads.
+        top_k: candidates of each head.
+        opset: the graph's ONNX operator set.
+        draft_ids: the tokens that heads choose from, or None for all.
 
     Raises:
         ExportError: the heads cannot be traced.
@@ -207,10 +209,10 @@ def _export(
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
                 opset_version=opset,
-                optimize=False,  # `Simplify` does what is needed of it, in a fraction of the time
+                optimize=False,  # `Simplify` does the necessary part in a fraction of the time
                 verbose=False,
             )
-        except Exception as error:  # the exporter wraps whatever a model's code raises
+        except Exception as error:  # the exporter wraps any exception of a model's code
             raise unsupported(what, first_line(error.__cause__ or error)) from error
     assert program is not None
     return program.model
@@ -237,7 +239,7 @@ def _torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its own developers much that a user cannot act on."""
+    """Silence the torch exporter: its warnings are for its developers."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""From a trace of one layer of each kind to the graph of all layers."""
+"""Copies the traced layers of each kind to all layers of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WeightLookup = Callable[[str], ir.TensorProtocol]
 
 
 class UnlikeLayersError(Exception):
-    """Two layers taken for alike have different traces, or a layer's inner values are used outside it."""
+    """Two layers of one kind have different traces, or a value inside a layer is used outside of it."""
 
 
 @dataclass
@@ -30,18 +30,19 @@ class LayerBlock:
 
 
 class StampLayers(ir.passes.InPlacePass):
-    """Replace the traced layers by all layers, each a copy of its kind's first one.
+    """Replace the traced layers by all layers of the model, each a copy of the first layer of its kind.
 
-    Needs: a trace made under `only_layers`, with a past and a present value for each traced layer. Leaves: no markers; past
-    inputs and present outputs for every layer, in order; the weights of layers that were not traced, looked up by name.
+    Needs: a trace made under `only_layers`, with a past and a present value for each traced layer.
+    Result: no markers; past inputs and present outputs for every layer, in order; the weights of layers that were not traced,
+    looked up by name.
 
     Args:
-        kinds: layer indices grouped by kind; of each the first and the last were traced.
-        prefix: what the weights' names of a layer start with, such as ``model.layers.{layer}.``.
+        kinds: layer indices grouped by kind. The first and the last of each kind were traced.
+        prefix: the start of a layer's weight names, such as ``model.layers.{layer}.``.
         weights: finds a weight by name.
 
     Raises:
-        UnlikeLayersError: the first and the last layer of a kind have different traces. Trace all layers then.
+        UnlikeLayersError: the first and the last layer of a kind have different traces. All layers must then be traced.
     """
 
     def __init__(self, kinds: list[list[int]], prefix: str, weights: WeightLookup) -> None:
@@ -49,7 +50,7 @@ class StampLayers(ir.passes.InPlacePass):
         self.kinds, self.prefix, self.weights = kinds, prefix, weights
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Stamp in place."""
+        """Copy the layers in place."""
         graph = model.graph
         blocks = {block.layer: block for block in self._blocks(graph)}
         for kind in self.kinds:
@@ -59,7 +60,7 @@ class StampLayers(ir.passes.InPlacePass):
 
         ordered = sorted(blocks.values(), key=lambda block: block.layer)
         hidden, result = ordered[0].entry.inputs[0], ordered[-1].exit.outputs[0]
-        assert hidden is not None  # a marker has one input
+        assert hidden is not None  # a marker always has an input
         pasts: list[ir.Value] = []
         presents: list[ir.Value] = []
         for layer in sorted(representative):
@@ -102,7 +103,7 @@ class StampLayers(ir.passes.InPlacePass):
 
     def _private_nodes(self, graph: ir.Graph, block: LayerBlock) -> list[ir.Node]:
         prefix = self.prefix.format(layer=block.layer)
-        own: set[ir.Value] = {block.entry.outputs[0]}  # not the cache: the mask reads its capacity off one layer's
+        own: set[ir.Value] = {block.entry.outputs[0]}  # not the cache: the mask takes the capacity from one layer's cache
         own |= {value for name, value in graph.initializers.items() if name.startswith(prefix)}
         wanted = self._ancestors(block)
         nodes = []
@@ -120,7 +121,7 @@ class StampLayers(ir.passes.InPlacePass):
 
     @staticmethod
     def _ancestors(block: LayerBlock) -> set[ir.Node]:
-        """Every node the layer's results depend on, back to its entry."""
+        """Every node that the layer's results depend on, back to its entry."""
         found: set[ir.Node] = set()
         pending = [block.exit.inputs[0], *block.present]
         while pending:
@@ -133,7 +134,7 @@ class StampLayers(ir.passes.InPlacePass):
         return found
 
     def _fingerprint(self, block: LayerBlock) -> list[object]:
-        """What a block computes, apart from which layer it is: equal for two layers of one kind."""
+        """A description of a block's computation without its layer index. It is equal for two layers of one kind."""
         prefix = self.prefix.format(layer=block.layer)
         names: dict[ir.Value, object] = {
             block.entry.outputs[0]: "hidden",
@@ -164,7 +165,7 @@ class StampLayers(ir.passes.InPlacePass):
     def _copy(
         self, graph: ir.Graph, block: LayerBlock, layer: int, hidden: ir.Value
     ) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
-        """Append a layer like the block's. Returns its result, its past inputs and its present outputs."""
+        """Append a copy of the block as the given layer. Returns its result, its past inputs and its present outputs."""
         past = [_like(value, f"past.{layer}.{part}") for value, part in zip(block.past, ("key", "value"), strict=True)]
         values: dict[ir.Value, ir.Value] = {block.entry.outputs[0]: hidden, **dict(zip(block.past, past, strict=True))}
         old, new = self.prefix.format(layer=block.layer), self.prefix.format(layer=layer)

@@ -1,4 +1,4 @@
-"""The step graph's computation in torch: one forward pass over new tokens, with the reductions that verification needs."""
+"""The computation of the step graph, in torch: a forward pass over new tokens, and the reductions that verification needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medusa_export.trace.attention import ScatterCache
 
 
 class StepModule(torch.nn.Module):
-    """A causal LM as the function of docs/onnx-contract.md, ready to be traced.
+    """A causal LM with the inputs and outputs of docs/onnx-contract.md, for tracing.
 
     Only the layers in ``past`` run; see `medusa_export.trace.layers`.
     """
@@ -35,7 +35,7 @@ class StepModule(torch.nn.Module):
         cache = ScatterCache({int(layer): pair for layer, pair in past.items()}, cache_lengths)
         rows: list[torch.Tensor] = []
 
-        def keep_rows(_: Any, __: Any, output: Any) -> Any:  # so that the LM head sees only the rows asked for
+        def keep_rows(_: Any, __: Any, output: Any) -> Any:  # so that the LM head computes only the requested rows
             hidden = output.last_hidden_state  # [B, T, C]
             picked = torch.gather(hidden, 1, logit_rows.unsqueeze(2).expand(-1, -1, hidden.shape[-1]))  # [B, R, C]
             rows.append(picked)
@@ -61,7 +61,9 @@ class StepModule(torch.nn.Module):
     def _masks(self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int) -> Any:
         tokens = position_ids.shape[1]
         slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
-        offset = slots - cache_lengths.unsqueeze(1)  # [B, S]: below 0 is cached, then the new tokens, then unused
+        offset = slots - cache_lengths.unsqueeze(
+            1
+        )  # [B, S]: negative for cached entries, then the new tokens, then unused entries
         cached = offset < 0
         new = (offset >= 0) & (offset < tokens)
         index = offset.clamp(0, tokens - 1)  # [B, S]
@@ -70,7 +72,7 @@ class StepModule(torch.nn.Module):
         if SLIDING not in self.layer_types:
             return full
         key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
-        assert self.sliding_window is not None  # a model with sliding layers says how far they see
+        assert self.sliding_window is not None  # a model with sliding-window layers always has it
         near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
         sliding = full & near.unsqueeze(1)
         return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding

@@ -1,1 +1,1 @@
-"""From an ONNX bundle to TensorRT or TensorRT-RTX engines."""
+"""Builds TensorRT or TensorRT-RTX engines from an ONNX bundle."""

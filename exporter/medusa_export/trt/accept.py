@@ -1,4 +1,4 @@
-"""Greedy acceptance as part of the step graph, so that the heads can follow it without asking the host."""
+"""Adds greedy acceptance to the step graph, so that the heads can run right after it, without waiting for the host."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from medusa_runtime.bundle.manifest import GraphFacts, TensorFacts
 
 
 class AcceptGreedily(ir.passes.InPlacePass):
-    """Tell of each sequence the deepest row that greedy decoding accepts, its hidden state, and the token decided there.
+    """Compute for each sequence the deepest row that greedy decoding accepts, its hidden state, and the token decided there.
 
-    Needs: the step graph of docs/onnx-contract.md; another one stays as it is. Leaves: three more outputs, ``accepted_rows``
-    [B], ``accepted_ids`` [B] and ``accepted_hidden`` [B, C]. A row is right when its token is the greedy one after its
-    parent's, and accepted when all rows that it sees are; a row that sees no other one is a root, and right. Of equally deep
-    rows the first is taken: what pads a tree comes last.
+    Needs: the step graph of docs/onnx-contract.md; another graph is not changed.
+    Result: three more outputs, ``accepted_rows`` [B], ``accepted_ids`` [B] and ``accepted_hidden`` [B, C].
+
+    A row is right if its token is the greedy one after its parent's. It is accepted if all rows that it attends to are right.
+    A row that attends only to itself is a root, and right. Of several deepest rows the first is chosen: padding comes last.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -40,7 +41,7 @@ class AcceptGreedily(ir.passes.InPlacePass):
 
 
 def with_acceptance(step: GraphFacts) -> GraphFacts:
-    """The contract of a step graph that accepts greedily by itself."""
+    """The facts of a step graph after `AcceptGreedily`."""
     hidden = next(tensor for tensor in step.outputs if tensor.name == "hidden")
     batch, _, width = hidden.shape
     rows, ids = (TensorFacts(name=name, dtype="int64", shape=[batch]) for name in (ACCEPTED_ROWS, ACCEPTED_IDS))
@@ -49,7 +50,7 @@ def with_acceptance(step: GraphFacts) -> GraphFacts:
 
 
 class _Writer:
-    """Writes the nodes; truth is 1 and 0 in float32, for whose sums and maxima every runtime has kernels."""
+    """Writes the nodes. Booleans are 1 and 0 in float32, since every runtime has sum and max kernels for that type."""
 
     def __init__(self, tape: ir.tape.Tape) -> None:
         self.tape = tape
@@ -60,13 +61,13 @@ class _Writer:
         op = self.tape.op
         axis_1, axis_2 = self._ints([1]), self._ints([2])
         tokens = op("GatherElements", [input_ids, logit_rows], {"axis": 1})  # [B, R]
-        seen = self._seen(tree_mask, logit_rows)  # [B, R, R]: row i is seen by row j
-        depths = op("ReduceSum", [seen, axis_1], {"keepdims": 0})  # [B, R]: a root's is 1
+        seen = self._seen(tree_mask, logit_rows)  # [B, R, R]: [i, j] is 1 if row j attends to row i
+        depths = op("ReduceSum", [seen, axis_1], {"keepdims": 0})  # [B, R]: 1 for a root
 
         by_depth = op("Unsqueeze", [depths, axis_2])  # [B, R, 1]
         above = op("Less", [by_depth, op("Unsqueeze", [depths, axis_1])])  # [B, R, R]
         ancestors = op("Mul", [op("Mul", [seen, self._float(above)]), by_depth])
-        parents = op("ArgMax", [ancestors], {"axis": 1, "keepdims": 0})  # [B, R]: the deepest row above; a root's own is 0
+        parents = op("ArgMax", [ancestors], {"axis": 1, "keepdims": 0})  # [B, R]: the deepest ancestor; 0 for a root
         expected = op("GatherElements", [greedy_ids, parents], {"axis": 1})
         is_root = op("Less", [depths, self._floats(1.5)])
         wrong = op("Not", [op("Or", [op("Equal", [tokens, expected]), is_root])])  # [B, R]
@@ -80,13 +81,13 @@ class _Writer:
         return row, decided, op("GatherND", [hidden, place], {"batch_dims": 1})
 
     def _seen(self, tree_mask: ir.Value, logit_rows: ir.Value) -> ir.Value:
-        """The mask among the rows that are evaluated, turned over."""
+        """The transposed mask between the evaluated rows. [B, R, R]"""
         op, index = self.tape.op, self.tape.op("Unsqueeze", [logit_rows, self._ints([2])])  # [B, R, 1]
         rows = op("GatherND", [self._float(tree_mask), index], {"batch_dims": 1})  # [B, R, T]
         return op("GatherND", [op("Transpose", [rows], {"perm": [0, 2, 1]}), index], {"batch_dims": 1})
 
     def _deepest(self, depths: ir.Value) -> ir.Value:
-        """The first of the deepest rows: not every runtime's ArgMax takes the first of equals."""
+        """The first of the deepest rows. [B] Of equal values, ArgMax of some runtimes does not choose the first."""
         op = self.tape.op
         num_rows = op("Shape", [depths], {"start": 1, "end": 2})
         count = op("Squeeze", [self._float(num_rows)])

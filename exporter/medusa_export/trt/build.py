@@ -1,4 +1,4 @@
-"""ONNX bundle in, TensorRT engine bundle out."""
+"""`medusa-export trt`: reads an ONNX bundle, writes an engine bundle."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
 
 
 def build_engines(options: EngineOptions) -> Manifest:
-    """Build the step and the heads engine and write their bundle; whole or not at all.
+    """Build the step and the heads engine and write their bundle. It appears whole or not at all.
 
     Raises:
         OptionError: an option cannot be used with this bundle or this flavour, or the output exists.
         BundleError: the bundle is missing, damaged, of the wrong kind, or failed its validation.
         MissingExtraError: the flavour's package is not installed.
         BackendError: the flavour needs a GPU and there is none.
-        ExportError: TensorRT cannot build a graph, or what it built does not keep the contract.
-        KeyboardInterrupt: Ctrl-C, as soon as TensorRT has ended the step it was at.
+        ExportError: TensorRT cannot build a graph, or the built engine has other inputs or outputs than it should.
+        KeyboardInterrupt: after Ctrl-C, once TensorRT has finished its current step.
     """
     require_new(options.output, _is_engine_bundle, force=options.force, inputs=(options.bundle,))
     design = design_engines(options)
@@ -63,7 +63,7 @@ def _is_engine_bundle(path: Path) -> bool:
 
 
 def _fill(directory: Path, design: Design) -> Manifest:
-    """Write everything but the manifest into the engine bundle's directory. Returns the manifest."""
+    """Write all files of the engine bundle except the manifest. Returns the manifest."""
     options, source, tensorrt = design.options, design.source, design.tensorrt
     files: dict[str, FileFacts] = {}
     aliases: dict[str, str] = {}
@@ -107,7 +107,7 @@ def _fill(directory: Path, design: Design) -> Manifest:
 
 @contextmanager
 def _network(design: Design, name: str, directory: Path) -> Iterator[Network]:
-    """One of the bundle's graphs, parsed, and found to keep its contract. Rounded weights are on disk for so long."""
+    """One of the bundle's graphs, parsed and checked. While open, its quantised weights are in files on disk."""
     options, model = design.options, design.graph(name)
     tell = note if options.verbose else None
     with TemporaryDirectory(prefix=".weights-", dir=directory) as scratch:
@@ -125,23 +125,25 @@ def _network(design: Design, name: str, directory: Path) -> Iterator[Network]:
 def _check_in_place(aliases: dict[str, str], num_layers: int) -> None:
     for pair in (f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")):
         if (found := aliases.get(f"present.{pair}")) != f"past.{pair}":
-            raise ExportError(f"present.{pair} is not past.{pair} updated in place, but an update of {found or 'no cache'}")
+            raise ExportError(
+                f"present.{pair} must be past.{pair} updated in place, but TensorRT updates {found or 'no cache'}"
+            )
 
 
 def _strip(directory: Path, design: Design, files: dict[str, FileFacts]) -> SharedWeights:
-    """Leave the bundle's weights out of the plans. Changes the plans' facts in `files`."""
+    """Remove from the plans the weights that the bundle has. Changes the plans' facts in `files`."""
     bundle = design.options.bundle
     plans: dict[str, StrippedPlan] = {}
-    with stage(f"leave out what {WEIGHTS_NAME} holds"):
+    with stage(f"remove the weights that {WEIGHTS_NAME} holds"):
         for name, facts in design.graphs.items():
             tensors, whole = stored_tensors(design.portable(name)), files[facts.file]
             files[facts.file], plans[facts.file] = strip_plan(directory / facts.file, bundle / WEIGHTS_NAME, tensors, whole)
     for name, plan in plans.items():
-        note(f"{name}: {files[name].size / 1e6:.0f} MB of {plan.size / 1e6:.0f} MB are left")
+        note(f"{name}: {files[name].size / 1e6:.0f} MB of {plan.size / 1e6:.0f} MB remain")
     try:
         source = os.path.relpath(bundle.resolve(), design.options.output.resolve())
     except ValueError as error:  # on Windows
-        raise OptionError("--strip-weights needs BUNDLE and ENGINE on one drive") from error
+        raise OptionError("--strip-weights needs BUNDLE and ENGINE on the same drive") from error
     return SharedWeights(source=Path(source).as_posix(), file=design.source.files[WEIGHTS_NAME], plans=plans)
 
 

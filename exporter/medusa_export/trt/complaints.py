@@ -1,4 +1,4 @@
-"""What TensorRT says where it refuses a graph, in a line a node."""
+"""TensorRT's reasons for refusing a graph, one line per node."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_NODES = 10
-_SOURCE_PLACE = re.compile(r"\.?\s*\(?In \w+ at \S+:\d+\)?")  # TensorRT says where in its own sources it failed
+_SOURCE_PLACE = re.compile(r"\.?\s*\(?In \w+ at \S+:\d+\)?")  # a place in TensorRT's own sources
 _PREAMBLE = re.compile(r"^(?:\w+::\w+: )?Error Code \d+: [\w ]+ \(|^Assertion failed: |^Invalid Node - .*")
-_CONDITION = re.compile(r'^.* && "(?P<words>[^"]+)"$')  # what should hold, in C++, and then in words
-_CAUSES = (  # in what was said → what it comes from
+_CONDITION = re.compile(r'^.* && "(?P<words>[^"]+)"$')  # a condition in C++, and then in words
+_CAUSES = (  # words in the message → the cause, or what to do
     (("dynamic",), "the size must be known when the engine is built"),
-    (("convertdtype", "same input types", "data type", "convertonnxweights"), "a type that TensorRT does not take here"),
-    (("plugin not found",), "no operator of TensorRT, nor of standard ONNX"),
-    (("workspace",), "raise --workspace, or leave it out"),
-    (("hw-specific datatypes",), "leave that GPU out, or use other --weights"),
+    (("convertdtype", "same input types", "data type", "convertonnxweights"), "TensorRT does not support this type here"),
+    (("plugin not found",), "the operator is neither TensorRT's nor standard ONNX"),
+    (("workspace",), "raise --workspace or leave it out"),
+    (("hw-specific datatypes",), "leave that GPU out or use other --weights"),
     (("dedicated kernel",), "TensorRT has no kernel for attention of this dtype or shape"),
 )
 
 
 def parser_complaints(parser: Any) -> list[str]:
-    """A line for each node that a parser has refused, the first `MAX_NODES` of them and a count of the others."""
+    """A line for each of the first `MAX_NODES` nodes that a parser refused, and the number of the others."""
     lines = list(dict.fromkeys(_complaint(parser.get_error(index)) for index in range(parser.num_errors)))
     more = len(lines) - MAX_NODES
     return [*lines[:MAX_NODES], f"… and {more} more"] if more > 0 else lines
 
 
 def first_complaint(messages: Sequence[str]) -> str:
-    """The first of the logged errors, which is the cause of the others, in one line."""
-    first = next((message for message in messages if message.strip()), "it gave no reason")
+    """The first logged error, in one line. It is usually the cause of the others."""
+    first = next((message for message in messages if message.strip()), "TensorRT gave no reason")
     return _with_cause(_SOURCE_PLACE.sub("", first.strip().splitlines()[0]))
 
 
@@ -39,10 +39,10 @@ def _complaint(error: Any) -> str:
 
 
 def _reason(description: str) -> str:
-    """The words of a description: a C++ condition and the place it stands at are for TensorRT's developers."""
+    """The words of a description, without C++ conditions and source places, which only help TensorRT's developers."""
     lines = (_PREAMBLE.sub("", _SOURCE_PLACE.sub("", line)).strip() for line in description.splitlines())
-    first = next((line for line in lines if line), "it gave no reason")
-    if first in ("false", "0"):  # all that is said of an operator that there is not
+    first = next((line for line in lines if line), "TensorRT gave no reason")
+    if first in ("false", "0"):  # the whole message for an unknown operator
         return "TensorRT has no such operator"
     worded = _CONDITION.match(first)
     return worded["words"] if worded else first

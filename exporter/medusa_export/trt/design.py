@@ -1,4 +1,4 @@
-"""What engines a bundle will give: decided, checked and estimated before any of them is built."""
+"""The engines to build from a bundle: chosen, checked and estimated before anything is built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, Limits, Mani
 
 @dataclass(frozen=True)
 class Design:
-    """Engines as they will be."""
+    """The engines to build, with their limits, profiles and expected sizes."""
 
     options: EngineOptions
     source: Manifest
@@ -37,26 +37,26 @@ class Design:
     profiles: dict[str, dict[str, Profile]]  # by graph, then by name
 
     def portable(self, name: str) -> ir.Model:
-        """One of the bundle's graphs, as it is there."""
+        """One of the bundle's graphs, read from its file."""
         return ir.load(self.options.bundle / self.source.graphs[name].file)
 
     def graph(self, name: str) -> ir.Model:
-        """One of the bundle's graphs, as TensorRT is to parse it."""
+        """One of the bundle's graphs, read from its file and specialised for TensorRT."""
         model = self.portable(name)
         if name == STEP:
             specialize(model, self.source.precision, self.capacity)
             AcceptGreedily()(model)
         if (weights := self.options.weights) != "as-is":
-            eight_bits = name == HEADS and weights == "int4"  # heads suffer most from 4
+            eight_bits = name == HEADS and weights == "int4"  # 4 bits hurt the heads most
             QuantizeEngineWeights("int8" if eight_bits else weights, self.source.model.vocab_size)(model)
         return model
 
     def plan_sizes(self) -> dict[str, int]:
-        """About what the plans take on disk, in bytes by file."""
+        """Estimated bytes on disk of each plan, by file."""
         return {facts.file: plan_bytes(name, self.graph(name)) for name, facts in self.graphs.items()}
 
     def device_memory(self) -> dict[str, int]:
-        """What running them takes on the GPU, in bytes by use, at the largest shapes."""
+        """Estimated GPU memory at the largest shapes, in bytes by use."""
         cached = {"capacity": self.capacity}
         sizes = {
             name: [largest_sizes(self.graphs[name], profile) | cached for profile in profiles.values()]
@@ -73,7 +73,7 @@ class Design:
 
 
 def design_engines(options: EngineOptions) -> Design:
-    """Decide on engines.
+    """Choose and check the engines to build.
 
     Raises:
         OptionError: an option cannot be used with this bundle or this flavour.
@@ -98,7 +98,7 @@ def design_engines(options: EngineOptions) -> Design:
 
 
 def plan_facts(portable: GraphFacts, name: str, target: str, capacity: int) -> GraphFacts:
-    """The contract of the engine that is built from a portable graph: the same, but for a static capacity."""
+    """The facts of the engine built from a portable graph: the same, except for a static capacity."""
     symbols = {tensor.shape[CAPACITY_AXIS] for tensor in portable.inputs if tensor.name.startswith(PAST_PREFIX)}
 
     def fixed(tensor: TensorFacts) -> TensorFacts:

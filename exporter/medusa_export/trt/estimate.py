@@ -1,4 +1,4 @@
-"""What engines will take on a GPU and on disk, told before they are built."""
+"""Estimates the memory and the file sizes of engines before they are built."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from medusa_export.trt.specialize import PAST_PREFIX
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, TensorFacts
 
 PRESENT_PREFIX = "present."
-KERNEL_BYTES = {STEP: 4_000_000, HEADS: 400_000}  # of a plan besides its weights, as found with TensorRT-RTX 1.7,
-NODE_BYTES, ROUNDED_BYTES = 12_000, 90_000  # and for each node, and each weight that is rounded
-ROOT_BYTES = 400_000  # and where heads look up roots
+# Bytes of a plan in addition to its weights, measured with TensorRT-RTX 1.7:
+KERNEL_BYTES = {STEP: 4_000_000, HEADS: 400_000}
+NODE_BYTES, ROUNDED_BYTES = 12_000, 90_000  # for each node, and for each quantised weight
+ROOT_BYTES = 400_000  # if heads read the root
 _ITEM_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
@@ -24,7 +25,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def plan_bytes(name: str, model: ir.Model) -> int:
-    """About what the plan of a graph takes on disk."""
+    """Estimated bytes on disk of a graph's plan."""
     rounded = sum(node.op_type == "DequantizeLinear" for node in model.graph)
     looks_up = any(value.name == "root_ids" for value in model.graph.inputs)
     kernels = KERNEL_BYTES[name] + len(model.graph) * NODE_BYTES + rounded * ROUNDED_BYTES + looks_up * ROOT_BYTES
@@ -37,7 +38,7 @@ def cache_bytes(step: GraphFacts, sizes: Mapping[str, int]) -> int:
 
 
 def io_bytes(graph: GraphFacts, sizes: Mapping[str, int]) -> int:
-    """Bytes of a graph's inputs and outputs but the cache."""
+    """Bytes of a graph's inputs and outputs, without the cache."""
     return sum(
         _bytes(tensor, sizes)
         for tensor in (*graph.inputs, *graph.outputs)
@@ -46,12 +47,12 @@ def io_bytes(graph: GraphFacts, sizes: Mapping[str, int]) -> int:
 
 
 def activation_bytes(model: ir.Model, sizes: Mapping[str, int], *, scores: bool) -> int:
-    """Bytes of what lies between a graph's layers at most, were none of them fused; fused ones take less.
+    """Upper bound of activation memory: peak bytes of live intermediate tensors, if nothing is fused.
 
     Args:
-        model: a portable graph. Tensors are given up after their last reader.
-        sizes: of the named dimensions.
-        scores: whether attention keeps its scores, as what is no fused kernel does: twice [B, Hq, T, S].
+        model: a portable graph. Each tensor is freed after its last reader.
+        sizes: the sizes of the named dimensions.
+        scores: whether attention stores its scores, as it does without a fused kernel: twice [B, Hq, T, S].
     """
     graph = model.graph
     live: dict[ir.Value, int] = {}
@@ -81,7 +82,7 @@ def _score_bytes(attention: ir.Node, sizes: Mapping[str, int]) -> int:
 
 
 def _value_bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
-    if value.shape is None or value.dtype is None:  # of slices of a few numbers alone
+    if value.shape is None or value.dtype is None:  # only slices of a few numbers have no shape
         return 0
     return math.ceil(math.prod(_size(size, sizes) for size in value.shape) * value.dtype.itemsize)
 

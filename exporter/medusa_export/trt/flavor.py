@@ -1,4 +1,4 @@
-"""The two flavours of TensorRT: one API, two packages, two ways to say which GPU an engine is for."""
+"""The two flavours of TensorRT: one API in two packages, with two ways to choose the GPU of an engine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from medusa_runtime.errors import BackendError, OptionError, first_line
 Flavor = Literal["rtx", "tensorrt"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 DEFAULT_RTX_CAPABILITY = "8.9"
-NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"  # where full TensorRT's libraries are
+NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"  # the index of full TensorRT's libraries
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """A flavour with its module loaded.
+    """A flavour and its imported module.
 
-    TensorRT-RTX (extra ``rtx``, from PyPI) compiles for the GPUs it is told of and needs none itself. Full TensorRT
-    (extra ``trt``; its libraries come from NVIDIA's own package index) compiles for the GPU it
-    runs on.
+    TensorRT-RTX (extra ``rtx``, from PyPI) compiles for the GPUs that it is given and needs no GPU to build. Full TensorRT
+    (extra ``trt``; its libraries come from NVIDIA's package index) compiles for the GPU of the machine.
     """
 
     flavor: Flavor
@@ -37,7 +36,7 @@ class TensorRT:
 
         Raises:
             OptionError: there is no such flavour.
-            BackendError: its package, or a library that it loads, is not installed.
+            BackendError: its package, or a library that the package loads, is not installed.
         """
         for known in FLAVORS:
             if known == flavor:
@@ -45,25 +44,25 @@ class TensorRT:
                     return cls(known, importlib.import_module(module_of(known)))
                 except (ImportError, OSError) as error:
                     raise _missing(known, error) from error
-        raise OptionError(f"--flavor is {flavor!r}; there are: {', '.join(FLAVORS)}")
+        raise OptionError(f"--flavor is {flavor!r}; use one of: {', '.join(FLAVORS)}")
 
     @property
     def name(self) -> str:
-        """What the flavour is called in messages."""
+        """The flavour's name in messages."""
         return FLAVOR_NAMES[self.flavor]
 
     @property
     def target(self) -> str:
-        """What a graph made for this flavour says in its manifest."""
+        """The target of this flavour's graphs in a manifest."""
         return self.name.lower()
 
     @property
     def version(self) -> str:
-        """The version an engine must be loaded with."""
+        """The version of the installed package, with which its engines must be loaded."""
         return str(self.api.__version__)
 
     def known_compute_capabilities(self) -> list[str]:
-        """What engines can be built for here, such as ``["8.6", "8.9"]``.
+        """The compute capabilities that engines can be built for on this machine, such as ``["8.6", "8.9"]``.
 
         Raises:
             BackendError: full TensorRT, and this machine has no GPU.
@@ -73,27 +72,29 @@ class TensorRT:
         found = find_gpus()
         if not found.gpus:
             raise BackendError(
-                f"TensorRT builds for the GPU it runs on, and finds none here ({found.why_none}); "
+                f"TensorRT builds for the GPU of this machine, but found none ({found.why_none}); "
                 "build on the target machine, or use --flavor rtx"
             )
         return [found.gpus[0].compute_capability]
 
     def choose_compute_capabilities(self, asked: Sequence[str]) -> list[str]:
-        """What to build for: what was asked for, or, where nothing was, the flavour's default.
+        """The compute capabilities to build for: the given ones, or else the flavour's default.
 
         Raises:
-            OptionError: engines cannot be built here for one of them; it lists those that can be.
+            OptionError: engines cannot be built for one of them; the message lists those that can.
         """
         known = self.known_compute_capabilities()
         for capability in asked:
             if capability not in known:
                 builder = f"{self.name} {self.version}"
-                raise OptionError(f"--compute-capability is {capability!r}; {builder} builds here for {', '.join(known)}")
+                raise OptionError(
+                    f"--compute-capability is {capability!r}, but {builder} builds only for {', '.join(known)} on this machine"
+                )
         default = [DEFAULT_RTX_CAPABILITY] if self.flavor == "rtx" else known
         return list(dict.fromkeys(asked)) or default
 
     def set_compute_capabilities(self, config: Any, capabilities: Sequence[str]) -> None:
-        """Tell a builder configuration what to build for; full TensorRT needs no telling."""
+        """Set the compute capabilities in a builder configuration. Full TensorRT knows its GPU already."""
         if self.flavor == "rtx":
             config.num_compute_capabilities = len(capabilities)
             for index, capability in enumerate(capabilities):
@@ -101,18 +102,18 @@ class TensorRT:
 
 
 def module_of(flavor: str) -> str:
-    """The module that a flavour is imported as."""
+    """The name of a flavour's Python module."""
     return PACKAGES[flavor][0]
 
 
 def install_flavor(flavor: str, *more: str) -> str:
-    """The command that installs a flavour, and further extras with it."""
+    """The command that installs a flavour, together with more extras."""
     command = install_command(PACKAGES[flavor][1], *more)
     return f"{command} {NVIDIA_INDEX}" if flavor == "tensorrt" else command
 
 
 def gpu_here() -> dict[str, str]:
-    """The first GPU of this machine and the CUDA version that its driver knows; empty where there is none."""
+    """The first GPU of this machine and its driver's CUDA version; empty if there is no GPU."""
     found = find_gpus()
     return {"gpu": found.gpus[0].name, "cuda": found.cuda_version or "unknown"} if found.gpus else {}
 
@@ -126,7 +127,7 @@ def _missing(flavor: Flavor, error: Exception) -> BackendError:
 
 
 def _dotted(member: str) -> str:
-    """``SM120`` is 12.0."""
+    """``SM120`` → ``12.0``."""
     return f"{member[2:-1]}.{member[-1]}"
 
 

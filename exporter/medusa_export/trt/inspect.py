@@ -1,4 +1,4 @@
-"""What there is to tell of an engine bundle: from its manifest and its plans' headers, and on a GPU from its engines."""
+"""`medusa-export trt inspect`: facts from a manifest and the headers of its plans, and on a GPU from the engines."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from medusa_runtime.errors import BackendError, BundleError
 
 
 class BuiltEngine(BaseModel):
-    """What a GPU alone can tell of an engine."""
+    """Facts of an engine that need a GPU."""
 
-    device_memory: int = Field(description="bytes that lie between its layers, in the largest profile")
+    device_memory: int = Field(description="bytes of activations, in the largest profile")
     layers: list[str]
 
 
 class Inspection(BaseModel):
-    """What there is to tell of an engine bundle."""
+    """The facts of an engine bundle."""
 
     model: str
     precision: Precision
@@ -33,23 +33,23 @@ class Inspection(BaseModel):
     graphs: dict[str, GraphFacts]
     file_sizes: dict[str, int]
     engine: EngineFacts
-    headers: dict[str, str] = Field(description="what the installed TensorRT says of each plan's header")
-    loads_here: str = Field(description="`yes`, or why not, or why nobody can tell")
-    engines: dict[str, BuiltEngine] = Field(description="by graph; empty where there is no GPU to ask")
+    headers: dict[str, str] = Field(description="the installed TensorRT's verdict on each plan's header")
+    loads_here: str = Field(description="`yes`, or why not, or why it is unknown")
+    engines: dict[str, BuiltEngine] = Field(description="by graph; empty without a GPU")
 
 
 def inspect_engines(bundle: Path) -> Inspection:
-    """Look at an engine bundle.
+    """Read the facts of an engine bundle.
 
     Raises:
-        BundleError: it is none, or a file is missing, truncated or another one.
+        BundleError: the directory is not an engine bundle, or a file is missing, truncated or different.
     """
     manifest = Manifest.load(bundle)
     engine = manifest.engine
     if engine is None:
-        raise BundleError(f"{bundle} holds no engines; build them from it with: medusa-export trt")
+        raise BundleError(f"{bundle} has no engines; build them from it with: medusa-export trt")
     here = {"flavor": engine.flavor, "tensorrt_version": engine.tensorrt_version}
-    require_loadable(manifest, bundle, **here)  # truncated plans, which has words of its own; where it will run is asked below
+    require_loadable(manifest, bundle, **here)  # finds truncated plans; whether they run on this machine is checked below
     manifest.require_intact(bundle)
     headers, engines, loads_here = {}, {}, "yes"
     try:
@@ -66,7 +66,7 @@ def inspect_engines(bundle: Path) -> Inspection:
         if gpus:
             engines = {name: _built(tensorrt, manifest, bundle, name) for name in manifest.graphs}
         else:
-            loads_here = f"nobody can tell without a GPU ({find_gpus().why_none}); layers and memory need one, too"
+            loads_here = f"unknown without a GPU ({find_gpus().why_none}); layers and memory need a GPU too"
     except BackendError as error:
         loads_here = f"no: {error}"
     return Inspection(
@@ -97,7 +97,9 @@ def _headers(tensorrt: TensorRT, manifest: Manifest, bundle: Path) -> dict[str, 
         if reasons:
             found[name] = ", ".join(reasons).replace("_", " ")
         else:
-            found[name] = "valid" if validity == trt.EngineValidity.VALID else "well-formed; the rest is checked on a GPU"
+            found[name] = (
+                "valid" if validity == trt.EngineValidity.VALID else "well-formed; the rest can only be checked on a GPU"
+            )
     return found
 
 
@@ -124,4 +126,4 @@ def _engine(tensorrt: TensorRT, manifest: Manifest, bundle: Path, name: str) -> 
             f"{tensorrt.name} cannot load {bundle / manifest.graphs[name].file}: {first_complaint(log.errors)}; "
             "build the engines again"
         )
-    return engine  # it keeps its runtime, and that its log, alive
+    return engine  # the engine keeps its runtime alive, and the runtime its log

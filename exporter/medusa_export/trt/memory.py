@@ -1,4 +1,4 @@
-"""Weights that are read where they lie, and a build that does not keep more memory than it needs."""
+"""Gives TensorRT the weights from mapped files, and frees memory during a build."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-PAUSE = 0.05  # seconds
+PAUSE = 0.05  # seconds between two releases of memory
 
 
 class MappedWeights:
-    """The external tensors of a graph, each file mapped once.
+    """The external tensors of a graph. Each of their files is mapped once.
 
     Args:
-        model: the graph; all of its external tensors are in one directory.
-        directory: that.
+        model: the graph. All its external tensors are in one directory.
+        directory: that directory.
     """
 
     def __init__(self, model: ir.Model, directory: Path) -> None:
@@ -34,7 +34,7 @@ class MappedWeights:
         self._mappings = {file: _map(directory / file) for file in files}
 
     def address(self, name: str) -> tuple[int, int]:
-        """Where a tensor is in memory, and its bytes. Both hold as long as this object lives."""
+        """A tensor's address and its size in bytes. The address is valid as long as this object lives."""
         tensor = self.tensors[name]
         start = np.frombuffer(self._mappings[str(tensor.location)], np.uint8).ctypes.data
         assert tensor.offset is not None
@@ -43,8 +43,10 @@ class MappedWeights:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let the system have back, all the while, pages that were read, since TensorRT copies what it wants to keep, and
-        blocks that it has freed. Both are asked of Linux alone; elsewhere a build just takes more memory.
+        """While open, a thread returns memory to the system: pages that were read, and freed heap blocks.
+
+        TensorRT keeps its own copies of weights, so the pages are not needed again. This works only on Linux; on other systems
+        a build uses more memory.
         """
         if sys.platform != "linux":
             yield
@@ -59,7 +61,7 @@ class MappedWeights:
             thread.join()
 
     def _release_until(self, done: threading.Event) -> None:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
         while not done.wait(PAUSE):
             for mapping in self._mappings.values():
                 mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""TensorRT's progress on the terminal, and Ctrl-C while it builds."""
+"""Progress of a TensorRT build on the terminal, and Ctrl-C during it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of raising: an exception must not cross TensorRT's C++. It is raised at the end."""
+    """While open, Ctrl-C sets an event: an exception must not unwind through C++. KeyboardInterrupt is raised on exit."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield asked
         return
 
@@ -35,12 +35,12 @@ def progress_monitor(trt: Any, tell: Callable[[str], None], asked: threading.Eve
 
     Args:
         trt: the flavour's module.
-        tell: is told the phase that a build is in, and how far that is.
-        asked: stops the build once it is set.
+        tell: called with the current phase of the build and its progress.
+        asked: the build stops once this event is set.
     """
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of a module that is known only now
-        """Tells of phases that have steps to count; the finer ones come and go within milliseconds."""
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is chosen at run time
+        """Reports phases with several steps; the others last only milliseconds."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""One ONNX graph in, one parsed TensorRT network out."""
+"""Parses an ONNX graph into a TensorRT network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DTYPES = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT32": "in
 
 @dataclass
 class Network:
-    """A parsed network, with what must live as long as it does."""
+    """A parsed network, together with the objects that must live as long as it does."""
 
     name: str
     tensorrt: TensorRT
@@ -39,13 +39,13 @@ class Network:
 
         Args:
             tensorrt: the flavour.
-            name: what the graph is called in messages.
-            model: the graph. Its large weights are external and are read where they are.
+            name: the graph's name in messages.
+            model: the graph. Its large weights are external; TensorRT reads them from the mapped files.
             weights: the directory that holds them.
-            tell: is told all that TensorRT logs.
+            tell: called with each line that TensorRT logs.
 
         Raises:
-            ExportError: TensorRT cannot start, or does not take the graph: a line for each node that it refuses.
+            ExportError: TensorRT cannot start, or refuses the graph; the message has a line for each refused node.
         """
         trt = tensorrt.api
         log = error_log(trt, tell)
@@ -53,7 +53,7 @@ class Network:
             builder = trt.Builder(log)
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             parser = trt.OnnxParser(network, log)
-        except (RuntimeError, TypeError) as error:  # the bindings' way to say that a factory gave nothing
+        except (RuntimeError, TypeError) as error:  # the bindings raise these if a factory returns null
             raise ExportError(f"{tensorrt.name} cannot start: {first_complaint([*log.errors, str(error)])}") from error
         parsed = cls(name, tensorrt, log, builder, parser, network, MappedWeights(model, weights))
         if not parsed._parse(ir.to_proto(model).SerializeToString(), weights):
@@ -61,7 +61,7 @@ class Network:
         return parsed
 
     def check_contract(self, facts: GraphFacts) -> None:
-        """Raise an `ExportError` where inputs or outputs differ from the contract in name, dtype or shape."""
+        """Raise an `ExportError` if inputs or outputs differ from the contract in name, dtype or shape."""
         network = self.network
         for kind, wanted, found in (
             ("input", facts.inputs, [network.get_input(index) for index in range(network.num_inputs)]),
@@ -73,18 +73,18 @@ class Network:
                 if want.get(name) != have.get(name):
                     raise ExportError(
                         f"the {self.name} engine's {kind} {name} is {_tell(have.get(name))}, "
-                        f"the contract says {_tell(want.get(name))}"
+                        f"but must be {_tell(want.get(name))} by the contract"
                     )
 
     def aliases(self) -> dict[str, str]:
-        """Output → the input whose memory it must share, for every cache that is updated in place."""
+        """For every cache that is updated in place: output → the input whose memory it must share."""
         kind = self.tensorrt.api.LayerType.KV_CACHE_UPDATE
         layers = (self.network.get_layer(index) for index in range(self.network.num_layers))
         return {layer.get_output(0).name: layer.get_input(0).name for layer in layers if layer.type == kind}
 
     def _parse(self, proto: bytes, weights: Path) -> bool:
         parser = self.parser
-        # the path is that of a file in the weights' directory; the file itself is not read
+        # the parser only uses the path's directory; the file is not read
         if not parser.load_model_proto(proto, str(weights.absolute() / f"{self.name}.onnx")):
             return False
         return all(parser.load_initializer(name, *self.weights.address(name)) for name in self.weights.tensors) and bool(
@@ -93,7 +93,7 @@ class Network:
 
     def _refusal(self) -> str:
         lines = parser_complaints(self.parser) or [first_complaint(self.log.errors)]
-        start = f"{self.tensorrt.name} cannot take the {self.name} graph:"
+        start = f"{self.tensorrt.name} refuses the {self.name} graph:"
         return f"{start} {lines[0]}" if len(lines) == 1 else "\n  ".join([start, *lines])
 
 

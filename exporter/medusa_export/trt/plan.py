@@ -1,4 +1,4 @@
-"""One parsed network in, one serialised TensorRT engine (a *plan*) out."""
+"""Compiles a parsed network into a serialised TensorRT engine (a *plan*)."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def write_plan(
     options: EngineOptions,
     tell: Callable[[str], None] = lambda _: None,
 ) -> FileFacts:
-    """Compile a network, and stream the plan into a file.
+    """Compile a network and write the plan to a file.
 
     Args:
-        network: what to compile.
-        path: the file.
-        profiles: by name, in the order in which they are added.
-        capabilities: what to compile for.
-        options: of the builder.
-        tell: is told what phase the build is in.
+        network: the network.
+        path: the plan's file.
+        profiles: optimisation profiles by name, in the order in which they are added.
+        capabilities: compute capabilities to build for.
+        options: the builder's options.
+        tell: called with the current phase of the build.
 
     Raises:
         ExportError: TensorRT cannot compile the network, or the file cannot be written.
-        OptionError: the timing cache is another version's or GPU's.
-        KeyboardInterrupt: Ctrl-C, as soon as TensorRT has ended the step it was at.
+        OptionError: another version or GPU has written the timing cache.
+        KeyboardInterrupt: after Ctrl-C, once TensorRT has finished its current step.
     """
     tensorrt, builder = network.tensorrt, network.builder
     config = _config(tensorrt, builder, capabilities, options)
@@ -69,7 +69,7 @@ def write_plan(
 def _config(tensorrt: TensorRT, builder: Any, capabilities: Sequence[str], options: EngineOptions) -> Any:
     trt, config = tensorrt.api, builder.create_builder_config()
     tensorrt.set_compute_capabilities(config, capabilities)
-    config.clear_flag(trt.BuilderFlag.TF32)  # products in float32 are what they are called
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 must be float32, not TF32
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
     if options.workspace is not None:
@@ -88,12 +88,12 @@ def _load_timing_cache(config: Any, path: Path) -> None:
     known = path.read_bytes() if path.exists() else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise OptionError(f"--timing-cache is {path}, which another TensorRT or GPU has written; choose another file")
+        raise OptionError(f"--timing-cache is {path}, but another TensorRT version or GPU wrote it; choose another file")
 
 
 def _plan_writer(trt: Any, file: Any) -> Any:
-    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]  # a class of a module that is known only now
-        """Writes and hashes what TensorRT hands out, so that a plan is never whole in memory."""
+    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]  # the module is chosen at run time
+        """Writes and hashes the plan in pieces, so that it is never completely in memory."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -104,7 +104,7 @@ def _plan_writer(trt: Any, file: Any) -> Any:
         def write(self, data: bytes) -> int:
             try:
                 file.write(data)
-            except OSError as error:  # must not cross C++: told once the build returns
+            except OSError as error:  # must not unwind through C++: raised once the build returns
                 self.error = error
                 return 0
             self.size += len(data)

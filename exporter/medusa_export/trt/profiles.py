@@ -1,4 +1,4 @@
-"""Optimisation profiles: the shapes that an engine accepts, and those it is tuned for."""
+"""Optimisation profiles: the shapes that an engine accepts, and the shape that it is tuned for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Profile = dict[str, dict[str, list[int]]]  # input -> "min", "opt", "max" -> sha
 
 
 def step_profiles(graph: GraphFacts, limits: Limits, tree_nodes: int) -> dict[str, Profile]:
-    """The step engine's profiles, in the order in which they are added to it.
+    """The step engine's profiles, in the order in which they are added.
 
-    ``prefill`` takes a prompt's chunk and is tuned for a full one, of which one row is evaluated. ``verify`` takes a
-    candidate tree, or the single token of plain decoding, and is tuned for a tree of `tree_nodes`, all rows evaluated.
+    ``prefill`` is for chunks of prompts, and tuned for a full chunk of which one row is evaluated. ``verify`` is for candidate
+    trees and the single token of plain decoding, and tuned for a tree of `tree_nodes` with all rows evaluated.
 
     Raises:
-        BundleError: the graph names a dimension that is not in the contract.
+        BundleError: the graph has a named dimension that is not in the contract.
     """
     assert limits.max_batch_size is not None
     assert limits.max_tree_nodes is not None
@@ -30,17 +30,17 @@ def step_profiles(graph: GraphFacts, limits: Limits, tree_nodes: int) -> dict[st
 
 
 def heads_profiles(graph: GraphFacts, limits: Limits) -> dict[str, Profile]:
-    """The heads engine's one profile.
+    """The heads engine's only profile.
 
     Raises:
-        BundleError: the graph names a dimension that is not in the contract.
+        BundleError: the graph has a named dimension that is not in the contract.
     """
     assert limits.max_batch_size is not None
     return {HEADS: _profile(graph, {"batch": (1, limits.max_batch_size, limits.max_batch_size)})}
 
 
 def largest_sizes(graph: GraphFacts, profile: Profile) -> dict[str, int]:
-    """The most that a profile takes of each of a graph's named dimensions."""
+    """The largest size of each named dimension in a profile."""
     return {
         name: size
         for tensor in graph.inputs

@@ -1,4 +1,4 @@
-"""Attention with soft-capped scores, spelled out."""
+"""Expands attention with soft-capped scores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from medusa_export.graph.values import heads_and_width
 
 
 class ExpandSoftcap(ir.passes.InPlacePass):
-    """Compute attention that caps its scores (Gemma 2) by products and a softmax: TensorRT's own attention cannot.
+    """Expand attention with soft-capped scores (Gemma 2), which TensorRT's own attention does not support.
 
-    Needs: ``Attention`` nodes with an additive mask, inputs of shape [B, H, T, D] whose heads and width are known, and
-    no past. Leaves: none with ``softcap``; ``cap · tanh(q kᵀ · scale / cap) + mask`` under a softmax instead.
+    Needs: ``Attention`` nodes with an additive mask, inputs of shape [B, H, T, D] with known H and D, and no past.
+    Result: no ``Attention`` with ``softcap``. Instead, matrix products and ``softmax(cap · tanh(q kᵀ · scale / cap) + mask)``.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -1,4 +1,4 @@
-"""The TensorRT step graph, derived from the portable one by passes."""
+"""Passes that derive TensorRT's step graph from the portable one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HIDDEN = {ir.DataType.FLOAT: -1.7e38, ir.DataType.FLOAT16: -32752.0, ir.DataType
 
 
 def specialize(model: ir.Model, precision: Precision, capacity: int) -> None:
-    """Make a portable step graph one that TensorRT and TensorRT-RTX build, in place.
+    """Edit a portable step graph so that TensorRT and TensorRT-RTX can build it, in place.
 
-    It still computes the same, for caches of `capacity` slots.
+    The results are the same, for caches of `capacity` entries per slot.
     """
     StaticCapacity(capacity)(model)
     AdditiveMask()(model)
@@ -26,13 +26,13 @@ def specialize(model: ir.Model, precision: Precision, capacity: int) -> None:
 
 
 class StaticCapacity(ir.passes.InPlacePass):
-    """Fix the cache's number of slots: TensorRT updates a cache in place only where that is static.
+    """Make the cache's capacity static: TensorRT can update a cache in place only then.
 
-    Needs: ``past.*`` inputs of shape [B, Hkv, S, D] with one name for S. Leaves: S as a number there and wherever else
-    a shape names it; batch, tokens and rows stay dynamic.
+    Needs: ``past.*`` inputs of shape [B, Hkv, S, D] with one name for S.
+    Result: S is a number, in these and in all other shapes. Batch, tokens and rows stay dynamic.
 
     Args:
-        capacity: S, in slots.
+        capacity: S, the entries per slot.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -52,13 +52,14 @@ class StaticCapacity(ir.passes.InPlacePass):
 
 
 class AdditiveMask(ir.passes.InPlacePass):
-    """Give attention what is added to its scores instead of a mask of booleans, made once for all layers.
+    """Replace the boolean mask of attention by numbers to add to the scores, computed once for all layers.
 
-    Needs: ``Attention`` nodes with a boolean mask. Leaves: the same attention under a mask in the dtype of its keys.
-    TensorRT-RTX 1.7's compiler fails on the boolean one in 16-bit graphs ("more than one op named … iota").
+    Needs: ``Attention`` nodes with a boolean mask.
+    Result: the same attention, with an additive mask in the dtype of its keys. The compiler of TensorRT-RTX 1.7 fails on
+    boolean masks in 16-bit graphs ("more than one op named … iota").
 
-    A hidden slot gets half the lowest number, so that no score makes the sum overflow: a kernel that reads the cache in
-    blocks, one of which may be hidden altogether, would make NaN of a block of infinities.
+    A hidden entry gets half the lowest number, so that adding a score cannot overflow. -inf would not work: a kernel that reads
+    the cache in blocks makes NaN of a block in which all entries are hidden.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -90,12 +91,13 @@ class AdditiveMask(ir.passes.InPlacePass):
 class DecomposableAttention(ir.passes.InPlacePass):
     """Let TensorRT run attention as several kernels.
 
-    Needs: nothing. Leaves: ``TRT_decomposable=1`` on every ``Attention`` node. TensorRT has no fused kernel in fp32 and
-    refuses the node without; ONNX Runtime refuses it with.
+    Needs: nothing.
+    Result: ``TRT_decomposable=1`` on every ``Attention`` node. TensorRT has no fused kernel in fp32 and refuses the node
+    without this attribute. ONNX Runtime refuses it with the attribute.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Mark in place."""
+        """Set the attribute in place."""
         nodes = [node for node in model.graph.all_nodes() if node.op_type == "Attention"]
         for node in nodes:
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)

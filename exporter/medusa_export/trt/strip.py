@@ -1,8 +1,9 @@
-"""Plans without the weights that the bundle they were built from holds as well.
+"""Removes from plans the weights that the ONNX bundle also has.
 
-TensorRT copies most weights into a plan byte for byte, some of them side by side: the rows of q, k and v, say, as the rows of
-one matrix. They are left out of the stored plan and put back when it is loaded (`medusa_runtime.bundle.plans`). The
-loaded plan is the same, byte for byte, so nothing is refitted. Weights that TensorRT stored in another layout stay in the plan.
+TensorRT copies most weights into a plan byte for byte. Some are interleaved: the rows of q, k and v, for example, become the
+rows of one matrix. These bytes are removed from the stored plan and put back when it is loaded
+(`medusa_runtime.bundle.plans`). The loaded plan is the same, byte for byte, so nothing is refitted. Weights that TensorRT
+stored in another layout stay in the plan.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from medusa_runtime.bundle.files import replacing
 from medusa_runtime.bundle.manifest import FileFacts, PartFacts, RegionFacts, StrippedPlan
 from medusa_runtime.bundle.plans import Bytes, plan_gaps, region_rows
 
-WORD = 8  # bytes; tensors begin at multiples of it in a plan
-KEY_WORDS = 4  # that a tensor is looked for by
-CHUNK = 1 << 22  # words looked at in one go
+WORD = 8  # bytes; in a plan, tensors start at multiples of it
+KEY_WORDS = 4  # words at the start of a tensor by which it is found
+CHUNK = 1 << 22  # words that are searched at a time
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the weights file: `rows` times `row_bytes` from `offset` on."""
+    """A tensor of the weights file: `rows` rows of `row_bytes` bytes each, starting at `offset`."""
 
     offset: int
     rows: int
@@ -36,7 +37,7 @@ class Stored:
 
 
 def stored_tensors(model: ir.Model) -> list[Stored]:
-    """The external tensors of a graph; a tensor's rows are what its last axis counts."""
+    """The external tensors of a graph. A row is one slice along the last axis."""
     found = set()
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -47,16 +48,16 @@ def stored_tensors(model: ir.Model) -> list[Stored]:
 
 
 def strip_plan(path: Path, weights: Path, tensors: Iterable[Stored], whole: FileFacts) -> tuple[FileFacts, StrippedPlan]:
-    """Leave out of a plan what the weights file holds.
+    """Remove from a plan the tensors that the weights file holds.
 
     Args:
         path: the plan; it is replaced.
-        weights: the file.
-        tensors: what is in it.
-        whole: the plan's size and digest.
+        weights: the weights file.
+        tensors: the tensors in that file.
+        whole: size and digest of the whole plan.
 
     Returns:
-        The facts of the file that is left, and what it takes to make the plan of it again.
+        The facts of the stripped file, and the description needed to restore the plan.
     """
     plan, source = (np.memmap(file, np.uint8, mode="r") for file in (path, weights))
     regions = list(find_regions(plan, source, tensors))
@@ -66,12 +67,12 @@ def strip_plan(path: Path, weights: Path, tensors: Iterable[Stored], whole: File
             file.write(plan[start:stop].data)
             digest.update(plan[start:stop].data)
             size += stop - start
-        del plan  # before its file is replaced
+        del plan  # close it before its file is replaced
     return FileFacts(size=size, sha256=digest.hexdigest()), StrippedPlan(**whole.model_dump(), regions=regions)
 
 
 def find_regions(plan: Bytes, source: Bytes, tensors: Iterable[Stored]) -> Iterator[RegionFacts]:
-    """Where a plan holds tensors of a weights file, alone or side by side; in order, without overlap."""
+    """The regions of a plan that hold tensors of a weights file, single or interleaved; in order, without overlap."""
     firsts = _first_rows(plan, source, tensors)
     end = 0
     for position in sorted(firsts):
@@ -91,7 +92,7 @@ def find_regions(plan: Bytes, source: Bytes, tensors: Iterable[Stored]) -> Itera
 
 
 def _side_by_side(firsts: dict[int, Stored], position: int) -> Iterator[Stored]:
-    """The tensors whose first rows follow one another from a position on, as long as they have as many rows."""
+    """The tensors whose first rows follow one another from a position on and that have the same number of rows."""
     rows = firsts[position].rows
     while (tensor := firsts.get(position)) and tensor.rows == rows:
         yield tensor
@@ -108,11 +109,11 @@ def _holds(plan: Bytes, source: Bytes, region: RegionFacts) -> bool:
 
 
 def _first_rows(plan: Bytes, source: Bytes, tensors: Iterable[Stored]) -> dict[int, Stored]:
-    """Positions in the plan at which the first words of a tensor are."""
+    """The positions in the plan that hold the first words of a tensor."""
     keys: dict[bytes, Stored] = {}
     for tensor in tensors:
         key = source[tensor.offset :][: KEY_WORDS * WORD].tobytes()
-        if len(set(key)) > 1 and tensor.row_bytes >= KEY_WORDS * WORD:  # zeros are everywhere
+        if len(set(key)) > 1 and tensor.row_bytes >= KEY_WORDS * WORD:  # zeros would match everywhere
             keys.setdefault(key, tensor)
     if not keys:
         return {}

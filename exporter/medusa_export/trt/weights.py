@@ -1,4 +1,4 @@
-"""Weights of products in 8 or 4 bits, as TensorRT takes them: symmetric codes right under their scales."""
+"""Quantises the weights of matrix products to 8 or 4 bits, symmetrically (without zero points) as TensorRT requires."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from medusa_export.graph.values import add_initializer, shape_of
 from medusa_runtime.bundle.manifest import EngineWeights
 
 Matrix = npt.NDArray[np.float32]
-MIN_SIZE = 4096  # a smaller matrix is not worth it
+MIN_SIZE = 4096  # elements; a smaller matrix is not worth quantising
 BLOCK_SIZES = (128, 64)  # inputs that share a scale in 4 bits
 INT8_MAX, INT4_MAX, FP8_MAX = 127, 7, 448
-CUTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a block's range that 4 bits may be spread over
+CUTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a block's range that the 4-bit codes cover; the best one is used
 _LEAST = {ir.DataType.FLOAT: 2.0**-126, ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}  # normal numbers
 _STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 class QuantizeEngineWeights(ir.passes.InPlacePass):
-    """Store the weights of products in fewer bits; products still run in the graph's dtype.
+    """Store the weights of matrix products in fewer bits. The products are still computed in the graph's dtype.
 
-    Needs: a graph as the exporter writes it. Leaves: each large weight of a ``MatMul`` or ``Gemm`` under a
-    ``DequantizeLinear``, rounded to nearest: int8 and fp8 (e4m3) with a scale an output, int4 with one an output and block of
-    128 or 64 inputs. What divides into no such blocks gets int8, and so does the LM head, which suffers most from 4 bits. A
-    table that rows are gathered from (a tied embedding) is kept besides as it was.
+    Needs: a graph as the exporter writes it.
+    Result: each large weight of a ``MatMul`` or ``Gemm`` is under a ``DequantizeLinear``, rounded to nearest. int8 and fp8
+    (e4m3) have one scale per output; int4 has one per output and block of 128 or 64 inputs. A weight that cannot be divided
+    into such blocks gets int8, and so does the LM head, as 4 bits hurt it most. A weight from which rows are also gathered (a
+    tied embedding) is stored a second time, unquantised.
 
     Args:
-        weights: how to store them.
-        vocab_size: outputs by which the LM head is known.
+        weights: how to store the weights.
+        vocab_size: number of outputs by which the LM head is recognised.
     """
 
     def __init__(self, weights: EngineWeights, vocab_size: int) -> None:
@@ -51,7 +52,7 @@ class QuantizeEngineWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(stored))
 
     def _store(self, graph: ir.Graph, weight: ir.Value, input_axis: int) -> ir.Value:
-        """The weight's codes and scales as initializers, and what they give: a value like the weight."""
+        """Add the weight's codes and scales as initializers. Returns the dequantised weight."""
         tensor, name = weight.const_value, weight.name or ""
         assert tensor is not None
         shape = shape_of(tensor).numpy()
@@ -82,7 +83,7 @@ class QuantizeEngineWeights(ir.passes.InPlacePass):
         return result
 
     def _form(self, inputs: int, outputs: int) -> tuple[str, int]:
-        """What a weight is stored as, and how many inputs share a scale."""
+        """The type that a weight is stored in, and the number of inputs that share a scale."""
         block = next((size for size in BLOCK_SIZES if inputs % size == 0), None)
         if self.weights != "int4":
             return self.weights, inputs
@@ -92,13 +93,13 @@ class QuantizeEngineWeights(ir.passes.InPlacePass):
 def round_weight(
     weight: Matrix, kind: str, dtype: ir.DataType, groups: int = 1
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
-    """Codes and scales of a weight: code · scale is nearest to it, given the scales, which are rounded first.
+    """Codes and scales of a weight. The scales are rounded first, then each code is the one nearest to weight / scale.
 
     Args:
         weight: [K, N].
         kind: ``int8``, ``int4`` or ``fp8``.
-        dtype: of the scales.
-        groups: blocks of inputs that have scales of their own, G; they divide K.
+        dtype: the scales' type.
+        groups: G, the number of blocks of inputs with their own scales. G divides K.
 
     Returns:
         codes [K, N] and scales [G, N].
@@ -118,7 +119,7 @@ def round_weight(
 
 
 def _scale(scale: npt.NDArray[np.floating], dtype: ir.DataType) -> Matrix:
-    """As the dtype has it, and never 0."""
+    """The scale rounded to the dtype, and never 0."""
     rounded: Matrix = np.maximum(scale, np.float32(_LEAST[dtype])).astype(dtype.numpy()).astype(np.float32)
     return rounded
 
@@ -129,7 +130,7 @@ def _int4(blocks: Matrix, scale: Matrix) -> Matrix:
 
 
 def _best_scale(blocks: Matrix, largest: Matrix, dtype: ir.DataType) -> Matrix:
-    """Of several ranges that cut off the outermost values more and more, the one whose squared error is least."""
+    """The scale with the least squared error, of several that clip the outermost values more and more."""
     scales = np.stack([_scale(largest * cut / INT4_MAX, dtype) for cut in CUTS])  # [cuts, G, 1, N]
     errors = [np.square(_int4(blocks, scale) * scale - blocks).sum(1, keepdims=True) for scale in scales]
     best: Matrix = np.take_along_axis(scales, np.argmin(errors, axis=0)[None], 0)[0]
@@ -137,7 +138,7 @@ def _best_scale(blocks: Matrix, largest: Matrix, dtype: ir.DataType) -> Matrix:
 
 
 def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, int]]:
-    """Products with a large weight: the node that reads it, the weight, and which of its axes the inputs lie along."""
+    """The matrix products with a large weight: the node that reads the weight, the weight, and the axis of its inputs."""
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -163,7 +164,7 @@ def _read(node: ir.Node, before: ir.Value, after: ir.Value) -> None:
 
 
 def _lazy(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], npt.NDArray[np.generic]]) -> ir.LazyTensor:
-    """Made when it is written, so that no more than one is in memory."""
+    """A tensor that is computed when it is written, so that at most one is in memory."""
 
     def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(make()), dtype=dtype, name=name)

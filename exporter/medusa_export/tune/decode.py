@@ -1,4 +1,4 @@
-"""Real decoding, timed: what the host adds to a step, and whether the prediction holds."""
+"""Timed decoding: measures the host's share of a step, and checks predictions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from medusa_runtime.drafting.tuning import LookupCheck
 from medusa_runtime.options import DecodingOptions
 
 Thing = TypeVar("Thing")
-HOST_NODES, HOST_TOKENS, HOST_STEPS = 8, 64, 16  # of the runs that tell the host's work
-Pair = tuple[Sequence["TimedStep"], Sequence["TimedStep"]]  # of the same prompts, decoded in two ways
+HOST_NODES, HOST_TOKENS, HOST_STEPS = 8, 64, 16  # tree nodes, new tokens and steps when measuring the host's share
+Pair = tuple[Sequence["TimedStep"], Sequence["TimedStep"]]  # the same prompts, decoded in two ways
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class TimedStep:
 def full_steps(
     engine: DecodingEngine, prompts: Sequence[Sequence[int]], options: DecodingOptions, most: int | None = None
 ) -> list[TimedStep]:
-    """Decode prompts, and time the steps in which the engine decodes as many sequences as it can.
+    """Decode prompts, and return the timed steps that decode a full batch.
 
     Args:
-        engine: idle.
-        prompts: token ids; at least as many as the engine decodes at a time.
-        options: how they are decoded.
-        most: steps to time.
+        engine: an idle engine.
+        prompts: token ids; at least as many prompts as the engine's batch size.
+        options: decoding options.
+        most: the largest number of steps to time.
     """
     sequences = [engine.add(prompt, options) for prompt in prompts]
     found: list[TimedStep] = []
@@ -65,16 +65,16 @@ def in_turn(
     options: DecodingOptions,
     tell: Callable[[int], None] = lambda _: None,
 ) -> list[Pair]:
-    """Decode prompts with two engines, group by group of as many as they decode at a time, each the first in every other one.
+    """Decode prompts with two engines, in groups of their batch size. The engines alternate in going first.
 
     Args:
-        engines: idle, of one batch size; they may have one backend.
-        prompts: token ids; a number of whole groups.
-        options: how they are decoded.
-        tell: told how many prompts are done.
+        engines: two idle engines of the same batch size. They may share a backend.
+        prompts: token ids; a multiple of the batch size.
+        options: decoding options.
+        tell: called with the number of prompts done.
 
     Returns:
-        The full steps of each group by each engine.
+        For each group, the full steps of each engine.
     """
     pairs: list[Pair] = []
     size = engines[0].max_batch_size
@@ -90,11 +90,11 @@ def in_turn(
 
 
 def lookup_check(pairs: Sequence[Pair], size: int) -> LookupCheck | None:
-    """What prompt lookup gives; none where no group was decoded long enough.
+    """The gain from prompt lookup; None if no group was decoded long enough.
 
     Args:
-        pairs: steps without it and with it.
-        size: prompts of each pair.
+        pairs: steps without and with prompt lookup.
+        size: prompts per pair.
     """
     timed = [pair for pair in pairs if all(pair)]
     if not timed:
@@ -109,17 +109,17 @@ def lookup_check(pairs: Sequence[Pair], size: int) -> LookupCheck | None:
 
 
 def rate(steps: Sequence[TimedStep]) -> float:
-    """Tokens a second, over all steps together."""
+    """Tokens per second over all steps."""
     return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
 
 
 def with_host_seconds(backend: Backend, costs: StepCosts, prompts: Sequence[Sequence[int]]) -> StepCosts:
-    """The costs with what the host adds to a step: measured for the smallest and the largest batch, in between by a line.
+    """The costs plus the host's share of a step, measured at the smallest and the largest batch and interpolated linearly.
 
     Args:
-        backend: nobody else may use it meanwhile.
-        costs: of the backend.
-        prompts: token ids; at least one.
+        backend: the backend; nothing else may use it meanwhile.
+        costs: the backend's costs.
+        prompts: token ids of at least one prompt.
     """
     ends = (costs.batch_sizes[0], costs.batch_sizes[-1])
     measured = []
@@ -136,7 +136,7 @@ def with_host_seconds(backend: Backend, costs: StepCosts, prompts: Sequence[Sequ
 
 
 def cycled(things: Sequence[Thing], count: int) -> list[Thing]:
-    """So many of them, from the first again where there are too few."""
+    """`count` of them. After the last, it starts again from the first."""
     return [things[number % len(things)] for number in range(count)]
 
 

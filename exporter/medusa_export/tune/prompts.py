@@ -1,4 +1,4 @@
-"""The prompts that tuning decodes."""
+"""The default prompts of tuning, and a reader for files of prompts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PROMPTS = (
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts from a file: one a line, or JSON lines with a `prompt`, or with `turns`, of which the first is taken.
+    """Read prompts from a text file with one per line, or from JSON lines with `prompt` or `turns` (the first turn is used).
 
     Raises:
-        OptionError: it cannot be read, or holds no prompt.
+        OptionError: the file cannot be read, or has no prompts.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> list[str]:
         raise OptionError(f"cannot read the prompts {path}: {error}") from error
     prompts = [_from_json(path, number, line) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
     if not prompts:
-        raise OptionError(f"{path} holds no prompt")
+        raise OptionError(f"{path} has no prompts; write one per line")
     return prompts
 
 
@@ -50,5 +50,5 @@ def _from_json(path: Path, number: int, line: str) -> str:
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         prompt = None
     if not isinstance(prompt, str) or not prompt:
-        raise OptionError(f'{path}, line {number}: no prompt; a line is {{"prompt": "…"}} or {{"turns": ["…"]}}')
+        raise OptionError(f'{path}, line {number}: no prompt; a line must be {{"prompt": "…"}} or {{"turns": ["…"]}}')
     return prompt

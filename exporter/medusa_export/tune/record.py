@@ -1,4 +1,4 @@
-"""What the heads said at each token of greedy answers: from this, decoding with any tree can be replayed."""
+"""Records the heads' guesses at each token of greedy answers. Decoding with any tree can be replayed from the record."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from medusa_heads.replay import NOT_VALID, TOP_K
 from medusa_runtime.arrays import FloatArray, IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 
-CHUNK = 256  # prompt tokens a step
+CHUNK = 256  # prompt tokens per step
 
 
 @dataclass(frozen=True)
 class Record:
-    """Answers side by side. Row i of an answer is where its token i was decided: the heads guess the tokens from i + 1 on.
+    """The recorded answers, one after the other. In row i of an answer, its token i is decided and heads guess from i + 1 on.
 
-    The rows are those of `medusa_heads.replay.replay`.
+    Rows are as in `medusa_heads.replay.replay`.
     """
 
-    ranks: IntArray  # [P, K] of the right token; TOP_K for all further ones, NOT_VALID where the answer is over
+    ranks: IntArray  # [P, K] rank of the right token; TOP_K if it is not a candidate, NOT_VALID after the end of the answer
     log_probs: FloatArray  # [P, K, M], best first
-    starts: IntArray  # [A] the answers' first rows
+    starts: IntArray  # [A] first row of each answer
 
     @property
     def num_answers(self) -> int:
-        """How many answers there are."""
+        """The number of answers."""
         return len(self.starts)
 
     def part(self, answers: Sequence[int]) -> Record:
-        """Some of the answers, in that order."""
+        """A record of some of the answers, in the given order."""
         ends = [*self.starts[1:].tolist(), len(self.ranks)]
         rows = [np.arange(self.starts[answer], ends[answer]) for answer in answers]
         starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
@@ -49,15 +49,15 @@ def record(
     batch_size: int,
     tell: Callable[[int], None] = lambda _: None,
 ) -> Record:
-    """Decode greedily without drafts, and note the heads' guesses at every token. What the cache held is lost.
+    """Decode greedily without drafts, and record the heads' guesses at every token. This overwrites the cache.
 
     Args:
-        backend: nobody else may use it meanwhile.
-        prompts: token ids, each with room for an answer.
-        max_new_tokens: of an answer.
-        end_ids: tokens that end one.
-        batch_size: answers decoded at a time.
-        tell: told how many answers are done.
+        backend: the backend; nothing else may use it meanwhile.
+        prompts: token ids, each short enough to leave room for an answer.
+        max_new_tokens: longest answer.
+        end_ids: tokens that end an answer.
+        batch_size: answers decoded at the same time.
+        tell: called with the number of answers done.
     """
     ranks: list[IntArray] = []
     log_probs: list[FloatArray] = []
@@ -72,11 +72,11 @@ def record(
 
 
 def ranks_of(tokens: Sequence[int], head_ids: IntArray) -> IntArray:
-    """The ranks that the heads gave an answer's own tokens. [n, K]
+    """The ranks of an answer's tokens among the heads' candidates. [n, K]
 
     Args:
-        tokens: n of them.
-        head_ids: candidates at each of them, best first. [n, K, M]
+        tokens: the answer's n tokens.
+        head_ids: the candidates at each token, best first. [n, K, M]
     """
     count, heads, _ = head_ids.shape
     ranks = np.full((count, heads), NOT_VALID, np.int64)
@@ -93,7 +93,7 @@ Guesses = list[tuple[IntArray, FloatArray]]  # at each token: ids and log-probab
 def _decode(
     backend: Backend, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: frozenset[int]
 ) -> list[tuple[list[int], Guesses]]:
-    """Answers side by side, in neighbouring slots. One that has ended goes on beside the others, unnoticed."""
+    """Decode answers as one batch, in adjacent slots. Answers that have ended are decoded on and cut off afterwards."""
     batch = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts])
     backend.resize(batch, int(lengths.max()) + max_new_tokens)
@@ -116,7 +116,7 @@ def _decode(
 
 
 def _read(backend: Backend, slot: int, prompt: Sequence[int]) -> int:
-    """Cache a prompt and decide the token that follows it."""
+    """Read a prompt into the cache. Returns the token after it."""
     chunk = min(CHUNK, backend.manifest.limits.max_prefill_tokens or CHUNK)
     for start in range(0, len(prompt), chunk):
         ids = np.array([prompt[start : start + chunk]], np.int64)

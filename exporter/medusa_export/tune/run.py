@@ -1,4 +1,4 @@
-"""`medusa-export tune`: measure, search, check, and keep the result in the bundle."""
+"""`medusa-export tune`: measures, searches, checks, and writes the result to the bundle."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from medusa_runtime.options import DecodingOptions
 from medusa_runtime.text.codec import TextCodec
 
 BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
-TOLERANCE = 0.15  # of a prediction
-CHECKED = 3  # prompts that a check decodes at least
-LOOKED_UP = 8  # groups of prompts that are decoded with prompt lookup and without
-LOOKUP_PAYS = 1.02  # times as many tokens a second are worth it
-RECORDED_TOGETHER = 8  # answers
-SPARE = 16  # entries for drafts beyond prompt and answer
-EVALUATION_NAME = "evaluation.json"  # beside heads
+TOLERANCE = 0.15  # largest relative error of a prediction
+CHECKED = 3  # fewest prompts that a check decodes
+LOOKED_UP = 8  # groups of prompts that are decoded with and without prompt lookup
+LOOKUP_PAYS = 1.02  # least speed-up at which prompt lookup is used
+RECORDED_TOGETHER = 8  # answers that are recorded in one batch
+SPARE = 16  # cache entries for drafts, in addition to prompt and answer
+EVALUATION_NAME = "evaluation.json"  # in the heads' directory
 Prompts = Sequence[Sequence[int]]  # token ids
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What `medusa-export tune` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export tune`; the command's help describes each."""
 
     bundle: Path
     heads: Path | None = None
     evaluation: Path | None = None
     prompts: Path | None = None
     batch_sizes: tuple[int, ...] = ()
-    default_batch_sizes: tuple[int, ...] = BATCH_SIZES  # where none are asked for, those that the bundle takes
+    default_batch_sizes: tuple[int, ...] = BATCH_SIZES  # used if none are given, up to the bundle's largest
     max_nodes: int = MAX_NODES
     lengths: tuple[int, ...] = ()
     max_new_tokens: int = 64
@@ -61,15 +61,15 @@ class TuneOptions:
 
 
 def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
-    """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. Takes a minute or two.
+    """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. This takes a minute or two.
 
-    Returns the device as `tuning.json` names it, and what was found.
+    Returns the device's name in `tuning.json`, and its tuning.
 
     Raises:
         OptionError: an option cannot be used, or the prompts cannot be read.
-        BundleError, BackendError: the bundle cannot be run here.
-        CapacityError: a batch is larger than the bundle takes, or there is no memory for it.
-        CheckpointError: the evaluation is damaged, or of other heads.
+        BundleError, BackendError: the bundle cannot be run on this machine.
+        CapacityError: a batch is larger than the bundle's limit or than memory allows.
+        CheckpointError: the evaluation is damaged, or belongs to other heads.
     """
     manifest = _checked(options.bundle)
     evaluation = _evaluation(options, manifest)
@@ -100,9 +100,9 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     else:
         acceptance = run.acceptance(max_nodes)
         rows = len(acceptance.record.ranks)
-        source = f"{options.prompts.name if options.prompts else 'own prompts'} ({len(prompts)} answers, {rows} tokens)"
+        source = f"{options.prompts.name if options.prompts else 'built-in prompts'} ({len(prompts)} answers, {rows} tokens)"
     batches = []
-    with count_stage("decode to check", len(batch_sizes), "batches") as tell:
+    with count_stage("check by decoding", len(batch_sizes), "batches") as tell:
         for number, batch_size in enumerate(batch_sizes, start=1):
             run.capacity(batch_size)
             batches.append(run.tuned(Place(costs, batch_size, run.entries(batch_size)), acceptance))
@@ -130,24 +130,24 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
 
 
 def keep(bundle: Path, manifest: Manifest, device: str, found: DeviceTuning) -> None:
-    """Add a device to a bundle's tuning. What is there of other devices stays, unless it is of other files or damaged."""
+    """Add a device to a bundle's tuning. Other devices' entries are kept, unless they are damaged or the bundle has changed."""
     digest = manifest.content_digest()
     devices: dict[str, DeviceTuning] = {}
     try:
         before = Tuning.load(bundle)
     except BundleError as error:
-        note(f"{error}: it is replaced")
+        note(f"{error}; it is replaced")
     else:
         if before is not None and before.bundle == digest:
             devices = before.devices
         elif before is not None:
-            note("the tuning there was of other files: it is replaced")
+            note("the existing tuning belongs to other files; it is replaced")
     Tuning(bundle=digest, devices=devices | {device: found}).save(bundle)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A backend with what is decoded on it."""
+    """A backend together with the prompts to decode on it."""
 
     backend: Backend
     prompts: Prompts
@@ -156,7 +156,7 @@ class _Run:
     ngrams: NGrams | None
 
     def costs(self, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]) -> StepCosts:
-        """What steps cost, in the backend and around it."""
+        """The time of steps, including the host's share."""
         widths = [1 << power for power in range(max_nodes.bit_length()) if 1 << power < max_nodes] + [max_nodes]
         capacities = fitting_capacities(self.backend.manifest.limits, [length + max_nodes for length in lengths], max_nodes)
         with count_stage("step costs", self.rounds + 1, "rounds") as tell:
@@ -164,12 +164,12 @@ class _Run:
                 self.backend, batch_sizes, widths, capacities, rounds=self.rounds, tell=lambda done: tell(done, 0, done)
             )
         costs = StepCosts(list(batch_sizes), widths, capacities, *table)
-        with stage("the host's share"):
+        with stage("the host's share of a step"):
             self.backend.resize(batch_sizes[-1], self.capacity(1))
             return with_host_seconds(self.backend, costs, self.prompts)
 
     def acceptance(self, max_nodes: int) -> RecordedAcceptance:
-        """What drafts would have been accepted of the prompts' greedy answers."""
+        """Which drafts would have been accepted in the prompts' greedy answers."""
         model, limits = self.backend.manifest.model, self.backend.manifest.limits
         with count_stage("record acceptance", len(self.prompts), "answers") as tell:
             found = record(
@@ -184,20 +184,20 @@ class _Run:
             return RecordedAcceptance(found, self.backend.manifest.heads.top_k, max_nodes)
 
     def capacity(self, batch_size: int) -> int:
-        """Make the cache as large as these answers need, and empty. Returns its entries a slot."""
+        """Resize the cache to what these answers need, and empty it. Returns the entries per slot."""
         limits = self.backend.manifest.limits
         longest = max(len(prompt) for prompt in self.prompts) + self.new_tokens + SPARE
         self.backend.resize(batch_size, limits.capacity or min(longest, limits.max_seq_len))
         return self.backend.capacity
 
     def entries(self, batch_size: int) -> int:
-        """Entries that the longest sequence of a batch uses on average, while it is answered."""
+        """Cache entries of the longest sequence of a batch, averaged over the time of its decoding."""
         groups = [self.prompts[start : start + batch_size] for start in range(0, len(self.prompts), batch_size)]
         longest = [max(len(prompt) for prompt in group) for group in groups]
         return round(sum(longest) / len(longest) + self.new_tokens / 2)
 
     def tuned(self, place: Place, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> TunedBatch:
-        """The best trees for a batch size, the better of them tried."""
+        """The best trees for a batch size. The better one is checked by decoding."""
         plain, static, dynamic = place.whole(1, 1.0), acceptance.static(place), acceptance.dynamic(place)
         best = best_kind(plain, static, dynamic)
         found = TunedBatch(batch_size=place.batch_size, best=best, plain=plain, static=static, dynamic=dynamic)
@@ -205,7 +205,7 @@ class _Run:
         return found.model_copy(update={"check": check, "as_predicted": check and abs(check.error) <= TOLERANCE})
 
     def _check(self, place: Place, found: TunedBatch, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> Check | None:
-        """Decode some prompts plainly and with the best tree, in turn; none where their answers were too short."""
+        """Decode some prompts in turn without Medusa and with the best tree. None if their answers are too short."""
         batch, count = place.batch_size, -(-CHECKED // place.batch_size) * place.batch_size
         answers = cycled(range(len(self.prompts)), count)
         best = {"plain": found.plain, "static": found.static, "dynamic": found.dynamic}[found.best]
@@ -219,7 +219,9 @@ class _Run:
         ways = {"plain": plain}
         if found.best != "plain":
             ways[found.best] = DecodingOptions(max_new_tokens=self.new_tokens, tree=tree)
-        full_steps(engine, [self.prompts[answer] for answer in answers[:batch]], plain, 1)  # the first may prepare itself
+        full_steps(
+            engine, [self.prompts[answer] for answer in answers[:batch]], plain, 1
+        )  # warm up: the first run may include preparation
         steps: dict[str, list[TimedStep]] = {way: [] for way in ways}
         for start in range(0, count, batch):
             group = [self.prompts[answer] for answer in answers[start : start + batch]]
@@ -237,14 +239,14 @@ class _Run:
         )
 
     def lookup(self, found: DeviceTuning) -> LookupCheck | None:
-        """Decode some prompts with prompt lookup and without, in turn, both as a bundle so tuned is opened, one at a time.
+        """Decode some prompts in turn with and without prompt lookup, one at a time, with the engine of an opened tuned bundle.
 
         Args:
-            found: the device's tuning; where a batch of one was not tuned, its smallest is taken.
+            found: the device's tuning. If batch size 1 was not tuned, the smallest one is used.
         """
         batch = found.batches[0].batch_size
         count = LOOKED_UP * batch
-        prompts = [self.prompts[number * len(self.prompts) // count] for number in range(count)]  # from the first to the last
+        prompts = [self.prompts[number * len(self.prompts) // count] for number in range(count)]  # spread over all of them
         self.capacity(batch)
         without, with_it = self._engine(found, batch, 0), self._engine(found, batch, LOOKUP_NODES)
         with count_stage("try prompt lookup", count, "prompts") as tell:
@@ -253,7 +255,7 @@ class _Run:
         return lookup_check(pairs, batch)
 
     def _engine(self, found: DeviceTuning, batch: int, lookup_nodes: int) -> DecodingEngine:
-        """As `MedusaLM.from_bundle` makes it."""
+        """An engine like that of `MedusaLM.from_bundle`."""
         tree, costs = found.choice(batch, fitting_nodes(self.backend.manifest.limits, lookup_nodes))
         return DecodingEngine(
             self.backend,
@@ -269,41 +271,41 @@ class _Run:
 def _checked(bundle: Path) -> Manifest:
     manifest = Manifest.load(bundle)
     if manifest.validation.status == "failed":
-        raise BundleError(f"{bundle} failed its validation ({manifest.validation.report}); export it again before it is tuned")
+        raise BundleError(f"{bundle} failed its validation ({manifest.validation.report}); export it again before tuning")
     return manifest
 
 
 def _evaluation(options: TuneOptions, manifest: Manifest) -> Evaluation | None:
     if options.heads is not None and options.evaluation is not None:
-        raise OptionError("--heads and --evaluation exclude each other")
+        raise OptionError("--heads and --evaluation exclude each other; give one")
     place = options.heads / EVALUATION_NAME if options.heads is not None else options.evaluation
     if place is None:
         return None
     evaluation = read_evaluation(place)
     if evaluation.heads != manifest.heads.sha256:
         raise CheckpointError(
-            f"{place} is of other heads ({evaluation.heads[:12]}…) than the bundle's ({manifest.heads.sha256[:12]}…); "
-            "evaluate those, or leave it out to have their acceptance measured"
+            f"{place} belongs to other heads ({evaluation.heads[:12]}…) than the bundle's ({manifest.heads.sha256[:12]}…); "
+            "evaluate the bundle's heads, or leave it out to measure acceptance by decoding"
         )
     return evaluation
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read what `medusa-export heads evaluate` wrote.
+    """Read the output of `medusa-export heads evaluate`.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         return Evaluation.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no evaluation of heads ({type(error).__name__}); make one with: medusa-export heads evaluate"
+            f"{path} is not an evaluation of heads ({type(error).__name__}); make one with: medusa-export heads evaluate"
         ) from error
 
 
 def _batch_sizes(options: TuneOptions, limits: Limits) -> list[int]:
     wanted, largest = options.batch_sizes, limits.max_batch_size
     if wanted and largest is not None and max(wanted) > largest:
-        raise CapacityError(f"--batch-sizes asks for {max(wanted)}, the bundle takes {largest}")
+        raise CapacityError(f"--batch-sizes has {max(wanted)}, but the bundle's largest batch is {largest}; lower it")
     return sorted({size for size in wanted or options.default_batch_sizes if largest is None or size <= largest})

@@ -1,4 +1,4 @@
-"""Which tree gives the most tokens a second: steps cost what was measured, drafts are accepted as they were before."""
+"""Finds the trees with the most tokens per second, from measured step times and recorded acceptance of drafts."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from medusa_runtime.drafting.proposals import CandidateSet, HeadGuesses, candida
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.drafting.tuning import Kind, TunedTree
 
-SLACK = 0.005  # for so little, a dynamic tree is rather smaller
-WORTH = 1.03  # times better a static tree must be than a dynamic one, which fits itself to the moment
+SLACK = 0.005  # a smaller dynamic tree is preferred if it loses at most this part of the speed
+WORTH = 1.03  # a static tree must be this many times faster than a dynamic one, which adapts to each step
 Accuracy = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where trees are compared: a batch of so many sequences, on a cache of so many entries, at what steps cost there."""
+    """The setting in which trees are compared: batch size, cache entries per slot, and the costs of steps."""
 
     costs: StepCosts
     batch_size: int
     capacity: int
 
     def seconds(self, nodes: int) -> float:
-        """Of a step of so many nodes for each sequence, and of the heads, which a root alone does not need."""
+        """Time of a step with this many nodes per sequence, including the heads unless there is only the root."""
         step = float(self.costs.steps(self.batch_size, self.capacity, nodes)[-1])
         return step if nodes == 1 else step + self.costs.heads(self.batch_size)
 
     def whole(self, nodes: int, tokens_per_step: float) -> TunedTree:
-        """What steps give that always verify all nodes."""
+        """The rating of a tree whose steps always verify all nodes."""
         return self.rated(nodes, tokens_per_step, nodes, self.seconds(nodes))
 
     def rated(self, nodes: int, tokens_per_step: float, nodes_per_step: float, seconds: float) -> TunedTree:
-        """What steps of so many seconds give."""
+        """The rating of a tree whose steps take `seconds` on average."""
         return TunedTree(
             nodes=nodes,
             tokens_per_step=tokens_per_step,
@@ -55,29 +55,30 @@ class Place:
 
 
 class Acceptance(Protocol):
-    """What is known of how often drafts are accepted."""
+    """How often drafts are accepted, from any source."""
 
     accuracy: Accuracy  # [K, M]
 
     def static(self, place: Place) -> TunedTree:
-        """The fixed tree that gives the most tokens a second."""
+        """The static tree with the most tokens per second."""
         ...
 
     def dynamic(self, place: Place) -> TunedTree:
-        """The tree made anew at each step that gives the most."""
+        """The dynamic tree (rebuilt at each step) with the most tokens per second."""
         ...
 
 
 class RecordedAcceptance:
-    """By replaying recorded answers.
+    """Acceptance by replaying recorded answers.
 
-    A fixed tree is searched on one half of the answers and judged on the other, and the other way round; the one that is
-    given is searched on all. A dynamic tree is replayed as the engine makes it, step by step, no larger than pays.
+    Static trees are rated by cross-validation: found on one half of the answers and rated on the other, and vice versa. The
+    returned tree is found on all answers. A dynamic tree is replayed step by step as the engine builds it, with the width that
+    pays most.
 
     Args:
-        record: the answers.
-        top_k: candidates a head returns.
-        max_nodes: the largest tree.
+        record: the recorded answers.
+        top_k: candidates that each head returns.
+        max_nodes: nodes of the largest tree.
     """
 
     def __init__(self, record: Record, top_k: int, max_nodes: int) -> None:
@@ -93,13 +94,13 @@ class RecordedAcceptance:
         return best.model_copy(update={"acceptance": node_acceptance(self.record.ranks, self._trees[best.nodes - 1])})
 
     def dynamic(self, place: Place) -> TunedTree:
-        """See `Acceptance.dynamic`. The smallest tree within half a percent of the best."""
+        """See `Acceptance.dynamic`. It is the smallest tree within half a percent of the best."""
         found = [self.replayed(place, nodes) for nodes in sizes(self.max_nodes)]
         most = max(tree.tokens_per_second for tree in found)
         return next(tree for tree in found if tree.tokens_per_second >= (1 - SLACK) * most)
 
     def replayed(self, place: Place, tree: int | CandidateTree, answers: Sequence[int] | None = None) -> TunedTree:
-        """What a tree gives, by its size where it is dynamic, on some of the answers, or on all."""
+        """The rating of a static tree, or of a dynamic one given by its size, on some of the answers (default: all)."""
         chosen = range(self.record.num_answers) if answers is None else answers
         if isinstance(tree, CandidateTree):
             part = self.record.part(chosen)
@@ -108,15 +109,16 @@ class RecordedAcceptance:
 
 
 class EvaluatedAcceptance:
-    """By an evaluation of the heads: it tells how often each rank of each head is right, but not when.
+    """Acceptance by an evaluation of the heads, which has the accuracy of each rank of each head but no single steps.
 
-    What heads that are right and wrong together lose is taken from the trees that the evaluation replayed. Of a dynamic tree it
-    says nothing, so that is taken to give what the best fixed one of its size does; it gives a little more.
+    Heads are not independent: they tend to be right or wrong together. The loss by that is taken from the trees that the
+    evaluation replayed. Dynamic trees are rated like the best static tree of their size, which slightly underestimates them.
 
     Args:
-        evaluation: of the bundle's heads.
-        top_k: candidates a head returns.
-        max_nodes: the largest tree.
+        evaluation: the evaluation of the bundle's heads.
+        top_k: candidates that each head returns.
+        max_nodes: nodes of the largest tree.
+        record: the recorded answers.
     """
 
     def __init__(self, evaluation: Evaluation, top_k: int, max_nodes: int) -> None:
@@ -143,26 +145,26 @@ class EvaluatedAcceptance:
 
 
 def best_kind(plain: TunedTree, static: TunedTree, dynamic: TunedTree) -> Kind:
-    """The way to decode that is best for a batch size of its own."""
+    """The fastest way to decode."""
     if max(static.tokens_per_second, dynamic.tokens_per_second) <= plain.tokens_per_second:
         return "plain"
     return "static" if static.tokens_per_second > WORTH * dynamic.tokens_per_second else "dynamic"
 
 
 def best_static(trees: Sequence[CandidateTree], tokens: Sequence[float], place: Place) -> TunedTree:
-    """The tree that gives the most tokens a second, of some that give so many a step."""
+    """The tree with the most tokens per second. `tokens` has the tokens per step of each tree."""
     rated = [place.whole(tree.num_nodes, given) for tree, given in zip(trees, tokens, strict=True)]
     best = max(range(len(rated)), key=lambda number: rated[number].tokens_per_second)
     return rated[best].model_copy(update={"tree": trees[best].to_json()})
 
 
 def prefixes(tree: CandidateTree) -> list[CandidateTree]:
-    """The tree's first node, its first two …: for a tree grown node by node, the best of each size."""
+    """The trees of the first node, the first two nodes, and so on. If the tree grew greedily, each is the best of its size."""
     return [CandidateTree(tree.parents[:nodes], tree.ranks[:nodes]) for nodes in range(1, tree.num_nodes + 1)]
 
 
 def sizes(max_nodes: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 … and the largest."""
+    """The sizes 1, 2, 3, 4, 6, 8, 12, 16, … and the largest."""
     found = {1, max_nodes}
     for power in range(1, max_nodes.bit_length()):
         found |= {size for size in (1 << power, 3 << (power - 1)) if size < max_nodes}
@@ -170,7 +172,7 @@ def sizes(max_nodes: int) -> list[int]:
 
 
 def node_acceptance(ranks: IntArray, tree: CandidateTree) -> list[float]:
-    """For each node, how often all drafts down to it are right, over all rows whose answers go so far. [n, K] -> [N]"""
+    """For each node, how often all drafts on its path are right, over all rows with enough tokens left. [n, K] -> [N]"""
     reached = [np.ones(len(ranks), np.bool_)]
     shares = [1.0]
     for node in range(1, tree.num_nodes):
@@ -181,7 +183,7 @@ def node_acceptance(ranks: IntArray, tree: CandidateTree) -> list[float]:
 
 
 def path_products(accuracy: Accuracy, tree: CandidateTree) -> list[float]:
-    """For each node the product of the heads' accuracies down to it, as if they were independent. [K, M] -> [N]"""
+    """For each node, the product of the heads' accuracies along its path, as if they were independent. [K, M] -> [N]"""
     found = [1.0]
     for node in range(1, tree.num_nodes):
         head, rank = tree.depths[node] - 1, tree.ranks[node]
@@ -192,11 +194,11 @@ def path_products(accuracy: Accuracy, tree: CandidateTree) -> list[float]:
 
 @dataclass(frozen=True)
 class LikelyDrafts:
-    """For each row of a record, what a dynamic tree of any size up to A nodes would hold there.
+    """For each row of a record, the dynamic trees of all sizes up to A nodes.
 
     Args:
-        places: of the right drafts of depth 1, 2 … among the row's candidates, likeliest first; A where it is none. [P, K]
-        chances: the likeliest drafts' probabilities by the heads. [P, A - 1]
+        places: index of the right draft of each depth among the row's candidates, most likely first; A if it is not one. [P, K]
+        chances: the heads' probabilities of the most likely drafts. [P, A - 1]
     """
 
     places: IntArray
@@ -204,7 +206,7 @@ class LikelyDrafts:
 
     @classmethod
     def of(cls, record: Record, candidates: CandidateSet) -> LikelyDrafts:
-        """Sort a set of candidates at each row."""
+        """Sort a set of candidates by their probability in each row."""
         rows, heads = record.ranks.shape
         nodes = {
             (int(parent), int(rank)): node
@@ -213,7 +215,7 @@ class LikelyDrafts:
         none = candidates.num_nodes
         places = np.full((rows, heads), none)
         chances = np.zeros((rows, none - 1), np.float32)
-        no_ids = np.zeros(record.log_probs.shape[1:], np.int64)  # which do not matter here
+        no_ids = np.zeros(record.log_probs.shape[1:], np.int64)  # ids do not matter here
         for row, (ranks, log_probs) in enumerate(zip(record.ranks.tolist(), record.log_probs, strict=True)):
             scores = candidates.proposals(0, HeadGuesses(no_ids, log_probs), heads).scores
             place = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
@@ -228,15 +230,15 @@ class LikelyDrafts:
         return cls(places, chances)
 
     def accepted(self, row: int, nodes: int) -> int:
-        """How many drafts a step has accepted that verifies the likeliest nodes."""
+        """The number of drafts accepted in a row if a step verifies the `nodes` most likely ones."""
         return sum(1 for _ in itertools.takewhile(lambda place: place < nodes, self.places[row].tolist()))
 
 
 def replay_dynamic(record: Record, drafts: LikelyDrafts, place: Place, nodes: int, answers: Sequence[int]) -> TunedTree:
-    """What a dynamic tree gives under a `DraftBudget` with these costs, as the engine has it.
+    """The rating of a dynamic tree under a `DraftBudget` with these costs, as in the engine.
 
-    Answers are decoded side by side, the next one beginning where one ends, from the first again after the last, until each
-    was begun and so many tokens were given as they have together.
+    Answers are replayed in a batch. When one ends, the next takes its place, starting over after the last. The replay stops
+    after as many tokens as all answers have together.
     """
     budget = DraftBudget(place.costs)
     ends = [*record.starts[1:].tolist(), len(record.ranks)]
@@ -273,7 +275,7 @@ def replay_dynamic(record: Record, drafts: LikelyDrafts, place: Place, nodes: in
 
 
 def _judged_apart(record: Record, most: int) -> list[float]:
-    """Tokens per step of the best trees of 1, 2 … nodes, searched on each half of the answers and judged on the other."""
+    """Tokens per step of the best trees of 1, 2, … nodes, found on each half of the answers and rated on the other."""
     halves = [list(range(half, record.num_answers, 2)) for half in (0, 1)]
     if not halves[1]:
         halves[1] = halves[0]

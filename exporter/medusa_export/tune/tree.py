@@ -1,4 +1,4 @@
-"""What `medusa-export tree show` draws: a tree, and how often each of its nodes is accepted."""
+"""`medusa-export tree show`: a tree, and how often each of its nodes is accepted."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from medusa_runtime.drafting.tuning import DeviceTuning, tuned
 
 @dataclass(frozen=True)
 class Device:
-    """Where a tree was tuned for, as commands name it."""
+    """The device that a tree was tuned for, as given by a command's options."""
 
     backend: str = "auto"
     device: str = "auto"
     threads: int = 0
 
     def key(self, manifest: Manifest) -> str:
-        """Its name in a bundle's `tuning.json`."""
+        """The device's name in a bundle's `tuning.json`."""
         placement = place(manifest, self.backend, self.device, threads=self.threads)
         return device_key(placement.backend, num_threads=self.threads, processor=placement.processor)
 
 
 @dataclass(frozen=True)
 class ShownTree:
-    """A tree with what is known of it.
+    """A tree, its source and its acceptance.
 
     Args:
         tree: the tree.
-        source: where it is from, in words.
-        acceptance: for each node how often it is accepted, or none. [N]
+        source: where the tree comes from, in words.
+        acceptance: how often each node is accepted, or None if unknown. [N]
     """
 
     tree: CandidateTree
@@ -47,7 +47,7 @@ class ShownTree:
     acceptance: Sequence[float] | None = None
 
     def drawn(self) -> Tree:
-        """The tree for a terminal: each node with its rank path."""
+        """The tree for a terminal: each node with its path of ranks."""
         drawn = Tree(f"root: {self.tree.num_nodes} nodes, {self.tree.depth} deep", highlight=False)
         branches, paths = {0: drawn}, {0: ""}
         for node in range(1, self.tree.num_nodes):
@@ -57,27 +57,27 @@ class ShownTree:
         return drawn
 
     def chance(self, node: int) -> str:
-        """How often a node is accepted, in words."""
+        """How often a node is accepted, as text."""
         return f"{self.acceptance[node]:.3f}" if self.acceptance is not None else "unknown"
 
     @property
     def expected(self) -> float | None:
-        """Tokens a step, if steps began anywhere."""
+        """Expected tokens per step, if steps start at random positions."""
         return float(np.sum(self.acceptance)) if self.acceptance is not None else None
 
 
 def find_tree(path: Path, device: Device, batch_size: int, evaluation: Path | None) -> ShownTree:
-    """A tree from a file, or a bundle's for a device and a batch size: the tuned one, or else the manifest's.
+    """The tree of a file, or a bundle's tree for a device and a batch size: the tuned one, or else the manifest's.
 
     Args:
         path: a bundle's directory, or a tree as JSON.
-        device: where the bundle runs.
-        batch_size: sequences decoded at a time.
-        evaluation: of the heads; without it the tuning tells what is accepted.
+        device: the device that the bundle runs on.
+        batch_size: sequences decoded at the same time.
+        evaluation: an evaluation of the heads for the acceptance. By default the tuning has it.
 
     Raises:
         BundleError, TreeError, CheckpointError: a file is missing or damaged.
-        OptionError, BackendError: the bundle does not run there.
+        OptionError, BackendError: the bundle does not run on the device.
     """
     accuracy = read_evaluation(evaluation).accuracy if evaluation is not None else None
     if not path.is_dir():
@@ -88,15 +88,15 @@ def find_tree(path: Path, device: Device, batch_size: int, evaluation: Path | No
     if found is not None:
         return _tuned(found, batch_size, accuracy)
     tree = CandidateTree.from_json(manifest.tree)
-    return ShownTree(tree, "the bundle's own tree; it is not tuned for this device", _products(accuracy, tree))
+    return ShownTree(tree, "the bundle's default tree; the bundle is not tuned for this device", _products(accuracy, tree))
 
 
 def _tuned(found: DeviceTuning, batch_size: int, accuracy: list[list[float]] | None) -> ShownTree:
     batch = found.batch(batch_size)
     tree = CandidateTree.from_json(batch.static.tree)
-    source = f"the best fixed tree for batch {batch.batch_size} on this device"
+    source = f"the best static tree for batch size {batch.batch_size} on this device"
     if batch.best == "dynamic":
-        source += f"; better, and used, is one of {batch.dynamic.nodes} nodes at most, made anew at each step"
+        source += f"; decoding uses a faster dynamic tree instead, of at most {batch.dynamic.nodes} nodes, rebuilt at each step"
     return ShownTree(tree, source, _products(accuracy, tree) or batch.static.acceptance)
 
 

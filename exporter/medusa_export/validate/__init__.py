@@ -1,4 +1,4 @@
-"""Validation: a bundle against the PyTorch model it was made from."""
+"""Validation: compares a bundle with the PyTorch model that it was made from."""
 
 from medusa_export.validate.prompts import PROMPTS
 from medusa_export.validate.validation import record, validate

@@ -14,7 +14,7 @@ Rows = npt.NDArray[np.floating]
 
 
 def logits_difference(what: str, found: Rows, reference: Rows, target: str = PORTABLE) -> LogitsDifference:
-    """The largest differences over rows of logits. found, reference: [R, V]. What is not finite differs infinitely."""
+    """The largest differences over rows of logits [R, V]. If `found` has a value that is not finite, they are infinite."""
     found, reference = found.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(found).all():
         return LogitsDifference(
@@ -41,11 +41,11 @@ def logits_difference(what: str, found: Rows, reference: Rows, target: str = POR
 
 
 def divergences(token_ids: Sequence[int], reference: Rows) -> list[Divergence]:
-    """Where tokens are not the reference's choice after the same prefix.
+    """The positions at which a token is not the reference's choice after the same prefix.
 
     Args:
         token_ids: an answer of A tokens.
-        reference: the reference's logits for each of them, given those before. [A, V]
+        reference: the reference's logits for each token, given the tokens before it. [A, V]
     """
     choices = reference.argmax(-1)
     return [
@@ -56,7 +56,7 @@ def divergences(token_ids: Sequence[int], reference: Rows) -> list[Divergence]:
 
 
 def first_divergence(token_ids: Sequence[int], others: Sequence[int], reference: Rows) -> Divergence | None:
-    """Where two answers part, with the reference's logits of both tokens; none when they are equal."""
+    """The first position at which two answers differ, with the reference's logits of both tokens; None if they are equal."""
     for position, (token, other) in enumerate(zip(token_ids, others, strict=False)):
         if token != other:
             return _divergence(position, token, other, reference[position])

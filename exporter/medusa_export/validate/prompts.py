@@ -1,4 +1,4 @@
-"""Prompts that every validation uses unless it is given others: prose, lists, code, numbers, and a longer one."""
+"""The default prompts of a validation: prose, lists, code, numbers, and a longer one."""
 
 PROMPTS = (
     "What is the capital of Portugal, and what is it known for?",

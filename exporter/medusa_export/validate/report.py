@@ -1,4 +1,4 @@
-"""What a validation found, for people and for programs."""
+"""The result of a validation, as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from rich.table import Table
 
 from medusa_runtime.bundle.manifest import PORTABLE, REPORT_NAME, Precision, Provenance, Scheme, ValidationFacts
 
-Verdict = tuple[bool, str]  # whether a check passed, and what it found
+Verdict = tuple[bool, str]  # whether a check passed, and its result in words
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # an infinite difference is told as one
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # an infinite difference is written as "Infinity"
 
 
 class Tolerance(_Model):
-    """How far a bundle may be from the reference: PyTorch in fp32 on the weights as a float bundle stores them."""
+    """How much a bundle may differ from the reference: PyTorch in fp32, with weights rounded as in a float bundle."""
 
     max_abs: float  # of a logit
     max_kl: float  # nats, from the reference's next-token distribution to the bundle's
-    tie_margin: float  # between two logits: a token may differ where the reference prefers its own by less
+    tie_margin: float  # logits: another token is accepted if the reference's margin for its own is smaller
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
@@ -31,17 +31,18 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp16": Tolerance(max_abs=0.5, max_kl=2e-3, tie_margin=0.1),
     "bf16": Tolerance(max_abs=5e-3, max_kl=1e-6, tie_margin=1e-3),  # run in fp32 on a CPU, see `validate.runner`
 }
-# Run as such, on a GPU: a bfloat16 has eight bits. PyTorch itself in bfloat16 is 1.3, 0.011 and 0.13 off on the real model.
+# A GPU computes in bfloat16, which has eight bits of precision. PyTorch in bfloat16 differs by 1.3, 0.011 and 0.13 on the real
+# model.
 BF16_ON_GPU = Tolerance(max_abs=4.0, max_kl=5e-2, tie_margin=0.5)
 
-# A quantised bundle is compared with itself: how it reads a text at once against how it decodes it. What is left is the
-# rounding of float products of other sizes, which now and then moves an activation from one integer to the next.
+# A quantised bundle is compared with itself: reading a text at once against decoding it. They differ only by the rounding of
+# float products of different sizes, which occasionally moves an activation to the next integer.
 QUANTIZED = Tolerance(max_abs=0.5, max_kl=5e-3, tie_margin=0.1)
-ALLOWED_KL = 1.0  # nats on average, from PyTorch to a quantised bundle that was made without a limit: more is a defect
+ALLOWED_KL = 1.0  # mean nats from PyTorch to a quantised bundle that was made without a limit: more is a defect
 
 
 def tolerance(precision: Precision, *, is_quantized: bool, on_gpu: bool) -> Tolerance:
-    """How far a bundle may be from the reference where it runs."""
+    """How much a bundle may differ from the reference on this kind of device."""
     if is_quantized:
         return QUANTIZED
     return BF16_ON_GPU if precision == "bf16" and on_gpu else TOLERANCES[precision]
@@ -51,7 +52,7 @@ class LogitsDifference(_Model):
     """The largest differences between two sets of logits rows."""
 
     what: str
-    target: str = PORTABLE  # which of the bundle's graphs: portable, or made for a backend
+    target: str = PORTABLE  # which of the bundle's graphs: the portable ones, or those for a backend
     num_rows: int
     max_abs: float
     min_cosine: float
@@ -59,50 +60,52 @@ class LogitsDifference(_Model):
     mean_kl: float = 0.0
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether the rows agree. NaN does not."""
+        """Whether the rows agree. NaN never agrees."""
         return self.max_abs <= tolerance.max_abs and self.max_kl <= tolerance.max_kl
 
 
 class Divergence(_Model):
-    """A place where two decodings choose different tokens."""
+    """A position at which two decodings choose different tokens."""
 
     position: int  # in the answer
     token_id: int
     reference_token_id: int
-    logit: float  # the reference's, of token_id
-    reference_logit: float  # the reference's, of reference_token_id
+    logit: float  # the reference's logit of token_id
+    reference_logit: float  # the reference's logit of reference_token_id
     margin: float
 
 
 class GreedyComparison(_Model):
-    """Greedy decoding of one prompt, three ways."""
+    """Greedy decoding of one prompt: with Medusa, without it, and by the reference."""
 
     prompt: str
     num_tokens: int
-    plain_vs_reference: list[Divergence]  # every token of plain decoding against the reference's choice after the same prefix
-    medusa_vs_plain: Divergence | None  # the first, where there is one
+    plain_vs_reference: list[
+        Divergence
+    ]  # each token of plain decoding that is not the reference's choice after the same prefix
+    medusa_vs_plain: Divergence | None  # the first difference, if there is one
     tokens_per_step: float
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether all differences are near ties."""
+        """Whether all differences are between nearly equal logits."""
         found = [*self.plain_vs_reference, *([self.medusa_vs_plain] if self.medusa_vs_plain else [])]
         return all(divergence.margin <= tolerance.tie_margin for divergence in found)
 
 
 class ValidationReport(_Model):
-    """All that `medusa-export validate` compares. Kept as `validation.json` in the bundle."""
+    """Everything that `medusa-export validate` compares. It is written to `validation.json` in the bundle."""
 
     status: Literal["passed", "failed"] = "failed"
     reference: str
     backend: str
-    processor: str | None = None  # the GPU's name, where one ran it
-    targets: list[str] = [PORTABLE]  # the graphs that are compared; the backend decodes with the first
+    processor: str | None = None  # the GPU's name, if a GPU ran the bundle
+    targets: list[str] = [PORTABLE]  # the kinds of graphs that are compared; the backend decodes with the first
     notes: list[str] = []
     precision: Precision
     quantization: Scheme | None = None
     tolerance: Tolerance
-    allowed_kl: float | None = None  # nats on average, of a quantised bundle from PyTorch
-    generation: dict[str, Any] = {}  # the bundle's defaults from generation_config.json, with which greedy decoding is compared
+    allowed_kl: float | None = None  # mean nats from PyTorch to a quantised bundle
+    generation: dict[str, Any] = {}  # the bundle's defaults from generation_config.json; the greedy comparison uses them
     generation_mismatch: str | None = None  # how these defaults differ from the checkpoint's
     switched_off: dict[str, Any] = {}  # settings of generation_config.json that were left out of the comparison
     file_mismatches: list[str] = []
@@ -111,14 +114,14 @@ class ValidationReport(_Model):
     tree_logits: list[LogitsDifference] = []
     head_log_probs: list[LogitsDifference] = []
     greedy: list[GreedyComparison] = []
-    from_reference: list[LogitsDifference] = []  # a quantised bundle's logits against PyTorch's
+    from_reference: list[LogitsDifference] = []  # logits of a quantised bundle compared with PyTorch's
     provenance: Provenance
 
     def verdicts(self) -> dict[str, Verdict]:
-        """Each check with whether it passed and what it found."""
+        """Each check, whether it passed, and its result in words."""
         return {
-            "files match the manifest": (not self.file_mismatches, "; ".join(self.file_mismatches) or "all do"),
-            "the bundle runs": (not self.errors, "; ".join(self.errors) or "it does"),
+            "files match the manifest": (not self.file_mismatches, "; ".join(self.file_mismatches) or "all files match"),
+            "the bundle runs": (not self.errors, "; ".join(self.errors) or "no errors"),
             **self._by_target("logits of prompts, whole and in chunks", self.prompt_logits, self._logits),
             **self._by_target("logits of tree paths", self.tree_logits, self._logits),
             **self._by_target("head candidates", self.head_log_probs, self._heads),
@@ -149,10 +152,10 @@ class ValidationReport(_Model):
         return ValidationFacts(status=self.status, report=REPORT_NAME, summary=summary)
 
     def show(self, console: Console) -> None:
-        """Print the verdicts as a table, and below it where each prompt's answers part first."""
+        """Print the verdicts as a table, and below it the first difference of each prompt's answers."""
         table = Table(
             "check",
-            "found",
+            "result",
             "",
             title=f"{self.quantization or self.precision} bundle against {self.reference} in PyTorch",
             title_justify="left",
@@ -165,8 +168,8 @@ class ValidationReport(_Model):
                 kind, first = differences[0]
                 console.print(
                     f"  {row.prompt[:40]!r}: {kind} differs at token {first.position}: "
-                    f"{first.token_id} (logit {first.logit:.5f}) for {first.reference_token_id} "
-                    f"(logit {first.reference_logit:.5f}), margin {first.margin:.2g}; {len(differences)} differences in all",
+                    f"{first.token_id} (logit {first.logit:.5f}) instead of {first.reference_token_id} "
+                    f"(logit {first.reference_logit:.5f}), margin {first.margin:.2g}; {len(differences)} differences in total",
                     markup=False,
                     soft_wrap=True,
                 )
@@ -176,7 +179,7 @@ class ValidationReport(_Model):
     def _by_target(
         self, check: str, rows: list[LogitsDifference], judge: Callable[[list[LogitsDifference]], Verdict]
     ) -> dict[str, Verdict]:
-        """One check of each kind of graph, named after it where there are several."""
+        """One check for each kind of graph, with its name if there are several kinds."""
         several = len(self.targets) > 1
         return {
             f"{check} ({target})" if several else check: judge([row for row in rows if row.target == target])
@@ -196,7 +199,11 @@ class ValidationReport(_Model):
         return found + ([("Medusa from plain", row.medusa_vs_plain)] if row.medusa_vs_plain else [])
 
     def _heads(self, rows: list[LogitsDifference]) -> Verdict:
-        skipped = "they are quantised too" if self.quantization else "no heads were given"
+        skipped = "no heads were given; use --heads"
+        if self.quantization:
+            skipped = "the heads are quantised as well"
+        elif self.head_log_probs:
+            skipped = "these graphs use the heads graph compared above"
         return self._logits(rows) if rows else (True, f"skipped: {skipped}")
 
     def _logits(self, rows: list[LogitsDifference]) -> Verdict:

@@ -1,4 +1,4 @@
-"""The two sides of a validation: the bundle on its backend, and PyTorch."""
+"""The two sides of a validation: the bundle on its backend, and the model in PyTorch."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from medusa_runtime.errors import BundleError, first_line
 
 Rows = npt.NDArray[np.floating]
 SETTLE_TOKENS, SETTLE_ROUNDS = 32, 5
-BF16_NOTE = "ONNX Runtime has no bfloat16 kernels for the CPU: the graph ran in float32 on the bundle's bfloat16 weights"
+BF16_NOTE = "ONNX Runtime has no bfloat16 kernels for the CPU, so the graph ran in float32 with the bundle's bfloat16 weights"
 
 
 @contextmanager
 def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -> Iterator[tuple[Path, Manifest, list[str]]]:
-    """The bundle itself, or, where the CPU has no kernels for its precision, a temporary copy that it can run."""
+    """The bundle itself, or a temporary float32 copy if the CPU has no kernels for the bundle's precision."""
     if manifest.precision != "bf16" or on_gpu:
         yield bundle, manifest, []
         return
@@ -44,7 +44,7 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
             for model in models.values():
                 Upcast()(model)
             write_weights(models.values(), Path(scratch))
-        except Exception as error:  # damaged files make the readers fail in any way
+        except Exception as error:  # damaged files can make the readers raise anything
             raise BundleError(f"the graphs of {bundle} cannot be read: {first_line(error)}") from error
         for file, model in models.items():
             ir.save(model, Path(scratch) / file)
@@ -52,15 +52,15 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
 
 
 def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:
-    """A manifest for each kind of graph that the backend can run, first what it runs on one sequence: its own, or the portable.
+    """A manifest for each kind of graph that the backend can run. The first is the one that it uses for a single sequence.
 
-    Of an engine bundle that is its engines.
+    Engine bundles have only one kind: their engines.
     """
     if manifest.engine is not None:
         return {manifest.graphs[STEP].target: manifest}
     own = [backend, ORT_CPU_SINGLE] if backend == ORT_CPU else [backend]
     known, variants = {PORTABLE}, {}
-    for target in (PORTABLE, *own):  # each with those before it, which it does without where it can
+    for target in (PORTABLE, *own):  # each manifest also has the targets before it, as fallbacks
         known.add(target)
         graphs = {name: facts for name, facts in manifest.graphs.items() if facts.target in known}
         if any(facts.target == target for facts in graphs.values()):
@@ -69,7 +69,7 @@ def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:
 
 
 class Reference(Protocol):
-    """What a bundle's logits are compared with."""
+    """The source of logits that a bundle's logits are compared with."""
 
     def logits(self, token_ids: Sequence[int]) -> Rows:
         """Logits after every token. [T, V]"""
@@ -81,7 +81,7 @@ class Reference(Protocol):
 
 
 class BundleSide:
-    """The bundle's answers, logits included, on its graphs of one target."""
+    """The bundle's logits and answers, computed with its graphs for one target."""
 
     def __init__(
         self,
@@ -97,12 +97,12 @@ class BundleSide:
             bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads, cuda_graphs=cuda_graphs
         )
         self.target = target
-        self._last_row, self._root_id = 0, 0  # of the last step
+        self._last_row, self._root_id = 0, 0  # both of the last step
 
     def prompt_logits(self, prompt_ids: Sequence[int], chunk: int | None = None) -> Rows:
-        """Logits after every token of a prompt, which is read at once or in chunks of so many tokens. [T, V]
+        """Logits after every token of a prompt, read at once or in chunks of `chunk` tokens. [T, V]
 
-        Engines evaluate no more rows a step than a tree has nodes at most, so there chunks are no longer than that.
+        Engines evaluate at most as many rows per step as the largest tree has nodes, so chunks are no longer than that.
         """
         self.backend.resize(1, len(prompt_ids))
         limit = self.backend.manifest.limits.max_tree_nodes or len(prompt_ids)
@@ -126,11 +126,11 @@ class BundleSide:
 
     @property
     def root_id(self) -> int:
-        """The most likely token after the prompt that was read last."""
+        """The most likely token after the last prompt."""
         return self._root_id
 
     def proposed(self) -> HeadOutput:
-        """The heads' candidates after that token."""
+        """The heads' candidates after the root token."""
         return self.backend.propose(np.array([self._last_row]), np.array([self._root_id]))
 
     def logits(self, token_ids: Sequence[int]) -> Rows:
@@ -142,7 +142,7 @@ class BundleSide:
         return [self.prompt_logits([*prompt_ids, *path])[len(prompt_ids) :] for path in paths]
 
     def tree_logits(self, prompt_ids: Sequence[int], tree: CandidateTree) -> tuple[IntArray, Rows]:
-        """The tokens of a tree of the heads' candidates after a prompt, and the logits after each. [N], [N, V]"""
+        """The tokens of a tree of the heads' candidates after a prompt, and the logits after each token. [N], [N, V]"""
         root = self.prompt_logits(prompt_ids)[-1].argmax()[None]
         cached = len(prompt_ids)
         proposed = self.proposed()
@@ -162,7 +162,7 @@ class BundleSide:
 
 @dataclass
 class ReferenceSide:
-    """PyTorch in float32, on the weights rounded as the bundle stores them."""
+    """The model in PyTorch in float32, with the weights rounded as the bundle stores them."""
 
     backbone: Backbone
 
@@ -173,7 +173,7 @@ class ReferenceSide:
 
     @classmethod
     def load(cls, source: str, manifest: Manifest, *, trust_remote_code: bool = False) -> ReferenceSide:
-        """Load the checkpoint the bundle was made from."""
+        """Load the checkpoint that the bundle was made from."""
         backbone = load_backbone(source, manifest.precision, trust_remote_code=trust_remote_code)
         backbone.model.float()
         backbone.dtype = torch.float32
@@ -182,13 +182,13 @@ class ReferenceSide:
         return reference
 
     def settle(self) -> None:
-        """Run until PyTorch agrees with itself.
+        """Run PyTorch until two passes give the same logits.
 
-        Its very first forward pass in a process is off by up to 0.01 in a logit now and then; all later ones are alike
+        The first forward pass in a process is sometimes off by up to 0.01 in a logit; all later ones are equal
         (docs/decisions/0006-validation-by-one-forward-pass.md).
 
         Raises:
-            CheckpointError: it never does.
+            CheckpointError: no two passes agree.
         """
         token_ids = [token % self.backbone.facts.vocab_size for token in range(min(SETTLE_TOKENS, self.backbone.max_seq_len))]
         before = self.logits(token_ids).copy()
@@ -197,7 +197,9 @@ class ReferenceSide:
             if np.array_equal(before, after):
                 return
             before = after
-        raise CheckpointError(f"PyTorch gives other logits for {self.backbone.source} at every pass; there is no reference")
+        raise CheckpointError(
+            f"PyTorch gives different logits for {self.backbone.source} at every pass, so it cannot be a reference"
+        )
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> Rows:
@@ -245,7 +247,7 @@ class ReferenceSide:
     def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:
         """Logits after every token of each continuation of a prompt. For a path of A tokens: [A, V]
 
-        The prompt runs once; the paths share its cache, side by side, the shorter ones padded at their end.
+        The prompt runs once. The paths run as one batch on its cache; shorter paths are padded at their end.
         """
         model, longest = self.backbone.model, max(map(len, paths))
         cache = model(torch.tensor([list(prompt_ids)]), use_cache=True).past_key_values

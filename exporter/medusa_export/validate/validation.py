@@ -1,4 +1,4 @@
-"""The comparisons, one after the other."""
+"""`medusa-export validate`: compares a bundle with PyTorch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from medusa_runtime.options import with_defaults
 from medusa_runtime.text.codec import TextCodec
 
 DEFAULT_NEW_TOKENS = 48
-ON_CPU = Placement(ORT_CPU, "cpu", "where all of an ONNX bundle's graphs can be compared")
+ON_CPU = Placement(ORT_CPU, "cpu", "all graphs of an ONNX bundle can be compared there")
 
 
 def validate(
@@ -52,24 +52,24 @@ def validate(
     cuda_graphs: bool | None = None,
     trust_remote_code: bool = False,
 ) -> ValidationReport:
-    """Compare logits and greedy decoding of a bundle with PyTorch; see `ValidationReport` for what is compared.
+    """Compare logits and greedy decoding of a bundle with PyTorch; `ValidationReport` lists the comparisons.
 
-    Where the bundle has graphs of the backend's own beside the portable ones, the logits of both are compared; what decodes is
-    the backend's own. A quantised bundle is compared with itself, how it reads a text at once with how it decodes it, and with
-    PyTorch only by the divergence of what both expect next. What keeps a bundle from being opened on a GPU is the GPU's or the
-    packages' as often as the bundle's: it is raised, and no verdict.
+    If the bundle has graphs for the backend besides the portable ones, the logits of both are compared, and the backend's
+    graphs decode. A quantised bundle is compared with itself (reading a text at once against decoding it), and with PyTorch
+    only by the KL divergence of the next-token distributions. If a bundle cannot be opened on a GPU, the error is raised rather
+    than reported as a failed check, since the GPU or a package may be the cause.
 
-    In a bundle whose limit is short, prompts are cut and answers shortened to fit it. Nothing is written: see `record`.
+    Prompts and answers are shortened to the bundle's longest sequence. Nothing is written; see `record`.
 
     Raises:
-        BundleError: it is no bundle.
-        BackendError, MissingExtraError: it cannot be run there, for want of a GPU or of a package.
+        BundleError: the directory is not a bundle.
+        BackendError, MissingExtraError: a GPU or a package to run it with is missing.
         CheckpointError: the reference or the heads cannot be loaded.
         OptionError: the reference or the heads are not those of the bundle, or a prompt cannot be used.
     """
     manifest = Manifest.load(bundle)
     if not prompts:
-        raise OptionError("there is no prompt to validate with")
+        raise OptionError("there are no prompts to validate with; give a file with at least one")
     placement = _placement(manifest, backend, device, threads=threads, cuda_graphs=cuda_graphs)
     on_gpu = placement.backend != ORT_CPU
     report = ValidationReport(
@@ -99,14 +99,14 @@ def validate(
             with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):
                 report.notes += notes
                 if given is not None and report.quantization is not None:
-                    report.notes.append("the heads are quantised too: what that changes is in the manifest, as tokens a step")
+                    report.notes.append("the heads are quantised as well; the manifest has the effect, as tokens per step")
                 for target, variant in by_target(runnable_manifest, placement.backend).items():
                     side = BundleSide(runnable, variant, placement, target, num_threads=threads, cuda_graphs=cuda_graphs)
                     _compare(report, encoded, new_tokens, side, torch_side, given)
                     side.backend.save()
-                    side.backend.close()  # frees its weights before the next one's are read
-        except MedusaError as error:  # a bundle that does not run has failed
-            if isinstance(error, OptionError) or (on_gpu and not report.prompt_logits):  # the prompts' fault, or the GPU's
+                    side.backend.close()  # free its weights before the next one's are loaded
+        except MedusaError as error:  # a bundle that does not run fails its validation
+            if isinstance(error, OptionError) or (on_gpu and not report.prompt_logits):  # the prompts or the GPU are the cause
                 raise
             report.errors.append(str(error))
     report.conclude()
@@ -122,17 +122,17 @@ def _placement(manifest: Manifest, backend: str, device: str, *, threads: int, c
 
 
 def _allowed_kl(manifest: Manifest) -> float | None:
-    """How far a quantised bundle may be from PyTorch: three times what it was held to, as these are other texts."""
+    """The largest mean KL of a quantised bundle from PyTorch: three times the limit it was made with, as the texts differ."""
     if manifest.quantization is None:
         return None
     return ALLOWED_KL if manifest.quantization.max_kl is None else 3 * manifest.quantization.max_kl
 
 
 def record(bundle: Path, report: ValidationReport) -> None:
-    """Keep a report in its bundle, mark the bundle with the outcome, and show it.
+    """Write a report to its bundle, set the bundle's validation status, and print the report.
 
     Raises:
-        ValidationMismatchError: it is out of tolerance.
+        ValidationMismatchError: a check failed.
     """
     write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     manifest = Manifest.load(bundle)
@@ -141,7 +141,7 @@ def record(bundle: Path, report: ValidationReport) -> None:
     report.show(console)
     if report.status == "failed":
         failed = ", ".join(manifest.validation.summary["failed_checks"])
-        raise ValidationMismatchError(f"{bundle} is marked as failed ({failed}); details are in {bundle / REPORT_NAME}")
+        raise ValidationMismatchError(f"{bundle} is marked as failed ({failed}); see {bundle / REPORT_NAME}")
 
 
 def _compare(
@@ -161,7 +161,7 @@ def _compare(
         if report.quantization is not None:
             found = logits_difference(text, side.logits(prompt_ids), torch_side.logits(prompt_ids), side.target)
             report.from_reference.append(found)
-    if heads is not None and report.quantization is None and side.target != ORT_CPU_SINGLE:  # which has no heads of its own
+    if heads is not None and report.quantization is None and side.target != ORT_CPU_SINGLE:  # uses another's heads graph
         report.head_log_probs.append(_compare_heads(next(iter(prompts.values())), side, torch_side, heads))
 
 
@@ -170,7 +170,9 @@ def _matching_heads(path: Path, manifest: Manifest, reference: ReferenceSide) ->
     require_matching(heads, reference.backbone, path)
     known = manifest.heads.draft_vocab_size
     if heads.digest() != manifest.heads.sha256 or (known is not None and known != len(heads.draft_ids or ())):
-        raise OptionError(f"the heads in {path} are not those that the bundle was made from; export it again with them")
+        raise OptionError(
+            f"the heads in {path} are not those that the bundle was made from; give those, or export the bundle again"
+        )
     return heads.to(DTYPES[manifest.precision]).to(reference.backbone.dtype)  # rounded as the bundle stores them
 
 
@@ -179,8 +181,8 @@ def _require_same_model(manifest: Manifest, reference: ReferenceSide) -> None:
     for name in ("architecture", "vocab_size", "hidden_size", "num_layers"):
         if getattr(ours, name) != getattr(theirs, name):
             raise OptionError(
-                f"the reference has {name} {getattr(theirs, name)}, the bundle {getattr(ours, name)}: "
-                f"it was made from {ours.name}"
+                f"the reference has {name} {getattr(theirs, name)}, but the bundle has {getattr(ours, name)}; "
+                f"it was made from {ours.name}, give that as the reference"
             )
 
 
@@ -227,10 +229,10 @@ def _compare_generation(report: ValidationReport, ours: GenerationFacts | None, 
 def _compare_greedy(
     text: str, prompt_ids: list[int], side: BundleSide, reference_side: Reference, torch_side: ReferenceSide, new_tokens: int
 ) -> GreedyComparison:
-    """Greedy decoding with and without Medusa, and the reference's choice after every prefix.
+    """Compare greedy decoding with Medusa, without Medusa, and the reference's choice after every prefix.
 
-    One forward pass over prompt and answer gives the reference's logits at each place, and Transformers' logits processors
-    its choice there. If all are equal, its `generate` gives the same answer, token by token.
+    One forward pass over prompt and answer gives the reference's logits at each position, and Transformers' logits processors
+    give its choice there. If all choices are equal to the answer, the reference's own `generate` gives the same answer.
     """
     engine, stats, generation = DecodingEngine(side.backend), DecodingStats(), side.backend.manifest.generation
     options = with_defaults(DecodingOptions.of(max_new_tokens=new_tokens), generation)
@@ -248,7 +250,7 @@ def _compare_greedy(
 
 
 def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: ReferenceSide, heads: MedusaHeads) -> LogitsDifference:
-    """The heads' log-probabilities, over the candidates the bundle names. Each row is a head's."""
+    """Compare the heads' log-probabilities of the bundle's candidates. Each row is one head."""
     side.prompt_logits(prompt_ids)
     found = side.proposed()
     known = heads.draft_ids if side.backend.manifest.heads.draft_vocab_size else None
@@ -261,7 +263,9 @@ def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: Referenc
             logits[..., unknown] = -torch.inf
         reference = logits.log_softmax(-1).numpy()[0]
     best = np.sort(reference, axis=-1)[:, ::-1][:, : found.token_ids.shape[-1]]  # [K, M]
-    named = np.take_along_axis(reference, found.token_ids[0], axis=-1)  # a wrong candidate is below the best
+    named = np.take_along_axis(
+        reference, found.token_ids[0], axis=-1
+    )  # a wrong candidate has a lower log-probability than the best
     difference = logits_difference("heads", found.log_probs[0], best, side.target)
     other = logits_difference("heads", named, best, side.target)
     return difference if difference.max_abs >= other.max_abs else other

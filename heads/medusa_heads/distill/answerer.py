@@ -1,4 +1,4 @@
-"""What a distillation backend is: it takes requests and gives answers, many at a time and in any order."""
+"""The interface of a distillation backend: it takes requests and returns answers, many at a time and in any order."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from medusa_runtime.text.codec import Message
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted."""
+    """A request for one answer."""
 
     key: str
     messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]  # the messages through the chat template, up to where the answer starts
+    prompt_ids: tuple[int, ...]  # the messages in the chat template, up to the start of the answer
     max_new_tokens: int
     temperature: float = 0.0  # 0 for greedy
-    seed: int = 0  # of this request alone, so that its answer does not depend on what runs beside it
+    seed: int = 0  # a seed of its own, so that the answer does not depend on other requests
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said."""
+    """The model's answer to a request."""
 
     request: Request
-    token_ids: list[int]  # the end-of-sequence token included, where the answer ended by one
+    token_ids: list[int]  # including the end-of-sequence token, if the answer ended with one
     finish_reason: Literal["stop", "length"]
 
 
 class Answerer(Protocol):
-    """A backend. `next_request` gives None while there is nothing to do, which a later answer may change.
+    """A backend. `next_request` returns None if there is nothing to do now; a later answer may lead to new requests.
 
-    Closing the generator gives up what is under way.
+    Closing the generator abandons unfinished requests.
     """
 
     def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]: ...
 
 
 class Codec(Protocol):
-    """Messages to token ids and back, as the model's own tokenizer and chat template do."""
+    """Converts messages to token ids and back, with the model's own tokenizer and chat template."""
 
     def encode(self, prompt: Sequence[Message]) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
-    def opening(self) -> list[int]: ...  # a conversation's token ids up to where the user's first words begin
+    def opening(self) -> list[int]: ...  # token ids of a conversation up to the user's first words

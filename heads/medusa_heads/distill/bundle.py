@@ -1,4 +1,4 @@
-"""Answers by an exported bundle, with Medusa decoding: the heads there are speed up the making of data for better ones."""
+"""Answers from an exported bundle, with Medusa decoding: existing heads speed up making data for better ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medusa_runtime.text.codec import Message, TextCodec
 
 
 class BundleCodec:
-    """Messages to token ids and back, by a bundle's own tokenizer and chat template.
+    """Converts messages to token ids and back, with a bundle's own tokenizer and chat template.
 
     Raises:
         OptionError: the bundle has no chat template.
@@ -24,34 +24,34 @@ class BundleCodec:
         self.text = text
         if not text.has_chat_template:
             raise OptionError(
-                "this bundle has no chat template, so it cannot be asked anything; take an instruction-tuned model's"
+                "this bundle has no chat template, so it cannot answer prompts; use that of an instruction-tuned model"
             )
 
     def encode(self, prompt: Tokens[Message]) -> list[int]:
-        """Token ids of messages through the chat template, up to where the answer starts."""
+        """Token ids of messages in the chat template, up to the start of the answer."""
         return self.text.encode(prompt)
 
     def decode(self, token_ids: Tokens[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return self.text.decode(token_ids)
 
     def opening(self) -> list[int]:
-        """Refuse: what a chat template puts before the user's words is known of a checkpoint only."""
-        raise OptionError("a bundle's model cannot prompt itself; take its checkpoint, or give prompts")
+        """Not supported: finding the text before the user's words needs a checkpoint's tokenizer."""
+        raise OptionError("--self-prompts does not work with a bundle; use its checkpoint, or give --prompts")
 
 
 class BundleAnswerer:
-    """Answers by continuous batching: whoever ends makes room for the next.
+    """Answers with continuous batching: a finished answer makes room for the next request.
 
     Args:
-        engine: the bundle's, used by nobody else meanwhile.
+        engine: the bundle's engine. Nothing else may use it meanwhile.
     """
 
     def __init__(self, engine: DecodingEngine) -> None:
         self.engine = engine
 
     def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
-        """Answer until there is no request."""
+        """Answer until there are no more requests."""
         under_way: dict[DecodingSequence, Request] = {}
         try:
             while True:

@@ -1,4 +1,4 @@
-"""Answers by any OpenAI-compatible endpoint (vLLM, llama.cpp's server, TGI …): text comes back and becomes token ids here."""
+"""Answers from an OpenAI-compatible endpoint (vLLM, llama.cpp's server, TGI …). Its text is converted to token ids here."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from medusa_heads.errors import EndpointError
 from medusa_runtime.errors import OptionError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-MAX_RETRIES = 5  # about 15 seconds of an endpoint that is away
-MAX_REASON = 200  # characters of what an endpoint says
+MAX_RETRIES = 5  # about 15 seconds if an endpoint does not respond
+MAX_REASON = 200  # most characters quoted from an endpoint's message
 ADVICE = {
     400: "lower --max-prompt-tokens or --max-new-tokens, or leave this prompt out",
-    401: f"set {KEY_VARIABLE} to a key that it takes",
-    403: f"set {KEY_VARIABLE} to a key that it takes",
-    404: "check --base-url, which mostly ends in /v1, and --served-model",
+    401: f"set {KEY_VARIABLE} to a valid key",
+    403: f"set {KEY_VARIABLE} to a valid key",
+    404: "check --base-url (it usually ends in /v1) and --served-model",
     422: "leave this prompt out",
 }
 
 
 class EndpointAnswerer:
-    """Answers requests by an endpoint's chat completions, `batch_size` of them under way at once.
+    """Answers requests with an endpoint's chat completions, `batch_size` requests at the same time.
 
-    Passing troubles (no connection, 429, 5xx …) are tried again by the client, later and later. The key is that of the
-    environment variable OPENAI_API_KEY; any, where there is none.
+    After temporary errors (no connection, 429, 5xx …) the client tries again, with growing pauses. The key comes from the
+    environment variable OPENAI_API_KEY; without it, a dummy key is sent.
 
     Args:
-        base_url: such as ``http://localhost:8000/v1``.
+        base_url: the endpoint's address, such as ``http://localhost:8000/v1``.
         served_model: the endpoint's name for the model.
-        text_ids: the model's tokenizer, without special tokens.
-        eos_token_id: what ends an answer.
-        batch_size: requests under way at once.
-        max_retries: of a request.
+        text_ids: converts text to token ids, without special tokens.
+        eos_token_id: the token that ends an answer.
+        batch_size: number of requests at the same time.
+        max_retries: retries of a request.
 
     Raises:
-        OptionError: the address or the key is none.
+        OptionError: the address or the key is not valid.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class EndpointAnswerer:
         _require_address(base_url)
 
     def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
-        """Answer until there is no request and none is under way. The event loop runs while an answer is waited for.
+        """Answer until there are no more requests, new or unfinished. The event loop only runs while waiting for an answer.
 
         Raises:
-            EndpointError: the endpoint cannot be reached, or refuses a request. What else has been answered comes first.
+            EndpointError: the endpoint cannot be reached, or refuses a request. Other finished answers are yielded first.
         """
         under_way: set[asyncio.Task[Answer]] = set()
         with asyncio.Runner() as runner:
@@ -96,7 +96,7 @@ class EndpointAnswerer:
             said = f"{error.status_code}, {_reason(error)}; {ADVICE.get(error.status_code, 'run the same command again later')}"
             raise EndpointError(f"{self.base_url} refuses {request.key} (model {self.served_model!r}): {said}") from error
         except APITimeoutError as error:
-            raise EndpointError(f"{self.base_url} gives no answer in time; lower --batch-size") from error
+            raise EndpointError(f"{self.base_url} did not answer in time; lower --batch-size") from error
         except APIConnectionError as error:
             cause = _one_line(str(error.__cause__ or error))
             raise EndpointError(
@@ -115,13 +115,13 @@ class EndpointAnswerer:
         token_ids = self.text_ids(text)
         if stopped and self.eos_token_id is not None:
             token_ids.append(self.eos_token_id)
-        if len(token_ids) > request.max_new_tokens:  # the endpoint's tokens were others than the tokenizer makes of their text
+        if len(token_ids) > request.max_new_tokens:  # the tokenizer splits the text differently than the endpoint did
             token_ids, stopped = token_ids[: request.max_new_tokens], False
         return Answer(request, token_ids, "stop" if stopped else "length")
 
     def _foreign(self, said: str) -> EndpointError:
         return EndpointError(
-            f"{self.base_url} answers otherwise than OpenAI's API ({said}); check --base-url, which mostly ends in /v1"
+            f"{self.base_url} does not answer like OpenAI's API ({said}); check --base-url (it usually ends in /v1)"
         )
 
 
@@ -135,7 +135,7 @@ async def _give_up(client: AsyncOpenAI, tasks: set[asyncio.Task[Answer]]) -> Non
 def _key() -> str:
     key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
     if not key.isascii() or not key.isprintable():
-        raise OptionError(f"{KEY_VARIABLE} holds other characters than a key can have; set it again")
+        raise OptionError(f"{KEY_VARIABLE} has characters that a key cannot have; set it again")
     return key
 
 
@@ -143,14 +143,14 @@ def _require_address(base_url: str) -> None:
     try:
         parts = urlsplit(base_url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or half an IPv6 address
+    except ValueError:  # a port that is not a number, or an incomplete IPv6 address
         usable = False
     if not usable or not base_url.isprintable() or " " in base_url:
         raise OptionError(f"--base-url is {base_url!r}; it must be like http://localhost:8000/v1")
 
 
 def _reason(error: APIStatusError) -> str:
-    """What the endpoint says: OpenAI's `error.message`, or whatever it sent."""
+    """The endpoint's message: OpenAI's `error.message`, or the whole response."""
     said: Any = error.body
     while isinstance(said, dict):
         said = next((said[name] for name in ("message", "detail", "error") if said.get(name)), str(said))

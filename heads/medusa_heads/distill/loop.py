@@ -1,4 +1,4 @@
-"""The run itself: conversations go in, answers come out and are kept, turn by turn."""
+"""The distillation loop: has conversations answered turn by turn, and stores the answers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from medusa_heads.distill.store import AnswerStore, Row
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import Message
 
-WINDOW = 1024  # conversations ordered by length among themselves, so that neighbours are alike and the whole stays mixed
-OWN_PROMPT_TOKENS = 256  # of a prompt the model writes; a longer one is given up
-OWN_PROMPT = ".prompt"  # ends the key of a request for one
+WINDOW = 1024  # conversations that are sorted by length together: neighbours are similar, and the whole stays mixed
+OWN_PROMPT_TOKENS = 256  # longest prompt that the model writes; longer ones are dropped
+OWN_PROMPT = ".prompt"  # end of the key of a request for such a prompt
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How answers are made.
+    """Options for making answers.
 
     Args:
-        max_new_tokens: of an answer.
-        max_prompt_tokens: longer prompts are skipped and counted, and so are the turns after them.
-        temperature: of answers; 0 for greedy.
-        prompt_temperature: of the prompts that the model writes itself.
-        seed: each answer's own seed is made from it and the answer's key, so that order and batches do not matter.
+        max_new_tokens: longest answer.
+        max_prompt_tokens: longest prompt. Longer prompts and the turns after them are skipped and counted.
+        temperature: temperature of answers; 0 for greedy.
+        prompt_temperature: temperature of the prompts that the model writes itself.
+        seed: the seed of the run. Each answer's own seed is derived from it and the answer's key, so order and batches do not
+            matter.
     """
 
     max_new_tokens: int = 256
@@ -41,20 +42,20 @@ class AnswerOptions:
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """The progress of a run."""
 
-    total: int  # answers wanted
+    total: int  # answers to make
     done: int = 0
-    resumed: int = 0  # of those done, the ones an earlier run made
-    skipped: int = 0  # not answered: the prompt is too long, or it is one of the model's own that never ended or came before
-    new_tokens: int = 0  # answers' tokens of this run
+    resumed: int = 0  # of those done, the ones from an earlier run
+    skipped: int = 0  # not answered: the prompt is too long, or was written by the model and is unfinished or a duplicate
+    new_tokens: int = 0  # tokens of the answers of this run
 
 
 @dataclass
 class _Talk:
     conversation: Conversation
     messages: list[Message] = field(default_factory=list)
-    turn: int = 0  # answers so far
+    turn: int = 0  # number of answers so far
 
     @property
     def num_turns(self) -> int:
@@ -76,17 +77,17 @@ def digest(conversations: Sequence[Conversation]) -> str:
 def distill(
     conversations: Sequence[Conversation], answerer: Answerer, codec: Codec, store: AnswerStore, options: AnswerOptions
 ) -> Generator[Progress, None, None]:
-    """Have every turn of every conversation answered that is not in the store yet. Yields after each answer.
+    """Answer every turn of every conversation that is not in the store yet. Yields after each answer.
 
     Args:
-        conversations: what to ask. A later turn is asked after the model's own answers to the earlier ones.
-        answerer: the model.
-        codec: its tokenizer and chat template.
-        store: where answers are kept.
-        options: how answers are made.
+        conversations: the conversations. A later turn follows the model's own answers to the earlier ones.
+        answerer: the backend that answers.
+        codec: the model's tokenizer and chat template.
+        store: the store for answers.
+        options: options for making answers.
 
     Raises:
-        OptionError: the chat template refuses a conversation, or takes up all tokens of a prompt.
+        OptionError: the chat template refuses a conversation, or leaves no tokens for a prompt.
     """
     run = _Run(conversations, codec, store, options)
     yield run.progress
@@ -104,7 +105,7 @@ class _Run:
         self.progress = Progress(total=sum(talk.num_turns for talk in talks))
         self.opening = self._opening() if any(not conversation.turns for conversation in conversations) else []
         self.own_prompts = {row.messages[0]["content"] for row in store.rows.values() if row.source == "self"}
-        self.asked: dict[str, _Talk] = {}  # requests under way
+        self.asked: dict[str, _Talk] = {}  # unfinished requests, by key
         self.follow_ups: deque[Request] = deque()
         self.fresh = self._windows(talks)
 
@@ -112,7 +113,7 @@ class _Run:
         return self.follow_ups.popleft() if self.follow_ups else next(self.fresh, None)
 
     def take(self, answer: Answer) -> None:
-        """Keep an answer, and ask what follows from it."""
+        """Store an answer, and queue the request that follows it."""
         talk = self.asked.pop(answer.request.key)
         said = self.codec.decode(answer.token_ids)
         if answer.request.key.endswith(OWN_PROMPT):
@@ -137,8 +138,8 @@ class _Run:
         if not 0 < len(opening) < self.options.max_prompt_tokens:
             limit = self.options.max_prompt_tokens
             raise OptionError(
-                f"the model cannot prompt itself: its chat template puts {len(opening)} tokens before the user's words, "
-                f"and it takes at least 1 and at most {limit - 1}, one less than --max-prompt-tokens"
+                f"the model cannot write its own prompts: its chat template has {len(opening)} tokens before the user's words; "
+                f"there must be 1 to {limit - 1} (one less than --max-prompt-tokens); use --prompts instead"
             )
         return opening
 
@@ -149,7 +150,7 @@ class _Run:
             yield from sorted(requests, key=lambda request: len(request.prompt_ids), reverse=True)
 
     def _ask(self, talk: _Talk) -> Request | None:
-        """The conversation's next request; what the store holds is taken from there."""
+        """The conversation's next request. Answers that the store already has are taken from it."""
         while talk.turn < talk.num_turns:
             row = self.store.rows.get(talk.key)
             if row is None:

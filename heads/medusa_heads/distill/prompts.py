@@ -1,4 +1,4 @@
-"""Prompts to answer: read from files, checked row by row, chosen and put in order."""
+"""The prompts to answer: reads them from files, checks each row, selects and shuffles them."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ FORMS = '{"prompt": "…"}, {"turns": ["…", …]} or {"messages": [{"role": "u
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the model is asked. Answers that came with it are left out: the model gives its own."""
+    """One conversation for the model to answer. Answers in the file are ignored, as the model gives its own."""
 
-    key: str  # one of its own in a run, the same in each run
-    turns: tuple[tuple[Message, ...], ...]  # what is said before each of the model's answers; none: it asks itself
+    key: str  # unique within a run, and the same in every run
+    turns: tuple[
+        tuple[Message, ...], ...
+    ]  # the messages before each of the model's answers; empty: the model writes the prompt
     source: str = ""
 
 
 def read_prompts(path: str | Path) -> list[Conversation]:
-    """Read conversations from JSON lines, or prompts from a text file, one a line.
+    """Read conversations from JSON lines, or prompts from a text file with one per line.
 
-    A row is one of `FORMS`, with an optional `source`. Turns of the assistant are replaced by the model's own answers.
+    A row has one of `FORMS`, with an optional `source`. The assistant's turns are replaced by the model's own answers.
 
     Raises:
-        OptionError: the file cannot be read, is empty, or has a bad row; the message gives its number.
+        OptionError: the file cannot be read, is empty, or has a bad row; the message gives the row's number.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold other line separators
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may contain other separators
     except UnicodeDecodeError as error:
         raise OptionError(f"{path} is not UTF-8 text") from error
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
     as_json = path.suffix.lower() in {".jsonl", ".json"}
-    stem = path.stem.encode(errors="replace").decode()  # a file's name may be no text
+    stem = path.stem.encode(errors="replace").decode()  # a file's name may not be valid text
     conversations = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -50,15 +52,15 @@ def read_prompts(path: str | Path) -> list[Conversation]:
             row = _parse(line, where) if as_json else {"prompt": line.strip()}
             conversations.append(Conversation(f"{stem}-{number}", _turns(row, where), _text(row, "source", where, "")))
     if not conversations:
-        raise OptionError(f"{path} holds no prompts")
+        raise OptionError(f"{path} has no prompts; a row is {FORMS}, or a line of text")
     return conversations
 
 
 def self_prompted(count: int) -> list[Conversation]:
     """Conversations in which the model also writes the user's turn.
 
-    Given its chat template up to where the user's words begin, an instruction-tuned model goes on with a question of the kind
-    it was tuned on. Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing".
+    Given its chat template up to the user's words, an instruction-tuned model continues with a question like those that it was
+    tuned on. Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing".
     """
     return [Conversation(f"self-{index}", (), "self") for index in range(count)]
 
@@ -66,27 +68,27 @@ def self_prompted(count: int) -> list[Conversation]:
 def select(
     conversations: Sequence[Conversation], *, mix: Mapping[str, int] | None = None, limit: int | None = None, seed: int = 0
 ) -> list[Conversation]:
-    """A random choice, in random order; the same for the same arguments.
+    """A random selection in random order. It is the same for the same arguments.
 
     Args:
-        conversations: what there is.
-        mix: how many to take of a source at most. Names may hold ``*``, the first that fits counts, and sources that no name
-            fits are left out. None takes all.
-        limit: how many to take in all, at most.
-        seed: of the choice and the order.
+        conversations: the conversations to select from.
+        mix: the most conversations from each source. Names may contain ``*``; the first matching name counts, and sources that
+        match no name are dropped. None keeps all.
+        limit: the most conversations in total.
+        seed: the seed of selection and order.
 
     Raises:
-        OptionError: nothing is left, or a name of the mix fits no source.
+        OptionError: nothing is left, or a name in the mix matches no source.
     """
     shuffled = list(conversations)
-    random.Random(seed).shuffle(shuffled)  # noqa: S311 - no secret
+    random.Random(seed).shuffle(shuffled)  # noqa: S311 - not used for security
     if mix:
         left = dict.fromkeys({c.source for c in conversations}, 0)
         for pattern in reversed(list(mix)):
             fitting = [source for source in left if fnmatchcase(source, pattern)]
             if not fitting:
                 raise OptionError(
-                    f"no prompt has a source {pattern!r}; there are: {', '.join(sorted(filter(None, left))) or 'none'}"
+                    f"no prompt has the source {pattern!r}; use one of: {', '.join(sorted(filter(None, left))) or 'none'}"
                 )
             left |= dict.fromkeys(fitting, mix[pattern])
         kept = []
@@ -97,66 +99,66 @@ def select(
         shuffled = kept
     chosen = shuffled[:limit]
     if not chosen:
-        raise OptionError("the mix and the limit leave no prompt")
+        raise OptionError("--mix and --limit leave no prompts; change them")
     return chosen
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of too many digits
-        raise OptionError(f"{where} is not JSON ({first_line(error)}); a row is {FORMS}, in one line") from error
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number with too many digits
+        raise OptionError(f"{where} is not JSON ({first_line(error)}); a row is {FORMS}, on one line") from error
     if not isinstance(row, dict):
         raise OptionError(f"{where} is not an object; a row is {FORMS}")
     return row
 
 
 def _turns(row: dict[str, Any], where: str) -> tuple[tuple[Message, ...], ...]:
-    """What is said before each answer."""
+    """The messages before each answer."""
     if "messages" in row:
         return _from_messages(row["messages"], where)
     texts = [row["prompt"]] if "prompt" in row else row.get("turns")
     if not isinstance(texts, list) or not texts:
-        raise OptionError(f"{where} holds no prompt; a row is {FORMS}")
+        raise OptionError(f"{where} has no prompt; a row is {FORMS}")
     return tuple((_message("user", text, where),) for text in texts)
 
 
 def _from_messages(messages: Any, where: str) -> tuple[tuple[Message, ...], ...]:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise OptionError(f"{where}: messages is not a list of objects with role and content")
+        raise OptionError(f"{where}: messages must be a list of objects with role and content")
     turns: list[tuple[Message, ...]] = []
     said: list[Message] = []
     for message in messages:
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            raise OptionError(f"{where}: the role {role!r:.80} is none of {', '.join(sorted(ROLES))}")
+            raise OptionError(f"{where}: the role is {role!r:.80}; it must be one of {', '.join(sorted(ROLES))}")
         if role != "assistant":
             said.append(_message(role, message.get("content"), where))
-        elif any(before["role"] != "system" for before in said):  # else nothing is asked yet
+        elif any(before["role"] != "system" for before in said):  # otherwise there is no question yet
             turns.append(tuple(said))
             said = []
     if any(before["role"] != "system" for before in said):
         turns.append(tuple(said))
     if not any(message["role"] == "user" for turn in turns for message in turn):
-        raise OptionError(f"{where}: nothing is said by a user")
+        raise OptionError(f"{where}: there is no message of a user")
     return tuple(turns)
 
 
 def _message(role: str, content: Any, where: str) -> Message:
     if not isinstance(content, str) or not content.strip() or not _is_unicode(content):
-        raise OptionError(f"{where}: a {role}'s turn is {content!r:.80}, not text")
+        raise OptionError(f"{where}: a {role}'s turn is {content!r:.80}; it must be text")
     return {"role": role, "content": content}
 
 
 def _text(row: dict[str, Any], name: str, where: str, default: str) -> str:
     value = row.get(name, default)
     if not isinstance(value, str) or not _is_unicode(value):
-        raise OptionError(f"{where}: {name} is {value!r:.80}, not text")
+        raise OptionError(f"{where}: {name} is {value!r:.80}; it must be text")
     return value
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it holds no half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    """Whether the text has no lone surrogates, which JSON can contain but tokenizers cannot read."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""Continuous batching on a Transformers model: answers leave and requests join between steps, nobody waits for the longest.
+"""Continuous batching for Transformers models: between steps, finished answers leave and new requests join.
 
-Transformers' own batched `generate` decodes until its longest answer ends, and copies its cache every step; its continuous
-batching is for GPUs. Measured on a CPU in docs/decisions/0009-distillation.md.
+Transformers' own batched `generate` decodes until the longest answer ends and copies its cache at every step; its continuous
+batching is for GPUs. Measurements on a CPU are in docs/decisions/0009-distillation.md.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from medusa_heads.errors import CheckpointError
 from medusa_runtime.errors import CapacityError
 
 ATTENTION_NAME = "medusa_slots"
-HARMLESS = frozenset({"position_ids", "cache_position"})  # what attention is told beside its operands
-GROWTH = 64  # the cache grows by so many entries a slot at least
-PREFILL_TOKENS = 4096  # prompt tokens, padding included, that one forward pass takes
+HARMLESS = frozenset({"position_ids", "cache_position"})  # arguments that do not change the result
+GROWTH = 64  # entries per slot by which the cache grows at least
+PREFILL_TOKENS = 4096  # most prompt tokens in one forward pass, including padding
 
 
 def slot_attention(
@@ -35,12 +35,12 @@ def slot_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention in which the queries of a group are rows of one product, so that no key is copied.
+    """Scaled dot-product attention. The query heads that share a key head are rows of one matrix product, so no key is copied.
 
     Returns [B, T, Hq, D], as Transformers expects.
     """
     if unknown := [name for name, tensor in others.items() if isinstance(tensor, torch.Tensor) and name not in HARMLESS]:
-        raise CheckpointError(f"this model cannot be decoded in slots: its attention takes {', '.join(unknown)}")
+        raise CheckpointError(f"this model cannot be decoded in slots: its attention has the extra inputs {', '.join(unknown)}")
     batch, heads, tokens, width = query.shape
     groups = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], groups * tokens, width)
@@ -55,15 +55,15 @@ def slot_attention(
 
 
 def register() -> None:
-    """Make ``attn_implementation="medusa_slots"`` known to Transformers. Idempotent."""
+    """Register ``attn_implementation="medusa_slots"`` with Transformers. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
 
 
 class SlotCache:
-    """Preallocated keys and values of B slots, each as long as its own sequence.
+    """Preallocated keys and values of B slots. Each slot has its own length.
 
-    Implements the part of Transformers' ``Cache`` that a decoder calls while it runs. Set `rows` before a forward pass.
+    It has the methods of Transformers' ``Cache`` that decoders call. Set `rows` before each forward pass.
     """
 
     is_compileable = False
@@ -71,13 +71,13 @@ class SlotCache:
     def __init__(self, num_slots: int) -> None:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # key, value: [B, Hkv, S, D]
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # [B] entries in use
-        self.rows = torch.arange(num_slots)  # slots that the next forward pass is for
+        self.rows = torch.arange(num_slots)  # the slots of the next forward pass
         self.capacity = 0  # S
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoding: write [B, Hkv, 1, D] to each slot's entries. Prefill of fresh slots: keep and attend to the new alone."""
+        """Decoding: append [B, Hkv, 1, D] to the slots. Prefill of empty slots: store the entries, attend only to them."""
         keys, values = self._buffers(layer, key)
         rows, tokens = self.rows.to(key.device), key.shape[2]
         if tokens == 1:
@@ -89,7 +89,7 @@ class SlotCache:
         return key, value
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` entries a slot."""
+        """Make room for `capacity` entries per slot."""
         if capacity > self.capacity:
             self.capacity = -(-capacity // GROWTH) * GROWTH
 
@@ -119,14 +119,14 @@ class _Slot:
 
 
 class SlotDecoder:
-    """Answers requests in `num_slots` slots, one token a step for all of them.
+    """Answers requests in `num_slots` slots. Each step decodes one token in every slot.
 
     Args:
-        model: loaded with ``attn_implementation="medusa_slots"`` (see `register`), on any device, in any precision.
+        model: a model loaded with ``attn_implementation="medusa_slots"`` (see `register`), on any device, in any precision.
         layer_types: ``full_attention`` or ``sliding_attention`` for each layer.
-        sliding_window: how many tokens back a sliding layer sees.
-        eos_token_ids: what ends an answer.
-        num_slots: requests decoded side by side.
+        sliding_window: how many tokens back a sliding-window layer attends.
+        eos_token_ids: the tokens that end an answer.
+        num_slots: number of requests decoded at the same time.
     """
 
     def __init__(
@@ -143,22 +143,24 @@ class SlotDecoder:
         self.slots: list[_Slot | None] = [None] * num_slots
 
     def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
-        """Answer until there is no request and no slot is busy.
+        """Answer until there are no more requests and all slots are free.
 
         Raises:
-            CapacityError: the device's memory does not do for so many slots.
+            CapacityError: the device has too little memory for this many slots.
         """
         try:
             yield from self._decode(next_request)
         except torch.OutOfMemoryError as error:
-            raise CapacityError(f"{self.device} has no memory for {len(self.slots)} slots; lower --batch-size") from error
+            raise CapacityError(
+                f"{self.device} has too little memory for {len(self.slots)} slots; lower --batch-size"
+            ) from error
 
     @torch.inference_mode()
     def _decode(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
         slots = self.slots = [None] * len(self.slots)
         cache = SlotCache(len(slots))
-        next_ids = torch.zeros(len(slots), dtype=torch.int64)  # [B] decided, not in the cache yet
-        few = max(1, len(slots) // 8)  # fewer free slots than this wait for company: a prefill costs a pass over the weights
+        next_ids = torch.zeros(len(slots), dtype=torch.int64)  # [B] decided, but not in the cache yet
+        few = max(1, len(slots) // 8)  # wait for this many free slots, since each prefill reads all weights
         while True:
             free = [index for index, slot in enumerate(slots) if slot is None]
             if len(free) >= few:
@@ -181,7 +183,7 @@ class SlotDecoder:
     def _join(
         self, free: list[int], next_request: Callable[[], Request | None], cache: SlotCache, next_ids: torch.Tensor
     ) -> None:
-        """Fill free slots and cache their prompts but for the last token, which the next step takes."""
+        """Fill free slots, and cache their prompts without the last token, which the next step reads."""
         joined: list[tuple[int, tuple[int, ...]]] = []
         for index in free:
             if (request := next_request()) is None:
@@ -199,7 +201,7 @@ class SlotDecoder:
             self._prefill(cache, rows, [prompt[:-1] for prompt in prompts])
 
     def _prefill(self, cache: SlotCache, rows: torch.Tensor, prompts: list[tuple[int, ...]]) -> None:
-        tokens = max(2, *map(len, prompts))  # at least two, which is how the cache tells a prefill from a step
+        tokens = max(2, *map(len, prompts))  # at least two: by that the cache distinguishes a prefill from a step
         padded = torch.zeros(len(prompts), tokens, dtype=torch.int64)  # [b, T]; padding is overwritten later
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
@@ -215,7 +217,7 @@ class SlotDecoder:
         )
 
     def _step(self, cache: SlotCache, next_ids: torch.Tensor) -> torch.Tensor:
-        """One token for every slot. Returns [B]."""
+        """Decode one token in every slot. Returns [B]."""
         used = int(cache.lengths.max()) + 1
         distance = cache.lengths[:, None] - torch.arange(used)[None, :]  # [B, S]
         cache.rows = torch.arange(len(self.slots))
@@ -235,14 +237,16 @@ class SlotDecoder:
         for index in warm:
             slot = self.slots[index]
             assert slot is not None
-            below = logits[index].double() - logits[index].max()  # at most 0, so that no temperature is too low to divide by
+            below = (
+                logits[index].double() - logits[index].max()
+            )  # at most 0, so that dividing by a very low temperature cannot overflow
             cumulative = torch.softmax(below / slot.request.temperature, -1).cumsum(-1)
             point = torch.tensor(slot.uniform.random(), dtype=torch.float64, device=self.device) * cumulative[-1]
             chosen[index] = int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))
         return chosen
 
     def _masks(self, seen: torch.Tensor, distance: torch.Tensor) -> Any:
-        """The mask of each kind of layer, or the only one."""
+        """The mask for each kind of layer, or a single mask if there is only one kind."""
         masks = {"full_attention": seen}
         if self.sliding_window is not None:
             masks["sliding_attention"] = seen & (distance < self.sliding_window)

@@ -1,6 +1,6 @@
-"""Training data on disk: a directory with the answers, one JSON line each, and what made them.
+"""Training data on disk: a directory with the answers, one JSON line each, and the settings that they were made with.
 
-Answers are appended as they come, so an interrupted run loses at most the line it was writing, and goes on where it stopped.
+Each answer is appended at once, so an interrupted run loses at most the line that it was writing, and can be continued.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ FACTS_NAME, ANSWERS_NAME = "data.json", "answers.jsonl"
 
 
 class Settings(BaseModel):
-    """What decides which answers a run gives. A run goes on only under the settings it began with."""
+    """The settings that the answers depend on. A run can only be continued with the settings that it was started with."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str = Field(description="the model, as the user named it")
     tokenizer: str = Field(description="SHA-256 of the tokenizer's vocabulary")
-    weights: str = Field(default="", description="SHA-256 of the weights that answered, or what the endpoint calls the model")
+    weights: str = Field(default="", description="SHA-256 of the weights that answered, or the endpoint's name for the model")
     backend: str
     dtype: str
-    prompts: str = Field(description="SHA-256 of the prompts chosen, in their order")
-    prompt_temperature: float = Field(description="at which the model writes prompts of its own")
+    prompts: str = Field(description="SHA-256 of the selected prompts, in order")
+    prompt_temperature: float = Field(description="temperature of the prompts that the model writes")
     max_new_tokens: int
     temperature: float
     seed: int
@@ -48,7 +48,7 @@ class DataFacts(BaseModel):
     format_version: int = 1
     settings: Settings
     provenance: Provenance
-    sources: dict[str, int] = Field(default_factory=dict, description="prompts chosen of each source")
+    sources: dict[str, int] = Field(default_factory=dict, description="number of selected prompts of each source")
 
 
 class Row(BaseModel):
@@ -58,18 +58,20 @@ class Row(BaseModel):
 
     key: str
     source: str = ""
-    messages: list[Message] = Field(description="the conversation, ending with the answer")
+    messages: list[Message] = Field(description="the conversation, with the answer at the end")
     prompt_token_ids: list[int]
-    response_token_ids: list[int] = Field(description="the end-of-sequence token included, where the answer ended by one")
+    response_token_ids: list[int] = Field(
+        description="the answer's ids, including the end-of-sequence token if it ended with one"
+    )
     finish_reason: str
 
 
 class AnswerStore:
-    """The directory of a run, open for appending. Use as a context manager.
+    """The directory of a run, open for appending. Use it as a context manager.
 
     Raises:
-        OptionError: the directory holds something else, or answers made under other settings, or another run writes to it; or
-            it is none.
+        OptionError: the path is not a directory, the directory has other files or answers made with other settings, or another
+            run is writing to it.
     """
 
     def __init__(self, path: str | Path, facts: DataFacts) -> None:
@@ -79,9 +81,9 @@ class AnswerStore:
             held.enter_context(alone_in(self.path))
             self._require_same(facts)
             self.rows = self._recover()
-            self.num_tokens = sum(len(row.response_token_ids) for row in self.rows.values())  # of all answers
+            self.num_tokens = sum(len(row.response_token_ids) for row in self.rows.values())  # tokens of all answers
             self._file = held.enter_context((self.path / ANSWERS_NAME).open("a", encoding="utf-8"))
-            self._held = held.pop_all()  # until the store is closed
+            self._held = held.pop_all()  # the lock, held until the store is closed
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +92,7 @@ class AnswerStore:
         self._held.close()
 
     def append(self, row: Row) -> None:
-        """Write a row, whole."""
+        """Append a row, completely."""
         self._file.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
         self._file.flush()
         self.rows[row.key] = row
@@ -102,12 +104,12 @@ class AnswerStore:
         changed = [name for name in now if before.get(name) != now[name]]
         if changed and before and answers.exists() and answers.stat().st_size:
             told = "; ".join(f"{name} was {_short(before[name])}, is {_short(now[name])}" for name in changed)
-            raise OptionError(f"{self.path} was begun with other settings ({told}); choose another output")
-        if changed:  # no answer was made under the earlier ones
+            raise OptionError(f"{self.path} was started with other settings ({told}); choose another output")
+        if changed:  # no answers were made with the earlier settings
             write_whole(place, facts.model_dump_json(indent=2) + "\n")
 
     def _recover(self) -> dict[str, Row]:
-        """The rows there are. A last line that was cut short is removed."""
+        """The existing rows. An incomplete last line is removed."""
         place = self.path / ANSWERS_NAME
         if not place.exists():
             return {}
@@ -120,41 +122,43 @@ class AnswerStore:
 
 
 def require_place(path: Path) -> None:
-    """Check an output before the work that fills it: a new or empty directory, or one with data.
+    """Check an output before the work starts: it must be a new or empty directory, or one with data.
 
     Raises:
-        OptionError: it is no directory, or holds something else.
+        OptionError: the path is not a directory, or has other files in it.
     """
     standing = next(place for place in (path, *path.parents) if place.exists())
     if not standing.is_dir():
         raise OptionError(f"{standing} is not a directory; choose another output")
     if not (path / FACTS_NAME).exists() and any(not is_leftover(place.name) for place in path.glob("*")):
-        raise OptionError(f"{path} holds something else; choose another output")
+        raise OptionError(f"{path} has other files in it; choose another output")
 
 
 def _short(value: object) -> object:
-    """A setting's value; of a digest, what tells it from another."""
+    """A setting's value for messages. A digest is shortened."""
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
 
 
 def read_facts(path: str | Path) -> DataFacts:
-    """Read what a data directory says of itself.
+    """Read the settings and facts of a data directory.
 
     Raises:
-        OptionError: it is none, or is damaged.
+        OptionError: the path is not a data directory, or is damaged.
     """
     place = Path(path) / FACTS_NAME
     try:
         return DataFacts.model_validate_json(place.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise OptionError(f"{path} is no data of `medusa-export distill`: {place.name} is missing or damaged") from error
+        raise OptionError(
+            f"{path} is not data of `medusa-export distill`: {place.name} is missing or damaged; make it again"
+        ) from error
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Read a data directory's answers.
+    """Read the answers of a data directory.
 
     Raises:
-        OptionError: a row is damaged; the message gives its number.
+        OptionError: a row is damaged; the message gives the row's number.
     """
     place = Path(path) / ANSWERS_NAME
     with place.open("rb") as file:

@@ -1,6 +1,6 @@
-"""Files that heads are kept in: one module a format, each with `matches(path)` and `load(path)`.
+"""File formats of heads: one module per format, each with `matches(path)` and `load(path)`.
 
-The formats of other projects get their modules here; `load_heads` asks each in turn.
+Formats of other projects get their modules here. `load_heads` tries each in turn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def load_heads(path: str | Path) -> MedusaHeads:
     """Load heads from a directory or a file of any known format.
 
     Raises:
-        CheckpointError: there is nothing there, the format is unknown, or the file is damaged.
+        CheckpointError: the path does not exist, the format is unknown, or the file is damaged.
     """
     if not Path(path).exists():
         raise CheckpointError(f"there are no heads at {path}; make some with: medusa-export heads init MODEL -o {path}")
@@ -26,7 +26,7 @@ def load_heads(path: str | Path) -> MedusaHeads:
         if known.matches(Path(path)):
             heads: MedusaHeads = known.load(Path(path))
             return heads
-    raise CheckpointError(f"{path} holds no heads in a known format; a native one has {' and '.join(native.FILES)}")
+    raise CheckpointError(f"{path} has no heads in a known format; a directory of heads has {' and '.join(native.FILES)}")
 
 
 save_heads = native.save

@@ -1,6 +1,6 @@
 """The project's own format: a directory with `config.json` and `heads.safetensors`.
 
-Heads that were trained on frequent tokens alone have a third file, `draft_vocabulary.json`: the list of these tokens.
+Heads that were trained only on frequent tokens have a third file, `draft_vocabulary.json`: the list of these tokens.
 Training adds files that are not part of the heads: `draft_ngrams.npz` (see `medusa_runtime.drafting.ngrams`), a log, a card.
 """
 
@@ -30,18 +30,18 @@ FILES = (CONFIG_NAME, WEIGHTS_NAME)
 RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME = "run.json", "log.jsonl", "evaluation.json", "curves.png"
 VOCABULARY_NAME = "draft_vocabulary.json"
 CARD_NAME, MERGED_NAME, ADAPTER_NAME = "README.md", "merged", "adapter"
-# what training adds
+# files that training adds
 BESIDE = (RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME, CARD_NAME, MERGED_NAME, ADAPTER_NAME, NGRAMS_NAME)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def matches(path: Path) -> bool:
-    """Whether the path is a directory of this format."""
+    """Whether the path is a directory in this format."""
     return path.is_dir() and any((path / name).is_file() for name in FILES)
 
 
 def is_alone(path: Path) -> bool:
-    """Whether a directory holds heads of this format and nothing else, so that it may be replaced by others."""
+    """Whether a directory has heads in this format and no other files, so that it can be replaced by other heads."""
     names = {entry.name for entry in path.iterdir() if not is_leftover(entry.name)} if matches(path) else set()
     return bool(names) and names <= {*FILES, VOCABULARY_NAME, *BESIDE}
 
@@ -53,17 +53,17 @@ def save(
     force: bool = False,
     beside: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Write heads into a new directory, whole or not at all.
+    """Write heads to a new directory. It appears whole or not at all.
 
     Args:
-        heads: what to write, in the precision they have.
+        heads: the heads; they are written in the precision that they have.
         path: the directory.
-        force: replace heads that are there.
-        beside: writes further files into the directory.
+        force: replace existing heads.
+        beside: writes more files to the directory.
 
     Raises:
-        OptionError: the directory exists and may not be replaced.
-        CheckpointError: it cannot be written.
+        OptionError: the directory exists and must not be replaced.
+        CheckpointError: the directory cannot be written.
     """
     with new_directory(path, is_alone, force=force) as directory:
         (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -74,15 +74,17 @@ def save(
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
         except SafetensorError as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
-        shutil.copymode(directory / CONFIG_NAME, directory / WEIGHTS_NAME)  # safetensors lets its file be read by nobody else
+        shutil.copymode(
+            directory / CONFIG_NAME, directory / WEIGHTS_NAME
+        )  # safetensors makes its file readable only by the owner
         beside(directory)
 
 
 def load(path: Path) -> MedusaHeads:
-    """Read heads; counts and shapes come from the tensors and are checked against the config.
+    """Read heads. Number and shapes of the tensors are checked against the config.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the two disagree.
+        CheckpointError: a file is missing or damaged, or tensors and config do not match.
     """
     try:
         config = HeadsConfig.model_validate(read_json(path / CONFIG_NAME))
@@ -92,7 +94,7 @@ def load(path: Path) -> MedusaHeads:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the heads in {path} are damaged or incomplete: {first_line(error)}") from error
     if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise CheckpointError(f"the heads in {path} hold {strange[0]} as {tensors[strange[0]].dtype}, not as floats")
+        raise CheckpointError(f"the heads in {path} have {strange[0]} as {tensors[strange[0]].dtype}; it must be a float type")
     with torch.device("meta"):
         heads = MedusaHeads(config)
     expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
@@ -101,7 +103,7 @@ def load(path: Path) -> MedusaHeads:
         name = next(name for name in sorted(expected | found) if expected.get(name) != found.get(name))
         raise CheckpointError(
             f"the heads in {path} do not match their config: {name} is {found.get(name, 'missing')}, "
-            f"the config says {expected.get(name, 'there is none')}"
+            f"but must be {expected.get(name, 'absent')}"
         )
     heads.load_state_dict(tensors, assign=True)
     heads.draft_ids = _load_vocabulary(path / VOCABULARY_NAME, config.vocab_size)
@@ -114,9 +116,9 @@ def _load_vocabulary(path: Path, vocab_size: int) -> list[int] | None:
     try:
         token_ids: list[int] = read_json(path)
         if not all(type(token) is int for token in token_ids) or sorted(set(token_ids)) != token_ids:
-            raise ValueError("it must be a list of token ids, ascending")
+            raise ValueError("it must be an ascending list of token ids")
         if not token_ids or not 0 <= token_ids[0] <= token_ids[-1] < vocab_size:
-            raise ValueError(f"its token ids must be in the vocabulary of {vocab_size}")
+            raise ValueError(f"its token ids must be below the vocabulary size {vocab_size}")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"the heads' {path} cannot be used: {error}") from error
     return token_ids

@@ -1,1 +1,1 @@
-"""Training of heads: Medusa-1 (the backbone stays as it is) and Medusa-2 (both learn, the backbone to stay what it was)."""
+"""Training of heads: Medusa-1 trains only the heads, Medusa-2 also the backbone, which is kept close to the original."""

@@ -1,4 +1,4 @@
-"""In which order data is taken. Everything follows from the seed and the epoch, so that a resumed run goes on exactly."""
+"""The order of training data. It depends only on seed and epoch, so a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ IntArray = npt.NDArray[np.int64]
 
 
 def row_batches(num_rows: int, batch_size: int, seed: int, epoch: int, block: int = 1) -> list[IntArray]:
-    """Rows in random order, in batches of one size; what is left over is left out this time.
+    """Rows in random order, in batches of equal size. Rows left over are skipped in this epoch.
 
     Args:
-        num_rows: there are.
-        batch_size: rows of a batch.
-        seed: of the order.
-        epoch: from 0; each has an order of its own.
-        block: so many neighbours stay together.
+        num_rows: number of rows.
+        batch_size: rows per batch.
+        seed: seed of the order.
+        epoch: number of the epoch, from 0. Each has its own order.
+        block: number of adjacent rows that stay together.
     """
     generator = np.random.default_rng([seed, epoch])
-    shift = int(generator.integers(block)) if block > 1 else 0  # so that blocks differ between epochs
+    shift = int(generator.integers(block)) if block > 1 else 0  # so that the blocks differ between epochs
     starts = generator.permutation(-(-(num_rows + shift) // block)) * block - shift
     order = (starts[:, None] + np.arange(block)).ravel()
     order = order[(order >= 0) & (order < num_rows)]
@@ -30,12 +30,14 @@ def row_batches(num_rows: int, batch_size: int, seed: int, epoch: int, block: in
 
 
 def sequence_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[IntArray]:
-    """Sequences in batches of alike lengths that hold at most `batch_tokens`, padding included, in random order.
+    """Sequences in batches of similar length with at most `batch_tokens` tokens, including padding, in random order.
 
-    A sequence that is longer than that is a batch of its own.
+    A longer sequence is a batch by itself.
     """
     generator = np.random.default_rng([seed, epoch])
-    noisy = np.asarray(lengths) * generator.uniform(0.9, 1.1, len(lengths))  # so that neighbours change between epochs
+    noisy = np.asarray(lengths) * generator.uniform(
+        0.9, 1.1, len(lengths)
+    )  # so that sequences have other neighbours in each epoch
     batches: list[list[int]] = [[]]
     longest = 0
     for place in np.argsort(noisy):

@@ -1,4 +1,4 @@
-"""The work directory of a run: its log, its last checkpoint, and the settings that it may be resumed under."""
+"""The work directory of a run: its log, its last checkpoint, and the settings with which it can be resumed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ RUN_NAME, LOG_NAME, CHECKPOINT, PLACE_NAME = "run.json", "log.jsonl", "checkpoin
 
 
 class WorkDirectory:
-    """Of one run. Only the main process writes, but for the shards that accelerate has every process write.
+    """The work directory of one run. Only the main process writes to it, except for shards, which every process writes.
 
     Raises:
-        OptionError: it holds something else, or a run with other settings.
+        OptionError: the directory has other files in it, or a run with other settings.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], accelerator: Accelerator) -> None:
         self.path = path
         self.accelerator = accelerator
         self._check(identity)
-        accelerator.wait_for_everyone()  # all have looked before one writes
+        accelerator.wait_for_everyone()  # all processes must have checked it before one writes
         if accelerator.is_main_process and not (path / RUN_NAME).exists():
             path.mkdir(parents=True, exist_ok=True)
             write_whole(path / RUN_NAME, json.dumps(identity, indent=2) + "\n")
@@ -40,35 +40,39 @@ class WorkDirectory:
                 file.write(json_text(entry) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
-        """The log's lines, but for one that a killed run was writing."""
+        """The log's lines, without an incomplete one of a killed run."""
         place = self.path / LOG_NAME
         lines = place.read_text(encoding="utf-8").split("\n")[:-1] if place.exists() else []
         return [json.loads(line) for line in lines]
 
     @property
     def stage(self) -> str | None:
-        """That the checkpoint is of; none where there is none."""
+        """The stage of the checkpoint; None if there is no checkpoint."""
         place = self._last() / PLACE_NAME
         return str(json.loads(place.read_text(encoding="utf-8"))["stage"]) if place.exists() else None
 
     @property
     def kept(self) -> str:
-        """What there is to go on from, in words."""
+        """The checkpoint to continue from, in words."""
         place = self._last() / PLACE_NAME
         if not place.exists():
             return "there is no checkpoint yet"
         found = json.loads(place.read_text(encoding="utf-8"))
-        return f"the checkpoint after step {found['step']} of {found['stage']} stays in {self.path}"
+        return f"the checkpoint after step {found['step']} of {found['stage']} is kept in {self.path}"
 
     def save(self, stage: str, step: int) -> None:
-        """Keep where a stage stands after `step` steps, in place of the checkpoint before."""
+        """Write a checkpoint of a stage after `step` steps. It replaces the earlier one."""
         fresh, last = self.path / f"{CHECKPOINT}.new", self.path / CHECKPOINT
         if self.accelerator.is_main_process:
             shutil.rmtree(fresh, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(fresh))
-        except (RuntimeError, SafetensorError, OSError) as error:  # torch and safetensors tell of a full disk each in its way
+        except (
+            RuntimeError,
+            SafetensorError,
+            OSError,
+        ) as error:  # torch and safetensors raise different errors if the disk is full
             raise MedusaError(f"{fresh} cannot be written: {first_line(error)}; {self.kept}") from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -76,7 +80,7 @@ class WorkDirectory:
             sync_tree(fresh)
             old = self.path / f"{CHECKPOINT}.old"
             if last.exists():
-                shutil.rmtree(old, ignore_errors=True)  # a run was killed before it did
+                shutil.rmtree(old, ignore_errors=True)  # the leftover of a killed run
                 last.rename(old)
             fresh.rename(last)
             sync_directory(self.path)
@@ -84,9 +88,9 @@ class WorkDirectory:
         self.accelerator.wait_for_everyone()
 
     def resume(self, stage: str) -> int:
-        """Load the checkpoint if it is of that stage. Returns how many of its steps are done.
+        """Load the checkpoint if it belongs to the stage. Returns the number of steps done.
 
-        Log lines of steps that will be done again are removed.
+        Log lines of steps that will be repeated are removed.
         """
         step = 0
         if self.stage == stage:
@@ -100,7 +104,7 @@ class WorkDirectory:
         return step
 
     def _last(self) -> Path:
-        """The last checkpoint; the one before it where a run was killed between two renames."""
+        """The last checkpoint; or the one before it, if a run was killed between two renames."""
         last, old = self.path / CHECKPOINT, self.path / f"{CHECKPOINT}.old"
         return old if old.exists() and not last.exists() else last
 
@@ -110,15 +114,15 @@ class WorkDirectory:
             if self.path.exists() and any(
                 entry.name != "hidden" and not is_leftover(entry.name) for entry in self.path.iterdir()
             ):
-                raise OptionError(f"{self.path} holds something else; choose another --work")
+                raise OptionError(f"{self.path} has other files in it; choose another --work")
             return
         try:
             before = dict(json.loads(place.read_text(encoding="utf-8")))
         except (UnicodeDecodeError, ValueError, TypeError) as error:
-            raise OptionError(f"{place} is damaged; remove {self.path} to begin again") from error
+            raise OptionError(f"{place} is damaged; delete {self.path} to start again") from error
         changed = [f"{name} was {before.get(name)}, is {now}" for name, now in identity.items() if before.get(name) != now]
         if changed:
             raise OptionError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed)}); "
-                "go on with those, choose another --work, or remove it"
+                f"{self.path} has a run with other settings ({'; '.join(changed)}); "
+                "continue with those, choose another --work, or delete it"
             )

@@ -1,4 +1,4 @@
-"""Conversations as training takes them: token ids, and where the answer begins."""
+"""Training examples: conversations as token ids, split into prompt and answer."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from medusa_heads.distill.store import FACTS_NAME, read_facts, read_rows
 from medusa_heads.tokens import CheckpointCodec
 from medusa_runtime.errors import OptionError
 
-ALIKE_ROWS = 8  # of a file that does not name its tokenizer: so many answers must spell what their messages say
+ALIKE_ROWS = 8  # rows to check if a file does not name its tokenizer: their token ids must decode to their messages
 
 
 @dataclass(frozen=True)
 class Example:
-    """One answer with what led to it."""
+    """One answer with its prompt."""
 
     key: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # [R], R ≥ 1
-    opening: str = ""  # what the user said first: turns of one conversation share it
+    opening: str = ""  # the user's first message, which all turns of a conversation share
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and answer together."""
+        """Number of tokens of prompt and answer together."""
         return len(self.prompt_ids) + len(self.response_ids)
 
 
 def read_examples(paths: Sequence[str | Path], codec: CheckpointCodec, *, max_length: int) -> list[Example]:
     """Read training data: directories of `medusa-export distill`, or files of JSON lines.
 
-    A line has `messages`, ending with the assistant's (the answer learned from; earlier ones only lead to it), and may have
-    `response_token_ids` (the answer's own ids) and `prompt_token_ids`; what is missing is made with the tokenizer and its chat
-    template.
+    A line has `messages`, the last one by the assistant: only that answer is learned. It can also have `response_token_ids`
+    (the answer's ids) and `prompt_token_ids`. Missing ids are made with the tokenizer and its chat template.
 
     Args:
-        paths: read in this order.
+        paths: directories and files, read in this order.
         codec: the model's tokenizer.
-        max_length: answers are cut where a conversation grows longer; what has no answer left is dropped.
+        max_length: longest conversation in tokens. Longer answers are cut; an example without an answer left is dropped.
 
     Raises:
-        OptionError: nothing is there, a row is damaged (its number is told), or it was made with another tokenizer.
+        OptionError: a path does not exist, a row is damaged (the message gives its number), the data was made with another
+        tokenizer, or there are no answers.
     """
     examples = []
     for path in map(Path, paths):
@@ -58,12 +58,14 @@ def read_examples(paths: Sequence[str | Path], codec: CheckpointCodec, *, max_le
             if example.prompt_ids and example.response_ids and room > 0:
                 examples.append(dataclasses.replace(example, response_ids=example.response_ids[:room]))
     if not examples:
-        raise OptionError(f"no answers to learn from in {', '.join(map(str, paths))}")
+        raise OptionError(
+            f"there are no answers to learn from in {', '.join(map(str, paths))}; make some with: medusa-export distill"
+        )
     return examples
 
 
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
-    """Those to train on, and those held out: decided by what the user said first, so the same in every run on any data."""
+    """Split examples into those to train on and those held out. It depends only on the user's first message."""
     training: list[Example] = []
     kept: list[Example] = []
     for example in examples:
@@ -82,7 +84,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 def _from_directory(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
     if not (path / FACTS_NAME).is_file():
-        raise OptionError(f"{path} is no data of `medusa-export distill`: it has no {FACTS_NAME}")
+        raise OptionError(f"{path} is not data of `medusa-export distill`: it has no {FACTS_NAME}; give its output directory")
     if read_facts(path).settings.tokenizer != codec.digest:
         raise OptionError(f"{path} was made with another tokenizer; distil it again with this model")
     for row in read_rows(path):
@@ -103,15 +105,15 @@ def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:  # a number may be too long to be read
+    except (ValueError, RecursionError) as error:  # or a number with too many digits
         raise OptionError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise OptionError(f"{where} is no object")
+        raise OptionError(f"{where} is not a JSON object")
     messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(message, dict) for message in messages):
-        raise OptionError(f"{where} has no messages that end with an answer")
+        raise OptionError(f"{where} has no list of messages that ends with an answer")
     if messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
-        raise OptionError(f"{where}: the last message is not an answer of the assistant")
+        raise OptionError(f"{where}: the last message must be an answer of the assistant")
     return row
 
 
@@ -124,9 +126,11 @@ def _example(row: dict[str, Any], where: str, key: str, codec: CheckpointCodec, 
         raise OptionError(f"{where}: {error}") from error
     for name, ids in (("prompt_token_ids", prompt_ids), ("response_token_ids", response_ids)):
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < limit for token in ids):
-            raise OptionError(f"{where}: {name} is not a list of token ids below {limit}")
+            raise OptionError(f"{where}: {name} must be a list of token ids below {limit}")
     if check and "response_token_ids" in row and codec.decode(response_ids).strip() != messages[-1]["content"].strip():
-        raise OptionError(f"{where}: its token ids do not spell its answer; it was made with another tokenizer")
+        raise OptionError(
+            f"{where}: the token ids do not decode to the answer, so another tokenizer made them; distil with this model"
+        )
     return Example(key, tuple(prompt_ids), tuple(response_ids), _opening(messages))
 
 

@@ -1,4 +1,4 @@
-"""The loop that every stage of training runs: batches in a fixed order, steps of the optimizer, log, checkpoints."""
+"""The training loop of every stage: batches in a fixed order, optimizer steps, log, checkpoints."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from medusa_runtime.errors import MedusaError, OptionError
 
 @dataclass
 class Stage:
-    """What one stage trains, and on what.
+    """One stage of training: its objective and its data.
 
     Args:
-        name: in the log and the checkpoints.
+        name: the stage's name in log and checkpoints.
         objective: a module whose forward pass gives `Losses`.
         groups: the optimizer's parameter groups, each with its learning rate.
         epochs: passes over the data.
         batches: all batches of an epoch, the same on every process.
-        load: a batch's tensors, and how many answer tokens it holds; told the step and the number of steps.
+        load: returns a batch's tensors and its number of answer tokens, given the step and the number of steps.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class News:
-    """Told after every step."""
+    """The progress after a step."""
 
     stage: str
-    step: int  # done
+    step: int  # steps done
     num_steps: int
-    tokens: int  # answer tokens taken since this process began the stage, on all processes
+    tokens: int  # answer tokens of all processes since this process started the stage
     loss: float
 
 
@@ -60,18 +60,18 @@ def fit(
     tell: Callable[[News], None],
     after_epoch: Callable[[torch.nn.Module, int], None] = lambda *_: None,
 ) -> torch.nn.Module:
-    """Train a stage to its end, from its checkpoint where there is one. Returns the objective, prepared by accelerate.
+    """Train a stage to its end, starting from its checkpoint if there is one. Returns the objective, prepared by accelerate.
 
     Raises:
-        OptionError: there is less data than one step takes.
-        MedusaError: the loss or its gradient is not finite. The last checkpoint stays.
+        OptionError: the data is too small for a single step.
+        MedusaError: the loss or its gradient is not finite. The last checkpoint is kept.
     """
     share, accumulation = accelerator.num_processes, settings.gradient_accumulation
     batches, epoch = stage.batches(0), 0
     steps_per_epoch = len(batches) // (share * accumulation)
     if not steps_per_epoch:
         raise OptionError(
-            f"the data makes {len(batches)} batches, a step takes {share * accumulation}: "
+            f"the data has {len(batches)} batches, but a step needs {share * accumulation}; "
             "lower --batch-tokens or --gradient-accumulation, or use more data"
         )
     num_steps = min(settings.max_steps or math.inf, math.ceil(stage.epochs * steps_per_epoch))
@@ -79,7 +79,7 @@ def fit(
     optimizer = torch.optim.AdamW(stage.groups, weight_decay=settings.weight_decay)
     _shard_own_layers(accelerator, stage.objective)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of how accelerate calls PyTorch
+        warnings.simplefilter("ignore", FutureWarning)  # accelerate uses deprecated functions of PyTorch
         objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup)
@@ -94,7 +94,7 @@ def fit(
             batches = stage.batches(epoch)
         place = step % steps_per_epoch * accumulation * share + accelerator.process_index
         for part in range(accumulation):
-            batch = batches[(place + part * share) % len(batches)]  # another epoch may have made fewer
+            batch = batches[(place + part * share) % len(batches)]  # epochs can have different numbers of batches
             inputs, num_tokens = stage.load(batch, step, num_steps)
             with accelerator.accumulate(objective):
                 losses: Losses = objective(*inputs)
@@ -108,7 +108,9 @@ def fit(
         scheduler.step()
         done = step + 1
         loss = meter.end_step()
-        if not math.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):  # a scaler skips such steps
+        if not math.isfinite(loss) or (
+            accelerator.scaler is None and not torch.isfinite(norm)
+        ):  # a gradient scaler skips such steps
             raise MedusaError(_not_finite(stage.name, done, loss, work))
         tell(News(stage.name, done, num_steps, meter.tokens_here, loss))
         if done % settings.log_every == 0 or done == num_steps:
@@ -124,33 +126,33 @@ def fit(
 
 
 def _shard_own_layers(accelerator: Accelerator, objective: torch.nn.Module) -> None:
-    """Under FSDP: what is sharded one by one are this objective's layers, not those of the stage before."""
+    """Under FSDP: shard by the layer classes of this objective instead of those of the previous stage."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.auto_wrap_policy is not None:
-        plugin.auto_wrap_policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)  # as it was given
+        plugin.auto_wrap_policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)  # the original policy
         plugin.transformer_cls_names_to_wrap = sorted(getattr(objective, "layers", ()))
 
 
 class _Meter:
-    """Means since the last line of the log, over all processes. A part of the checkpoints, so that the log goes on as well."""
+    """Means over all processes since the last line of the log. It is part of checkpoints, so that the log continues exactly."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.started = time.perf_counter()
         self.tokens = self.tokens_before = self.steps = 0
         self.has_backbone = False
-        self.parts: list[torch.Tensor] = []  # of this step, on this process
-        self.sums = torch.zeros(0)  # over steps: the loss, the backbone's, each head's
+        self.parts: list[torch.Tensor] = []  # the losses of this step's batches on this process
+        self.sums = torch.zeros(0)  # sums over steps: the loss, the backbone's loss, each head's loss
 
     def add(self, losses: Losses, num_tokens: int) -> None:
-        """Count a part of a step."""
+        """Add the losses of one batch of a step."""
         self.has_backbone = losses.backbone is not None
         backbone = losses.total.new_zeros(()) if losses.backbone is None else losses.backbone
         numbers = [losses.total.detach(), backbone, *losses.heads, losses.total.new_tensor(num_tokens)]
         self.parts.append(torch.stack([number.float() for number in numbers]))
 
     def end_step(self) -> float:
-        """The step's loss, meaned over the processes: all of them see the same, and stop together."""
+        """The step's loss, averaged over all processes. All get the same number, so all stop together if it is not finite."""
         own = torch.stack(self.parts)  # [parts, 2 + K + 1]
         shared: torch.Tensor = self.accelerator.reduce(torch.cat([own[:, :-1].mean(0), own[:, -1:].sum(0)]), "sum")
         means = shared[:-1].double().cpu() / self.accelerator.num_processes
@@ -162,11 +164,11 @@ class _Meter:
 
     @property
     def tokens_here(self) -> int:
-        """Since this process began the stage."""
+        """Answer tokens since this process started the stage."""
         return self.tokens - self.tokens_before
 
     def entry(self) -> dict[str, Any]:
-        """What a line of the log says; a new one begins."""
+        """The contents of a line of the log. The means start anew."""
         loss, backbone, *heads = (round(value, 6) for value in (self.sums / self.steps).tolist())
         self.steps = 0
         entry = {"loss": loss, "head_losses": heads} | ({"backbone_loss": backbone} if self.has_backbone else {})
@@ -184,6 +186,6 @@ class _Meter:
 def _not_finite(stage: str, step: int, loss: float, work: WorkDirectory) -> str:
     found = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     return (
-        f"{found} at step {step} of {stage}; {work.kept}. Begin again with a lower --learning-rate or --mixed-precision no, "
-        "and another --work; --hidden keeps the hidden states"
+        f"{found} at step {step} of {stage}; {work.kept}. Start again with a lower --learning-rate or --mixed-precision no, "
+        "and another --work; --hidden reuses the hidden states"
     )

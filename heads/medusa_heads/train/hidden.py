@@ -1,7 +1,7 @@
-"""The frozen backbone's last hidden states, computed once and kept on disk: heads then train without running the backbone.
+"""The frozen backbone's last hidden states. They are computed once and stored, so that training need not run the backbone.
 
-Of an answer r[0..R) the rows are those that r is read off: row n comes from the position before r[n], so that the backbone's
-own guess there is r[n], and head k (from 0) is to guess r[n + k + 1].
+An answer r[0..R) has R rows. Row n is the hidden state at the position before r[n]: the backbone predicts r[n] from it, and
+head k (from 0) must guess r[n + k + 1].
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.errors import MedusaError
 
 FACTS_NAME, ROWS_NAME, DONE_NAME = "hidden.json", "hidden.npy", "done.npy"
-FORWARD_TOKENS = 4096  # padding included, in one forward pass
+FORWARD_TOKENS = 4096  # tokens in one forward pass, including padding
 
 
 class HiddenStates:
-    """Rows of many answers, one after another.
+    """The rows of many answers, one after the other.
 
     Attributes:
-        rows: float16, on disk. [P, C]
-        next_ids: the backbone's next token at each row: the answers, one after another. [P]
-        ends: for each row, where the rows of its answer end. [P]
-        starts: where each answer's rows begin. [E]
-        lengths: how many rows each answer has. [E]
+        rows: the hidden states, in float16, on disk. [P, C]
+        next_ids: the next token at each row, that is, the answers one after the other. [P]
+        ends: for each row, the end of its answer's rows. [P]
+        starts: the first row of each answer. [E]
+        lengths: the number of rows of each answer. [E]
     """
 
     def __init__(self, rows: npt.NDArray[np.float16], examples: Sequence[Example]) -> None:
@@ -44,14 +44,14 @@ class HiddenStates:
         self.starts = np.cumsum(lengths) - lengths
 
     def targets(self, index: npt.NDArray[np.int64], num_heads: int) -> npt.NDArray[np.int64]:
-        """What each head is to guess at the rows of that index, -1 where the answer is over. [N] -> [N, K]"""
+        """The target of each head at some rows, -1 after the end of the answer. [N] -> [N, K]"""
         wanted = index[:, None] + 1 + np.arange(num_heads)  # [N, K]
         inside = wanted < self.ends[index][:, None]
         return np.where(inside, self.next_ids[np.where(inside, wanted, 0)], -1)
 
 
 def backbone_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and values of all parameters and buffers that are saved."""
+    """SHA-256 over the names and values of all saved parameters and buffers."""
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -70,20 +70,20 @@ def cached_hidden_states(
     barrier: Callable[[], None] = lambda: None,
     tell: Callable[[int], None] = lambda _: None,
 ) -> HiddenStates:
-    """The examples' hidden states, from the directory where they are there already; what is missing is computed.
+    """The hidden states of examples. Those that the directory already has are reused, the others are computed.
 
     Args:
         model: the backbone, in inference mode.
-        examples: what to run.
-        directory: where they are kept; an interrupted run goes on. Rows of other examples or another model are replaced.
-        identity: the digest of the backbone.
-        rank: of this process among `world` that share the work and the directory.
-        world: how many they are.
-        barrier: waits for all of them.
-        tell: is told how many answer tokens are done, by all processes.
+        examples: the examples.
+        directory: the directory of the states; an interrupted run continues. Rows of other examples or models are replaced.
+        identity: the backbone's digest.
+        rank: number of this process among the `world` processes that share the work and the directory.
+        world: number of processes.
+        barrier: waits for all processes.
+        tell: called with the number of answer tokens done by all processes.
 
     Raises:
-        MedusaError: a hidden state is not a finite float16 number.
+        MedusaError: a hidden state is not finite in float16.
     """
     shape = (sum(len(example.response_ids) for example in examples), model.config.get_text_config().hidden_size)
     if rank == 0:
@@ -104,9 +104,9 @@ def cached_hidden_states(
         for place, found in zip(group, hidden, strict=True):
             values = found.to(torch.float16).cpu().numpy()
             if not np.isfinite(values).all():
-                raise MedusaError("the backbone's hidden states do not fit float16; it cannot be trained on")
+                raise MedusaError("the backbone's hidden states do not fit into float16, so heads cannot be trained for it")
             rows[states.starts[place] :][: len(values)] = values
-        rows.flush()  # before they are said to be done
+        rows.flush()  # written to disk before they are marked as done
         done[group] = True
         tell(int(lengths[done].sum()))
     done.flush()
@@ -116,15 +116,17 @@ def cached_hidden_states(
 
 @torch.no_grad()
 def response_states(model: PreTrainedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """The rows of some answers, by one forward pass. Returns a tensor [R, C] for each."""
+    """The rows of some answers, from one forward pass. Returns a tensor [R, C] for each answer."""
     tokens = pad_right([[*example.prompt_ids, *example.response_ids[:-1]] for example in examples]).to(model.device)  # [B, T]
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, C]; causal: padding changes nothing
+    hidden = model.base_model(
+        input_ids=tokens, use_cache=False
+    ).last_hidden_state  # [B, T, C]; attention is causal, so padding at the end changes nothing
     first = [len(example.prompt_ids) - 1 for example in examples]
     return [row[at:][: len(e.response_ids)] for row, at, e in zip(hidden, first, examples, strict=True)]
 
 
 def pad_right(sequences: Sequence[Sequence[int]], fill: int = 0) -> torch.Tensor:
-    """Sequences as rows of one tensor. [B, T]"""
+    """Sequences as rows of one tensor, padded at their end. [B, T]"""
     padded = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence)
@@ -132,7 +134,7 @@ def pad_right(sequences: Sequence[Sequence[int]], fill: int = 0) -> torch.Tensor
 
 
 def _prepare(directory: Path, facts: dict[str, str], shape: tuple[int, int], num_examples: int) -> None:
-    """Make empty files unless those there are of the same run."""
+    """Create empty files, unless there are files of the same run."""
     directory.mkdir(parents=True, exist_ok=True)
     place = directory / FACTS_NAME
     if (directory / ROWS_NAME).exists() and place.exists() and json.loads(place.read_text(encoding="utf-8")) == facts:
@@ -144,8 +146,8 @@ def _prepare(directory: Path, facts: dict[str, str], shape: tuple[int, int], num
 
 
 def _allocate(place: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-    """An array of zeros on disk, all of it there now: a full disk is an error here, and would kill the process later."""
+    """Write an array of zeros with all its blocks allocated: a full disk is an error now instead of a crash later."""
     np.lib.format.open_memmap(place, "w+", dtype, shape).flush()
-    if hasattr(os, "posix_fallocate"):  # not on every system
+    if hasattr(os, "posix_fallocate"):  # not on all systems
         with place.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, place.stat().st_size)

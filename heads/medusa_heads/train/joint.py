@@ -1,4 +1,4 @@
-"""Medusa-2's second stage: heads and backbone learn together, the backbone to stay what it was.
+"""Medusa-2's second stage: heads and backbone are trained together, and the backbone is kept close to the original.
 
 Source: Cai et al., "Medusa", sections 2.2.2 (a warm-up of the heads, another learning rate for the backbone) and 2.3.2 (for
 self-distilled data, the KL divergence from the original model).
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn import functional as F  # noqa: N812 - as everybody names it
+from torch.nn import functional as F  # noqa: N812 - the usual name
 from transformers import PreTrainedModel
 
 from medusa_heads.logits import shaped_logits
@@ -32,32 +32,32 @@ from medusa_heads.train.schedule import weight_factor
 from medusa_heads.train.settings import TrainSettings
 
 JOINT = "joint"  # the stage's name
-PERPLEXITY_ROWS = 512  # whose logits are held at once
+PERPLEXITY_ROWS = 512  # rows whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
 class JointResult:
-    """What both became."""
+    """The trained heads and backbone."""
 
-    state: dict[str, torch.Tensor]  # of the objective: heads.…
-    model: PreTrainedModel  # the backbone as it is now, in fp32; an adapter merged into it
-    adapter: PeftModel | None  # around that model, where only an adapter learned
+    state: dict[str, torch.Tensor]  # state of the objective: heads.…
+    model: PreTrainedModel  # the trained backbone in fp32, with the adapter merged into it
+    adapter: PeftModel | None  # the adapter around that model, if only an adapter was trained
 
     def save(self, directory: Path, mode: Literal["merged", "adapter"], base: str) -> None:
-        """Write the backbone as a checkpoint, or only its adapter, which names the `base` it belongs to.
+        """Write the backbone as a checkpoint, or only its adapter with the name of its `base` model.
 
-        Call it last: the adapter's layers are taken out of the model.
+        Call it last: it removes the adapter's layers from the model.
         """
         if self.adapter is None:
             self.model.save_pretrained(directory)
         elif mode == "merged":
-            self.adapter.unload().save_pretrained(directory)  # what was merged stays
+            self.adapter.unload().save_pretrained(directory)  # the merged weights stay
         else:
             self.adapter.peft_config["default"].base_model_name_or_path = base
             self.adapter.save_pretrained(str(directory), save_embedding_layers=False)
 
     def hidden_states(self, examples: Sequence[Example], directory: Path, identity: str) -> HiddenStates:
-        """Answers' hidden states as the backbone gives them now."""
+        """Hidden states of answers by the trained backbone."""
         return cached_hidden_states(self.model, examples, directory, identity=identity)
 
 
@@ -76,21 +76,21 @@ def train_jointly(
     """Train heads and backbone together; see `medusa_heads.train.run.train`.
 
     Args:
-        backbone: the original, in fp32; it is changed.
-        reload: gives the original again.
-        heads: as the first stage left them.
-        lm_head: the original's, for the tokens that count.
-        examples: what to learn from.
-        states: the original's hidden states of them.
-        settings: how.
+        backbone: the original model in fp32; it is changed.
+        reload: loads the original model again.
+        heads: the heads after the first stage.
+        lm_head: the original's LM head, for the tokens that count in the loss.
+        examples: the training examples.
+        states: the original's hidden states of the examples.
+        settings: the training settings.
         accelerator: the processes that share the work.
-        work: log and checkpoints.
-        tell: told after every step.
+        work: the directory of log and checkpoints.
+        tell: called after every step.
     """
     original = lm_head_of(backbone, lm_head.weight.dtype)
-    set_seed(settings.seed)  # what an adapter starts with, and dropout
+    set_seed(settings.seed)  # for the adapter's initial weights, and dropout
     if settings.backbone == "lora":
-        _with_adapter(backbone, settings)  # its layers are now the backbone's
+        _with_adapter(backbone, settings)  # this adds its layers to the backbone
     objective = JointObjective(backbone, heads, lm_head, original, settings.loss_decay, settings.backbone_loss)
     slow = settings.learning_rate / settings.heads_rate_multiple
     lengths = [example.num_tokens - 1 for example in examples]
@@ -115,17 +115,17 @@ def _with_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type] # it takes any number
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type] # any number is allowed
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear",  # peft leaves the LM head out
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peft asks of Transformers, and what it finds out about GPT-2's layers
+        warnings.simplefilter("ignore")  # peft calls deprecated functions, and warns about GPT-2's layers
         return get_peft_model(model, config)
 
 
 class _Loader:
-    """Makes the tensors of a batch of whole conversations."""
+    """Makes the tensors of a batch of complete conversations."""
 
     def __init__(
         self,
@@ -159,10 +159,12 @@ class _Loader:
 
 
 def _result(state: dict[str, torch.Tensor], fresh: PreTrainedModel, settings: TrainSettings) -> JointResult:
-    """Put what the backbone learned into a fresh copy of it."""
+    """Load the trained weights into a fresh copy of the backbone."""
     adapter = _with_adapter(fresh, settings) if settings.backbone == "lora" else None
     learned = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    strange = fresh.load_state_dict(learned, strict=False).unexpected_keys  # not strict, as tied weights may be there once
+    strange = fresh.load_state_dict(
+        learned, strict=False
+    ).unexpected_keys  # not strict, as tied weights may be stored only once
     assert not strange, strange
     if adapter is not None:
         adapter.merge_adapter()
@@ -171,7 +173,7 @@ def _result(state: dict[str, torch.Tensor], fresh: PreTrainedModel, settings: Tr
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, examples: Sequence[Example]) -> float:
-    """Of answers, given what led to them, over all their tokens."""
+    """Perplexity of answers given their prompts, over all tokens of the answers."""
     total, count = 0.0, 0
     lm_head, config = model.get_output_embeddings(), model.config.get_text_config()
     for example in examples:

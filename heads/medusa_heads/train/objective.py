@@ -1,4 +1,4 @@
-"""What is minimised. Each objective is a module whose forward pass gives the losses of one batch.
+"""The training objectives. Each is a module whose forward pass returns the losses of one batch.
 
 Source: Cai et al., "Medusa", section 2.2: Medusa-1 is the sum over heads k of decay^k · CE(head k, token t + k + 2); Medusa-2
 adds the backbone's own loss, which for self-distilled data is the KL divergence from the original model (section 2.3.2).
@@ -10,32 +10,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - as everybody names it
+from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from medusa_heads.logits import shaped_logits
 from medusa_heads.modules import MedusaHeads, root_states
 
-IGNORED = -100  # what cross_entropy passes over
-KL_ROWS = 256  # whose logits over the whole vocabulary, of both models, are held at once
+IGNORED = -100  # the target that cross_entropy ignores
+KL_ROWS = 256  # rows whose logits over the whole vocabulary, of both models, are in memory at a time
 
 
-class Losses(NamedTuple):  # and no dataclass: FSDP finds the tensors in a tuple alone
-    """Of one batch."""
+class Losses(NamedTuple):  # not a dataclass: FSDP only finds tensors in tuples
+    """The losses of one batch."""
 
-    total: torch.Tensor  # what is minimised
+    total: torch.Tensor  # the loss to minimise
     heads: torch.Tensor  # cross-entropy of each head. [K]
-    backbone: torch.Tensor | None = None  # medusa-2: the backbone's own
+    backbone: torch.Tensor | None = None  # medusa-2: the backbone's loss
 
 
 class LmHead(nn.Module):
-    """The backbone's LM head, frozen, for the tokens that count in the loss alone.
+    """The backbone's LM head, frozen, reduced to the tokens that count in the loss.
 
     Args:
-        weight: all rows. [V, C]
-        bias: [V] or none.
-        token_ids: the V' tokens that count, none for all. Other targets are left out.
+        weight: all rows of its weight. [V, C]
+        bias: its bias, or None. [V]
+        token_ids: the V' tokens that count, or None for all. Other targets are ignored.
     """
 
     weight: torch.Tensor
@@ -59,18 +59,18 @@ class LmHead(nn.Module):
         return rows if self.token_ids is None else rows[self.token_ids]
 
     def of(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias that a head's logits come from: its own, or these."""
+        """Weight and bias for a head's logits: the head's own, or these."""
         own: Any = head.lm_head
         return (self.weight, self.bias) if own is None else (self.kept(own.weight), None)
 
     def places(self, targets: torch.Tensor) -> torch.Tensor:
-        """Where among the tokens that count the targets are; IGNORED for others and for -1. Any shape."""
+        """Indices of targets among the tokens that count; IGNORED for other tokens and for -1. Any shape."""
         found: torch.Tensor = self.index[targets.clamp(min=0)]
         return found.masked_fill(targets < 0, IGNORED)
 
 
 def lm_head_of(model: PreTrainedModel, dtype: torch.dtype, token_ids: torch.Tensor | None = None) -> LmHead:
-    """A copy of a model's LM head in some precision, for the tokens that count."""
+    """A copy of a model's LM head in the given precision, for the tokens that count."""
     output: Any = model.get_output_embeddings()
     bias = getattr(output, "bias", None)
     return LmHead(output.weight.to(dtype), None if bias is None else bias.to(dtype), token_ids)
@@ -89,12 +89,12 @@ class HeadsObjective(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,  # [N, C]
-        root_ids: torch.Tensor,  # [N] the backbone's next tokens there
-        targets: torch.Tensor,  # [N, K] what the heads are to guess, -1 where there is nothing
-        ahead: torch.Tensor | None = None,  # [U, C] the backbone's states that targets are read off, for soft targets
-        places: torch.Tensor | None = None,  # [N, K] which of them each target is read off
+        root_ids: torch.Tensor,  # [N] the next tokens at these states
+        targets: torch.Tensor,  # [N, K] the heads' targets, -1 for none
+        ahead: torch.Tensor | None = None,  # [U, C] for soft targets: the backbone's states that predict the targets
+        places: torch.Tensor | None = None,  # [N, K] for each target, the index of its state in `ahead`
     ) -> Losses:
-        """Losses of a batch of rows."""
+        """The losses of a batch of rows."""
         if ahead is None or places is None:
             losses = heads_losses(self.heads, self.lm_head, hidden, root_ids, targets)
         else:
@@ -109,7 +109,7 @@ class HeadsObjective(nn.Module):
         ahead: torch.Tensor,
         places: torch.Tensor,
     ) -> torch.Tensor:
-        """As `heads_losses`, but part of each target is the distribution that the backbone has there. [K]"""
+        """Like `heads_losses`, but part of each target is the backbone's distribution at its position. [K]"""
         with torch.no_grad():
             backbone = F.linear(ahead, self.lm_head.weight, self.lm_head.bias).softmax(-1)  # [U, V']
         roots = root_states(self.lm_head.weight, self.lm_head.places(root_ids)) if self.heads.config.reads_root else None
@@ -135,42 +135,42 @@ def heads_losses(
     """Mean cross-entropy of each head over its valid targets. [N, C], [N], [N, K] -> [K]
 
     Args:
-        heads: what learns.
-        lm_head: the tokens that count, and the LM head of heads that have none.
-        hidden: what the heads read.
-        root_ids: the backbone's next tokens there, which they may read as well.
-        targets: what they are to guess, -1 where there is nothing.
-        learning: the backbone's LM head where it learns as well; it then takes the place of `lm_head`'s weights.
+        heads: the heads to train.
+        lm_head: the tokens that count, and the LM head for heads without their own.
+        hidden: the hidden states that the heads read.
+        root_ids: the next tokens at these states, for heads that read the root.
+        targets: the heads' targets, -1 for none.
+        learning: the backbone's LM head if it is trained as well; it then replaces the weights of `lm_head`.
     """
     places = lm_head.places(targets)  # [N, K]
     shared = (lm_head.weight, lm_head.bias)
     if learning is not None:
         shared = (lm_head.kept(learning.weight), None if learning.bias is None else lm_head.kept(learning.bias))
-    # looked up, not learned through
+    # only looked up: no gradient flows into the LM head here
     roots = root_states(shared[0].detach(), lm_head.places(root_ids)) if heads.config.reads_root else None
     losses = []
     for k, head in enumerate(heads.heads):
         weight, bias = shared if head.lm_head is None else lm_head.of(head)
         logits = F.linear(head(hidden, roots), weight, bias)  # [N, V']
         total = F.cross_entropy(logits, places[:, k], ignore_index=IGNORED, reduction="sum")
-        losses.append(total / (places[:, k] != IGNORED).sum().clamp(min=1))  # a batch may have no target for the last heads
+        losses.append(total / (places[:, k] != IGNORED).sum().clamp(min=1))  # a batch can have no targets for the last heads
     return torch.stack(losses)
 
 
 def weighted(losses: torch.Tensor, decay: float) -> torch.Tensor:
-    """The heads' losses as one number: the k-th head, from 1, counts decay^k. [K] -> []"""
+    """The weighted sum of the heads' losses: the k-th head (from 1) has the weight decay^k. [K] -> []"""
     return (losses * decay ** torch.arange(1, len(losses) + 1, device=losses.device)).sum()
 
 
 class JointObjective(nn.Module):
-    """Medusa-2: the heads' loss beside the backbone's own, on token sequences.
+    """Medusa-2: the heads' loss plus the backbone's loss, on token sequences.
 
     Args:
-        backbone: what learns; an adapter's layers may be in it.
-        heads: what learns with it.
-        lm_head: the original's, for the tokens that count in the heads' loss.
-        original: the original's LM head, all of it; the KL's reference is read off it.
-        decay: head k counts decay^k.
+        backbone: the backbone to train, possibly with an adapter's layers.
+        heads: the heads to train.
+        lm_head: the original's LM head, for the tokens that count in the heads' loss.
+        original: the original's complete LM head, for the reference of the KL divergence.
+        decay: the k-th head has the weight decay^k.
         backbone_loss: ``kl`` or ``ce``.
     """
 
@@ -187,20 +187,20 @@ class JointObjective(nn.Module):
 
     @property
     def layers(self) -> set[str]:
-        """The classes of the backbone's layers, by which it is sharded."""
-        names: Any = self.backbone._no_split_modules  # noqa: SLF001 - where Transformers says it
+        """The class names of the backbone's layers, by which it is sharded."""
+        names: Any = self.backbone._no_split_modules  # noqa: SLF001 - Transformers has it only there
         return set(names or ()) & {type(module).__name__ for module in self.backbone.modules()}
 
     def forward(
         self,
         tokens: torch.Tensor,  # [B, T]
-        rows: torch.Tensor,  # [N] places in tokens, flattened, that answers are read off
-        next_ids: torch.Tensor,  # [N] the answers' tokens there
+        rows: torch.Tensor,  # [N] indices into the flattened tokens, of the positions that predict answers
+        next_ids: torch.Tensor,  # [N] the answers' tokens at these positions
         targets: torch.Tensor,  # [N, K]
-        reference: torch.Tensor,  # [N, C] the original's hidden states there
+        reference: torch.Tensor,  # [N, C] the original's hidden states at these positions
         heads_weight: float,
     ) -> Losses:
-        """Losses of a batch of sequences."""
+        """The losses of a batch of sequences."""
         states = self.backbone.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, C]
         hidden = states.flatten(0, 1)[rows]  # [N, C]
         output = self.backbone.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Keeping evaluation texts out of training data, by the n-grams of words they share."""
+"""Keeps evaluation texts out of training data, by shared n-grams of words."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 from medusa_runtime.errors import OptionError
 
-WORDS = 13  # in a row: what counts as a copy
-FEWEST_WORDS = 5  # a shorter text is no sign of anything
+WORDS = 13  # this many equal words in a row count as a copy
+FEWEST_WORDS = 5  # shorter texts are ignored
 WORD = re.compile(r"\w+")
 
 NGram = tuple[str, ...]
 
 
 class Overlap:
-    """N-grams of some files' texts, to find copies of them.
+    """The n-grams of words in some files, to find copies of their texts.
 
-    A text of at least `FEWEST_WORDS` but fewer than `WORDS` words counts as a whole.
+    A text of at least `FEWEST_WORDS` but fewer than `WORDS` words is one n-gram as a whole.
 
     Args:
-        paths: JSON lines, of which every text counts whatever its field, or plain text, of which every line does.
+        paths: JSON lines, of which all strings are used, or plain-text files, of which each line is a text.
 
     Raises:
-        OptionError: a file cannot be read, or holds no text.
+        OptionError: a file cannot be read, or has no text.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -34,7 +34,7 @@ class Overlap:
         for path in map(Path, paths):
             found = [words for text in _texts(path) if len(words := split_words(text)) >= FEWEST_WORDS]
             if not found:
-                raise OptionError(f"{path} holds no text of {FEWEST_WORDS} words or more to keep out")
+                raise OptionError(f"{path} has no text of {FEWEST_WORDS} or more words to keep out; give another file")
             for words in found:
                 length = min(WORDS, len(words))
                 self.ngrams.setdefault(length, set()).update(ngrams(words, length))
@@ -46,12 +46,12 @@ class Overlap:
 
 
 def split_words(text: str) -> list[str]:
-    """Words in lower case, without what stands between them."""
+    """The words of a text in lower case, without punctuation."""
     return WORD.findall(text.lower())
 
 
 def ngrams(words: Sequence[str], length: int) -> Iterator[NGram]:
-    """All runs of so many words."""
+    """All runs of `length` words."""
     return (tuple(words[start : start + length]) for start in range(len(words) - length + 1))
 
 

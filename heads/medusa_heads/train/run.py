@@ -1,4 +1,4 @@
-"""A whole run: data, the backbone's hidden states, heads alone, then for Medusa-2 heads and backbone together."""
+"""A training run: the backbone's hidden states, then the heads alone, then for Medusa-2 heads and backbone together."""
 
 from __future__ import annotations
 
@@ -34,37 +34,37 @@ from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.errors import MedusaError, OptionError
 
-SOFT_BLOCK = 32  # neighbouring rows that stay together, so that what is read ahead is shared
-LOG_ROWS = 4096  # held-out rows that the log's accuracies are taken from
+SOFT_BLOCK = 32  # adjacent rows that stay together, as they share states for soft targets
+LOG_ROWS = 4096  # held-out rows for the accuracies in the log
 
 
 @dataclass(frozen=True)
 class Source:
-    """The model that heads are made for."""
+    """The model to train heads for."""
 
     name: str
     model: PreTrainedModel  # in inference mode, on its device
-    reload: Callable[[], PreTrainedModel]  # the same again, in fp32 on the CPU
+    reload: Callable[[], PreTrainedModel]  # loads the same model again, in fp32 on the CPU
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how a run goes."""
+    """Functions that receive the progress of a run."""
 
-    cached: Callable[[int, int], None] = lambda *_: None  # answer tokens whose hidden states are there, and how many will be
+    cached: Callable[[int, int], None] = lambda *_: None  # answer tokens with hidden states, and the total
     step: Callable[[News], None] = lambda *_: None
     note: Callable[[str], None] = lambda *_: None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made."""
+    """The result of a run."""
 
     heads: MedusaHeads
-    evaluation: Evaluation | None  # none without held-out answers
-    joint: JointResult | None  # medusa-2
-    ngrams: NGrams | None  # none where the answers are too short for any
-    facts: dict[str, Any]  # for the run's file
+    evaluation: Evaluation | None  # None without held-out answers
+    joint: JointResult | None  # None for medusa-1
+    ngrams: NGrams | None  # None if the answers are too short
+    facts: dict[str, Any]  # for the record of the run
 
 
 def train(
@@ -76,22 +76,22 @@ def train(
     accelerator: Accelerator,
     listener: Listener,
 ) -> TrainResult | None:
-    """Train heads, or go on training them.
+    """Train heads, or continue an interrupted run.
 
     Args:
         source: the model.
-        examples: its answers.
-        settings: how.
-        work_path: where checkpoints and the log are.
-        hidden_path: where hidden states are kept.
+        examples: the model's answers.
+        settings: the training settings.
+        work_path: directory of checkpoints and log.
+        hidden_path: directory of hidden states.
         accelerator: the processes that share the work.
-        listener: who is told.
+        listener: receives the progress.
 
     Returns:
-        What was made; none on processes other than the main one.
+        The result; None on processes other than the main one.
 
     Raises:
-        OptionError: the data is too little, or `work_path` holds a run with other settings.
+        OptionError: there is too little data, or `work_path` has a run with other settings.
         CheckpointError: the heads to start from do not fit the model.
         MedusaError: the loss or a hidden state is not finite, or the backbone changed under Medusa-1.
     """
@@ -106,7 +106,7 @@ def train(
     heads = run.train_heads(states, held_states)
     joint = run.train_jointly(heads, training, states) if settings.method == "medusa-2" else None
     if joint is None and backbone_digest(source.model) != identity:
-        raise MedusaError("the backbone's weights changed while its heads were trained; this must not happen")
+        raise MedusaError("the backbone's weights changed during the training of its heads; this is a bug, please report it")
     if not accelerator.is_main_process:
         return None
     kept = _kept_tokens(states, settings, source.model.config.get_text_config().vocab_size)
@@ -125,7 +125,7 @@ def train(
         heads.draft_ids = draft_ids
         evaluation = _evaluation(heads, source.model, held_states, digest(held_out))
         return TrainResult(heads, evaluation, None, _ngrams(heads, source.model, training, held_states), facts)
-    heads = MedusaHeads(heads.config)  # those before belong to the stage, which may have sharded them
+    heads = MedusaHeads(heads.config)  # new modules: the earlier ones may be sharded
     heads.load_state_dict(_of_heads(joint.state))
     heads = _as_kept(heads.eval(), settings)
     heads.draft_ids = draft_ids
@@ -140,7 +140,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the parts of a run share."""
+    """Objects that the parts of a run share."""
 
     source: Source
     settings: TrainSettings
@@ -151,7 +151,7 @@ class _Run:
     listener: Listener
 
     def hidden_states(self, examples: list[Example], name: str) -> HiddenStates:
-        """The backbone's, as it runs now; for Medusa-2 as it will run while it learns."""
+        """The backbone's hidden states. For Medusa-2 they are computed in the precision of its training."""
         accelerator, total = self.accelerator, sum(len(example.response_ids) for example in examples)
         learns = self.settings.method == "medusa-2"
         with accelerator.autocast() if learns else nullcontext():
@@ -167,15 +167,15 @@ class _Run:
             )
 
     def train_heads(self, states: HiddenStates, held_states: HiddenStates | None) -> MedusaHeads:
-        """The heads alone: all of Medusa-1, the first stage of Medusa-2."""
+        """Train the heads alone: this is all of Medusa-1, and the first stage of Medusa-2."""
         settings, heads = self.settings, _new_heads(self.source, self.settings)
         epochs = settings.epochs if settings.method == "medusa-1" else settings.heads_first
-        if not epochs or self.work.stage == JOINT:  # they are done, and the joint stage's checkpoint has them
+        if not epochs or self.work.stage == JOINT:  # the stage is done; the joint stage's checkpoint has the heads
             return heads
         lm_head = _lm_head(self.source, states, settings, self.accelerator, self.listener)
         heads.draft_ids = None if lm_head.token_ids is None else lm_head.token_ids.tolist()
         stage = _heads_stage(copy.deepcopy(heads), lm_head, states, settings, epochs, self.accelerator.device)
-        log: Callable[[torch.nn.Module, int], None] = lambda *_: None  # noqa: E731 - nothing is held out
+        log: Callable[[torch.nn.Module, int], None] = lambda *_: None  # noqa: E731 - used if nothing is held out
         if held_states is not None:
             log = _AccuracyLog(heads, self.work, self.source, held_states, self.listener)
         objective = fit(stage, self.accelerator, self.work, settings, self.listener.step, log)
@@ -206,12 +206,12 @@ class _Run:
 def _as_kept(heads: MedusaHeads, settings: TrainSettings) -> MedusaHeads:
     kept = heads.to(native.DTYPES[settings.heads_dtype])
     if not all(parameter.isfinite().all() for parameter in kept.parameters()):
-        raise MedusaError(f"the heads' weights do not fit {settings.heads_dtype}; use another --heads-dtype")
+        raise MedusaError(f"the heads' weights overflow in {settings.heads_dtype}; use another --heads-dtype")
     return kept
 
 
 def _evaluation(heads: MedusaHeads, model: PreTrainedModel, states: HiddenStates | None, data: str) -> Evaluation | None:
-    """As the heads will be kept, but in the precision of the model."""
+    """Evaluate the heads with their stored weights, computing in the model's precision."""
     if states is None:
         return None
     output: Any = model.get_output_embeddings()
@@ -229,7 +229,7 @@ def _ngrams(heads: MedusaHeads, model: PreTrainedModel, training: list[Example],
 def _identity(
     settings: TrainSettings, backbone: str, training: list[Example], held_out: list[Example], accelerator: Accelerator
 ) -> dict[str, Any]:
-    """What a run may be resumed under: all that decides its result."""
+    """All that the result of a run depends on. A run can only be resumed if it is equal."""
     free = {"checkpoint_every", "log_every", "heads_dtype", "save_backbone"}
     data = {"backbone": backbone, "data": digest([*training, *held_out]), "processes": accelerator.num_processes}
     return data | settings.model_dump(exclude=free) | {"mixed_precision": accelerator.mixed_precision}
@@ -255,15 +255,15 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
         found, asked = getattr(heads.config, name), getattr(wanted, name)
         if found != asked:
             hint = "" if name != "reads_root" else f"; give --{'no-' if asked else ''}read-root"
-            raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, this run needs {asked}{hint}")
-    heads.config = wanted  # they may have been made for another model of this shape
+            raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, but this run needs {asked}{hint}")
+    heads.config = wanted  # they may come from another model of this shape
     return heads
 
 
 def _lm_head(
     source: Source, states: HiddenStates, settings: TrainSettings, accelerator: Accelerator, listener: Listener
 ) -> LmHead:
-    """In the precision that products will have."""
+    """The LM head in the precision of the matrix products."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     lm_head = lm_head_of(source.model, dtype, _kept_tokens(states, settings, source.model.config.get_text_config().vocab_size))
     if lm_head.token_ids is not None:
@@ -315,21 +315,21 @@ def _heads_stage(
 
 
 def _of_heads(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The heads' weights among an objective's."""
+    """The heads' weights of an objective's state."""
     return {name.removeprefix("heads."): value.cpu() for name, value in state.items() if name.startswith("heads.")}
 
 
 def _learned(objective: torch.nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """The heads' weights, on every process; of a sharded objective only the main one has them at first."""
+    """The heads' weights on every process. If the objective is sharded, only the main process has them at first."""
     own = _of_heads(accelerator.get_state_dict(objective))
     state: dict[str, torch.Tensor] = broadcast_object_list([own])[0]
     return state
 
 
 def _forget(accelerator: Accelerator) -> None:
-    """A stage is over: the next checkpoints are another's."""
+    """Unregister a finished stage, so that the next stage's checkpoints do not contain it."""
     accelerator.free_memory()
-    accelerator._custom_objects.clear()  # noqa: SLF001 - free_memory leaves them
+    accelerator._custom_objects.clear()  # noqa: SLF001 - free_memory does not remove them
 
 
 class _AccuracyLog:
@@ -353,4 +353,4 @@ class _AccuracyLog:
         accuracy = accuracies(target_ranks(heads, output, self.states, self.rows))
         top1, top5 = accuracy[:, 0].round(4).tolist(), accuracy[:, :5].sum(1).round(4).tolist()
         self.work.log(stage="heads", step=step, held_out_top1=top1, held_out_top5=top5)
-        self.listener.note(f"step {step}: held-out top-1 of the heads {top1}")
+        self.listener.note(f"step {step}: top-1 accuracy of the heads on held-out answers: {top1}")

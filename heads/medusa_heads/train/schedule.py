@@ -1,4 +1,4 @@
-"""How rates and weights change over a run."""
+"""Schedules of learning rates and loss weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: float) -> float:
-    """Linear from nothing to 1 over the warm-up, then half a cosine down to nothing at the end.
+    """Linear from 0 to 1 during the warm-up, then half a cosine down to 0 at the end.
 
     Args:
-        step: from 0.
-        num_steps: of the whole run.
-        warmup: part of the run.
+        step: the step, from 0.
+        num_steps: steps of the whole run.
+        warmup: part of the run that is warm-up.
     """
     rising = math.ceil(warmup * num_steps)
     if step < rising:
@@ -22,6 +22,6 @@ def learning_rate_factor(step: int, num_steps: int, warmup: float) -> float:
 
 
 def weight_factor(step: int, num_steps: int, schedule: Literal["constant", "linear", "sine"]) -> float:
-    """How much of the heads' loss weight (the paper's λ₀) counts at a step: all along, or coming up to it over the run."""
+    """The part of the heads' loss weight (the paper's λ₀) that is used at a step: constant, or growing over the run."""
     done = min(1.0, step / max(1, num_steps - 1))
     return {"constant": 1.0, "linear": done, "sine": math.sin(0.5 * math.pi * done)}[schedule]

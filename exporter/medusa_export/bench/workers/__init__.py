@@ -1,5 +1,5 @@
-"""What runs in a contestant's own process.
+"""The programs that run in a contestant's own process.
 
-`serve.py` and the modules named `with_…` run as scripts of whatever Python has the contestant's packages, which need not be
-ours: they import the standard library, each other, and one package with what comes with it.
+`serve.py` and the modules named `with_…` run as scripts in the Python that has the contestant's packages, which may not be
+ours. So they import only the standard library, each other, and the contestant's package with its dependencies.
 """

@@ -1,11 +1,11 @@
-"""A contestant's process: one JSON object a line on stdin, one a line on stdout. Imports the standard library alone.
+"""A contestant's process: one JSON object per line on stdin and on stdout. It imports only the standard library.
 
     python serve.py with_llama_cpp '{"model": "model.gguf", "threads": 2}'            # load it, and answer requests
-    python serve.py with_llama_cpp '{"source": "model.gguf", …}' --build              # make the files it reads
+    python serve.py with_llama_cpp '{"source": "model.gguf", …}' --build              # make its model files
 
-A module of a contestant has `load(settings)`, which returns a function that decodes greedily: it takes token ids, how many new
-ones are wanted, and a function to call with the new ones as they come. End-of-sequence tokens are tokens like any other.
-A module may have `build(settings)`. Settings are what `medusa_export.bench.peers` says of it.
+A contestant's module has `load(settings)`, which returns a function that decodes greedily. That function takes token ids, the
+number of new tokens, and a function to call with new tokens as they are decoded. It does not stop at end-of-sequence tokens.
+A module may also have `build(settings)`. `medusa_export.bench.peers` defines the settings.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ STDOUT, STDERR = 1, 2  # file descriptors
 
 
 def serve(start: Callable[[], Operations]) -> None:
-    """Answer requests until stdin ends. The first line says whether it started.
+    """Answer requests until stdin ends. The first line on stdout says whether the contestant started.
 
-    A request is ``{"do": name, …arguments}``, its answer ``{"result": …}`` or ``{"error": line}``.
+    A request is ``{"do": name, …arguments}``, the answer ``{"result": …}`` or ``{"error": line}``.
     """
     answers = _private_stdout()
 
@@ -38,7 +38,7 @@ def serve(start: Callable[[], Operations]) -> None:
 
     try:
         operations = {"memory": memory} | start()
-    except Exception as error:  # noqa: BLE001 - whatever a package raises, the other side tells the user
+    except Exception as error:  # noqa: BLE001 - packages can raise anything; the other side reports it to the user
         tell({"error": _line(error)})
         return
     tell({"result": "ready"})
@@ -51,7 +51,7 @@ def serve(start: Callable[[], Operations]) -> None:
 
 
 def timed(decode: Decode) -> Callable[[list[int], int], dict[str, Any]]:
-    """The operation `generate`: new tokens in the pieces they came in, and the seconds from the request to each piece."""
+    """The operation `generate`: it returns the new tokens in pieces, and the seconds from the request to each piece."""
 
     def generate(token_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
         pieces: list[list[int]] = []
@@ -68,27 +68,27 @@ def timed(decode: Decode) -> Callable[[list[int], int], dict[str, Any]]:
         started = time.perf_counter()
         decode(token_ids, max_new_tokens, emit)
         if room:
-            raise RuntimeError(f"it gave {max_new_tokens - room} tokens where {max_new_tokens} were wanted")
+            raise RuntimeError(f"it decoded {max_new_tokens - room} tokens instead of {max_new_tokens}")
         return {"pieces": pieces, "seconds": seconds}
 
     return generate
 
 
 def memory() -> dict[str, float]:
-    """The most memory this process has had, in MB, and what it has now where the system tells."""
+    """The peak memory of this process in MB, and its current memory if the system reports it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        import resource  # noqa: PLC0415 - not everywhere
+        import resource  # noqa: PLC0415 - not on Windows
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_mb": most / (1e6 if sys.platform == "darwin" else 1e3)}  # macOS counts bytes
+        return {"peak_mb": most / (1e6 if sys.platform == "darwin" else 1e3)}  # macOS counts in bytes
     facts = dict(line.split(":", 1) for line in lines)
     return {name: int(facts[key].split()[0]) * 1024 / 1e6 for name, key in (("peak_mb", "VmHWM"), ("now_mb", "VmRSS"))}
 
 
 def _private_stdout() -> TextIO:
-    """Keep stdout for answers: whatever else a library prints there goes to stderr."""
+    """Reserve stdout for answers: anything that a library prints goes to stderr."""
     private = os.fdopen(os.dup(STDOUT), "w", encoding="utf-8")
     os.dup2(STDERR, STDOUT)
     return private

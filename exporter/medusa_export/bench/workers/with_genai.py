@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI, on a model that its own builder makes."""
+"""ONNX Runtime GenAI, with a model made by its own builder."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def build(settings: dict[str, Any]) -> None:
 
 def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
     """settings: model, threads."""
-    import onnxruntime_genai as og  # noqa: PLC0415 - its builder runs without
+    import onnxruntime_genai as og  # noqa: PLC0415 - the builder does not need it
 
     facts = json.loads((Path(settings["model"]) / "genai_config.json").read_text(encoding="utf-8"))["model"]
     config = og.Config(settings["model"])
     decoder = {"session_options": {"intra_op_num_threads": settings["threads"]}}
-    # It knows no other way to go on after an end-of-sequence token than to take another one for it.
+    # The only way to decode past an end-of-sequence token is to configure another token as end of sequence.
     config.overlay(json.dumps({"model": {"eos_token_id": facts["vocab_size"] - 1, "decoder": decoder}}))
     model = og.Model(config)
 

@@ -1,4 +1,4 @@
-"""llama.cpp by way of llama-cpp-python, on a GGUF file that it quantises itself."""
+"""llama.cpp through llama-cpp-python, with a GGUF file that it quantises itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[i
     )
 
     def decode(token_ids: list[int], max_new_tokens: int, emit: Callable[[list[int]], None]) -> None:
-        model.reset()  # or it starts from what an earlier prompt left in its cache
+        model.reset()  # otherwise it continues from an earlier prompt's cache
         for count, token in enumerate(model.generate(token_ids, temp=0.0, repeat_penalty=1.0), start=1):
             emit([token])
             if count == max_new_tokens:

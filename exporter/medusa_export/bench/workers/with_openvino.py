@@ -1,4 +1,4 @@
-"""OpenVINO GenAI, on a GGUF file or on a directory of a converted model."""
+"""OpenVINO GenAI, with a GGUF file or the directory of a converted model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import openvino_genai as genai
 
 
 class _Pieces(genai.StreamerBase):  # type: ignore[misc]
-    """Hands new tokens on as they come."""
+    """Passes new tokens on as they are decoded."""
 
     def __init__(self, emit: Callable[[list[int]], None]) -> None:
         super().__init__()
@@ -22,13 +22,13 @@ class _Pieces(genai.StreamerBase):  # type: ignore[misc]
         return genai.StreamingStatus.RUNNING
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no tokens are held back."""
 
 
 def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
     """settings: model, threads."""
     scheduler = genai.SchedulerConfig()
-    scheduler.enable_prefix_caching = False  # every prompt is read, as by all others
+    scheduler.enable_prefix_caching = False  # read every prompt, like all other contestants
     pipeline = genai.LLMPipeline(
         settings["model"], "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=settings["threads"]
     )

@@ -1,7 +1,7 @@
-"""Medusa decoding in PyTorch, as short as it can be without being slow: Transformers' model and cache, a fixed tree.
+"""Medusa decoding in PyTorch, short but not slow: Transformers' model and cache, and a fixed tree.
 
-One forward pass verifies the tree under a 4-D mask; the heads run at the accepted node alone; accepted entries are moved to
-the front of the cache and the rest is cut off. It decodes what our runtime decodes with the same tree.
+One forward pass verifies the tree under a 4-D mask. The heads run only at the last accepted node. Accepted entries move to the
+front of the cache, and the rest is cut off. It decodes the same tokens as our runtime with the same tree.
 Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads".
 """
 
@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 
 class _Heads:
-    """The heads of a directory with config.json, heads.safetensors and maybe draft_vocabulary.json."""
+    """The heads in a directory with config.json, heads.safetensors and possibly draft_vocabulary.json."""
 
     def __init__(self, directory: Path, lm_head: torch.Tensor, dtype: torch.dtype) -> None:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tensors = {
             name: tensor.to(lm_head.device, dtype) for name, tensor in load_file(directory / "heads.safetensors").items()
         }
-        self._weights = [  # one a residual block, of all heads: [K, C, C] and [K, 1, C]
+        self._weights = [  # for each residual block, the weights of all heads: [K, C, C] and [K, 1, C]
             tuple(
                 torch.stack([tensors[f"heads.{head}.blocks.{block}.linear.{part}"] for head in range(config["num_heads"])])
                 for part in ("weight", "bias")
@@ -39,10 +39,10 @@ class _Heads:
         own = [tensors.get(f"heads.{head}.lm_head.weight", shared[head]) for head in range(config["num_heads"])]
         rows = own if self._draft_ids is None else [table[self._draft_ids] for table in own]
         self._lm_head, self._reads_root = lm_head, config.get("reads_root", False)
-        self._tables = rows[:1] if all(table is lm_head for table in own) else rows  # a shared one once
+        self._tables = rows[:1] if all(table is lm_head for table in own) else rows  # keep a shared LM head only once
 
     def __call__(self, hidden: torch.Tensor, root: int, top_k: int) -> torch.Tensor:
-        """The likeliest tokens of each head after a row and the token decided there. hidden: [C], result: [K, M]."""
+        """The most likely tokens of each head after a row and the token decided there. hidden: [C], result: [K, M]."""
         features = hidden.expand(len(self._weights[0][0]), -1)[:, None]  # [K, 1, C]
         read = features
         if self._reads_root:
@@ -66,7 +66,7 @@ class _Heads:
 
 
 class _Tree:
-    """A candidate tree, from parents and ranks; parents come before their children."""
+    """A candidate tree, given by parents and ranks. Parents come before their children."""
 
     def __init__(self, parents: list[int], ranks: list[int], dtype: torch.dtype) -> None:
         self.parents, self.ranks, self.depths = parents, torch.tensor(ranks), [0] * len(parents)
@@ -78,12 +78,12 @@ class _Tree:
         self.places = torch.tensor(self.depths)
 
     def tokens(self, root: int, best: torch.Tensor) -> torch.Tensor:
-        """Token ids of the nodes. best: [K, M] of the heads."""
+        """The token ids of the nodes. best: the heads' candidates [K, M]."""
         drafts = best[self.places[1:] - 1, self.ranks[1:]]
         return torch.cat([torch.tensor([root]), drafts])  # [N]
 
     def accept(self, tokens: list[int], choices: list[int]) -> list[int]:
-        """The longest path of drafts that are each the model's choice after their parent."""
+        """The longest path of drafts of which each is the model's choice after its parent."""
         path = [0]
         for node in range(1, len(tokens)):
             if self.parents[node] == path[-1] and tokens[node] == choices[path[-1]]:
@@ -92,9 +92,9 @@ class _Tree:
 
 
 def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
-    """settings: checkpoint, heads, tree (parents and ranks), dtype, threads, and maybe device and compile."""
+    """settings: checkpoint, heads, tree (parents and ranks), dtype, threads, and optionally device and compile."""
     torch.set_num_threads(settings["threads"])
-    torch.set_default_device(settings.get("device", "cpu"))  # of all that is made below
+    torch.set_default_device(settings.get("device", "cpu"))  # for everything created below
     dtype = getattr(torch, settings["dtype"])
     model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=dtype).eval().to(torch.get_default_device())
     if settings.get("compile"):
@@ -132,7 +132,7 @@ def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[i
 
 
 def _keep(cache: Any, cached: int, path: list[int]) -> None:
-    """Move the entries of a path behind those that were cached, and cut the others off."""
+    """Move the entries of a path to the end of the cached ones, and cut the others off."""
     if path != list(range(len(path))):
         nodes = cached + torch.tensor(path)
         for layer in cache.layers:

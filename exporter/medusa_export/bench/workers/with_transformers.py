@@ -1,4 +1,4 @@
-"""Transformers' own `generate`, plain or with drafts looked up in the prompt (`lookup`: tokens a draft)."""
+"""Transformers' own `generate`, plain or with prompt lookup (`lookup`: tokens per draft)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class _Pieces(BaseStreamer):
-    """Hands new tokens on; what comes first is the prompt."""
+    """Passes new tokens on. The first call is for the prompt and is skipped."""
 
     def __init__(self, emit: Callable[[list[int]], None]) -> None:
         self._emit, self._is_prompt = emit, True
@@ -22,11 +22,11 @@ class _Pieces(BaseStreamer):
         self._is_prompt = False
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no tokens are held back."""
 
 
 def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[int]], None]], None]:
-    """settings: checkpoint, dtype, threads, and lookup or none."""
+    """settings: checkpoint, dtype, threads, and optionally lookup."""
     torch.set_num_threads(settings["threads"])
     model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=getattr(torch, settings["dtype"])).eval()
     model.generation_config = GenerationConfig(pad_token_id=0)  # plain greedy decoding without an end, as the others do it

@@ -1,4 +1,4 @@
-"""The graphs for ONNX Runtime's CPU provider, derived from the portable ones by passes."""
+"""Passes that derive the graphs for ONNX Runtime's CPU provider from the portable ones."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = [
 
 
 def for_ort_cpu(model: ir.Model, activation_bits: int = 16) -> None:
-    """Make a portable float32 graph, its weights quantised or not, the fastest one for ONNX Runtime's CPU provider, in place.
+    """Optimise a portable float32 graph for ONNX Runtime's CPU provider, in place. Its weights may be quantised.
 
-    It computes the same but for rounding, and in a graph with int8 weights the activations are rounded as well.
+    The results are the same except for rounding. If the weights are int8, the activations are rounded to integers as well.
 
     Args:
-        model: a step graph or the heads.
-        activation_bits: 8 or 16, of what int8 weights are multiplied with.
+        model: a step graph or a heads graph.
+        activation_bits: 8 or 16, for the activations that are multiplied with int8 weights.
     """
     UsedEntries()(model)
     GroupedAttention()(model)
@@ -44,15 +44,15 @@ def for_ort_cpu(model: ir.Model, activation_bits: int = 16) -> None:
 
 
 def for_one_sequence(model: ir.Model, activation_bits: int = 16) -> bool:
-    """Make a step graph that is faster still, and decodes one sequence at a time; see `for_ort_cpu`.
+    """Make an even faster step graph that decodes only one sequence at a time; see `for_ort_cpu`.
 
     Returns:
-        Whether there is such a graph. If not, the model is of no use any more.
+        Whether such a graph exists. If not, the model is left half-edited and must not be used.
     """
     UsedEntries()(model)
     if not CachedAttention()(model).modified:
         return False
-    GroupedAttention()(model)  # of layers that are of another kind
+    GroupedAttention()(model)  # for layers that `CachedAttention` does not support
     MergeProjections()(model)
     PackedAttention()(model)
     _finish(model, activation_bits)

@@ -1,4 +1,4 @@
-"""SiLU as one operator."""
+"""Fuses SiLU into one operator."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from medusa_export.graph.values import replace
 
 
 class QuickSilu(ir.passes.InPlacePass):
-    """``x · sigmoid(x)`` becomes ``QuickGelu`` with alpha 1, which reads and writes its input once.
+    """Replace ``x · sigmoid(x)`` by ``QuickGelu`` with alpha 1, which passes over its input only once.
 
-    Needs: float32 ``Mul(x, Sigmoid(x))`` whose sigmoid nobody else reads. Leaves: a contributed operator of ONNX Runtime.
+    Needs: float32 ``Mul(x, Sigmoid(x))`` whose sigmoid has no other reader.
+    Result: a contributed operator of ONNX Runtime.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -1,4 +1,4 @@
-"""Attention as two products and a softmax, the query heads of one key head side by side."""
+"""Expands attention into two matrix products and a softmax, with the query heads of one key head together."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import onnx_ir as ir
 
 from medusa_export.graph.values import constant, heads_and_width, replace
 
-HIDDEN = -1.7e38  # half the lowest float32, so that no score added to it overflows
+HIDDEN = -1.7e38  # half the lowest float32, so that adding a score cannot overflow
 
 
 class GroupedAttention(ir.passes.InPlacePass):
-    """Spell ``Attention`` out so that keys and values are read once for all query heads that share them.
+    """Expand ``Attention`` so that keys and values are read only once for all query heads that share them.
 
-    Needs: float32 ``Attention`` nodes with a boolean mask [B, 1, T, S], inputs of shape [B, H, T, D] whose heads and width
-    are known, no past, no output but the first. Leaves: a product of [B, Hkv, G·T, D] queries with the keys, a softmax, a
-    product with the values. ONNX Runtime's kernel of the standard operator reads the keys once for each query head.
+    Needs: float32 ``Attention`` nodes with a boolean mask [B, 1, T, S], inputs of shape [B, H, T, D] with known H and D, no
+    past, and no output but the first.
+    Result: a MatMul of queries [B, Hkv, G·T, D] with the keys, a softmax, and a MatMul with the values. ONNX Runtime's kernel
+    for the standard operator reads the keys once per query head instead.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -70,6 +71,6 @@ def _expand(graph: ir.Graph, attention: ir.Node, biases: dict[tuple[ir.Value, in
 
 
 def _bias(graph: ir.Graph, tape: ir.tape.Tape, mask: ir.Value, groups: int) -> ir.Value:
-    """What is added to the scores, once for each query head of a group. [B, 1, G·T, S]"""
+    """The mask as numbers to add to the scores, repeated for each query head of a group. [B, 1, G·T, S]"""
     bias = tape.op("Where", [mask, constant(graph, "seen", 0.0), constant(graph, "hidden_score", HIDDEN)])
     return bias if groups == 1 else tape.op("Concat", [bias] * groups, {"axis": 2})

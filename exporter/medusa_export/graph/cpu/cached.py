@@ -1,4 +1,4 @@
-"""Attention of one sequence on the cache where it lies, as one operator a layer."""
+"""Fuses attention and the cache update into one operator per layer, for one sequence."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SWAPPED = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 
 
 class CachedAttention(ir.passes.InPlacePass):
-    """``GroupQueryAttention`` for attention and all that stands between it and the cache, for one sequence alone.
+    """Replace attention and the cache's operators by ``GroupQueryAttention``, for one sequence.
 
-    Needs: a float32 step graph after `UsedEntries`, with layers of ``Attention(q, k, v, mask)`` whose k and v are cut from
-    what ``TensorScatter`` wrote behind ``cache_lengths`` into a cache. Leaves: ONNX Runtime's contributed operator, with the
-    mask as its bias. Where past and present share their memory, it writes the new entries and reads the others where they
-    lie: nothing of the cache is copied. It refuses several sequences with several tokens each, and hides from a token
-    whatever follows it, which the mask does as well.
+    Needs: a float32 step graph after `UsedEntries`, with layers of ``Attention(q, k, v, mask)``. k and v are slices of a cache
+    into which ``TensorScatter`` wrote at ``cache_lengths``.
+    Result: ONNX Runtime's contributed operator, with the mask as its bias. If past and present share their memory, it writes
+    the new entries in place and copies nothing of the cache. It refuses several sequences with several tokens each. It also
+    hides later tokens from earlier ones, as the mask already does.
 
-    Queries and keys come to it as [B, T, H·D], rotated; `PackedAttention` leaves the rotation to the operator.
+    Its queries and keys are [B, T, H·D] and already rotated. `PackedAttention` moves the rotation into the operator.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,16 +38,16 @@ class CachedAttention(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's attention, and what writes the cache for it."""
+    """One layer's attention, and the nodes that write its cache."""
 
     attention: ir.Node
-    cuts: tuple[ir.Node, ir.Node]  # Slice: of keys and of values, the entries in use
+    cuts: tuple[ir.Node, ir.Node]  # Slice: the entries in use, of keys and of values
     key: ir.Node  # TensorScatter (past, new entries, cache_lengths)
     value: ir.Node
 
     @property
     def used(self) -> ir.Value:
-        """How many entries are in use, the new ones included. [1]"""
+        """The number of entries in use, including the new ones. [1]"""
         used = self.cuts[0].inputs[2]
         assert used is not None
         return used
@@ -90,7 +90,7 @@ def _writes_behind_lengths(node: ir.Node) -> bool:
 
 
 class _Shared:
-    """What all layers read: made once a step."""
+    """Values that all layers read. They are computed once per step."""
 
     def __init__(self, graph: ir.Graph, used: ir.Value) -> None:
         self._graph = graph
@@ -104,7 +104,7 @@ class _Shared:
         graph.insert_after(source, tape.nodes)
 
     def bias(self, tape: ir.tape.Tape, mask: ir.Value) -> ir.Value:
-        """What is added to the scores of all heads. [1, 1, T, S]"""
+        """The mask as numbers to add to the scores of all heads. [1, 1, T, S]"""
         if mask not in self._biases:
             seen, hidden = constant(self._graph, "seen", 0.0), constant(self._graph, "hidden_score", HIDDEN)
             self._biases[mask] = tape.op("Where", [mask, seen, hidden])
@@ -142,7 +142,7 @@ def _replace(graph: ir.Graph, layer: _Layer, shared: _Shared) -> None:
 
 
 def _side_by_side(graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None) -> ir.Value:
-    """A value [B, H, T, D] as [B, T, H·D]: what it was made from, where that is all that was done to it but a rotation."""
+    """A value [B, H, T, D] as [B, T, H·D]. If it was made from such a value, that one is used, rotated if necessary."""
     heads, width = heads_and_width(value)
     assert value is not None
     node = value.producer()
@@ -172,7 +172,7 @@ def _whole_shape(value: ir.Value, width: int) -> ir.Shape:
 
 
 def _skip_swaps(graph: ir.Graph, parted: ir.Value, whole: ir.Value, width: int) -> None:
-    """Let what puts the heads side by side again read the operator's output, which has them so."""
+    """Remove a Transpose and Reshape back to [B, T, H·D]: the operator's output already has that shape."""
     for node, _ in list(parted.uses()):
         if node.op_type != "Transpose" or list(node.attributes.get_ints("perm", [])) != SWAPPED:
             continue

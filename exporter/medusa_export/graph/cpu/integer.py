@@ -1,4 +1,4 @@
-"""Products of int8 weights with activations rounded to integers, no row's rounding depending on another row."""
+"""Integer matrix products: int8 weights times activations that are rounded to integers, each row on its own."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from medusa_export.graph.cpu.projections import is_int8_weight
 from medusa_export.graph.values import constant, replace
 
 LEVELS = 127
-TINY = 1e-30  # what keeps a row of zeros from being divided by zero
-SECOND = 1 / 254  # of a level: the second term's codes reach half a level to either side
-NORMS = {"RMSNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # which input the gains are
+TINY = 1e-30  # so that a row of zeros is not divided by zero
+SECOND = 1 / 254  # the second term's level over the first's: its codes cover half a level to either side
+NORMS = {"RMSNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # index of the input with the gains
 
 
 class IntegerProducts(ir.passes.InPlacePass):
-    """Multiply in integers where a weight is stored in them.
+    """Compute matrix products with int8 weights in integers.
 
-    Needs: ``MatMul(x, DequantizeLinear(int8 weight, a scale a column))`` in float32. Leaves: x rounded to uint8 with zero
-    point 128 (int8 x int8 has no fast kernel), ``MatMulIntegerToFloat``, and the scaling that undoes x's.
+    Needs: ``MatMul(x, DequantizeLinear(int8 weight, one scale per column))`` in float32.
+    Result: x rounded to uint8 with zero point 128 (int8 x int8 has no fast kernel), ``MatMulIntegerToFloat``, and a node that
+    undoes the scaling of x.
 
-    With 8 bits, each row of x is divided by its largest magnitude first. With 16, each row is divided by its root mean
-    square, unless x comes from a norm, which has done so: then no magnitude can pass a bound that is known in advance. It is
-    rounded to two terms of 8 bits, the second for what the first leaves, and their products are added. The bound is far above
-    what is usual, but of 16 bits some can be spared.
+    With 8 bits, each row of x is first divided by its largest magnitude. With 16 bits, each row is divided by its root mean
+    square, unless x comes from a norm, which has already done so. Then the magnitudes have an upper bound known in advance. x
+    is rounded to two terms of 8 bits: the second is the rest that the first leaves. The products of both terms are added. The
+    bound is far above usual magnitudes, but 16 bits are precise enough for that.
 
-    Either way a row's result depends on this row alone, whatever other tokens a step holds. `DynamicQuantizeLinear` would
-    take one scale for all of them, and a draft could change another's logits.
+    In both cases a row's result depends only on that row, not on the other tokens of a step. `DynamicQuantizeLinear` would
+    use one scale for all rows, and a draft token could change the logits of another.
 
     Args:
         activation_bits: 8 or 16.
@@ -62,19 +63,19 @@ class IntegerProducts(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Rounded:
-    """An activation's codes, and how a product with them becomes one with the activation."""
+    """An activation's codes, and the facts that turn a product with the codes into a product with the activation."""
 
     codes: ir.Value  # [.., T, K], or twice as long for two terms
-    level: ir.Value  # what one step of the codes is worth, in the scaled activation
-    factor: ir.Value | None  # [.., T, 1]: what undoes the scaling of each row, if there was one
-    undo: Literal["Mul", "Div"] = "Mul"  # with the factor
-    shape: ir.Value | None = None  # [.., T, -1], for two terms
+    level: ir.Value  # the value of one code step in the scaled activation
+    factor: ir.Value | None  # [.., T, 1]: the scale of each row, to be undone; None if rows are not scaled
+    undo: Literal["Mul", "Div"] = "Mul"  # the operator that undoes the scaling
+    shape: ir.Value | None = None  # [.., T, -1]: the product's shape, if there are two terms
 
     def product(self, graph: ir.Graph, tape: ir.tape.Tape, weight: ir.Node) -> ir.Value:
         data, scales = weight.inputs
         zero = constant(graph, "code_of_zero", np.uint8(128))
         result = tape.op("MatMulIntegerToFloat", [self.codes, data, self.level, scales, zero], domain="com.microsoft")
-        if self.shape is not None:  # their sum as a product with [1, 2]: one pass over both, where Split, Mul and Add are three
+        if self.shape is not None:  # add the two terms by a MatMul with [1, 2]: one pass instead of three (Split, Mul, Add)
             flat = tape.op("Reshape", [result, constant(graph, "by_term", [2, -1])])
             total = tape.op("MatMul", [constant(graph, "weights_of_terms", np.array([[1, SECOND]], np.float32)), flat])
             result = tape.op("Reshape", [total, self.shape])
@@ -84,7 +85,7 @@ class _Rounded:
 
 
 class _Rounding:
-    """The activations that are rounded, each once, and the shapes of what they are multiplied to."""
+    """The rounded activations, each rounded once, and the shapes of their products."""
 
     def __init__(self, graph: ir.Graph, bits: int) -> None:
         self._graph, self._bits = graph, bits
@@ -101,8 +102,8 @@ class _Rounding:
         return self._rounded[x]
 
     def _shape(self, tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
-        """What x is multiplied to, as ``Reshape`` takes it: [.., -1]. Made once for all that have as many rows."""
-        assert x.shape is not None  # it is multiplied with a weight
+        """The shape of a product with x, as a target of ``Reshape``: [.., -1]. Computed once per leading shape."""
+        assert x.shape is not None  # x is multiplied with a weight, so its rank is known
         rows = tuple(size if isinstance(size, int) else size.value for size in x.shape[:-1])
         if rows not in self._shapes or None in rows:  # unknown sizes may differ
             leading = tape.op("Shape", [x], {"start": 0, "end": -1})
@@ -144,7 +145,7 @@ def _round16(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, shape: ir.Value) 
 
 
 def _bound_after_norm(x: ir.Value) -> float | None:
-    """What no magnitude of x can pass where it is a norm's output: with N values of mean square 1, each is at most √N."""
+    """An upper bound for the magnitudes of x if it is a norm's output: N values of mean square 1 are at most √N each."""
     node = x.producer()
     if node is None or node.op_type not in NORMS or x is not node.outputs[0]:
         return None
@@ -157,7 +158,7 @@ def _bound_after_norm(x: ir.Value) -> float | None:
 
 def _width(x: ir.Value) -> int:
     width = x.shape[-1] if x.shape is not None else None
-    assert isinstance(width, int)  # it is multiplied with a weight, whose size is known
+    assert isinstance(width, int)  # x is multiplied with a weight of known size
     return width
 
 

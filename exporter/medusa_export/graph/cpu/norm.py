@@ -1,4 +1,4 @@
-"""A residual's addition and the norm after it as one operator."""
+"""Fuses a residual addition and the norm after it into one operator."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from medusa_export.graph.values import replace
 
 
 class SkipNorm(ir.passes.InPlacePass):
-    """``RMSNormalization(a + b)`` becomes ``SkipSimplifiedLayerNormalization(a, b)``, which gives the sum as well.
+    """Replace ``RMSNormalization(a + b)`` by ``SkipSimplifiedLayerNormalization(a, b)``, which also returns the sum.
 
-    Needs: a sum of two tensors of one shape whose first reader is a norm over the last axis with float32 weights.
-    Leaves: a contributed operator of ONNX Runtime.
+    Needs: a sum of two tensors of the same shape whose first reader is a norm over the last axis with float32 weights.
+    Result: a contributed operator of ONNX Runtime.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

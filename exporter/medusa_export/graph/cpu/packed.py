@@ -1,4 +1,4 @@
-"""Queries, keys and values as the merged projection gives them, rotated by the attention operator."""
+"""Passes the merged query, key and value projection to the attention operator, which also rotates it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import onnx_ir as ir
 
 from medusa_export.graph.values import constant, heads_and_width
 
-HALF_WIDTHS = 8  # half a head's width must be a multiple of this
+HALF_WIDTHS = 8  # half the head size must be a multiple of this
 
 
 class PackedAttention(ir.passes.InPlacePass):
-    """Let ``GroupQueryAttention`` take a merged projection whole, and rotate its queries and keys.
+    """Give ``GroupQueryAttention`` the whole merged projection, and let it rotate queries and keys.
 
-    Needs: the operator as `CachedAttention` leaves it, its query, key and value the three parts of one ``Split``, the first
-    two through ``RotaryEmbedding`` with the same angles, made from ``position_ids``. Leaves: the whole product as its first
-    input. The operator looks angles up in a table by position, and wants a row for each entry in use. Its table gets the
-    angles of the step's tokens as its first rows, and their numbers in the step are their positions, so that angles may be
-    computed in any way.
+    Needs: the operator as `CachedAttention` makes it. Its query, key and value are the three parts of one ``Split``; query and
+    key pass through ``RotaryEmbedding`` with the same cos and sin, computed from ``position_ids``.
+    Result: the operator's first input is the whole projection. The operator indexes cos/sin tables by position id, and the
+    tables need a row for each entry in use. We pass the cos/sin rows of this step's T tokens as the first T table rows and
+    0…T-1 as position ids, so the model's own computation of the angles is kept.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -41,7 +41,7 @@ class PackedAttention(ir.passes.InPlacePass):
 
 
 def _packable(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """The product whose parts a node's query, key and value are, and the cosines and sines of their rotation. [1, T, D / 2]"""
+    """The merged projection of a node's query, key and value, and the cos and sin of their rotation [1, T, D / 2]."""
     rotations = [value.producer() for value in node.inputs[:2] if value is not None]
     if len(rotations) != 2 or any(rotation is None or not _rotates_all(rotation) for rotation in rotations):
         return None
@@ -55,26 +55,26 @@ def _packable(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
 
 
 def _rotates_all(node: ir.Node) -> bool:
-    """Whether a node rotates whole heads, their two halves as pairs, by angles given for each token."""
+    """Whether a node rotates whole heads, not interleaved, by angles given for each token."""
     others = ("interleaved", "rotary_embedding_dim")
     is_rotation = node.op_type == "RotaryEmbedding" and len(node.inputs) == 3
     return is_rotation and not any(node.attributes.get_int(name, 0) for name in others)
 
 
 class _Tables:
-    """Angles by a token's number in the step, in as many rows as there are entries in use."""
+    """cos/sin tables indexed by a token's number in the step, with a row for each entry in use."""
 
     def __init__(self, graph: ir.Graph, tape: ir.tape.Tape, input_ids: ir.Value, lengths: ir.Value) -> None:
         self._graph, self._lengths = graph, lengths
         self._tables: dict[ir.Value, ir.Value] = {}
-        self._rest: dict[int, ir.Value] = {}  # of a table, behind the step's tokens, by half a head's width
+        self._rest: dict[int, ir.Value] = {}  # the unused rows after the step's tokens, by half the head size
         count = tape.op("Squeeze", [tape.op("Shape", [input_ids], {"start": 1, "end": 2})])
         zero, one = (constant(graph, f"number_{number}", np.int64(number)) for number in (0, 1))
         self._first = constant(graph, "first_axis", [0])
         self.numbers = tape.op("Unsqueeze", [tape.op("Range", [zero, count, one]), self._first])  # [1, T]
 
     def of(self, tape: ir.tape.Tape, angles: ir.Value, half: int) -> ir.Value:
-        """The table [S, half] of cosines or sines [1, T, half]. What it holds behind the step's tokens is read by nobody."""
+        """The table [S, half] of cosines or sines [1, T, half]. Rows after the step's tokens are never read."""
         if half not in self._rest:
             sizes = tape.op("Concat", [self._lengths, constant(self._graph, f"half_{half}", [half])], {"axis": 0})
             self._rest[half] = tape.op("ConstantOfShape", [sizes])

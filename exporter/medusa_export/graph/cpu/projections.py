@@ -1,4 +1,4 @@
-"""Products of one input with several weights as one product."""
+"""Merges matrix products of one input with several weights into one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from medusa_export.graph.values import constant, replace
 
 
 class MergeProjections(ir.passes.InPlacePass):
-    """Compute the query, key and value projections at once, and those of gate and up.
+    """Merge the query, key and value projections into one MatMul, and likewise gate and up.
 
-    Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers, all float or all int8 under a
-    ``DequantizeLinear`` with scales for the columns, or for the columns' blocks. Leaves: one product for each such group, one
-    sum with the biases where all have one, and a ``Split``. Weights and biases are concatenated in the graph, which a runtime
-    does once when it loads it, so that they are stored once.
+    Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers: all float, or all int8 under a
+    ``DequantizeLinear`` with one scale per column or per block of a column.
+    Result: one ``MatMul`` for each such group, one ``Add`` if all have a bias, and a ``Split``. Weights and biases are
+    concatenated in the graph. A runtime does that once when it loads the graph, so they are stored only once.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -32,14 +32,16 @@ class MergeProjections(ir.passes.InPlacePass):
 
 
 def _kind(weight: ir.Value | None) -> str | None:
-    """How a weight [K, N] is stored; none where it is no weight, or of a kind that a runtime cannot concatenate."""
+    """How a weight [K, N] is stored; None if the value is not a weight, or if a runtime cannot concatenate such weights."""
     if weight is None:
         return None
     source = weight.producer()
     if source is None:
         is_matrix = weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2
         return "float" if is_matrix and not weight.is_graph_input() else None
-    if not all(value is not None and value.is_initializer() for value in source.inputs):  # a table that is turned first
+    if not all(
+        value is not None and value.is_initializer() for value in source.inputs
+    ):  # such as an embedding that is transposed first
         return None
     if is_int8_weight(source):
         return "channels"
@@ -49,7 +51,7 @@ def _kind(weight: ir.Value | None) -> str | None:
 
 
 def is_int8_weight(node: ir.Node) -> bool:
-    """Whether a node is ``DequantizeLinear`` of an int8 matrix with a scale for each column and no zero point."""
+    """Whether a node is ``DequantizeLinear`` of an int8 matrix with one scale per column and no zero point."""
     data, scale = (*node.inputs, None, None)[:2]
     return (
         node.op_type == "DequantizeLinear"
@@ -66,7 +68,7 @@ def is_int8_weight(node: ir.Node) -> bool:
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     first = nodes[0]
     weights = [node.inputs[1] for node in nodes]
-    sizes = [_columns(weight) for weight in weights]  # a weight under DequantizeLinear has its shape as well
+    sizes = [_columns(weight) for weight in weights]  # the output of DequantizeLinear has the weight's shape
     tape = ir.tape.Tape()
     sources = [source for weight in weights if weight is not None and (source := weight.producer()) is not None]
     if sources:
@@ -98,7 +100,7 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 
 def _sum_with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The ``Add`` that alone reads a product, and the bias that it adds: an initializer [N]."""
+    """The ``Add`` that is the product's only reader, and its bias, an initializer [N]."""
     uses = list(node.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
         return None
@@ -108,7 +110,7 @@ def _sum_with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
 
 
 def _joined(tape: ir.tape.Tape, values: Sequence[ir.Value | None]) -> ir.Value:
-    """Values of one type side by side, along their last axis."""
+    """Values of one type, concatenated along their last axis."""
     first = values[0]
     assert first is not None
     assert first.shape is not None

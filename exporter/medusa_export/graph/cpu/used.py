@@ -1,4 +1,4 @@
-"""Attention over the entries in use, not over the whole cache."""
+"""Slices the cache to the entries in use, so that attention does not cost its whole capacity."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ CAPACITY_AXIS = 2  # of a cache tensor: [B, Hkv, S, D]
 
 
 class UsedEntries(ir.passes.InPlacePass):
-    """Cut keys, values and mask to the longest sequence of the batch, its new tokens included.
+    """Slice keys, values and mask to the longest sequence of the batch, including its new tokens.
 
-    Needs: a step graph whose ``Attention`` nodes read what ``TensorScatter`` wrote, and whose mask takes the capacity from
-    the shape of a cache input. Leaves: the same graph with ``max(cache_lengths) + T`` in the capacity's place, so that a step
-    costs what is used. Keys and values in use are copied once a step.
+    Needs: a step graph whose ``Attention`` nodes read the outputs of ``TensorScatter``, and whose mask takes the capacity from
+    the shape of a cache input.
+    Result: the same graph with ``max(cache_lengths) + T`` instead of the capacity, so a step costs only the entries in use.
+    Keys and values in use are copied once per step.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -52,7 +53,7 @@ def _is_cache(value: ir.Value | None) -> bool:
 
 
 def _is_capacity(node: ir.Node) -> bool:
-    """Whether a node reads the capacity alone from a cache input's shape."""
+    """Whether a node reads only the capacity from a cache input's shape."""
     if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith("past."):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1

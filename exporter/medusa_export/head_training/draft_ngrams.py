@@ -1,4 +1,4 @@
-"""`medusa-export heads ngrams`: draft n-grams for heads that there are."""
+"""`medusa-export heads ngrams`: draft n-grams for existing heads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from medusa_export.checkpoint import load_tokenizer
-from medusa_export.devices import load_on_device
 from medusa_export.export import require_matching
+from medusa_export.head_training.torch_devices import load_on_device
+from medusa_export.head_training.training import examples_without
 from medusa_export.progress import count_stage, note, stage
-from medusa_export.training import examples_without
 from medusa_heads.formats import load_heads, native
 from medusa_heads.ngrams import draft_ngrams
 from medusa_heads.tokens import CheckpointCodec
@@ -25,7 +25,7 @@ from medusa_runtime.errors import OptionError
 
 @dataclass(frozen=True)
 class NGramOptions:
-    """What `medusa-export heads ngrams` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export heads ngrams`; the command's help describes each."""
 
     heads: Path
     model: str
@@ -40,14 +40,14 @@ class NGramOptions:
 
 
 def make_ngrams(options: NGramOptions) -> Path:
-    """Count n-grams and put them beside the heads. Returns the file.
+    """Count n-grams and write them to the heads' directory. Returns the file.
 
     Raises:
-        OptionError: the heads are in no directory of this project's format, or the data is bad or too little.
+        OptionError: the heads are not in this project's format, or the data is bad or too small.
         CheckpointError: model or heads cannot be loaded, or do not fit each other.
     """
     if not native.matches(options.heads):
-        raise OptionError(f"{options.heads} is no directory of heads as `train` makes them; n-grams have no place there")
+        raise OptionError(f"{options.heads} is not a directory of heads as `train` writes them; only those can hold n-grams")
     heads = load_heads(options.heads)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -68,8 +68,8 @@ def make_ngrams(options: NGramOptions) -> Path:
             heads = heads.to(model.device, model.dtype)
             ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states)
     if ngrams is None:
-        raise OptionError("the answers are too short, or too few, to count n-grams in")
-    note(f"{int((ngrams.cells > 0).sum())} of {len(ngrams.cells)} cells hold an n-gram")
+        raise OptionError("the answers are too short or too few to count n-grams; use more data")
+    note(f"{int((ngrams.cells > 0).sum())} of {len(ngrams.cells)} cells of the table hold an n-gram")
     target = options.heads / NGRAMS_NAME
     with replacing(target) as temporary:
         ngrams.save(temporary)

@@ -1,4 +1,4 @@
-"""`medusa-export train`: the model and the data in, heads with the file of their run out."""
+"""`medusa-export train`: reads a model and its training data, writes heads and a record of the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
-from medusa_export.devices import fast_precision, torch_device
+from medusa_export.head_training.torch_devices import fast_precision, torch_device
 from medusa_export.progress import count_stage, note, quiet, stage
 from medusa_export.provenance import provenance
 from medusa_heads.directories import alone_in, require_new
@@ -40,7 +40,7 @@ from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError, f
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `medusa-export train` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export train`; the command's help describes each."""
 
     model: str
     data: tuple[Path, ...]
@@ -57,12 +57,12 @@ class TrainOptions:
 
 
 def train(options: TrainOptions) -> bool:
-    """Train and write heads. Returns whether this is the process that wrote them.
+    """Train heads and write them. Returns whether this process is the one that wrote them.
 
     Raises:
-        OptionError: an option cannot be used, the data is bad, or a run under way has other settings.
+        OptionError: an option cannot be used, the data is bad, or the stopped run to continue has other settings.
         CheckpointError: model or heads cannot be loaded, or do not fit each other.
-        MedusaError: the loss is no finite number.
+        MedusaError: the loss is not finite.
         MissingExtraError: an option needs a package that is not installed.
     """
     require_new(options.output, native.is_alone, force=options.force, inputs=(options.model, *options.data))
@@ -88,36 +88,38 @@ def train(options: TrainOptions) -> bool:
 def examples_without(
     data: Sequence[Path], exclude: Sequence[Path], codec: CheckpointCodec, max_length: int
 ) -> tuple[list[Example], int]:
-    """What to learn from, and how many answers were left out because they share words with texts to be kept out."""
+    """The training examples, and the number of answers left out because they share words with the texts of `exclude`."""
     examples = read_examples(data, codec, max_length=max_length)
     if not exclude:
         return examples, 0
     overlap = Overlap(exclude)
     kept = [example for example in examples if not overlap.found_in(codec.decode((*example.prompt_ids, *example.response_ids)))]
     places = ", ".join(map(str, exclude))
-    note(f"{len(examples) - len(kept)} answers share {WORDS} words in a row with {places}: left out")
+    note(f"left out {len(examples) - len(kept)} answers that share {WORDS} words in a row with {places}")
     if not kept:
-        raise OptionError("every answer is excluded by --exclude; no data is left")
+        raise OptionError("--exclude drops every answer; use other data or other texts")
     return kept, len(examples) - len(kept)
 
 
 def _require_sensible(options: TrainOptions) -> None:
     settings = options.settings
     if settings.method == "medusa-2" and settings.load_in_4bit:
-        raise OptionError("--load-in-4bit is for medusa-1: medusa-2 trains the backbone's own weights")
+        raise OptionError("--load-in-4bit is only for medusa-1, since medusa-2 trains the backbone's weights; leave it out")
     if settings.backbone == "full" and settings.save_backbone == "adapter":
-        raise OptionError("--save-backbone adapter needs --backbone lora: a backbone that learns in full has no adapter")
+        raise OptionError(
+            "--save-backbone adapter needs --backbone lora, since a fully trained backbone has no adapter; use merged"
+        )
     if ignored := _ignored(settings):
-        raise OptionError(f"--{ignored[0].replace('_', '-')} changes nothing with these settings; leave it out")
+        raise OptionError(f"--{ignored[0].replace('_', '-')} has no effect with these settings; leave it out")
     if options.plot:
-        from medusa_export import plots  # noqa: F401, PLC0415 - to find out now, not after the work
+        from medusa_export import plots  # noqa: F401, PLC0415 - if the extra is missing, fail now, not after the work
 
 
 def _ignored(settings: TrainSettings) -> list[str]:
-    """Settings that are not at their default, though what they are for is not asked for."""
+    """Settings that differ from their default but have no effect, since the feature they belong to is off."""
     joint = {name for name, field in TrainSettings.model_fields.items() if (field.description or "").startswith("medusa-2")}
     alone = {"soft_targets"} if settings.heads_first == 0 else set()
-    if settings.backbone_dtype != "fp32":  # in which a backbone that learns is kept
+    if settings.backbone_dtype != "fp32":  # a backbone that is trained stays in fp32
         alone.add("backbone_dtype")
     without_effect = joint if settings.method == "medusa-1" else alone
     if settings.backbone == "full":
@@ -129,35 +131,39 @@ def _ignored(settings: TrainSettings) -> list[str]:
 def _accelerator(options: TrainOptions) -> Accelerator:
     device = torch_device(options.device)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # which accelerate then takes
+        torch.cuda.set_device(device)  # accelerate then uses this device
     precision = options.settings.mixed_precision
     if precision == "auto":
         precision = "bf16" if fast_precision(device) == "bf16" else "no"
     if precision == "fp16" and device.type == "cpu":
         raise OptionError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of tied weights at every checkpoint
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process needs the weights, for its share of hidden states
-    AcceleratorState._reset_state()  # noqa: SLF001 - an earlier run in this process may have had another precision
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+        "false"  # every process needs the weights to compute its share of the hidden states
+    )
+    AcceleratorState._reset_state()  # noqa: SLF001 - an earlier run in this process may have used another precision
     GradientState._reset_state()  # noqa: SLF001
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=options.settings.gradient_accumulation,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they never change
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # buffers never change
     )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        raise OptionError("FSDP is supported on GPUs, with --fsdp_version 2; use that, or --multi_gpu instead of --use_fsdp")
+        raise OptionError(
+            "FSDP is only supported on GPUs with --fsdp_version 2; use that, or --multi_gpu instead of --use_fsdp"
+        )
     return accelerator
 
 
 def _load(options: TrainOptions, device: torch.device) -> Backbone:
-    """The backbone: in fp32 where it is to learn, else in what is fast."""
+    """The backbone: in fp32 if it is trained, else in the precision that is fast."""
     settings = options.settings
     dtype: Precision = fast_precision(device) if settings.backbone_dtype == "auto" else settings.backbone_dtype
     extra: dict[str, Any] = {}
     if settings.load_in_4bit:
         try:
-            import bitsandbytes  # noqa: F401, PLC0415 - to name it where it is missing
+            import bitsandbytes  # noqa: F401, PLC0415 - to name it if it is missing
         except ImportError as error:
             raise MissingExtraError("bitsandbytes", "quant") from error
         extra["quantization"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -169,9 +175,11 @@ def _load(options: TrainOptions, device: torch.device) -> Backbone:
         **extra,
     )
     if settings.max_length > backbone.max_seq_len:
-        raise OptionError(f"--max-length is {settings.max_length}, the model takes {backbone.max_seq_len}; lower it")
-    if not settings.load_in_4bit:  # which is on its device already
-        backbone.model.to(device)  # type: ignore[arg-type] # Transformers wraps it untyped
+        raise OptionError(
+            f"--max-length is {settings.max_length}, but the model takes at most {backbone.max_seq_len} tokens; lower it"
+        )
+    if not settings.load_in_4bit:  # bitsandbytes has put a 4-bit model on its device
+        backbone.model.to(device)  # type: ignore[arg-type] # Transformers' wrapper has no types
     return backbone
 
 
@@ -183,7 +191,7 @@ def _run(
     source: Source, examples: list[Example], options: TrainOptions, work: Path, accelerator: Accelerator
 ) -> TrainResult | None:
     with count_stage("hidden states", 1) as tell_cached, count_stage("steps", 1) as tell_step:
-        first: dict[str, int] = {}  # what was done when this process began
+        first: dict[str, int] = {}  # the count when this process started
 
         def cached(done: int, total: int) -> None:
             before = first.setdefault(f"{total} tokens", done)
@@ -223,9 +231,9 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
             base = Path(options.model)
             try:
                 result.joint.save(place, settings.save_backbone, str(base.resolve()) if base.exists() else options.model)
-            except (RuntimeError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+            except (RuntimeError, SafetensorError) as error:  # safetensors raises its own errors if the disk is full
                 raise MedusaError(f"{options.output} cannot be written: {first_line(error)}") from error
-            if settings.save_backbone == "merged":  # a checkpoint of its own
+            if settings.save_backbone == "merged":  # a complete checkpoint needs a tokenizer
                 load_tokenizer(options.model, trust_remote_code=options.trust_remote_code).save_pretrained(place)
         shutil.copy(work / LOG_NAME, directory / native.LOG_NAME)
         (directory / native.RUN_NAME).write_text(json_text(facts, indent=2) + "\n", encoding="utf-8")

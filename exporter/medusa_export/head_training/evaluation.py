@@ -1,4 +1,4 @@
-"""`medusa-export heads evaluate`: heads on held-out answers."""
+"""`medusa-export heads evaluate`: accuracy of heads on held-out answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_export.checkpoint import load_tokenizer
-from medusa_export.devices import load_on_device
 from medusa_export.export import require_matching
+from medusa_export.head_training.torch_devices import load_on_device
 from medusa_export.progress import count_stage, stage
 from medusa_heads.evaluate import evaluate as judge
 from medusa_heads.formats import load_heads
@@ -27,7 +27,7 @@ from medusa_runtime.errors import OptionError
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `medusa-export heads evaluate` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export heads evaluate`; the command's help describes each."""
 
     heads: Path
     model: str
@@ -45,7 +45,7 @@ class EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Judge heads on answers.
+    """Measure heads and candidate trees on a model's answers.
 
     Raises:
         OptionError: an option cannot be used, or the data is bad.
@@ -64,11 +64,13 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     backbone = load_on_device(options.model, options.dtype, options.device, trust_remote_code=options.trust_remote_code)
     require_matching(heads, backbone, options.heads)
     if options.max_length > backbone.max_seq_len:
-        raise OptionError(f"--max-length is {options.max_length}, the model takes {backbone.max_seq_len}; lower it")
+        raise OptionError(
+            f"--max-length is {options.max_length}, but the model takes at most {backbone.max_seq_len} tokens; lower it"
+        )
     model = backbone.model
     with _hidden_directory(options) as directory, count_stage("hidden states") as tell:
         states = _states(model, examples, directory, tell)
-        with stage("judge"):
+        with stage("evaluate heads and trees"):
             return judge(
                 heads.to(model.device, model.dtype),
                 model.get_output_embeddings(),
@@ -85,7 +87,7 @@ def _examples(options: EvaluateOptions, codec: CheckpointCodec) -> list[Example]
     if options.held_out is not None:
         examples = split(examples, options.held_out)[1]
     if not examples:
-        raise OptionError(f"no answer is held out by --held-out {options.held_out}; raise it or use more data")
+        raise OptionError(f"--held-out {options.held_out} leaves no answers to evaluate on; raise it or use more data")
     return examples[: options.limit]
 
 

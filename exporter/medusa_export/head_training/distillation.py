@@ -1,4 +1,4 @@
-"""`medusa-export distill`: who answers, what is asked, and what is told meanwhile."""
+"""`medusa-export distill`: chooses prompts and a model to answer them, and reports the progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from medusa_runtime.errors import MedusaError, OptionError
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """What `medusa-export distill` is asked for; the command's help tells what each means."""
+    """Options of `medusa-export distill`; the command's help describes each."""
 
     model: str
     output: Path
@@ -53,17 +53,17 @@ class _Model:
     answerer: Answerer
     codec: Codec
     tokenizer: str  # digest
-    weights: str  # digest, or what an endpoint calls the model
+    weights: str  # digest, or the endpoint's name for the model
     dtype: str
 
 
 def distill(options: DistillOptions) -> str:
-    """Make training data, or go on making it. Returns a line that tells what there is now.
+    """Make training data, or continue an interrupted run. Returns one line about the data.
 
     Raises:
-        OptionError: an option cannot be used, a prompt is bad, or the output was begun with other settings.
+        OptionError: an option cannot be used, a prompt is bad, or the output was started with other settings.
         CheckpointError, BundleError: the model cannot be loaded.
-        EndpointError: the endpoint cannot be reached, or refuses a prompt.
+        EndpointError: the endpoint cannot be reached, or it refuses a prompt.
         MedusaError: no prompt could be answered.
     """
     backend = _backend(options)
@@ -96,28 +96,30 @@ def distill(options: DistillOptions) -> str:
             progress = _run(steps, store, options.max_tokens)
         except (KeyboardInterrupt, MedusaError, OSError):
             if store.rows:
-                note(f"{len(store.rows)} answers are kept in {options.output}; the same command goes on there")
+                note(f"{len(store.rows)} answers are in {options.output}; run the same command again to continue")
             raise
         if progress.skipped:
-            note(f"{progress.skipped} not answered: prompts that are too long, or the model's own that came to nothing")
+            note(f"skipped {progress.skipped} prompts: too long, or written by the model and unusable")
         if not store.rows:
-            raise MedusaError("no prompt was answered: all of them are too long, or the model wrote none")
+            raise MedusaError(
+                "no prompt was answered: all are too long, or the model wrote none; raise --max-prompt-tokens, or use others"
+            )
         return f"{options.output}: {len(store.rows)} answers, {store.num_tokens} tokens"
 
 
 def _name(model: str) -> str:
-    """A model's name, wherever its directory lies."""
+    """A model's name: of a directory its last part, whatever its path."""
     path = Path(model)
     return (path.name if path.name not in {"", ".."} else path.resolve().name) if path.exists() else model
 
 
 def _run(steps: Generator[loop.Progress, None, None], store: AnswerStore, max_tokens: int | None) -> loop.Progress:
-    """Answer until all is answered, or the store holds enough tokens: that many can be gone on from."""
+    """Answer until all prompts are done or the store holds `max_tokens` tokens. A later run can continue from there."""
     with count_stage("answers") as tell, closing(steps):
         for progress in steps:
             tell(progress.done + progress.skipped, progress.resumed, progress.new_tokens, progress.total)
             if max_tokens is not None and store.num_tokens >= max_tokens:
-                note(f"stopped at {store.num_tokens} tokens; a higher --max-tokens goes on")
+                note(f"stopped at {store.num_tokens} tokens; raise --max-tokens to continue")
                 break
     return progress
 
@@ -125,13 +127,15 @@ def _run(steps: Generator[loop.Progress, None, None], store: AnswerStore, max_to
 def _conversations(options: DistillOptions) -> list[Conversation]:
     found = [conversation for path in options.prompts for conversation in read_prompts(path)]
     if not found and not options.self_prompts:
-        raise OptionError("there is nothing to ask: give --prompts FILE, --self-prompts N, or both")
+        raise OptionError("there are no prompts; give --prompts FILE, --self-prompts N, or both")
     if options.mix and not found:
-        raise OptionError("--mix chooses among --prompts, and there are none")
+        raise OptionError("--mix selects from --prompts, but there are none; give --prompts FILE")
     own = self_prompted(options.self_prompts)
     if repeated := [key for key, count in Counter(conversation.key for conversation in [*found, *own]).items() if count > 1]:
         name = repeated[0].rpartition("-")[0]
-        raise OptionError(f"two sources of prompts have the name {name!r}, which answers are told apart by; rename a file")
+        raise OptionError(
+            f"two sources of prompts have the name {name!r}, and answers are identified by it; rename one of the files"
+        )
     chosen = select(found, mix=options.mix, seed=options.seed) if found else []
     return select([*chosen, *own], limit=options.limit, seed=options.seed)
 
@@ -140,35 +144,37 @@ def _backend(options: DistillOptions) -> str:
     guess = "endpoint" if options.base_url else "bundle" if (Path(options.model) / MANIFEST_NAME).is_file() else "transformers"
     backend = guess if options.backend == "auto" else options.backend
     if (backend == "endpoint") != bool(options.base_url):
-        raise OptionError("--base-url belongs to --backend endpoint, and the other way round")
+        raise OptionError("--base-url and --backend endpoint need each other; give both or neither")
     if backend == "bundle" and guess != "bundle":
-        raise OptionError(f"--backend bundle takes an exported bundle; {options.model} is none")
+        raise OptionError(f"--backend bundle needs an exported bundle, and {options.model} is not one")
     if backend == "bundle" and options.self_prompts:
-        raise OptionError("a bundle's model cannot prompt itself: no --self-prompts with it; take its checkpoint")
+        raise OptionError("--self-prompts does not work with a bundle; give the checkpoint that it was made from")
     if backend == "endpoint" and options.self_prompts:
-        raise OptionError("an endpoint cannot be asked to write the user's words; use --self-prompts with transformers")
+        raise OptionError(
+            "--self-prompts does not work with an endpoint, which only writes answers; use --backend transformers"
+        )
     return backend
 
 
 def _require_meant(options: DistillOptions, backend: str) -> None:
-    """Refuse what would have no effect, or no meaning."""
+    """Refuse options that would have no effect or make no sense."""
     if math.isnan(options.temperature) or math.isnan(options.prompt_temperature):
-        raise OptionError("a temperature is nan; give a number")
+        raise OptionError("a temperature is NaN; give a number")
     if options.served_model and backend != "endpoint":
-        raise OptionError("--served-model belongs to an endpoint; give its --base-url too")
+        raise OptionError("--served-model is only for an endpoint; give its --base-url too")
     if options.dtype != "auto" and backend != "transformers":
-        raise OptionError(f"--dtype belongs to --backend transformers; the backend is {backend}")
+        raise OptionError(f"--dtype is only for --backend transformers; the backend is {backend}")
     if options.device != "auto" and backend == "endpoint":
-        raise OptionError("--device belongs to transformers or a bundle; an endpoint runs where it runs")
+        raise OptionError("--device is only for transformers or a bundle; an endpoint chooses its own device")
     if options.cuda_graphs is not None and backend != "bundle":
-        raise OptionError(f"--cuda-graphs and --no-cuda-graphs belong to --backend bundle; the backend is {backend}")
+        raise OptionError(f"--cuda-graphs and --no-cuda-graphs are only for --backend bundle; the backend is {backend}")
 
 
 def _open_transformers(options: DistillOptions) -> _Model:
-    import torch  # noqa: PLC0415 - a bundle needs none
+    import torch  # noqa: PLC0415 - bundles need no PyTorch
 
     from medusa_export.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
-    from medusa_export.devices import fast_precision, torch_device  # noqa: PLC0415
+    from medusa_export.head_training.torch_devices import fast_precision, torch_device  # noqa: PLC0415
     from medusa_heads.distill import slots  # noqa: PLC0415
     from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
     from medusa_heads.train.hidden import backbone_digest  # noqa: PLC0415
@@ -181,7 +187,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
     backbone = load_backbone(
         options.model,
-        dtype,  # type: ignore[arg-type] # click has checked it
+        dtype,  # type: ignore[arg-type] # click has checked the value
         attention=slots.ATTENTION_NAME,
         trust_remote_code=options.trust_remote_code,
     )
@@ -222,7 +228,7 @@ def _open_endpoint(options: DistillOptions) -> _Model:
     from medusa_heads.distill.endpoint import EndpointAnswerer  # noqa: PLC0415
     from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
 
-    assert options.base_url  # an endpoint is one that has an address
+    assert options.base_url  # `_backend` has checked it
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
     served_model, batch_size = options.served_model or options.model, options.batch_size or 64
     answerer = EndpointAnswerer(options.base_url, served_model, codec.text_ids, codec.closing(), batch_size)
@@ -232,7 +238,7 @@ def _open_endpoint(options: DistillOptions) -> _Model:
 def _require_room(options: DistillOptions, max_seq_len: int) -> None:
     if (asked := options.max_prompt_tokens + options.max_new_tokens) > max_seq_len:
         raise OptionError(
-            f"--max-prompt-tokens and --max-new-tokens make {asked} together, the model takes {max_seq_len}; lower one"
+            f"--max-prompt-tokens plus --max-new-tokens is {asked}, but the model takes at most {max_seq_len} tokens; lower one"
         )
 
 

@@ -1,0 +1,84 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from medusa_runtime.backends.choosing import BACKENDS
+from medusa_runtime.bundle.cpu import max_threads
+
+Function = Callable[..., Any]
+SCHEMES = ("int8", "int8-blocks", "int4", "int8-int4")
+
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+trust_remote_code_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint."
+)
+exclude_option = click.option(
+    "--exclude",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Evaluation texts to keep out of training: drops answers whose text or prompt shares 13 words in a row with them.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(0, max_threads()), default=0, help="CPU threads. [default: one per core]"
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Backend that runs the bundle. auto: the fastest one that works here.",
+)
+device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda, cuda:1 …")
+cuda_graphs_option = click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=None,
+    help="On a GPU, capture each step as a CUDA graph and replay it. [default: yes with TensorRT, no with ONNX Runtime]",
+)
+
+activation_bits_option = click.option(
+    "--activation-bits",
+    type=click.Choice(["8", "16"]),
+    help="int8 only: bits of the activations on the CPU. 8 is faster; outliers are then moved into the weights. [default: 16]",
+)
+max_kl_option = click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0),
+    help="Fail if the mean KL divergence from the original exceeds this, in nats.",
+)
+
+
+def runs_a_bundle(function: Function) -> Function:
+    """Add the options for where a bundle runs: backend, device and CPU threads."""
+    return backend_option(device_option(threads_option(function)))
+
+
+def decodes_a_bundle(function: Function) -> Function:
+    """Add the options of `runs_a_bundle`, and CUDA graphs."""
+    return runs_a_bundle(cuda_graphs_option(function))
+
+
+def as_bits(choice: str | None) -> Literal[8, 16] | None:
+    """The value of `--activation-bits` as a number."""
+    return None if choice is None else 8 if choice == "8" else 16
+
+
+def combined(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Several options as one decorator. `--help` lists them in this order."""
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def declared(options: Callable[[Function], Function]) -> dict[str, click.Parameter]:
+    """The options that a decorator made by `combined` adds, by parameter name."""
+    return {option.name or "": option for option in click.command()(options(lambda: None)).params}
