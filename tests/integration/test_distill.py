@@ -187,13 +187,13 @@ FILES = {
     ("words", "exit_code", "message"),
     [
         ("{model} -o {new}", 2, "there are no prompts; give --prompts FILE, --self-prompts N, or both"),
-        ("{model} -o {new} --prompts {files}/bad.jsonl", 2, "bad.jsonl, row 2: a user's turn is 3, not text"),
+        ("{model} -o {new} --prompts {files}/bad.jsonl", 2, "bad.jsonl, row 2: a user's turn is 3; it must be text"),
         ("{model} -o {new} --prompts {files}/empty.txt", 2, "empty.txt has no prompts"),
         ("{model} -o {new} --prompts {files}/none.txt", 2, "none.txt cannot be read: No such file"),
         (
             "{model} -o {new} --prompts {p} --mix poems=3",
             2,
-            "no prompt has the source 'poems'; the other sources are: dog, fox",
+            "no prompt has the source 'poems'; the sources are: dog, fox",
         ),
         ("{model} -o {new} --prompts {p} --mix fox", 2, "'fox' is not SOURCE=N, with N at least 1"),
         ("{model} -o {new} --prompts {p} --mix fox=0", 2, "'fox=0' is not SOURCE=N"),
@@ -211,7 +211,7 @@ FILES = {
         ("{model} -o {new} --prompts {p} --temperature 9", 2, "Invalid value for '--temperature'"),
         ("{model} -o {new} --prompts {p} --temperature nan", 2, "a temperature is NaN; give a number"),
         ("{model} -o {new} --prompts {p} --device tpu", 2, "--device tpu: this machine has no such device"),
-        ("{model} -o {new} --prompts {p} --backend bundle", 2, "is none"),
+        ("{model} -o {new} --prompts {p} --backend bundle", 2, "is not one"),
         ("{model} -o {new} --prompts {p} --backend endpoint", 2, "--base-url and --backend endpoint need each other"),
         ("{model} -o {new} --prompts {p} --backend transformers --base-url http://x/v1", 2, "--base-url and --backend"),
         (

@@ -127,7 +127,7 @@ def test_a_bundle_starts_with_the_best_tree_of_its_heads(
         (["--held-out", "0.0000001"], 2, "leaves no answers to evaluate on"),
         (["--device", "cuda:77"], 2, "no such device"),
         (["--plot", "accuracy.txt"], 2, "ends in .png"),
-        (["--max-length", "100000"], 2, "the model takes 256"),
+        (["--max-length", "100000"], 2, "the model takes at most 256 tokens"),
     ],
 )
 def test_bad_options_are_one_line(

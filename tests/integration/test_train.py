@@ -201,7 +201,7 @@ def test_heads_can_be_trained_on(make_model: Make, make_heads: Make, data: Path,
         torch.testing.assert_close(tensor, load_heads(given).state_dict()[name], atol=1e-6, rtol=0)
     assert load_heads(tmp_path / "heads").config.base_model == make_model().name
     other = run(make_model(), "--data", data, "-o", tmp_path / "other", *words, "--num-heads", 3)
-    fails(other, 1, f"the heads in {given} have num_heads 2, this run needs 3")
+    fails(other, 1, f"the heads in {given} have num_heads 2, but this run needs 3")
 
 
 # --- hidden states
@@ -392,7 +392,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model: Make, data: Path, tm
     step = int(failed.stderr.split("nan at step ")[1].split()[0])
     assert "with a lower --learning-rate" in failed.stderr
     assert step > 1  # else there would be no checkpoint to keep
-    assert f"the checkpoint after step {step - 1} of heads stays in {tmp_path / 'work'}" in failed.stderr
+    assert f"the checkpoint after step {step - 1} of heads is kept in {tmp_path / 'work'}" in failed.stderr
     assert json.loads((tmp_path / "work" / "checkpoint" / "place.json").read_text())["step"] == step - 1
     assert load_heads(tmp_path / "heads").config.num_heads == 2  # the heads before are still there
     np.save(tmp_path / "hidden" / "train" / "hidden.npy", good)
@@ -420,14 +420,18 @@ def test_a_rate_that_is_too_high_stops_the_run(make_model: Make, data: Path, tmp
         (("/nowhere", "--data", "{data}"), 1, "'/nowhere'"),
         (("{model}", "--data", "{data}", "--start-from", "/nowhere"), 1, "there are no heads at /nowhere"),
         (("{model}", "--data", "{data}", "--held-out", 0.999999), 2, "all conversations are held out; lower --held-out"),
-        (("{model}", "--data", "{data}", "--max-length", 4096), 2, "--max-length is 4096, the model takes 256; lower it"),
+        (("{model}", "--data", "{data}", "--max-length", 4096), 2, "is 4096, but the model takes at most 256 tokens; lower it"),
         (("{model}", "--data", "{data}", "--min-token-count", 9999), 2, "no token occurs 9999 times in the data"),
         (("{model}", "--data", "{data}", "--gradient-accumulation", 99), 2, "a step needs 99; lower --batch-tokens"),
         (("{model}", "--data", "{data}", "--mixed-precision", "fp16"), 2, "--mixed-precision fp16 needs a GPU"),
         (("{model}", "--data", "{data}", "--device", "cuda:7"), 2, "--device cuda:7: this machine has no such device"),
         (("{model}", "--data", "{data}", "--load-in-4bit", "--method", "medusa-2"), 2, "--load-in-4bit is only for medusa-1"),
         (("{model}", "--data", "{data}", "--lora-rank", 8), 2, "--lora-rank has no effect with these settings"),
-        (("{model}", "--data", "{data}", "--method", "medusa-2", "--backbone-dtype", "bf16"), 2, "--backbone-dtype changes"),
+        (
+            ("{model}", "--data", "{data}", "--method", "medusa-2", "--backbone-dtype", "bf16"),
+            2,
+            "backbone-dtype has no effect",
+        ),
         (("{model}", "--data", "{data}", "--backbone", "full", "--save-backbone", "adapter"), 2, "needs --backbone lora"),
         (("{model}", "--data", "{data}", "--epochs", 0), 2, "Invalid value for '--epochs'"),
         (("{model}", "--data", "{data}", "--method", "medusa-3"), 2, "Invalid value for '--method'"),

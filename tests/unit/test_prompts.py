@@ -122,9 +122,9 @@ def test_a_mix_takes_so_many_of_each_source_and_none_of_others() -> None:
 
 
 def test_a_mix_of_an_unknown_source_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the other sources are: code-c, code-py, maths$"):
+    with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the sources are: code-c, code-py, maths$"):
         select(MANY, mix={"maths": 3, "poems": 5})
-    with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the other sources are: none$"):
+    with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the sources are: none$"):
         select([Conversation("a-1", user("why?"))], mix={"poems": 5})
 
 

@@ -88,7 +88,7 @@ def select(
             fitting = [source for source in left if fnmatchcase(source, pattern)]
             if not fitting:
                 raise OptionError(
-                    f"no prompt has the source {pattern!r}; use one of: {', '.join(sorted(filter(None, left))) or 'none'}"
+                    f"no prompt has the source {pattern!r}; the sources are: {', '.join(sorted(filter(None, left))) or 'none'}"
                 )
             left |= dict.fromkeys(fitting, mix[pattern])
         kept = []
