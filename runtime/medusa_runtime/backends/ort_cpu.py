@@ -52,11 +52,11 @@ class OrtCpuBackend:
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
         bundle, num_threads = Path(bundle).resolve(), check_num_threads(num_threads)
-        self._steps: StepSessions | None = StepSessions(bundle, manifest, num_threads)
+        self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
+        self._steps: StepSessions | None = StepSessions(bundle, manifest, num_threads, self._bindings.clear)
         self._heads_session = open_graph(bundle, manifest, HEADS, manifest.graph(HEADS, ORT_CPU), num_threads)
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._logits = np.empty(0, self._dtype)  # room for the largest logits asked for so far
-        self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
         self._cache = self._new_cache(num_slots=0, capacity=0)
 
     @property
@@ -97,8 +97,9 @@ class OrtCpuBackend:
         batch, rows = logit_rows.shape
         require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, input_ids.shape[1], self.capacity)
-        if changed := batch > 1 and steps.want_several():
-            self._bindings.clear()
+        ran_several = steps.runs_several
+        if batch > 1:
+            steps.want_several()
         inputs: Inputs = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -107,7 +108,8 @@ class OrtCpuBackend:
             "logit_rows": logit_rows,
         }
         self._hidden = np.empty((batch, rows, self.manifest.model.hidden_size), self._dtype)
-        outputs: Inputs = {"greedy_ids": np.empty((batch, rows), np.int64), "hidden": self._hidden}
+        greedy_ids = np.empty((batch, rows), np.int64)
+        outputs: Inputs = {"greedy_ids": greedy_ids, "hidden": self._hidden}
         logits = self._logits_room(batch, rows) if with_logits else None
         if logits is not None:
             outputs["logits"] = logits
@@ -123,7 +125,8 @@ class OrtCpuBackend:
                     {name: array[one] for name, array in outputs.items()},
                 )
         finite = np.isfinite(self._hidden.sum(-1, dtype=np.float32))  # a sum over a NaN or infinity is none either
-        return StepOutput(outputs["greedy_ids"], logits, is_warm=not (changed or steps.is_changing), finite=finite)
+        is_warm = steps.runs_several == ran_several and not steps.is_changing
+        return StepOutput(greedy_ids, logits, is_warm=is_warm, finite=finite)
 
     def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
         """See `Backend.propose`."""

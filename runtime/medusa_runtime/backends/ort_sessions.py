@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,13 +35,14 @@ class StepSessions:
         bundle: the bundle's directory, as an absolute path.
         manifest: the bundle's.
         num_threads: threads of each matrix product; 0 for one a core.
+        forget: drops all that refers to the open session, so that its memory is freed.
 
     Raises:
         BackendError: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int) -> None:
-        self._bundle, self._manifest, self._num_threads = bundle, manifest, num_threads
+    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int, forget: Callable[[], None]) -> None:
+        self._bundle, self._manifest, self._num_threads, self._forget = bundle, manifest, num_threads, forget
         self._for_several = manifest.graph(STEP, ORT_CPU)
         self._for_one = manifest.graphs.get(f"{STEP}.{ORT_CPU_SINGLE}", self._for_several)
         self._identity = self._files()
@@ -71,38 +73,17 @@ class StepSessions:
         """Whether the open session runs several sequences in one step."""
         return self._graph == self._for_several
 
-    def want_several(self) -> bool:
-        """Have steps of several sequences run on their own graph as soon as it is open. Returns whether the session changed."""
-        if self.runs_several:
-            return False
-        if self._opening is None:
-            if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_SECONDS:
-                return False
-            if self._files() != self._identity:  # a session of other weights would go on with this one's cache
-                self._note_failure("its files have changed since it was opened")
-                return False
-            if available_memory() < MEMORY_MARGIN * self._manifest.files[WEIGHTS_NAME].size:
-                return self._change(self._for_several)
-            log.info("two sequences overlap: the graph for several is opened in the background")
-            self._opening = self._executor.submit(self._opened, self._for_several)
-        if not self._opening.done():
-            return False
-        opening, self._opening = self._opening, None
-        try:
-            session = opening.result()
-        except BackendError as error:
-            self._note_failure(str(error))
-            return False
-        self._session, self._graph, self._failed_at = session, self._for_several, None
-        trim_memory()
-        log.info("steps now run on the graph for several sequences")
-        return True
+    def want_several(self) -> None:
+        """Have steps of several sequences run on their own graph as soon as it is open."""
+        if not self.runs_several and self._opening is None:
+            self._begin_opening()
+        if self._opening is not None and self._opening.done():
+            self._finish_opening(self._opening)
 
-    def want_one(self) -> bool:
-        """Go back to the graph for one sequence, if there is one. Returns whether the session changed."""
-        if self._graph == self._for_one:
-            return False
-        return self._change(self._for_one)
+    def want_one(self) -> None:
+        """Go back to the graph for one sequence, if there is one."""
+        if self._graph != self._for_one:
+            self._change(self._for_one)
 
     def close(self) -> None:
         """Close what is open, and wait for what is being opened."""
@@ -112,17 +93,41 @@ class StepSessions:
         self._executor.shutdown()
         self._opening = self._session = None
 
-    def _change(self, graph: GraphFacts) -> bool:
+    def _begin_opening(self) -> None:
+        """Open the graph for several sequences: in the background, or at once if the memory does not allow two sessions."""
+        if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_SECONDS:
+            return
+        if self._files() != self._identity:  # a session of other weights would go on with this one's cache
+            self._note_failure("its files have changed since it was opened")
+        elif available_memory() < MEMORY_MARGIN * self._manifest.files[WEIGHTS_NAME].size:
+            self._change(self._for_several)
+        else:
+            log.info("two sequences overlap: the graph for several is opened in the background")
+            self._opening = self._executor.submit(self._opened, self._for_several)
+
+    def _finish_opening(self, opening: Future[ort.InferenceSession]) -> None:
+        self._opening = None
+        try:
+            session = opening.result()
+        except BackendError as error:
+            self._note_failure(str(error))
+            return
+        self._forget()
+        self._session, self._graph, self._failed_at = session, self._for_several, None
+        trim_memory()
+        log.info("steps now run on the graph for several sequences")
+
+    def _change(self, graph: GraphFacts) -> None:
         """Close the session and open the other one, so that the memory holds the weights once."""
         log.info("steps change to %s, which is opened now", graph.file)
         before, self._session = self._graph, None
+        self._forget()
         trim_memory()
         try:
             self._session, self._graph = self._opened(graph), graph
         except BackendError as error:
             self._note_failure(str(error))
             self._session = self._opened(before)
-        return self._graph == graph
 
     def _note_failure(self, why: str) -> None:
         self._failed_at = time.monotonic()
