@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_export.bundles import is_bundle
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.default_tree import tree_for
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import reads_lm_head_rows, trace_heads, trace_step
-from medusa_export.trees import tree_for
 from medusa_export.write import write_graphs
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
