@@ -27,14 +27,14 @@ from medusa_runtime.bundle.manifest import Manifest
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
     """Pairs of category and prompt."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     return [(row.get("category", "all"), row["prompt"] if "prompt" in row else row["turns"][0]) for row in rows]
 
 
 def read_trees(heads: Path | None, nodes: tuple[int, ...], files: tuple[Path, ...]) -> list[CandidateTree]:
     trees = [CandidateTree.from_file(path) for path in files]
     if heads:
-        evaluation = json.loads((heads / "evaluation.json").read_text())
+        evaluation = json.loads((heads / "evaluation.json").read_text(encoding="utf-8"))
         by_size = {tree["nodes"]: CandidateTree.from_json(tree["tree"]) for tree in evaluation["trees"]}
         trees += [by_size[count] for count in nodes]
     return trees

@@ -42,7 +42,7 @@ print(json.dumps({
 def build(bundle: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-c", PROGRAM, str(bundle), f"{scratch}/engine"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     weights = Manifest.load(bundle).files["weights.bin"].size
     return found | {"peak_over_weights": round(found["peak_bytes"] / weights, 2)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import sys
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ import click
 
 from medusa_export.bench.machine import machine
 from medusa_export.provenance import FOLDERS
+from medusa_runtime.bundle.files import json_text, write_whole
 
 PACKAGES = (
     "medusa-export", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "numpy", "onnxscript", "tensorrt-cu13",
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 def publish(result: dict[str, Any], output: Path | None) -> None:
     """Print a result as JSON, and write it to a file if one is given."""
-    text = json.dumps(result, indent=2)
+    text = json_text(result, indent=2)
     click.echo(text)
     if output:
-        output.write_text(text + "\n")
+        write_whole(output, text + "\n")

@@ -45,13 +45,13 @@ def main(model: str, heads: str, precision: str, runs: int, output: Path | None)
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, model, heads, str(bundle), precision],
                 stdout=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 check=True,
             )
             found.append(json.loads(done.stdout) | {"weights_bytes": (bundle / "weights.bin").stat().st_size})
     result = environment() | {
         "precision": precision,
-        "heads": json.loads((Path(heads) / "config.json").read_text()),
+        "heads": json.loads((Path(heads) / "config.json").read_text(encoding="utf-8")),
         "runs": found,
         "median_seconds": statistics.median(run["import_seconds"] + run["export_seconds"] for run in found),
         "median_peak_over_weights": statistics.median(run["peak_bytes"] / run["weights_bytes"] for run in found),

@@ -63,7 +63,7 @@ def main(model: str, heads: Path, output: Path | None) -> None:
     """Export MODEL with HEADS four ways and time a step of each."""
     result = environment() | {
         "unit": "ms, median",
-        "heads": json.loads((heads / "config.json").read_text()),
+        "heads": json.loads((heads / "config.json").read_text(encoding="utf-8")),
         "step_by_tokens": {},
     }
     with tempfile.TemporaryDirectory() as scratch:

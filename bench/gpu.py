@@ -130,7 +130,9 @@ def in_pytorch(
 
 def beside(arguments: list[str]) -> dict[str, Any]:
     """Run `measured` in a new process, so that its memory is separate and a crash does not end this one."""
-    done = subprocess.run([sys.executable, __file__, *arguments, "--alone"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--alone"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     lines = (done.stderr or done.stdout).strip().splitlines()
     if done.returncode:
         return {"failed": lines[-1] if lines else f"exit code {done.returncode}"}

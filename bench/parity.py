@@ -22,6 +22,7 @@ from environment import environment, publish
 from medusa_export.checkpoint import load_backbone
 from medusa_export.validate.compare import first_divergence
 from medusa_runtime import MedusaLM
+from medusa_runtime.bundle.files import json_text
 
 SUBJECTS = ("tides", "bread", "chess", "glass", "maps", "bees", "steam engines", "the moon")
 FORMS = ("Explain {} to a child.", "Write a short poem about {}.", "List five facts about {}, numbered.")
@@ -33,7 +34,7 @@ def own_prompts() -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     return [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
 
 
@@ -76,7 +77,7 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
             assert divergence is not None
             row["divergence"] = divergence.model_dump()
         rows.append(row)
-        click.echo(json.dumps(row), err=True)
+        click.echo(json_text(row), err=True)
     bad = [row for row in rows if not row["equal"] and row["divergence"]["margin"] > TIE_MARGIN]
     result = environment() | {
         "max_new_tokens": max_new_tokens,

@@ -138,7 +138,11 @@ def rounded(costs: StepCosts) -> dict[str, Any]:
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path | None) -> None:
     """Measure BUNDLE on the CPU."""
-    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()] if prompts else list(PROMPTS)
+    texts = (
+        [json.loads(line)["prompt"] for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line]
+        if prompts
+        else list(PROMPTS)
+    )
     settings: dict[str, Any] = {"max_batch_size": max(CONCURRENCY), "reuse_prefixes": False, "tree": DynamicTree(16)}
     costs = StepCosts.measure(open_backend(bundle, Manifest.load(bundle)), max_batch_size=max(CONCURRENCY))
     learned, measured, fixed = (MedusaLM.from_bundle(bundle, costs=kind, **settings) for kind in ("learn", costs, None))

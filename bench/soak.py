@@ -139,7 +139,7 @@ class Storm:
 
 def resident_bytes() -> int:
     """The resident memory of this process, in bytes."""
-    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+    return 4096 * int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
 
 
 @click.command()

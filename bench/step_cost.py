@@ -7,7 +7,6 @@ The sides of every comparison take turns in one process, so that changes of the 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from environment import environment, publish
 from medusa_runtime import DecodingStats, Manifest, MedusaLM
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.cpu import num_cores
 
 REPEATS = 15
 FIRST = (np.zeros(1, np.int64), np.zeros(1, np.int64))  # row and root of one sequence
@@ -102,7 +102,7 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
     for name, setting in settings.items():
         backend: Any = open_backend(bundle, manifest)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = num_cores()
         options.add_session_config_entry(*setting)
         for session in ("step", "heads"):
             path = bundle / manifest.graphs[session].file

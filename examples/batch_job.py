@@ -53,7 +53,7 @@ def main(bundle: str, prompts: Path, output: TextIO, max_batch_size: int, max_qu
 
 def read(path: Path) -> list[Row]:
     """Read the prompts as rows of JSON."""
-    texts = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    texts = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in texts]
     rows = []

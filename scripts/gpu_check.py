@@ -26,6 +26,8 @@ from xml.etree import ElementTree as ET
 
 import click
 
+from medusa_runtime.bundle.files import json_text, write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ROOT / "recipes" / "heads" / "smollm2-135m-instruct"
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -50,7 +52,13 @@ def run_command(*words: object, timeout: float, ends_with: tuple[int, ...] = (0,
     """
     command = [str(word) for word in words]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        cwd=ROOT,
+        start_new_session=True,
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)
@@ -108,7 +116,7 @@ def tested(run: Run, found: Report, place: str) -> None:
         junit = Path(scratch) / "junit.xml"
         words = ("-q", "-W", "default", f"--junitxml={junit}")  # warnings of libraries on this machine are not failures
         run(sys.executable, "-m", "pytest", place, *words, ends_with=(0, 1))
-        found |= counted(junit.read_text())
+        found |= counted(junit.read_text(encoding="utf-8"))
     if found["num_failed"] or not found["passed"]:
         raise Failed(f"{found['num_failed']} tests failed, {found['passed']} passed")
 
@@ -162,8 +170,8 @@ def validated(run: Run, found: Report, bundles: list[Path], model: str) -> None:
 
 def verdict_of(bundle: Path) -> Report:
     """The result of `medusa-export validate` in a bundle."""
-    facts = json.loads((bundle / "validation.json").read_text())
-    summary = json.loads((bundle / "manifest.json").read_text())["validation"]["summary"]
+    facts = json.loads((bundle / "validation.json").read_text(encoding="utf-8"))
+    summary = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["validation"]["summary"]
     return {name: facts[name] for name in ("status", "backend", "processor", "precision")} | summary
 
 
@@ -172,7 +180,7 @@ def benchmarked(run: Run, found: Report, bundles: list[Path], words: list[str], 
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "gpu.json"
         run(sys.executable, "bench/gpu.py", *bundles, *words, "-o", target, timeout=timeout * len(bundles), ends_with=(0, 1))
-        found |= json.loads(target.read_text())
+        found |= json.loads(target.read_text(encoding="utf-8"))
     if wrong := [name for name, ways in found["runs"].items() if all("failed" in way for way in ways.values())]:
         raise Failed(f"not measured: {', '.join(wrong)}")
 
@@ -262,7 +270,7 @@ def main(
         raise click.ClickException(f"there is no GPU to check: {why}")
     name = re.sub(r"[^a-z0-9]+", "-", report["doctor"]["gpus"][0]["name"].lower()).strip("-")
     target = output or ROOT / "bench" / "results" / f"gpu_{name}.json"
-    write: Callable[[], int] = lambda: target.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
+    write: Callable[[], None] = lambda: write_whole(target, json_text(report, indent=1) + "\n")  # noqa: E731
     write()
     words = [word for name, value in bench.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
     try:

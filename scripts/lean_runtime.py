@@ -82,7 +82,7 @@ def main(target: Path, numpy: str, wheels: Path | None) -> None:
     install(target, numpy, wheels)
     trim(target)
     command = [sys.executable, "-S", "-B", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {PROGRAM}"]
-    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
     if str(target.resolve()) not in str(Path(found.strip()).resolve()):
         raise click.ClickException(
             f"the runtime is imported from {found.strip()} instead of {target}; use a Python that does not see the former"

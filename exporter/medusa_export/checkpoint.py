@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from medusa_export.errors import ExportError
 from medusa_heads.errors import CheckpointError
+from medusa_runtime.bundle.files import read_json
 from medusa_runtime.bundle.manifest import ModelFacts, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,6 +27,7 @@ TESTED_ARCHITECTURES = (
 )  # fmt: skip
 MAX_REASON = 300  # most characters quoted from another library's message
 ADAPTER_CONFIG = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -85,6 +86,13 @@ class Backbone:
         embedding, lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         return bool(embedding.weight is lm_head.weight)
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The end-of-sequence tokens as the checkpoint names them, which may be outside the vocabulary."""
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        eos = self.config.eos_token_id if eos is None else eos
+        return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+
     def _setting(self, name: str, config: Any = None) -> Any:
         """A setting that every supported architecture has."""
         try:
@@ -101,8 +109,6 @@ class Backbone:
         except KeyError:  # the type uses the usual names
             normalized = NormalizedTextConfig(config)
         heads, hidden = self._setting("num_attention_heads", normalized), self._setting("hidden_size", normalized)
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        eos = config.eos_token_id if eos is None else eos
         return ModelFacts(
             name=Path(self.source).name if Path(self.source).exists() else self.source,
             architecture=type(self.model).__name__,
@@ -113,7 +119,7 @@ class Backbone:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or hidden // heads,
             bos_token_id=config.bos_token_id,
-            eos_token_ids=eos if isinstance(eos, list) else [] if eos is None else [eos],
+            eos_token_ids=self.eos_token_ids,  # without those outside the vocabulary
         )
 
 
@@ -147,6 +153,7 @@ def load_backbone(
     if quantization is not None:
         options["quantization_config"] = quantization
     dtype = DTYPES[precision]
+    _require_generation_config(Path(place))
     _quiet()
     try:
         model, loaded = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
@@ -188,12 +195,25 @@ def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone
 def _adapter_base(source: str) -> str:
     place = Path(source) / ADAPTER_CONFIG
     try:
-        base = json.loads(place.read_text())["base_model_name_or_path"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        base = read_json(place)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
         raise CheckpointError(f"{place} is damaged: it does not name its base model; save the adapter again")
     return base
+
+
+def _require_generation_config(directory: Path) -> None:
+    """Transformers takes no notice of a generation_config.json that it cannot read, and decodes without it."""
+    path = directory / GENERATION_CONFIG
+    if not path.is_file():
+        return
+    try:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is damaged: it must be a JSON object")
 
 
 def _require_complete(source: str, loaded: dict[str, Any]) -> None:

@@ -28,10 +28,13 @@ def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nod
     place = heads_path / native.EVALUATION_NAME
     if heads_path.is_dir() and place.is_file():
         try:
-            evaluation = Evaluation.model_validate_json(place.read_text())
-        except ValueError as error:
+            evaluation = Evaluation.model_validate_json(place.read_text(encoding="utf-8"))
+            most = [max(result.tree["ranks"], default=0) for result in evaluation.trees]
+        except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{place} is damaged; make it again with: medusa-export heads evaluate") from error
-        fitting = [result for result in evaluation.trees if result.nodes == num_nodes and max(result.tree["ranks"]) < top_k]
+        fitting = [
+            result for result, rank in zip(evaluation.trees, most, strict=True) if result.nodes == num_nodes and rank < top_k
+        ]
         if evaluation.heads != digest_:
             note(f"{place} is of other heads, so it is not used; make it again with: medusa-export heads evaluate")
         elif fitting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from medusa_export.bundles import is_bundle
+from medusa_export.chat import chat_templates
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.default_tree import tree_for
+from medusa_export.generation import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
@@ -21,11 +22,22 @@ from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime.bundle.manifest import HEADS, STEP, FileFacts, HeadFacts, Limits, Manifest, Precision, file_facts
+from medusa_runtime.bundle.manifest import (
+    HEADS,
+    STEP,
+    FileFacts,
+    GenerationFacts,
+    HeadFacts,
+    Limits,
+    Manifest,
+    Precision,
+    file_facts,
+)
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
+from medusa_runtime.text.template import ChatTemplate
 
 HEAD_TOP_K = 32  # n-grams can only raise tokens that are among the candidates (docs/decisions/0019-draft-ngrams.md)
 MAX_OPSET = 25  # the newest one tested with the torch exporter and the backends
@@ -74,6 +86,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    generation = _generation(backbone)
+    chat = chat_templates(tokenizer, options.model)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)
     draft_ids = None if options.full_head_vocabulary else heads.draft_ids
@@ -93,9 +107,10 @@ def export_bundle(options: ExportOptions) -> Manifest:
             precision=options.precision,
             opset=options.opset,
             limits=limits,
+            generation=generation,
             graphs=facts,
             tree=tree.to_json(),
-            files=files | _write_text(tokenizer, directory) | _copy_ngrams(options.heads, directory),
+            files=files | _write_text(tokenizer, chat, directory) | _copy_ngrams(options.heads, directory),
             provenance=provenance(),
         )
         manifest.save(directory)
@@ -112,6 +127,19 @@ def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
 
 def _is_onnx_bundle(path: Path) -> bool:
     return is_bundle(path, "onnx")
+
+
+def _generation(backbone: Backbone) -> GenerationFacts | None:
+    """The checkpoint's generation settings. A note says which of them the runtime follows."""
+    if outside := sorted({*backbone.eos_token_ids} - {*backbone.facts.eos_token_ids}):
+        note(
+            f"{backbone.source} names end-of-sequence tokens outside the vocabulary of {backbone.facts.vocab_size}: "
+            f"{', '.join(map(str, outside))}; they are left out"
+        )
+    facts = generation_facts(backbone)
+    if facts is not None:
+        note(describe(facts))
+    return facts
 
 
 def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
@@ -147,15 +175,10 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
     )
 
 
-def _write_text(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, FileFacts]:
-    """Write the tokenizer and the chat template in the form that the runtime reads."""
+def _write_text(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, directory: Path) -> dict[str, FileFacts]:
+    """Write the tokenizer and the chat templates in the form that the runtime reads."""
     tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several templates, by name
-        template = template.get("default")
-    chat = {"template": template, "special_tokens": special}
-    (directory / CHAT_NAME).write_text(json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
+    chat.save(directory / CHAT_NAME)
     return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 

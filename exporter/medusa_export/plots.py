@@ -22,7 +22,7 @@ def training_curves(log: Path, target: Path) -> None:
         log: a training run's log, in JSON lines.
         target: the PNG file.
     """
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, held_out = figure.subplots(1, 2)
     offset = 0

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -16,6 +15,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from medusa_export.console import Console
 
 console = Console(stderr=True, highlight=False)
 NEWS_SECONDS = 60  # between two lines of progress if stderr is not a terminal

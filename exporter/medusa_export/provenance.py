@@ -27,5 +27,6 @@ def provenance() -> Provenance:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    command = [Path(sys.argv[0]).name, *(FOLDERS.sub("", word) for word in sys.argv[1:])]
+    words = [word.encode(errors="backslashreplace").decode() for word in sys.argv]  # a file's name may be no text
+    command = [Path(words[0]).name, *(FOLDERS.sub("", word) for word in words[1:])]
     return Provenance(command=command, versions=versions, created=datetime.now(UTC).isoformat(timespec="seconds"))

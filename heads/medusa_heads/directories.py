@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from medusa_runtime.bundle.files import sync_directory, sync_tree
 from medusa_runtime.errors import OptionError
 
 
@@ -66,8 +68,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """Fill a temporary directory next to `path` and, if nothing fails, rename it to `path`. Arguments as for `require_new`.
 
-    With `force`, the earlier output is moved away at the very end, and put back if the renaming fails. Leftovers of killed runs
-    are removed.
+    All files are on the disk before that. With `force`, the directory that stood there is moved away last, and put back if
+    that fails. Leftovers of killed runs are removed.
 
     Raises:
         OptionError: see `require_new`; also if the output appears during the work.
@@ -75,13 +77,13 @@ def new_directory(
     target = require_new(path, replaceable, force=force, inputs=inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    lock = _lock(temporary)
+    temporary, lock = _held_sibling(target)
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it readable only by its owner
         require_new(path, replaceable, force=force, inputs=inputs)
+        sync_tree(temporary)
         _swap(temporary, target)
+        sync_directory(target.parent)
     finally:
         if lock is not None:
             os.close(lock)
@@ -102,6 +104,18 @@ def alone_in(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _held_sibling(target: Path) -> tuple[Path, int | None]:
+    """A new directory beside the target and the lock on it; no lock on systems that have none."""
+    while True:
+        temporary = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
+        temporary.mkdir()
+        lock = _lock(temporary, wait=True)
+        if temporary.exists():  # another run may have removed it as a leftover before it was locked
+            return temporary, lock
         if lock is not None:
             os.close(lock)
 
@@ -138,12 +152,16 @@ def _sweep(target: Path) -> None:
         os.replace(replaced, target)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         if (lock := _lock(leftover)) is not None:
-            os.close(lock)
             shutil.rmtree(leftover, ignore_errors=True)
+            os.close(lock)
 
 
-def _lock(directory: Path) -> int | None:
-    """Lock a directory as long as this process lives. Returns an open descriptor, or None if another process holds the lock."""
+def _lock(directory: Path, *, wait: bool = False) -> int | None:
+    """Hold a directory as long as this process lives.
+
+    Returns:
+        An open descriptor, which is the lock; none if another process holds it, or if the file system has no locks.
+    """
     if sys.platform == "win32":  # no such locks; leftovers are not removed
         return None
     import fcntl  # noqa: PLC0415 - not on Windows
@@ -153,7 +171,7 @@ def _lock(directory: Path) -> int | None:
     except OSError:  # removed meanwhile
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(descriptor)
         return None

@@ -9,7 +9,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend, open_backend
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
-from medusa_runtime.decoding.sequence import FinishReason, Sequence, SequenceStep, TokenLogprob
+from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep, TokenLogprob
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.drafting.costs import LearnedCosts, StepCosts
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
@@ -22,13 +22,14 @@ from medusa_runtime.errors import (
     MissingExtraError,
     OptionError,
     QueueFullError,
+    QueueTimeoutError,
     RequestError,
     TreeError,
 )
 from medusa_runtime.lm import MedusaLM
 from medusa_runtime.options import DecodingOptions, GenerationOptions
 from medusa_runtime.service.handle import Handle
-from medusa_runtime.service.results import Choice, GenerationChunk, GenerationResult, ServiceStats
+from medusa_runtime.service.results import Choice, GenerationChunk, GenerationResult, Health, ServiceStats
 from medusa_runtime.text.codec import Message, Prompt
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ClosedError",
     "DecodingEngine",
     "DecodingOptions",
+    "DecodingSequence",
     "DecodingStats",
     "DynamicTree",
     "FinishReason",
@@ -49,6 +51,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationResult",
     "Handle",
+    "Health",
     "LearnedCosts",
     "Manifest",
     "MedusaError",
@@ -59,8 +62,8 @@ __all__ = [
     "Placement",
     "Prompt",
     "QueueFullError",
+    "QueueTimeoutError",
     "RequestError",
-    "Sequence",
     "SequenceStep",
     "ServiceStats",
     "StepCosts",

@@ -34,6 +34,10 @@ class QueueFullError(MedusaError):
     """A service has as many requests as it may hold. Try again later, or on another one."""
 
 
+class QueueTimeoutError(MedusaError):
+    """A request waited for a slot longer than it wanted to. Try again later, or on another service."""
+
+
 class ClosedError(MedusaError):
     """A request was made of a service that is closed, or was under way when it closed."""
 
@@ -55,3 +59,11 @@ class BackendError(MedusaError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is a failure of the work at hand, and no wish to leave the program, such as Ctrl-C.
+
+    A panic of a library written in Rust is a failure, though its class is no `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"

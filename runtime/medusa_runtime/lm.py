@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Self, cast
 
-from medusa_runtime.backends.choosing import choose_backend, open_backend
-from medusa_runtime.bundle.cpu import device_key
 from medusa_runtime.bundle.manifest import Manifest
-from medusa_runtime.decoding.engine import DEFAULT_BATCH_SIZE, LOOKUP_NODES, DecodingEngine, check_batch_size
-from medusa_runtime.drafting.costs import LearnedCosts, StepCosts, fitting_nodes
-from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.decoding.engine import DecodingEngine
+from medusa_runtime.decoding.prefill import DEFAULT_GAP_SECONDS
+from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.drafting.tuning import DeviceTuning, tuned
-from medusa_runtime.errors import BundleError, OptionError, QueueFullError
-from medusa_runtime.options import GenerationOptions
-from medusa_runtime.sampling.shaping import Guide
-from medusa_runtime.service.answer import Request
-from medusa_runtime.service.handle import Handle
-from medusa_runtime.service.results import GenerationResult, ServiceStats
+from medusa_runtime.errors import OptionError
+from medusa_runtime.opening import CostsChoice, open_engine
+from medusa_runtime.options import GenerationOptions, with_defaults
+from medusa_runtime.service.handle import Handle, Request
+from medusa_runtime.service.results import GenerationChunk, GenerationResult, Health, ServiceStats
 from medusa_runtime.service.worker import Worker
 from medusa_runtime.text.codec import Prompt, TextCodec
+from medusa_runtime.text.grammar import GrammarCompiler
 
-if TYPE_CHECKING:
-    from medusa_runtime.text.grammar import GrammarCompiler
+AnyPrompt = Prompt | Sequence[int]  # text, messages, or token ids
 
 
 class MedusaLM:
     """A bundle, loaded and ready to answer: from any number of threads and tasks, with continuous batching.
 
     Use `from_bundle`. Requests that are under way at once share the steps of one engine; each gets the tokens it would get
-    alone. Close it, or use it in a `with`; what is left open ends when neither it nor a handle of it is used any more.
+    alone. Close it, or use it in a `with` or `async with`. It also closes once neither it nor a handle of it is used any more.
 
     Args:
         engine: this object's alone.
@@ -41,13 +39,14 @@ class MedusaLM:
     """
 
     def __init__(self, engine: DecodingEngine, codec: TextCodec, *, max_queue: int = 128) -> None:
-        if max_queue < 0:
-            raise OptionError(f"max_queue is {max_queue}; it must be at least 0")
+        _check_queue(max_queue)
         self.engine = engine
         self.codec = codec
         self._worker = Worker(engine, codec, max_queue)
-        self._grammars: GrammarCompiler | None = None
-        weakref.finalize(self, self._worker.stop).atexit = False  # which does not wait: a collector may run it under any lock
+        model = engine.backend.manifest.model
+        self._grammars = GrammarCompiler(codec, model.vocab_size, model.eos_token_ids)
+        # stop() does not wait: a finalizer may run while this thread holds any lock, so it must not join
+        weakref.finalize(self, self._worker.stop).atexit = False
 
     @classmethod
     def from_bundle(
@@ -58,9 +57,11 @@ class MedusaLM:
         tree: CandidateTree | DynamicTree | None = None,
         max_batch_size: int | None = None,
         max_queue: int = 128,
-        costs: StepCosts | Literal["auto", "learn", "measure"] | None = "auto",
+        costs: CostsChoice = "auto",
         reuse_prefixes: bool = True,
         prompt_lookup: bool | None = None,
+        max_gap_seconds: float = DEFAULT_GAP_SECONDS,
+        max_cache_bytes: int | None = None,
         device: str = "auto",
         num_threads: int = 0,
         cuda_graphs: bool | None = None,
@@ -72,17 +73,22 @@ class MedusaLM:
         Args:
             path: the bundle's directory.
             backend: one of `medusa_runtime.BACKENDS`; auto takes the best there is here, see `medusa_runtime.choose_backend`.
-            tree: which continuations are verified; none for the one that was tuned for this device, or else for one as large
-                as the bundle's own, made anew at each step.
-            max_batch_size: answers decoded at a time; none for 8, or as many as the bundle takes.
+            tree: which continuations are verified. None for the tree that was tuned for this device; if there is none, for
+                one as large as the bundle's own, made anew at each step.
+            max_batch_size: answers decoded at a time; None for 8, or as many as the bundle takes.
             max_queue: answers that may wait for a slot.
-            costs: what steps cost here, so that trees shrink where they do not pay: "learn" it from the steps that are made
-                anyway, "measure" it now, which takes some seconds, or a table from an earlier measurement. "auto" takes the
-                table that `medusa-export tune` left in the bundle for this device, or else learns. None for trees that always
-                have their full size. It changes no answer, but under typical acceptance, where the tree does.
+            costs: what steps cost here, so that trees shrink if they do not pay. "learn" learns it from the steps that are
+                made anyway, "measure" measures it now, which takes some seconds, and a table is one from an earlier
+                measurement. "auto" takes the table that `medusa-export tune` left in the bundle for this device; if there is
+                none, it learns. With None, trees always have their full size. Costs change no answer, except under typical
+                acceptance, where the tree does.
             reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
-            prompt_lookup: also draft what came after the same tokens before, where a request does not say. None for what was
-                tuned for this device, where costs is "auto", or else for no.
+            prompt_lookup: also draft what came after the same tokens before, if a request does not say. None for what was
+                tuned for this device with costs "auto", and for no otherwise.
+            max_gap_seconds: the longest time that reading prompts may take between two steps of answers that are decoded.
+                A small value keeps streams steady; a large one gives the first token of new requests sooner.
+            max_cache_bytes: the largest KV cache. If the answers under way need more, the youngest wait until others have
+                ended. None if only the memory limits it.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             num_threads: for a CPU backend; 0 for one a core.
             cuda_graphs: on a GPU, whether steps are captured and replayed; see `medusa_runtime.open_backend`.
@@ -93,40 +99,24 @@ class MedusaLM:
             BundleError: it is no bundle, it does not match its manifest, or its validation failed.
             BackendError, MissingExtraError: the backend cannot run it here.
             TreeError: the tree does not fit the bundle's heads.
-            OptionError, CapacityError: max_batch_size or max_queue is out of range.
+            OptionError, CapacityError: another argument is out of range.
         """
-        manifest = Manifest.load(path)
-        if manifest.validation.status == "failed" and not allow_failed:
-            raise BundleError(
-                f"{path} failed its validation ({manifest.validation.report}); export it again, "
-                "or allow it on purpose (allow_failed=True, --allow-failed)"
-            )
-        if verify_files:
-            manifest.require_intact(path)
-        place = choose_backend(manifest, backend, device)
-        runner = open_backend(
-            path, manifest, place.backend, device=place.device, num_threads=num_threads, cuda_graphs=cuda_graphs
-        )
-        if max_batch_size is None:
-            max_batch_size = min(DEFAULT_BATCH_SIZE, manifest.limits.max_batch_size or DEFAULT_BATCH_SIZE)
-        check_batch_size(manifest, max_batch_size)
-        if costs == "auto":
-            key = device_key(place.backend, num_threads=num_threads, processor=place.processor)
-            tree, costs, prompt_lookup = _tuned_choice(
-                tuned(path, manifest, key), manifest, max_batch_size, tree, prompt_lookup
-            )
-        tree = tree or DynamicTree(len(manifest.tree["parents"]))
-        if costs == "measure":
-            costs = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
-        known = LearnedCosts() if costs == "learn" else costs
-        engine = DecodingEngine(
-            runner,
-            tree,
+        _check_queue(max_queue)
+        engine = open_engine(
+            path,
+            backend,
+            tree=tree,
             max_batch_size=max_batch_size,
-            costs=known,
+            costs=costs,
             reuse_prefixes=reuse_prefixes,
-            prompt_lookup=bool(prompt_lookup),
-            ngrams=NGrams.of_bundle(path, manifest),
+            prompt_lookup=prompt_lookup,
+            max_gap_seconds=max_gap_seconds,
+            max_cache_bytes=max_cache_bytes,
+            device=device,
+            num_threads=num_threads,
+            cuda_graphs=cuda_graphs,
+            verify_files=verify_files,
+            allow_failed=allow_failed,
         )
         return cls(engine, TextCodec(path), max_queue=max_queue)
 
@@ -135,16 +125,17 @@ class MedusaLM:
         """The bundle's facts and limits."""
         return self.engine.backend.manifest
 
-    def submit(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+    def submit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Queue a request and return at once.
 
         Args:
-            prompt: messages, or one user message as text.
+            prompt: messages, one user message as text, or token ids, which are taken as they are.
             options: how it is answered.
             **fields: fields of `GenerationOptions`, instead of those in `options`.
 
         Returns:
-            What gives the answer as it comes, or whole, and cancels it. A handle that is dropped cancels its request.
+            The handle of the request. It gives the answer as it comes, or whole, and cancels the request; a handle that is
+            dropped cancels it too.
 
         Raises:
             OptionError, CapacityError, TreeError: the request can never be answered; told before any work.
@@ -152,58 +143,83 @@ class MedusaLM:
             ClosedError: this object is closed.
             MissingExtraError: a structure is asked for, and the package for it is not installed.
         """
-        [request] = self._requests([prompt], options, fields)
-        handle = self._worker.submit(request)
-        handle.owner = self
-        return handle
+        return self._submit(self._request(prompt, GenerationOptions.of(options, **fields)))
 
-    def generate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
+    async def asubmit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+        """`submit` for asyncio: the prompt is tokenised, and a structure compiled, beside the event loop."""
+        checked = GenerationOptions.of(options, **fields)
+        return self._submit(await asyncio.to_thread(self._request, prompt, checked))
+
+    def generate(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
         """Answer a prompt. Arguments and errors as for `submit`, and those of `Handle.result`."""
         return self.submit(prompt, options, **fields).result()
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], options: GenerationOptions | None = None, /, **fields: Any
+        self, prompts: Sequence[AnyPrompt], options: GenerationOptions | None = None, /, **fields: Any
     ) -> list[GenerationResult]:
         """Answer any number of prompts, side by side as far as there is room. Arguments and errors as for `generate`.
 
-        All prompts are checked before the first is begun. Where the queue is full, the next one waits for an earlier one.
+        All prompts are checked before the first is begun. While the queue is full, the next one waits.
         """
-        if not prompts:
-            raise OptionError("there is no prompt")
-        handles: list[Handle] = []
-        num_done = 0
-        for request in self._requests(prompts, options, fields):
-            while True:
-                try:
-                    handles.append(self._worker.submit(request))
-                    break
-                except QueueFullError:
-                    if num_done == len(handles):  # others fill it
-                        raise
-                    handles[num_done].result()
-                    num_done += 1
+        if not isinstance(prompts, Sequence) or not prompts:
+            raise OptionError("there is no prompt; generate_batch takes a list of prompts")
+        if isinstance(prompts, str) or isinstance(prompts[0], int | Mapping):
+            raise OptionError("prompts is a single prompt; generate_batch takes a list of prompts, and generate takes one")
+        checked = GenerationOptions.of(options, **fields)
+        requests = [self._request(prompt, checked) for prompt in prompts]
+        handles = []
+        for request in requests:
+            request.since = time.perf_counter()
+            handles.append(self._submit(request, waits=True))
         return [handle.result() for handle in handles]
 
-    def stream(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
+    def stream(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Answer a prompt, one chunk a step: iterate over what is returned. Arguments and errors as for `submit`."""
         return self.submit(prompt, options, **fields)
 
-    async def agenerate(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> GenerationResult:
+    async def agenerate(
+        self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any
+    ) -> GenerationResult:
         """`generate` for asyncio. Cancelling the task cancels the request."""
-        return await self.submit(prompt, options, **fields).aresult()
+        return await (await self.asubmit(prompt, options, **fields)).aresult()
 
-    def astream(self, prompt: Prompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
-        """`stream` for asyncio: iterate with `async for`. Leaving the loop cancels the request."""
-        return self.submit(prompt, options, **fields)
+    async def astream(
+        self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any
+    ) -> AsyncIterator[GenerationChunk]:
+        """`stream` for asyncio: iterate with `async for`. Leaving the loop cancels the request.
+
+        Errors of `submit` come with the first chunk. `asubmit` gives the handle, which can be iterated over as well.
+        """
+        async with await self.asubmit(prompt, options, **fields) as handle:
+            async for chunk in handle:
+                yield chunk
+
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), max_new_tokens: int = 8) -> None:
+        """Answer some meaningless prompts, so that devices compile and caches fill before the first request comes.
+
+        They count in `stats`.
+
+        Args:
+            batch_sizes: how many answers are decoded side by side.
+            max_new_tokens: tokens of each.
+        """
+        options = GenerationOptions(max_new_tokens=max_new_tokens, ignore_eos=True)
+        for size in batch_sizes:
+            self.generate_batch([[number % self.manifest.model.vocab_size] * 16 for number in range(size)], options)
 
     def stats(self) -> ServiceStats:
-        """What is under way now, and what was done since this object was made."""
+        """The answers under way now, and all that was done since this object was made."""
         return self._worker.stats()
 
+    def health(self) -> Health:
+        """Whether requests are taken; if not, why not and since when."""
+        return self._worker.health()
+
     def close(self) -> None:
-        """End all requests under way with `ClosedError`, and refuse new ones."""
+        """End all requests under way with `ClosedError`, refuse new ones, and free the memory of the model."""
         self._worker.stop()
         self._worker.join()
+        self.engine.backend.save()
         self.engine.backend.close()
 
     def __enter__(self) -> Self:
@@ -212,40 +228,56 @@ class MedusaLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _requests(self, prompts: Sequence[Prompt], options: GenerationOptions | None, fields: dict[str, Any]) -> list[Request]:
-        options = GenerationOptions.of(options, **fields)
-        requests = []
-        for prompt in prompts:
-            prompt_ids = self.codec.encode(prompt, raw=options.raw)
-            self.engine.check_request(prompt_ids, options)
-            requests.append(Request(prompt_ids, options, self._guides(options)))
-        return requests
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _submit(self, request: Request, *, waits: bool = False) -> Handle:
+        handle = self._worker.submit(request, waits=waits)
+        handle.owner = self
+        return handle
+
+    def _request(self, prompt: AnyPrompt, options: GenerationOptions) -> Request:
+        """Check a request, and turn its text into tokens and its structure into a grammar."""
+        since = time.perf_counter()
+        options = with_defaults(options, self.manifest.generation)
+        stop, special_stops = self._split_stops(options.stop)
+        if special_stops:
+            options = options.model_copy(update={"stop_token_ids": (*options.stop_token_ids, *special_stops)})
+        decoding = self.engine.check(self._prompt_ids(prompt, options), options)
+        return Request(decoding, self._guides(options), stop, special_stops, since)
+
+    def _prompt_ids(self, prompt: AnyPrompt, options: GenerationOptions) -> list[int]:
+        if isinstance(prompt, Sequence) and prompt and all(type(part) is int for part in prompt):
+            return list(cast("Sequence[int]", prompt))
+        return self.codec.encode(
+            cast("Prompt", prompt),
+            raw=options.raw,
+            template=options.chat_template,
+            template_options=options.template_options or None,
+            tools=options.tools or None,
+            documents=options.documents or None,
+            add_generation_prompt=options.begins_message,
+            continue_final_message=options.continue_final_message,
+            plain_content=options.plain_content,
+            max_tokens=self.manifest.limits.max_seq_len,
+        )
+
+    def _split_stops(self, stop: Sequence[str]) -> tuple[list[str], dict[int, str]]:
+        """Stop texts that can come out of decoding, and those that are special tokens, which do not."""
+        special = {token: text for text in stop if (token := self.codec.special_token_id(text)) is not None}
+        return [text for text in stop if text not in special.values()], special
 
     def _guides(self, options: GenerationOptions) -> list[Guide | None]:
         """What restricts each of a request's answers."""
         if not options.structure:
             return [None] * options.n
-        if self._grammars is None:
-            from medusa_runtime.text.grammar import GrammarCompiler  # noqa: PLC0415 - needs an extra
-
-            model = self.manifest.model
-            self._grammars = GrammarCompiler(self.codec, model.vocab_size, model.eos_token_ids)
-        guide = self._grammars.compile(options.structure)
+        guide = self._grammars.compile(options.structure, min_new_tokens=options.min_new_tokens)
         return [guide, *(guide.copy() for _ in range(options.n - 1))]
 
 
-def _tuned_choice(
-    found: DeviceTuning | None,
-    manifest: Manifest,
-    max_batch_size: int,
-    tree: CandidateTree | DynamicTree | None,
-    prompt_lookup: bool | None,
-) -> tuple[CandidateTree | DynamicTree | None, StepCosts | Literal["learn"] | None, bool | None]:
-    """Tree, costs and prompt lookup from a device's tuning, where there is one; what the caller says comes first."""
-    if found is None:
-        return tree, "learn", prompt_lookup
-    prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
-    if tree is not None:
-        return tree, found.costs, prompt_lookup
-    lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
-    return *found.choice(max_batch_size, lookup_nodes), prompt_lookup
+def _check_queue(max_queue: int) -> None:
+    if type(max_queue) is not int or max_queue < 0:
+        raise OptionError(f"max_queue is {max_queue!r}; it must be a whole number of at least 0")

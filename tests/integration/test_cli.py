@@ -151,7 +151,7 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("generate", "{bundle}", "-p", "x", "--tree-nodes", "0"), 2, "a dynamic tree has 1 to 1024 nodes"),
         (("generate", "{bundle}", "-p", "x", "--tree-nodes", "4", "--tree", "t"), 2, "--tree and --tree-nodes exclude"),
         (("generate", "{bundle}", "-p", "x", "--min-new-tokens", "9", "--max-new-tokens", "3"), 2, "min_new_tokens is 9"),
-        (("generate", "{bundle}", "-p", "x", "--max-new-tokens", "0"), 2, "Invalid value for '--max-new-tokens'"),
+        (("generate", "{bundle}", "-p", "x", "--max-new-tokens", "-1"), 2, "Invalid value for '--max-new-tokens'"),
         (("generate", "{bundle}", "-p", "x", "--tree", "/nowhere.json"), 2, "cannot read the tree /nowhere.json"),
         (("generate", "{bundle}", "-p", "a\udcffb"), 2, "the prompt is not Unicode text"),
         (("generate", "{bundle}", "-p", "x", "--threads", "100000"), 2, "Invalid value for '--threads'"),

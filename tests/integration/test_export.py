@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from medusa_export.checkpoint import TESTED_ARCHITECTURES, load_backbone
 from medusa_export.errors import ExportError
@@ -25,6 +26,7 @@ from medusa_export.validate import validate
 from medusa_export.weights import INLINE_BYTES
 from medusa_heads.errors import CheckpointError
 from medusa_runtime import Manifest, MedusaLM, OptionError
+from medusa_runtime.text.codec import TextCodec
 
 Make = Callable[..., Path]
 PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many words", "a fox")
@@ -255,3 +257,50 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damage: str, make_model: Ma
         export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
     assert str(model) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def with_templates(model: Path, directory: Path, templates: dict[str, str] | str | None) -> Path:
+    """A copy of a checkpoint with other chat templates."""
+    shutil.copytree(model, directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = templates
+    (directory / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("templates", "line"),
+    [
+        (
+            {"default": "d {{ messages[0].content }}", "rag": "r"},
+            "templates: default, rag; default is used if a request names none",
+        ),
+        ({"tool_use": "t", "rag": "r"}, "templates: rag, tool_use; none is called default, so each request has to name one"),
+        ("d {{ messages[0].content }}", ""),
+        (None, ""),
+    ],
+    ids=["default", "no default", "one", "none"],
+)
+def test_all_chat_templates_are_kept(templates, line, make_model: Make, make_heads: Make, tmp_path: Path, capsys) -> None:
+    model = with_templates(make_model(), tmp_path / "model", templates)
+    export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
+    told = capsys.readouterr().err
+    assert line in told
+    assert bool(line) == ("chat template" in told)
+    sources = {"default": templates} if isinstance(templates, str) else templates or {}
+    codec = TextCodec(tmp_path / "bundle")
+    assert codec.chat.sources == sources
+    if "default" in sources:
+        assert codec.render("x") == "d x"
+    if "rag" in sources:
+        assert codec.render("x", template="rag") == "r"
+
+
+def test_a_chat_template_that_is_no_template_is_told_at_export(make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    model = with_templates(make_model(), tmp_path / "model", {"default": "d", "rag": "\n{% for %}"})
+    with pytest.raises(CheckpointError, match=r"the chat template rag is not valid Jinja \(line 2: ") as caught:
+        export_bundle(ExportOptions(str(model), make_heads(), tmp_path / "bundle"))
+    assert str(model) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "bundle").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,9 +24,9 @@ from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import Shape, StepBuffers, Work
 from medusa_runtime.bundle.manifest import STEP, Manifest
 from medusa_runtime.drafting.measuring import measure_grid
-from medusa_runtime.errors import BackendError, BundleError, CapacityError, MissingExtraError
+from medusa_runtime.errors import BackendError, BundleError, CapacityError, ClosedError, MissingExtraError
 from tests.support.engines import stand_in_engine
-from tests.support.stand_in_cuda import StandInDriver
+from tests.support.stand_in_cuda import CUresult, StandInDriver
 from tests.support.stand_in_ort_cuda import CPU, StandInOrt
 from tests.support.stand_in_tensorrt import Context, RuntimeCache, StandInTensorRT
 
@@ -492,17 +493,71 @@ def test_what_tensorrt_rtx_compiled_is_kept_beside_the_engine(
     kept = path / "runtime-cache.sm89.bin"
     assert kept.read_bytes() == b"compiled"
     assert tensorrt.cached == [b"compiled"]
-    with ThreadPoolExecutor(1) as pool:  # opened by one thread, closed by another
+    with ThreadPoolExecutor(1) as pool:  # opened by one thread, saved by another
         backend = pool.submit(opened, path).result()
     tensorrt.driver.take_calls()
-    backend.close()
+    backend.save()
     assert tensorrt.driver.take_calls() == ["cuCtxSetCurrent"]
     monkeypatch.setattr(RuntimeCache, "serialize", lambda _: None)
-    backend.close()
-    assert "TensorRT-RTX does not tell what it compiled: the next start compiles again" in capsys.readouterr().err
+    backend.save()
+    assert "TensorRT-RTX does not give out what it compiled: the next start compiles again" in capsys.readouterr().err
     kept.write_bytes(b"of another driver")
     opened(path)
     assert "runtime-cache.sm89.bin is of another version or GPU: the engine is compiled again" in capsys.readouterr().err
+
+
+NUMBERS = np.array([0])
+CALLS: list[Callable[[GpuBackend], object]] = [
+    lambda backend: backend.step(*chain(8)),
+    lambda backend: backend.propose(NUMBERS, NUMBERS),
+    lambda backend: backend.resize(1, 64),
+    lambda backend: backend.commit(0, 0, NUMBERS),
+    lambda backend: backend.copy(0, 0, 1),
+    lambda backend: backend.swap(0, 0, 1),
+    lambda backend: backend.clear(0, 0, 1),
+    lambda backend: backend.save(),
+]
+
+
+@pytest.mark.parametrize("kind", ["rtx", "tensorrt", "ort-cuda"])
+def test_a_closed_backend_has_freed_everything(
+    engine: Callable[..., Path], bundle: Path, tensorrt: StandInTensorRT, onnxruntime: StandInOrt, kind: str
+) -> None:
+    backend = opened(bundle, kind) if kind == "ort-cuda" else opened(engine(kind))
+    for _ in range(3):  # the second one is captured
+        backend.step(*chain(8), propose_ahead=True)
+        backend.propose(np.array([5]), np.array([3]))
+    backend.step(*chain(8), with_logits=True)
+    executor = backend._executor
+    made = [weakref.ref(one) for one in (*tensorrt.engines, *tensorrt.contexts, *getattr(executor, "_sessions", {}).values())]
+    assert len(made) >= 2
+    tensorrt.engines.clear()
+    tensorrt.contexts.clear()
+    driver = tensorrt.driver
+    assert driver.used() > 0
+    with ThreadPoolExecutor(1) as pool:  # opened by one thread, closed by another
+        pool.submit(backend.close).result()
+    assert (driver.device, driver.pinned) == ({}, {})
+    assert [one for one in made if one() is not None] == []
+    assert (backend.num_slots, backend.capacity, sum(backend.memory().values())) == (0, 0, 0)
+    driver.take_calls()
+    backend.close()
+    for call in CALLS:
+        with pytest.raises(ClosedError, match="this backend is closed; open the bundle again"):
+            call(backend)
+    assert driver.take_calls() == []
+
+
+def test_a_gpu_that_has_failed_can_be_closed(
+    engine: Callable[..., Path], tensorrt: StandInTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(engine("rtx"))
+    monkeypatch.setattr(StandInDriver, "_streamsynchronize", lambda *_: (CUresult.CUDA_ERROR_INVALID_VALUE, None))
+    with pytest.raises(BackendError, match="the GPU's driver failed: cuStreamSynchronize"):
+        backend.step(*chain(8))
+    backend.close()
+    with pytest.raises(ClosedError):
+        backend.step(*chain(8))
 
 
 def test_too_little_memory_is_told_when_the_bundle_is_opened(engine: Callable[..., Path], tensorrt: StandInTensorRT) -> None:

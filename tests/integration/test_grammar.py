@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +29,7 @@ from medusa_runtime import (
     RequestError,
 )
 from medusa_runtime.decoding.sequence import Sequence as Answer
-from medusa_runtime.text.grammar import GrammarCompiler
+from medusa_runtime.text.grammar import MAX_COMPILED, GrammarCompiler
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, logits_after
 
 PROMPT = "the quick brown fox"
@@ -273,6 +276,10 @@ MALFORMED: list[dict[str, Any]] = [
     {"json_schema": {"type": "number", "minimum": float("nan")}},
     {"json_schema": {"const": {1, 2}}},
     {"json_schema": {"type": "array", "uniqueItems": True}},  # not followed, so not accepted
+    {"json_schema": {"name": "person", "schema": PERSON}},  # OpenAI's wrapper: as a schema, it restricts nothing
+    {"json_schema": {"name": "person", "description": "who", "strict": True, "schema": PERSON}},
+    {"json_schema": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}},
+    {"json_schema": {"propertys": {"a": {"type": "string"}}}},
 ]
 
 
@@ -298,6 +305,11 @@ def test_a_malformed_structure_is_refused_in_one_line_before_any_work(lm: Medusa
         ({"regex": "[z-a]"}, "invalid character class range"),
         ({"json_schema": {"type": "string", "pattern": "("}}, "unclosed group"),
         ({"json_schema": {"type": "strange"}}, "Invalid type: strange"),
+        (
+            {"json_schema": {"name": "person", "schema": PERSON}},
+            "a wrapper around a schema (name, schema); give the schema itself",
+        ),
+        ({"json_schema": {"propertys": {}}}, "it restricts nothing: propertys are no keywords of JSON Schema"),
     ],
 )
 def test_the_line_says_what_is_wrong(lm: MedusaLM, structure, reason) -> None:
@@ -335,25 +347,159 @@ def test_a_grammar_that_gives_up_ends_its_own_request_alone(lm: MedusaLM, fields
     assert other.result(60).token_ids == expected
 
 
-def test_a_model_that_cannot_end_cannot_be_guided(lm: MedusaLM) -> None:
+@pytest.mark.parametrize("ends", [[], [-1, 320, 10**6]])
+def test_a_model_that_cannot_end_cannot_be_guided(lm: MedusaLM, ends) -> None:
     with pytest.raises(OptionError, match="no end-of-sequence token"):
-        GrammarCompiler(lm.codec, 320, [])
+        GrammarCompiler(lm.codec, 320, ends).compile({"regex": "a"})
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused_in_one_line(lm: MedusaLM) -> None:
-    with pytest.raises(OptionError) as told:
-        GrammarCompiler(lm.codec, 300, [EOS])
-    assert len(str(told.value).splitlines()) == 1
+def test_an_end_that_the_model_does_not_know_is_left_out(lm: MedusaLM) -> None:
+    guide = GrammarCompiler(lm.codec, 320, [10**6, EOS, -1]).compile({"regex": ""})
+    assert np.flatnonzero(guide.allowed([])).tolist() == [EOS]
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model(lm: MedusaLM) -> None:
+    """As Gemma 3 1B has it: structures were impossible."""
+    compiler = GrammarCompiler(lm.codec, 300, [EOS])
+    text = "the quick brown fox"
+    assert max(lm.codec.encode(text, raw=True)) >= 300
+    guide = compiler.compile({"choice": [text]})
+    assert guide.allowed([]).shape == (300,)
+    forced = guide.forced([])
+    assert lm.codec.decode(forced) == text
+    assert max(forced) < 300
+    assert np.flatnonzero(guide.allowed(forced)).tolist() == [EOS]
+
+
+def test_choices_that_are_too_short_for_the_answer_are_refused_before_any_work(lm: MedusaLM) -> None:
+    line = refusal(lm, choice=["yes", "né"], min_new_tokens=4)
+    assert line == "min_new_tokens is 4, but the longest choice has 3 bytes, which are at most as many tokens"
+    assert lm.generate(PROMPT, choice=["yes", "no"], min_new_tokens=1).text in ("yes", "no")
 
 
 def test_without_the_package_a_structure_is_refused_and_everything_else_works(make_bundle, monkeypatch) -> None:
     lm = MedusaLM.from_bundle(make_bundle())
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    monkeypatch.delitem(sys.modules, "medusa_runtime.text.grammar")
     with pytest.raises(MissingExtraError) as told:
         lm.generate(PROMPT, regex="a")
     assert str(told.value) == "llguidance is not installed; install it with: pip install 'medusa-export[structured]'"
     assert len(lm.generate(PROMPT, max_new_tokens=5, ignore_eos=True).token_ids) == 5
+
+
+# Grammars in llama.cpp's form (GBNF) and Lark's
+
+
+def written(lm: MedusaLM, compiler: GrammarCompiler, structure: dict[str, Any], pick: int) -> str:
+    """The text that a structure allows if of the tokens that may come next always the same one in their order is taken."""
+    guide, answer = compiler.compile(structure), list[int]()
+    while (token := (allowed := np.flatnonzero(guide.allowed(answer)))[pick % len(allowed)]) != EOS and len(answer) < 40:
+        answer.append(int(token))
+    return lm.codec.decode(answer)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'root ::= "[" item ("," item){1,2} "]"\nitem ::= "yes" | [0-9]{2}',
+        'start: "[" item ("," item)~1..2 "]"\nitem: "yes" | /[0-9]{2}/',
+        "start: list\nlist: /\\[(yes|[0-9]{2})(,(yes|[0-9]{2})){1,2}\\]/",
+    ],
+    ids=["gbnf", "lark", "lark with a rule"],
+)
+@pytest.mark.parametrize("pick", [0, 1, 2, -1])
+def test_a_grammar_restricts_the_answer(lm: MedusaLM, compiler: GrammarCompiler, grammar, pick) -> None:
+    assert re.fullmatch(r"\[(yes|\d\d)(,(yes|\d\d)){1,2}\]", written(lm, compiler, {"grammar": grammar}, pick))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ("", "No 'root' rule found"),
+        ("root ::= item", "Rule 'item' not found"),
+        ("root := x", "Expected ::="),
+        ("start: item", 'unknown name: "item"'),
+        ("start: /(/", "unclosed group"),
+        ("start: [", "Expected"),
+    ],
+)
+def test_a_malformed_grammar_is_refused_in_one_line(compiler: GrammarCompiler, grammar, reason) -> None:
+    with pytest.raises(OptionError, match=re.escape(reason)) as told:
+        compiler.compile({"grammar": grammar})
+    assert str(told.value).startswith("grammar cannot be used: ")
+    assert len(str(told.value).splitlines()) == 1
+
+
+# Compiling
+
+
+@pytest.fixture
+def made(monkeypatch) -> dict[str, int]:
+    """How often llguidance makes what: its tokenizer takes a second of a real model's first request."""
+    counts = {"LLTokenizer": 0, "LLMatcher": 0}
+
+    class Counting:
+        grammar_from = staticmethod(llguidance.grammar_from)
+        TokenizerWrapper = llguidance.TokenizerWrapper
+
+        @staticmethod
+        def LLTokenizer(*args, **fields):  # noqa: N802
+            counts["LLTokenizer"] += 1
+            time.sleep(0.05)  # others come meanwhile
+            return llguidance.LLTokenizer(*args, **fields)
+
+        class LLMatcher:
+            grammar_from_regex = staticmethod(llguidance.LLMatcher.grammar_from_regex)
+            grammar_from_json_schema = staticmethod(llguidance.LLMatcher.grammar_from_json_schema)
+
+            def __new__(cls, *args, **fields):
+                counts["LLMatcher"] += 1
+                return llguidance.LLMatcher(*args, **fields)
+
+    monkeypatch.setattr("medusa_runtime.text.grammar._llguidance", lambda: Counting)
+    return counts
+
+
+def test_requests_that_come_at_once_make_the_compiler_once(lm: MedusaLM, made) -> None:
+    compiler = GrammarCompiler(lm.codec, 320, [EOS])
+    assert made == {"LLTokenizer": 0, "LLMatcher": 0}
+    with ThreadPoolExecutor(8) as pool:
+        guides = list(pool.map(lambda number: compiler.compile({"regex": f"a{{{number % 4}}}"}), range(16)))
+    assert made["LLTokenizer"] == 2  # the tokenizer itself, and the one that reads text as text
+    [a] = lm.codec.encode("a", raw=True)
+    for number, guide in enumerate(guides):
+        assert bool(guide.allowed([])[EOS]) == (number % 4 == 0)
+        assert bool(guide.allowed([a] * (number % 4))[EOS])
+
+
+def test_an_equal_structure_is_compiled_once(lm: MedusaLM, made) -> None:
+    compiler = GrammarCompiler(lm.codec, 320, [EOS])
+    first = compiler.compile({"json_schema": PERSON})
+    consumed = first.forced([])
+    first.allowed(consumed)
+    second = compiler.compile({"json_schema": dict(PERSON)})
+    assert made["LLMatcher"] == 1
+    assert second.forced([]) == consumed  # at its beginning, wherever the first is
+    compiler.compile({"json_schema": {**PERSON, "properties": dict(reversed(PERSON["properties"].items()))}})
+    assert made["LLMatcher"] == 2  # their order is the answer's
+
+
+def test_structures_that_were_not_used_for_long_are_forgotten(lm: MedusaLM, made) -> None:
+    compiler = GrammarCompiler(lm.codec, 320, [EOS])
+    for number in range(MAX_COMPILED):
+        compiler.compile({"regex": f"a{{{number}}}"})
+    compiler.compile({"regex": "a{0}"})  # used again
+    compiler.compile({"regex": "b"})
+    assert made["LLMatcher"] == MAX_COMPILED + 1
+    compiler.compile({"regex": "a{0}"})
+    assert made["LLMatcher"] == MAX_COMPILED + 1
+    compiler.compile({"regex": "a{1}"})
+    assert made["LLMatcher"] == MAX_COMPILED + 2
+
+
+def test_a_structure_that_cannot_be_used_is_refused_each_time(compiler: GrammarCompiler) -> None:
+    for _ in range(2):
+        with pytest.raises(OptionError, match="unclosed group"):
+            compiler.compile({"regex": "(a"})
 
 
 # Guides

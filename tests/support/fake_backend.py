@@ -146,6 +146,9 @@ class FakeBackend:
     def clear(self, slot, start, stop) -> None:
         self.entries[slot, start:stop] = -1
 
+    def save(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

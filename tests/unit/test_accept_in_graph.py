@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from medusa_export.trt.accept import AcceptGreedily
 from medusa_runtime.drafting.draft import Draft, DraftBatch
 from medusa_runtime.sampling.acceptance import accept_greedy
+from tests.support.drafts import hand_made
 from tests.support.graphs import outputs, parse
 
 HIDDEN = 3
@@ -40,7 +41,7 @@ def draft(parents: list[int], tokens: list[int]) -> Draft:
         while ancestor >= 0:
             mask[node, ancestor] = True
             ancestor = parents[ancestor]
-    return Draft(np.array(tokens), np.array(parents), np.array(depths), mask)
+    return hand_made(parents, tokens, depths, mask)
 
 
 @st.composite

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
 from medusa_runtime.backends.base import HeadOutput, StepOutput
-from medusa_runtime.decoding.sequence import Sequence as Answer
+from medusa_runtime.decoding.sequence import DecodingSequence as Answer
 from medusa_runtime.drafting.draft import Draft
-from medusa_runtime.sampling.acceptance import Accepted, GreedyAcceptance, SamplingAcceptance, TypicalAcceptance, policy_for
+from medusa_runtime.sampling import acceptance
+from medusa_runtime.sampling.acceptance import Accepted, accept_sampled, accept_typical
 from medusa_runtime.sampling.distribution import Uniforms, distribution
 from medusa_runtime.sampling.shaping import LogitsShaper
+from tests.support.drafts import draft_of
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, fake_manifest, greedy, logits_after, next_token
 from tests.unit.test_sampling import ALMOST_ONE, chi_square_p, reference_probabilities
 
@@ -134,21 +136,21 @@ def test_the_first_tokens_have_exactly_the_models_joint_distribution(case) -> No
     assert engine.stats.num_accepted_tokens < engine.stats.num_draft_tokens
 
 
-def twice(policy: SamplingAcceptance, draft: Draft, target) -> Accepted:
-    """A rule that is biased: where the drawn token is no draft, it draws once more from the same distribution."""
+def twice(draft: Draft, target, options: DecodingOptions) -> Accepted:
+    """A rule that is biased: if the drawn token is no draft, it draws once more from the same distribution."""
     path = [0]
     while True:
-        token_id = policy.choose(target, path)
+        chances, uniform = distribution(target.logits(path), options), target.uniform(len(path) - 1)
+        token_id = chances.draw(uniform)
         if draft.child(path[-1], token_id) is None:
-            again = 7919 * target.uniform(len(path) - 1) % 1
-            token_id = distribution(target.logits(path), policy._options).draw(again)
+            token_id = chances.draw(7919 * uniform % 1)
         if (child := draft.child(path[-1], token_id)) is None:
             return Accepted(path, token_id)
         path.append(child)
 
 
 def test_a_rule_that_prefers_drafts_would_be_found_out(monkeypatch) -> None:
-    monkeypatch.setattr(SamplingAcceptance, "accept", twice)
+    monkeypatch.setattr(acceptance, "accept_sampled", twice)
     answers, _ = few_answers(WIDE, range(2500), **SAMPLED["plain"])
     assert fit(answers, joint_probabilities(2, **SAMPLED["plain"])) < 1e-6
     assert fit(answers, joint_probabilities(4, **SAMPLED["plain"])) < 1e-6
@@ -173,10 +175,6 @@ def test_typical_acceptance_is_not_distributed_as_the_model() -> None:
 
 
 # One draw, and the rejection sampler that it stands for
-
-
-def draft_of(tree: CandidateTree, tokens: Sequence[int]) -> Draft:
-    return Draft(np.array(tokens), np.array(tree.parents), tree.depths, tree.mask)
 
 
 @dataclass
@@ -233,9 +231,9 @@ def test_one_draw_accepts_as_often_as_rejection_sampling_over_all_candidates(par
     assert accepted == {candidate: p[candidate] for candidate in candidates}
 
     draft = draft_of(CandidateTree.from_choices([[rank] for rank in range(len(candidates))]), [0, *candidates])
-    policy, grid = SamplingAcceptance(DecodingOptions.of(temperature=1.0)), 500
+    options, grid = DecodingOptions.of(temperature=1.0), 500
     rows = [[float(chance) for chance in p]] + [[1.0] * len(p)] * len(candidates)
-    verdicts = [policy.accept(draft, KnownTarget(rows, [(place + 0.5) / grid, 0.5])) for place in range(grid)]
+    verdicts = [accept_sampled(draft, KnownTarget(rows, [(place + 0.5) / grid, 0.5]), options) for place in range(grid)]
     for node, candidate in enumerate(candidates, start=1):
         share = sum(verdict.nodes == [0, node] for verdict in verdicts) / grid
         assert abs(share - accepted[candidate]) <= 1.5 / grid
@@ -247,10 +245,10 @@ def test_one_draw_accepts_as_often_as_rejection_sampling_over_all_candidates(par
 def test_each_depth_is_drawn_with_the_number_of_its_place_and_after_its_own_path() -> None:
     draft = draft_of(CandidateTree.from_choices([[0], [1], [1, 0]]), [9, 0, 1, 2])
     rows = [[0.5, 0.5, 0], [1, 0, 0], [0.25, 0.25, 0.5], [0, 0.1, 0.9]]
-    policy = SamplingAcceptance(DecodingOptions.of(temperature=1.0))
+    options = DecodingOptions.of(temperature=1.0)
 
     def accept(*uniforms: float, end_ids: frozenset[int] = frozenset()) -> Accepted:
-        return policy.accept(draft, KnownTarget(rows, uniforms, end_ids))
+        return accept_sampled(draft, KnownTarget(rows, uniforms, end_ids), options)
 
     assert accept(0.49, 0.9) == Accepted([0, 1], 0)
     assert accept(0.51, 0.49) == Accepted([0, 2], 1)
@@ -385,8 +383,8 @@ def test_a_seed_that_was_not_given_is_random_and_told() -> None:
 FOUR = [0.5, 0.3, 0.15, 0.05]  # its entropy H is 1.1421, exp(-H) is 0.3191
 
 
-def typical(**fields) -> TypicalAcceptance:
-    return TypicalAcceptance(DecodingOptions.of(**({"temperature": 1.0, "acceptance": "typical"} | fields)))
+def typical(draft: Draft, target: KnownTarget, **fields) -> Accepted:
+    return accept_typical(draft, target, DecodingOptions.of(**({"temperature": 1.0, "acceptance": "typical"} | fields)))
 
 
 def accepted_tokens(p: Sequence[float], **fields) -> list[int]:
@@ -395,7 +393,7 @@ def accepted_tokens(p: Sequence[float], **fields) -> list[int]:
     accepted = []
     for token in range(len(p)):
         draft.tokens[1] = token
-        if typical(**fields).accept(draft, KnownTarget([p, p])).nodes == [0, 1]:
+        if typical(draft, KnownTarget([p, p]), **fields).nodes == [0, 1]:
             accepted.append(token)
     return accepted
 
@@ -432,24 +430,24 @@ def test_what_is_typical_is_told_from_the_distribution_at_the_requests_options()
 
 def test_the_longest_typical_path_is_given_out() -> None:
     draft = draft_of(CandidateTree.from_choices([[0], [1], [1, 0]]), [9, 0, 1, 2])
-    [path] = {tuple(typical().accept(draft, KnownTarget([FOUR] * 4, [u, u, u])).nodes) for u in (0.0, 0.4, 0.99)}
+    [path] = {tuple(typical(draft, KnownTarget([FOUR] * 4, [u, u, u])).nodes) for u in (0.0, 0.4, 0.99)}
     assert path == (0, 2, 3)  # though token 0 is likelier than token 1
     draft.tokens[3] = 3  # not typical
-    assert typical().accept(draft, KnownTarget([FOUR] * 4)).nodes == [0, 1]
+    assert typical(draft, KnownTarget([FOUR] * 4)).nodes == [0, 1]
 
 
 def test_of_equally_long_paths_the_likeliest_is_given_out() -> None:
     draft = draft_of(CandidateTree.from_choices([[0], [1], [0, 0], [1, 0], [1, 1]]), [9, 0, 1, 0, 0, 1])
     even = [0.4, 0.3, 0.3, 0]
     sure = [0.2, 0.8, 0, 0]
-    assert typical().accept(draft, KnownTarget([FOUR, even, sure, FOUR, FOUR, FOUR])).nodes == [0, 2, 5]  # 0.3·0.8 > 0.5·0.4
-    assert typical().accept(draft, KnownTarget([FOUR, FOUR, even, FOUR, FOUR, FOUR])).nodes == [0, 1, 3]  # 0.5·0.5 > 0.3·0.4
+    assert typical(draft, KnownTarget([FOUR, even, sure, FOUR, FOUR, FOUR])).nodes == [0, 2, 5]  # 0.3·0.8 > 0.5·0.4
+    assert typical(draft, KnownTarget([FOUR, FOUR, even, FOUR, FOUR, FOUR])).nodes == [0, 1, 3]  # 0.5·0.5 > 0.3·0.4
 
 
 def test_the_token_after_a_typical_path_is_drawn_from_the_typical_ones() -> None:
     draft = draft_of(CandidateTree.from_choices([[0]]), [9, 0])
     grid = 2000
-    verdicts = [typical().accept(draft, KnownTarget([FOUR, FOUR], [0.99, (place + 0.5) / grid])) for place in range(grid)]
+    verdicts = [typical(draft, KnownTarget([FOUR, FOUR], [0.99, (place + 0.5) / grid])) for place in range(grid)]
     assert all(verdict.nodes == [0, 1] for verdict in verdicts)
     shares = np.bincount([verdict.bonus_id for verdict in verdicts], minlength=4) / grid
     assert shares.tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=2 / grid)
@@ -457,37 +455,41 @@ def test_the_token_after_a_typical_path_is_drawn_from_the_typical_ones() -> None
 
 def test_where_nothing_is_typical_the_most_likely_token_follows() -> None:
     draft = draft_of(CandidateTree.from_choices([[0], [1]]), [9, 0, 1])
-    nothing = typical(top_k=1, posterior_threshold=1.0, posterior_alpha=1.0)  # the threshold is 1, and p is not above it
+    nothing = {"top_k": 1, "posterior_threshold": 1.0, "posterior_alpha": 1.0}  # the threshold is 1, and p is not above it
     for uniform in (0.0, 0.5, ALMOST_ONE):
-        later = nothing.accept(draft, KnownTarget([[0.2, 0.1, 0.7]] + [FOUR] * 2, [uniform] * 3))
+        later = typical(draft, KnownTarget([[0.2, 0.1, 0.7]] + [FOUR] * 2, [uniform] * 3), **nothing)
         assert later == Accepted([0], 2)
     options = DecodingOptions.of(temperature=1.0, posterior_threshold=1.0)
-    nothing = TypicalAcceptance(options.model_copy(update={"posterior_alpha": 9.0}))  # more than may be asked for
+    options = options.model_copy(update={"posterior_alpha": 9.0})  # more than a request may ask for
     for uniform in (0.0, 0.5, ALMOST_ONE):
-        assert nothing.accept(draft, KnownTarget([[0.2, 0.1, 0.7]] * 3, [uniform] * 3)) == Accepted([0], 2)
+        assert accept_typical(draft, KnownTarget([[0.2, 0.1, 0.7]] * 3, [uniform] * 3), options) == Accepted([0], 2)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(size=st.integers(1, 60), temperature=st.sampled_from([0.5, 1.0, 2.0]), uniform=st.floats(0, 1, exclude_max=True))
 def test_a_model_without_any_preference_is_answered_all_the_same(size, temperature, uniform) -> None:
     """Every token is right at the threshold: rounding says whether none or all are typical."""
-    policy = typical(temperature=temperature, posterior_threshold=1.0, posterior_alpha=1.0)
+    options = {"temperature": temperature, "posterior_threshold": 1.0, "posterior_alpha": 1.0}
     draft = draft_of(CandidateTree.from_choices([[0]]), [0, size - 1])
-    verdict = policy.accept(draft, KnownTarget([[1 / size] * size] * 2, [uniform, uniform]))
+    verdict = typical(draft, KnownTarget([[1 / size] * size] * 2, [uniform, uniform]), **options)
     assert 0 <= verdict.bonus_id < size
 
 
 def test_nothing_follows_an_end_in_a_typical_path() -> None:
     draft = draft_of(CandidateTree.from_choices([[0], [1], [0, 0]]), [9, 0, 1, 1])
-    assert typical().accept(draft, KnownTarget([FOUR] * 4)).nodes == [0, 1, 3]
-    assert typical().accept(draft, KnownTarget([FOUR] * 4, end_ids=frozenset([0]))) == Accepted([0, 2], 0)
+    assert typical(draft, KnownTarget([FOUR] * 4)).nodes == [0, 1, 3]
+    assert typical(draft, KnownTarget([FOUR] * 4, end_ids=frozenset([0]))) == Accepted([0, 2], 0)
 
 
-def test_policies_are_chosen_by_the_options() -> None:
-    assert isinstance(policy_for(DecodingOptions.of()), GreedyAcceptance)
-    assert isinstance(policy_for(DecodingOptions.of(acceptance="typical")), GreedyAcceptance)
-    assert isinstance(policy_for(DecodingOptions.of(temperature=0.1)), SamplingAcceptance)
-    assert isinstance(policy_for(DecodingOptions.of(temperature=0.1, acceptance="typical")), TypicalAcceptance)
+@pytest.mark.parametrize(
+    ("fields", "nodes"),
+    [({}, [0, 1]), ({"acceptance": "typical"}, [0, 1]), ({"temperature": 1.0}, [0]), ({**TYPICAL, "temperature": 1.0}, [0, 1])],
+)
+def test_the_options_choose_the_rule(fields, nodes) -> None:
+    """Token 0 is the likeliest and typical, and the random number draws another one."""
+    draft = draft_of(CandidateTree.from_choices([[0]]), [9, 0])
+    target = KnownTarget([FOUR, FOUR], [0.9, 0.9])
+    assert acceptance.accept(draft, target, DecodingOptions.of(**fields)).nodes == nodes
 
 
 @pytest.mark.parametrize("skill", ["never", "always", "sometimes"])
@@ -508,15 +510,15 @@ def likely_draft(tree: CandidateTree, context: list[int]) -> tuple[Draft, list[n
 
 
 def test_typical_acceptance_goes_further_than_exact_acceptance_on_the_same_drafts() -> None:
-    exact = SamplingAcceptance(DecodingOptions.of(temperature=1.0))
+    exact = DecodingOptions.of(temperature=1.0)
     typical_length = exact_length = 0.0
     for number in range(60):
         draft, rows = likely_draft(WIDE, [number % VOCAB_SIZE, 5, 7])
         target = KnownTarget(rows)
-        typical_length += len(typical().accept(draft, target).nodes)
+        typical_length += len(typical(draft, target).nodes)
         for seed in range(20):
             target.uniforms = [Uniforms(seed)[place] for place in range(4)]
-            exact_length += len(exact.accept(draft, target).nodes) / 20
+            exact_length += len(accept_sampled(draft, target, exact).nodes) / 20
     assert typical_length > 1.1 * exact_length > 1.1 * 60 * 1.1
 
 

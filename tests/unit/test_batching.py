@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingOptions, DynamicTree, OptionError, StepCosts
-from medusa_runtime.decoding.sequence import Sequence
+from medusa_runtime.decoding.sequence import DecodingSequence
 from medusa_runtime.drafting.costs import LearnedCosts
-from medusa_runtime.drafting.proposals import candidates_for
+from medusa_runtime.drafting.proposals import HeadGuesses, candidates_for
 from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
@@ -62,7 +62,7 @@ def random_arrivals(seed, slots, chunk, costs, *, reuse, lookup) -> None:
     backend = FakeBackend("sometimes", manifest)
     engine = DecodingEngine(backend, max_batch_size=slots, costs=costs, reuse_prefixes=reuse, prompt_lookup=lookup)
     systems = [[rng.randrange(50) for _ in range(12)] for _ in range(2)]
-    running: list[tuple[Sequence, list[int]]] = []
+    running: list[tuple[DecodingSequence, list[int]]] = []
     cancelled = set()
     for _ in range(rng.randrange(5, 40)):
         if rng.random() < 0.5 and len(running) < 12:
@@ -71,7 +71,7 @@ def random_arrivals(seed, slots, chunk, costs, *, reuse, lookup) -> None:
         if running and rng.random() < 0.1:
             victim = rng.choice(running)[0]
             cancelled |= set() if victim.is_finished else {victim.id}
-            engine.cancel(victim)
+            engine.end(victim)
         engine.step()
     while not engine.is_idle:
         engine.step()
@@ -91,12 +91,26 @@ def test_all_that_decode_share_one_forward_pass() -> None:
     backend = FakeBackend("never")
     engine = DecodingEngine(backend, CandidateTree.from_choices([[0], [1]]), max_batch_size=4)
     list(engine.generate([[1, 2], [3], [4, 5, 6]], 4))
-    assert backend.steps == [(1, 2), (1, 1), (1, 3), (3, 3), (3, 3), (3, 1)]
+    assert backend.steps == [(3, 3), (3, 3), (3, 3), (3, 1)]  # the prompts, padded to the longest, then their drafts
+
+
+def reading(backend: FakeBackend, *, token_seconds: float, pass_seconds: float = 0.0, **settings) -> DecodingEngine:
+    """An engine that plans its passes over prompts with these costs."""
+    engine = DecodingEngine(backend, CandidateTree.root_only(), **settings)
+    widths, batches = [1, 1000], [1, 100]
+    seconds = [[pass_seconds + token_seconds * batch * width for width in widths] for batch in batches]
+    engine._reader.costs = StepCosts(batches, widths, [64], [seconds], [0.1, 0.1])
+    return engine
+
+
+def finish(engine: DecodingEngine) -> None:
+    while not engine.is_idle:
+        engine.step()
 
 
 def test_a_long_prompt_does_not_stall_those_that_decode() -> None:
     backend = FakeBackend("never", fake_manifest(max_seq_len=900))
-    engine = DecodingEngine(backend, CandidateTree.root_only())
+    engine = reading(backend, token_seconds=0.001, max_gap_seconds=0.0645)
     short = engine.add([1], DecodingOptions(max_new_tokens=50))
     engine.step()
     long = engine.add([2] * 640, DecodingOptions(max_new_tokens=3))
@@ -104,10 +118,59 @@ def test_a_long_prompt_does_not_stall_those_that_decode() -> None:
     while not long.token_ids:
         engine.step()
         given.append(sum(len(step.token_ids) for step in short.take_steps()))
-    assert given == [2, *[1] * 9]  # a token at each step, while ten chunks of 64 are read; the first came before
-    while not engine.is_idle:
-        engine.step()
+    assert given[0] == 2  # the first came before
+    assert set(given[1:]) == {1}  # a token at each step
+    assert max(tokens for batch, tokens in backend.steps[2:] if tokens > 1) <= 64  # a chunk takes no longer than the gap
+    finish(engine)
     assert long.token_ids == greedy([2] * 640, 3)
+
+
+def test_a_short_prompt_waits_for_one_chunk_of_a_long_one() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=4000))
+    engine = reading(backend, token_seconds=0.001)
+    long = engine.add([2] * 3000, DecodingOptions(max_new_tokens=3))
+    engine.step()
+    short = engine.add([1, 2, 3], DecodingOptions(max_new_tokens=1))
+    engine.step()
+    assert short.token_ids == greedy([1, 2, 3], 1)
+    assert not long.token_ids
+    finish(engine)
+    assert long.token_ids == greedy([2] * 3000, 3)
+
+
+def test_long_prompts_take_turns() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=4000))
+    engine = reading(backend, token_seconds=0.001, reuse_prefixes=False)
+    longs = [engine.add([number] * 2000, DecodingOptions(max_new_tokens=1)) for number in (1, 2, 3)]
+    lengths = []
+    while not all(long.is_finished for long in longs):
+        engine.step()
+        lengths.append([slot.length for slot in engine._slots if slot.sequence in longs])
+    differences = [max(row) - min(row) for row in lengths if len(row) == 3]
+    assert max(differences) <= 512
+    assert [long.token_ids for long in longs] == [greedy([number] * 2000, 1) for number in (1, 2, 3)]
+
+
+def test_short_prompts_are_read_in_one_pass_if_that_is_cheaper() -> None:
+    prompts = [[number, *range(number % 5)] for number in range(8)]
+    for pass_seconds, expected in ((0.01, 1), (0.0, 8)):  # with a price of each pass, and without one, when padding costs more
+        backend = FakeBackend("never")
+        engine = reading(backend, token_seconds=0.001, pass_seconds=pass_seconds)
+        sequences = [engine.add(prompt, DecodingOptions(max_new_tokens=1)) for prompt in prompts]
+        finish(engine)
+        assert [sequence.token_ids for sequence in sequences] == [greedy(prompt, 1) for prompt in prompts]
+        assert len(backend.steps) == expected or (expected == 8 and len(backend.steps) > 4)
+
+
+def test_a_prompt_that_begins_like_one_that_is_read_waits_for_its_entries() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=2000))
+    engine = reading(backend, token_seconds=0.001)
+    system = [7] * 700
+    sequences = [engine.add([*system, number], DecodingOptions(max_new_tokens=2)) for number in range(4)]
+    finish(engine)
+    assert [sequence.token_ids for sequence in sequences] == [greedy([*system, number], 2) for number in range(4)]
+    assert [sequence.stats.num_cached_tokens for sequence in sequences[1:]] == [700, 700, 700]
+    assert sum(batch * tokens for batch, tokens in backend.steps) < 1.2 * 700
 
 
 def test_first_come_first_served() -> None:
@@ -142,7 +205,7 @@ def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache() -> Non
     beside = [engine.add([*system, 45, number], DecodingOptions(max_new_tokens=1)) for number in range(3)]
     while not engine.is_idle:
         engine.step()
-    assert [sequence.stats.num_cached_tokens for sequence in beside] == [20, 21, 21]
+    assert [sequence.stats.num_cached_tokens for sequence in beside] == [20, 20, 20]
     assert [sequence.token_ids for sequence in beside] == [greedy([*system, 45, number], 1) for number in range(3)]
 
 
@@ -195,7 +258,7 @@ def test_memory_for_a_long_prompt_is_taken_once() -> None:
     assert len(capacities) <= 2
 
 
-def decode(engine: DecodingEngine, prompts: list[list[int]]) -> list[Sequence]:
+def decode(engine: DecodingEngine, prompts: list[list[int]]) -> list[DecodingSequence]:
     sequences = [engine.add(prompt, DecodingOptions(max_new_tokens=5)) for prompt in prompts]
     while not engine.is_idle:
         engine.step()
@@ -205,20 +268,25 @@ def decode(engine: DecodingEngine, prompts: list[list[int]]) -> list[Sequence]:
 @pytest.mark.parametrize("place", ["allowed", "lets_pass", "forced"])
 def test_what_fails_for_one_sequence_ends_it_alone(place) -> None:
     class Broken:
-        def allowed(self, token_ids):
-            self.fail("allowed", token_ids)
+        num_tokens = 0
+
+        def advance(self, token_ids):
+            self.num_tokens += len(token_ids)
+
+        def allowed(self, path):
+            self.fail("allowed")
             return np.ones(50, bool)
 
-        def lets_pass(self, token_ids, path):
-            self.fail("lets_pass", token_ids)
+        def lets_pass(self, path):
+            self.fail("lets_pass")
             return True
 
-        def forced(self, token_ids):
-            self.fail("forced", token_ids)
+        def forced(self):
+            self.fail("forced")
             return []
 
-        def fail(self, here, token_ids):
-            if here == place and len(token_ids) >= 3:
+        def fail(self, here):
+            if here == place and self.num_tokens >= 3:
                 raise ZeroDivisionError("a guide's own mistake")
 
     engine = DecodingEngine(FakeBackend())
@@ -310,13 +378,15 @@ def test_what_a_guide_forces_is_not_the_heads_merit() -> None:
     from medusa_runtime.drafting.budget import DraftBudget
 
     budget = DraftBudget(StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [5.0, 5.0]))
-    before = budget.width([np.array([0.5, 0.2], np.float32)], 1, 64)
-    asked = budget.asks_heads(1, before, 0)
+    before = budget.plan([np.array([0.5, 0.2], np.float32)], 1, 64)
+    budget.learn(before, before.width, 0)
+    asked = budget.wants_heads(1)
     for _ in range(100):
-        assert budget.width([np.empty(0, np.float32)], 9, 64) == 9
-        budget.asks_heads(1, 9, 0)
-    assert (before, asked) == (1, False)
-    assert budget.width([np.array([0.5, 0.2], np.float32)], 1, 64) == 1
+        plan = budget.plan([np.empty(0, np.float32)], 9, 64)
+        assert plan.width == 9
+        budget.learn(plan, 9, 0)
+    assert (before.width, asked) == (1, False)
+    assert budget.plan([np.array([0.5, 0.2], np.float32)], 1, 64).width == 1
 
 
 def test_a_stall_of_the_machine_is_no_lesson() -> None:
@@ -397,6 +467,6 @@ def test_min_new_tokens_holds_without_max_new_tokens() -> None:
 def test_a_probability_above_one_by_rounding_makes_no_orphan() -> None:
     candidates = candidates_for(DynamicTree(3), 2, 2)
     log_probs = np.array([[-0.1, -2.0], [2e-7, -3.0]], np.float32)
-    found = candidates.candidates(0, np.array([[1, 2], [3, 4]]), log_probs, 2)
-    assert found.draft(3).parents.tolist() == [-1, 0, 1]
-    assert found.draft(2).depths.tolist() == [0, 1]
+    found = candidates.proposals(0, HeadGuesses(np.array([[1, 2], [3, 4]]), log_probs), 2)
+    assert found.likeliest(3).parents.tolist() == [-1, 0, 1]
+    assert found.likeliest(2).depths.tolist() == [0, 1]

@@ -76,7 +76,7 @@ def test_without_a_driver_it_says_so() -> None:
 
 def test_without_the_bindings_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, DRIVER, None)
-    assert find_gpus().why_none == "no GPU support is installed; there is one in: pip install 'medusa-export[cuda]'"
+    assert find_gpus().why_none == "no GPU support is installed; install it with: pip install 'medusa-export[cuda]'"
     with pytest.raises(MissingExtraError, match=r"^cuda-bindings is not installed; .*'medusa-export\[cuda\]'$"):
         Gpu()
 

@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 
 from medusa_export.trees import prior_tree
 from medusa_runtime import CandidateTree, DynamicTree, TreeError
-from medusa_runtime.drafting.draft import Draft, DraftBatch
-from medusa_runtime.drafting.proposals import candidates_for
+from medusa_runtime.drafting.draft import DraftBatch
+from medusa_runtime.drafting.proposals import HeadGuesses, candidates_for
 from medusa_runtime.sampling.acceptance import accept_greedy
-
-
-def draft_of(tree: CandidateTree, tokens: list[int]) -> Draft:
-    return Draft(np.array(tokens), np.array(tree.parents), tree.depths, tree.mask)
+from tests.support.drafts import draft_of
 
 
 def random_log_probs(seed: int, heads: int, width: int) -> np.ndarray:
@@ -32,7 +29,7 @@ def test_drafts_are_taken_from_the_head_of_their_depth() -> None:
     tree = CandidateTree.from_choices([[0], [1], [1, 2]])
     head_ids = np.array([[10, 11, 12], [20, 21, 22]])
     candidates = candidates_for(tree, 2, 3)
-    draft = candidates.candidates(5, head_ids, np.zeros((2, 3), np.float32), 2).draft(4)
+    draft = candidates.proposals(5, HeadGuesses(head_ids, np.zeros((2, 3), np.float32)), 2).likeliest(4)
     assert draft.tokens.tolist() == [5, 10, 11, 22]
     assert draft.parents.tolist() == [-1, 0, 0, 2]
     assert draft.depths.tolist() == [0, 1, 1, 2]
@@ -43,7 +40,8 @@ def test_drafts_are_taken_from_the_head_of_their_depth() -> None:
 def test_a_dynamic_tree_is_the_likeliest_of_all_trees_of_its_size(seed, num_nodes, heads, width) -> None:
     log_probs = random_log_probs(seed, heads, width)
     candidates = candidates_for(DynamicTree(num_nodes), heads, width)
-    draft = candidates.candidates(7, np.arange(heads * width).reshape(heads, width), log_probs, heads).draft(num_nodes)
+    guesses = HeadGuesses(np.arange(heads * width).reshape(heads, width), log_probs)
+    draft = candidates.proposals(7, guesses, heads).likeliest(num_nodes)
 
     every = [
         sum(float(log_probs[depth, rank]) for depth, rank in enumerate(path))
@@ -70,7 +68,8 @@ def test_a_dynamic_tree_is_the_likeliest_of_all_trees_of_its_size(seed, num_node
 def test_any_part_of_a_tree_is_a_tree(seed, num_nodes, max_depth, is_dynamic) -> None:
     tree = DynamicTree(30) if is_dynamic else prior_tree(4, 8, 30)
     candidates = candidates_for(tree, 4, 8)
-    draft = candidates.candidates(7, np.arange(32).reshape(4, 8), random_log_probs(seed, 4, 8), max_depth).draft(num_nodes)
+    guesses = HeadGuesses(np.arange(32).reshape(4, 8), random_log_probs(seed, 4, 8))
+    draft = candidates.proposals(7, guesses, max_depth).likeliest(num_nodes)
     assert 1 <= draft.num_nodes <= num_nodes
     assert draft.depths.max() <= max_depth
     assert draft.parents[0] == -1
@@ -82,18 +81,19 @@ def test_any_part_of_a_tree_is_a_tree(seed, num_nodes, max_depth, is_dynamic) ->
 def test_a_static_tree_is_verified_whole() -> None:
     tree = prior_tree(4, 10, 16)
     candidates = candidates_for(tree, 4, 10)
-    draft = candidates.candidates(1, np.arange(40).reshape(4, 10), random_log_probs(3, 4, 10), 4).draft(16)
+    draft = candidates.proposals(1, HeadGuesses(np.arange(40).reshape(4, 10), random_log_probs(3, 4, 10)), 4).likeliest(16)
     paths = {tuple(draft.tokens[row][1:] % 10) for row in draft.mask}
     expected = {tuple(np.array(tree.ranks)[row][1:]) for row in tree.mask}
     assert paths == expected
 
 
 def test_only_paths_that_pass_are_drafted() -> None:
-    found = candidates_for(DynamicTree(12), 3, 4).candidates(0, np.arange(12).reshape(3, 4), random_log_probs(5, 3, 4), 3)
-    draft = found.draft(12, lambda path: all(token % 2 == 0 for token in path))
+    guesses = HeadGuesses(np.arange(12).reshape(3, 4), random_log_probs(5, 3, 4))
+    found = candidates_for(DynamicTree(12), 3, 4).proposals(0, guesses, 3)
+    draft = found.likeliest(12, lambda path: all(token % 2 == 0 for token in path))
     assert (draft.tokens % 2 == 0).all()
     assert draft.num_nodes > 3
-    none = found.draft(12, lambda _: False)
+    none = found.likeliest(12, lambda _: False)
     assert none.tokens.tolist() == [0]
 
 

@@ -105,7 +105,7 @@ def test_a_request_that_fills_the_limit_exactly_is_served() -> None:
     ("prompts", "num_tokens", "error", "message"),
     [
         ([PROMPT], 16, CapacityError, "5 tokens and 16 new ones"),
-        ([PROMPT], 0, OptionError, "max_new_tokens is 0"),
+        ([PROMPT], -1, OptionError, "max_new_tokens is -1"),
         ([[]], 5, OptionError, "empty"),
         ([], 5, OptionError, "no prompt"),
         ([[50]], 5, OptionError, "outside the vocabulary of 50"),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from medusa_heads import directories
 from medusa_heads.directories import new_directory, require_new
 from medusa_runtime import OptionError
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import json_text, replacing, write_whole
 
 MARKER = "kind.json"
 
@@ -180,3 +181,147 @@ def test_a_file_is_written_whole(tmp_path) -> None:
     write_whole(tmp_path / "a.json", "2")
     assert (tmp_path / "a.json").read_text() == "2"
     assert names(tmp_path) == ["a.json"]
+
+
+def test_a_file_has_the_mode_of_any_new_file_or_of_the_one_it_replaces(tmp_path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "a.json", "1")
+        with new_directory(tmp_path / "out", is_ours) as directory:
+            (directory / "a").write_text("1")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    (tmp_path / "a.json").chmod(0o444)
+    write_whole(tmp_path / "a.json", "2")
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o444
+    assert (tmp_path / "a.json").read_text() == "2"
+
+
+def test_text_is_utf_8_with_line_feeds(tmp_path) -> None:
+    write_whole(tmp_path / "a.txt", "\u00e9\uff5c\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa9\xef\xbd\x9c\n"
+
+
+def test_a_failure_leaves_the_file_as_it_was(tmp_path) -> None:
+    write_whole(tmp_path / "a", "1")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert (tmp_path / "a").read_text() == "1"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_cannot_be_written_is_named_as_the_user_knows_it(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_whole(tmp_path / "nowhere" / "a", "1")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "a")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_whole(tmp_path / "directory", "1")
+    assert caught.value.filename == str(tmp_path / "directory")
+    assert names(tmp_path) == ["directory"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from unittest.mock import patch
+from medusa_runtime.bundle.files import write_whole
+with patch("os.getpid", lambda: 1):  # as in two containers
+    for _ in range(150):
+        write_whole(Path(sys.argv[1]), sys.argv[2] * 20_000)
+"""
+
+
+def test_several_processes_of_one_number_write_one_file_and_none_is_torn(tmp_path) -> None:
+    """As containers on one volume do: each of their first processes has the number 1."""
+    target = tmp_path / "a"
+    write_whole(target, "0" * 20_000)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(target), letter]) for letter in "12"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        text = target.read_text()
+        assert len(text) == 20_000
+        assert len(set(text)) == 1
+        seen.add(text[0])
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen >= {"1", "2"}
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    fsync, replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        told.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def move(source, target) -> None:
+        told.append("moved")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", move)
+    write_whole(tmp_path / "a", "1")
+    file, moved, directory = told
+    assert (Path(file).parent, moved, directory) == (tmp_path, "moved", str(tmp_path))
+    told.clear()
+    with new_directory(tmp_path / "out", is_ours) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b").write_text("1")
+        (temporary / "b").write_text("1")
+    *within, moved, directory = told
+    assert set(within) == {str(temporary / name) for name in (".", "b", "sub", "sub/b")}
+    assert (moved, directory) == ("moved", str(tmp_path))
+
+
+def test_old_leftovers_of_a_file_are_removed_and_nothing_else(tmp_path) -> None:
+    old, new, earlier = (tmp_path / f".a.partial-{end}" for end in ("0123456789abcdef", "fedcba9876543210", "4711"))
+    others = [tmp_path / name for name in (".a.partial-thesis", ".b.partial-4711", "a.partial-4711", ".a.partial-47110.txt")]
+    for file in (old, new, earlier, *others):
+        file.write_text("1")
+    for file in (old, earlier, *others):
+        os.utime(file, (1, 1))
+    (tmp_path / ".a.partial-1").mkdir()
+    os.utime(tmp_path / ".a.partial-1", (1, 1))
+    write_whole(tmp_path / "a", "1")
+    assert names(tmp_path) == sorted(["a", new.name, ".a.partial-1", *(file.name for file in others)])
+
+
+def test_a_pipe_is_written_and_stays_one(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE) as reader:
+        write_whole(tmp_path / "pipe", "text")
+        assert reader.communicate()[0] == b"text"
+    assert names(tmp_path) == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_directory_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, lost = directories._lock, []
+
+    def late(directory: Path, *, wait: bool = False) -> int | None:
+        if not lost:
+            lost.append(directory)
+            directory.rmdir()  # by another run's sweep
+        return lock(directory, wait=wait)
+
+    monkeypatch.setattr(directories, "_lock", late)
+    with new_directory(tmp_path / "out", is_ours) as directory:
+        assert directory not in lost
+        (directory / "a").write_text("1")
+    assert names(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"a": [1.5, float("nan")], "b": float("inf")}, '{"a": [1.5, null], "b": null}'),
+        ((-float("inf"), True, None, "NaN", 1), '[null, true, null, "NaN", 1]'),
+    ],
+)
+def test_json_has_no_numbers_that_json_has_not(data: object, text: str) -> None:
+    assert json_text(data) == text

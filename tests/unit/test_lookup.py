@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from medusa_export.trees import prior_tree
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
+from medusa_runtime.arrays import TokenBuffer
 from medusa_runtime.drafting.budget import DraftBudget
-from medusa_runtime.drafting.lookup import LONGEST_MATCH, MAX_CONTINUATIONS, PRIOR, Continuation, PromptLookup
-from medusa_runtime.drafting.proposals import candidates_for
+from medusa_runtime.drafting.lookup import LONGEST_MATCH, MAX_CONTINUATIONS, RATE_PRIOR, Continuation, PromptLookup
+from medusa_runtime.drafting.proposals import HeadGuesses, candidates_for
 from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, repeating_token
 
@@ -21,8 +22,21 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 CHEAP = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1.001], [1.0, 1.001]]], [0.001, 0.001])
 
 
+class Lookup(PromptLookup):
+    """Prompt lookup on tokens of its own."""
+
+    def __init__(self, prompt_ids: list[int], max_new_tokens: int = 100) -> None:
+        self.tokens = TokenBuffer(prompt_ids, max_new_tokens)
+        super().__init__(self.tokens)
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Decide tokens."""
+        self.tokens.append(token_ids)
+        self.learn(token_ids)
+
+
 def said(token_ids: list[int], depth: int = 3) -> list[list[int]]:
-    return [found.token_ids for found in PromptLookup(token_ids, 9).continuations(depth)]
+    return [found.token_ids for found in Lookup(token_ids).continuations(depth)]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +59,7 @@ def test_what_came_after_the_same_tokens(token_ids, expected) -> None:
 
 
 def test_tokens_that_are_added_are_found_and_matched() -> None:
-    lookup = PromptLookup([1, 2, 3], 5)
+    lookup = Lookup([1, 2, 3])
     assert lookup.continuations(2) == []
     lookup.extend([9, 1])
     assert [found.token_ids for found in lookup.continuations(2)] == [[2, 3]]
@@ -67,33 +81,33 @@ def test_matches_are_the_longest_there_are(token_ids) -> None:
         if length(end):
             best[token_ids[end + 1]] = max(best.get(token_ids[end + 1], (0, 0)), (length(end), end))
     expected = sorted(best.values(), reverse=True)[:MAX_CONTINUATIONS]
-    assert list(PromptLookup(token_ids, 0)._matches()) == expected
+    assert list(Lookup(token_ids)._matches()) == expected
 
 
 def test_a_longer_match_is_likelier_and_so_is_what_follows_it() -> None:
-    short, long = (PromptLookup(ids, 9).continuations(9)[0].chances for ids in ([7, 1, 2, 3, 4, 1], [7, 1, 2, 3, 4, 1, 2, 3]))
-    assert short[0] == PRIOR[0] < long[0] == PRIOR[2]
+    short, long = (Lookup(ids).continuations(9)[0].chances for ids in ([7, 1, 2, 3, 4, 1], [7, 1, 2, 3, 4, 1, 2, 3]))
+    assert short[0] == RATE_PRIOR[0] < long[0] == RATE_PRIOR[2]
     assert short[2:4] == long[:2]
     assert short == sorted(short)
-    assert short[-1] == PRIOR[-1]
+    assert short[-1] == RATE_PRIOR[-1]
 
 
 def learned(lookup: PromptLookup, decided: int, times: int) -> list[float]:
     """Chances of first tokens after the same token was decided again and again."""
     for _ in range(times):
         lookup.continuations(1)
-        lookup._learn([decided])
+        lookup.learn([decided])
     return [found.chances[0] for found in lookup.continuations(1)]
 
 
 def test_it_learns_how_often_guesses_are_right() -> None:
-    [right], [wrong] = (learned(PromptLookup([1, 2, 5, 1], 0), decided, 50) for decided in (2, 9))
-    assert wrong < PRIOR[0] / 2
-    assert right > 3 * PRIOR[0]
+    [right], [wrong] = (learned(Lookup([1, 2, 5, 1]), decided, 50) for decided in (2, 9))
+    assert wrong < RATE_PRIOR[0] / 2
+    assert right > 3 * RATE_PRIOR[0]
 
 
 def test_a_guess_counts_up_to_its_first_wrong_token() -> None:
-    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1], 9)
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 1])
     before = [rate.value for rate in lookup._rates]
     lookup.continuations(4)  # 2, 3, 4, 5
     lookup.extend([2, 3, 9, 5])
@@ -102,7 +116,7 @@ def test_a_guess_counts_up_to_its_first_wrong_token() -> None:
 
 
 def test_other_continuations_count_where_the_first_was_wrong() -> None:
-    lookup = PromptLookup([1, 2, 1, 3, 1, 4, 1], 20)
+    lookup = Lookup([1, 2, 1, 3, 1, 4, 1])
     assert [found.token_ids[0] for found in lookup.continuations(1)] == [4, 3, 2]
     before = lookup._others.value
     lookup.extend([4])
@@ -115,7 +129,7 @@ def test_other_continuations_count_where_the_first_was_wrong() -> None:
 
 @pytest.mark.parametrize("decided", [4, 9])
 def test_chances_stay_chances_however_long_a_sequence_is(decided) -> None:
-    chances = learned(PromptLookup([1, 2, 1, 3, 1, 4, 1], 0), decided, 20_000)
+    chances = learned(Lookup([1, 2, 1, 3, 1, 4, 1]), decided, 20_000)
     assert len(chances) == 3
     assert all(0 < chance < 1 for chance in chances)
     assert sum(chances) < 1
@@ -148,12 +162,12 @@ def test_a_merged_draft_is_the_likeliest_tree_of_all_that_is_named(
         Continuation([token, *(one for one, _ in rest)], [first, *(chance for _, chance in rest)])
         for token, rest in named.items()
     ]
-    asked = (heads, log_probs_of(seed)) if has_heads else (None, None)
+    guesses = HeadGuesses(heads, log_probs_of(seed)) if has_heads else None
     places = candidates_for(tree, 3, 4)
-    found = places.candidates(5, *asked, 3, said)
-    alone = places.candidates(5, *asked, 3)
+    found = places.proposals(5, guesses, 3, said)
+    alone = places.proposals(5, guesses, 3)
     passes = None if forbidden is None else lambda path: forbidden not in path
-    draft = found.draft(num_nodes, passes)
+    draft = found.likeliest(num_nodes, passes)
 
     paths = [tuple(draft.tokens[row][1:].tolist()) for row in draft.mask]
     assert len(set(paths)) == draft.num_nodes  # a token path is one node, whoever names it
@@ -185,10 +199,10 @@ def path_of(found, node: int) -> tuple[int, ...]:
 def test_a_token_that_both_name_has_the_larger_probability_and_lifts_what_is_below() -> None:
     places = candidates_for(CandidateTree.from_choices([[0], [0, 0], [1]]), 2, 2)
     log_probs = np.log(np.array([[0.5, 0.2], [0.4, 0.1]], np.float32))
-    found = places.candidates(0, np.array([[1, 2], [3, 4]]), log_probs, 2, [Continuation([1, 7], [0.8, 0.5])])
+    found = places.proposals(0, HeadGuesses(np.array([[1, 2], [3, 4]]), log_probs), 2, [Continuation([1, 7], [0.8, 0.5])])
     chances = {path_of(found, node): float(np.exp(found.scores[node])) for node in range(5)}
     assert chances == pytest.approx({(): 1.0, (1,): 0.8, (2,): 0.2, (1, 3): 0.32, (1, 7): 0.4})
-    weak = places.candidates(0, np.array([[1, 2], [3, 4]]), log_probs, 2, [Continuation([1], [0.3])])
+    weak = places.proposals(0, HeadGuesses(np.array([[1, 2], [3, 4]]), log_probs), 2, [Continuation([1], [0.3])])
     assert float(np.exp(weak.scores[1])) == pytest.approx(0.5)
 
 
@@ -295,12 +309,16 @@ def test_heads_rest_where_lookups_do_without_them_and_only_there() -> None:
     asked = {"copying": 0, "else": 0}
     for _ in range(50):
         for name, looked_up, chances in (("copying", copied, copied), ("else", none, own)):
-            width = budget.width([chances], 1, 64, [looked_up])
-            asked[name] += budget.asks_heads(1, width, round(float(chances[: width - 1].sum())), [looked_up])
+            plan = budget.plan([chances], 1, 64, [looked_up])
+            budget.learn(plan, plan.width, round(float(chances[: plan.width - 1].sum())))
+            asks = budget.wants_heads(1, [looked_up])
+            budget.note_heads(asked=asks)
+            asked[name] += asks
     assert asked["else"] == 50
     assert asked["copying"] < 10
     before = dict(budget._worth)
-    budget.width([own[2:]], 1, 64, [own[2:]], with_heads=False)  # who was not asked shows nothing
+    plan = budget.plan([own[2:]], 1, 64, [own[2:]], with_heads=False)  # heads that were not asked show nothing
+    budget.learn(plan, plan.width, 0)
     assert budget._worth == before
 
 

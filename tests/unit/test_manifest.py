@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from medusa_export.bundles import is_bundle
 from medusa_runtime import BundleError, Manifest
 from medusa_runtime.bundle.manifest import file_facts
 from tests.support.fake_backend import fake_manifest
+from tests.support.odd_json import ODD, places, with_value
 
 
 @pytest.fixture
@@ -35,6 +38,8 @@ def test_only_a_whole_bundle_of_the_kind_and_nothing_else_may_be_replaced(bundle
     (bundle / "validation.json").write_text("{}")
     assert is_bundle(bundle, "onnx")
     assert not is_bundle(bundle, "tensorrt")
+    (bundle / ".tuning.json.partial-0123456789abcdef").write_text("")  # by a run that was killed
+    assert is_bundle(bundle, "onnx")
     (bundle / "thesis.txt").write_text("")
     assert not is_bundle(bundle, "onnx")
     for text in ("{}", "[]", "{", '{"kind": "onnx", "files": {}}'):
@@ -56,7 +61,12 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
         (lambda data: data | {"surprise": 1}, "surprise"),
         (lambda data: data | {"graphs": {}}, "graphs: heads, step is missing"),
         (lambda data: data | {"files": {}}, "files: chat.json, heads.onnx, step.onnx, tokenizer.json, weights.bin is missing"),
-        (lambda data: data | {"files": data["files"] | {"../x": {"size": 1, "sha256": ""}}}, "'../x' is not a plain file name"),
+        (lambda data: data | {"tree": {}}, "tree: it must have parents and ranks"),
+        (lambda data: data | {"tree": {"parents": [-1, 0], "ranks": [0]}}, "tree: it must have parents and ranks"),
+        (lambda data: data | {"files": data["files"] | {"x": {"size": -1, "sha256": ""}}}, "files.x.size: "),
+        (lambda data: data | {"model": data["model"] | {"vocab_size": 10**30}}, "model.vocab_size: "),
+        (lambda data: data | {"a\nb": 1}, "a b: Extra inputs"),
+        (lambda data: data | {"schema_version": "9" * 1000}, "schema version '9{39}, this"),
         (lambda data: {key: value for key, value in data.items() if key != "model"}, "model: Field required"),
         (lambda _: [1, 2], "schema version None"),
     ],
@@ -67,6 +77,94 @@ def test_a_manifest_of_another_form_is_refused_in_one_line(bundle, change, messa
     with pytest.raises(BundleError, match=message) as caught:
         Manifest.load(bundle)
     assert "\n" not in str(caught.value)
+
+
+NO_NAMES = ("../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:x", "a\0b", "a\nb", "\x7f", "x" * 256, "é" * 128)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_could_lead_out_of_the_bundle_is_refused_wherever_it_stands(bundle, name: str) -> None:
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    facts = {"size": 1, "sha256": ""}
+    engine = an_engine(name)
+    for changed in (
+        data | {"files": data["files"] | {name: facts}},
+        data | {"graphs": data["graphs"] | {"step": data["graphs"]["step"] | {"file": name}}},
+        data | {"engine": engine},
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(BundleError, match=r"is not a plain file name; export the bundle again") as caught:
+            Manifest.load(bundle)
+        assert "\n" not in str(caught.value)
+
+
+def an_engine(plan: str, source: str = "../source") -> dict:
+    """An engine's facts, as far as they are needed."""
+    whole = {"size": 1, "sha256": "", "regions": []}
+    return {
+        "flavor": "rtx", "tensorrt_version": "1", "compute_capabilities": [], "aliases": {}, "source_bundle": "",
+        "profiles": {"prefill": {}, "verify": {}, "heads": {}},
+        "shared_weights": {"source": source, "file": {"size": 1, "sha256": ""}, "plans": {plan: whole}},
+    }  # fmt: skip
+
+
+def test_plans_that_share_weights_need_their_entries(bundle) -> None:
+    path = bundle / "manifest.json"
+    limits = {"max_seq_len": 8, "max_batch_size": 1, "max_tree_nodes": 4, "max_prefill_tokens": 8, "capacity": 8}
+    data = json.loads(path.read_text()) | {"kind": "tensorrt", "limits": limits}
+    path.write_text(json.dumps(data | {"engine": an_engine("step.onnx")}))
+    with pytest.raises(BundleError, match=r"engine\.shared_weights\.plans: heads\.onnx is missing; copy the engines again"):
+        Manifest.load(bundle)
+    path.write_text(json.dumps(data | {"engine": an_engine("step.onnx", "a\0b")}))
+    with pytest.raises(BundleError, match=r"shared_weights\.source: Value error, .* is not a directory's name"):
+        Manifest.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "cannot be read .it is nested too deeply.; export"),
+        ('{"schema_version": 1, "tree": ' + '{"a":' * 100_000, "cannot be read .it is nested too deeply.; export"),
+        ('{"schema_version": ' + "[" * 900 + "]" * 900 + "}", "schema version |cannot be read"),
+        ("9" * 5000, "cannot be read .Exceeds the limit"),
+        ('{"schema_version": 1, "kind": "\\ud800"}', "kind: "),
+        ("\ufeff{}", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_json_that_no_manifest_is_made_of_is_refused_in_one_line(bundle, text: str, message: str) -> None:
+    (bundle / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match=message) as caught:
+        Manifest.load(bundle)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_field_holds_a_manifest_loads_or_is_refused_in_one_line(bundle, data: st.DataObject) -> None:
+    path, kept = bundle / "manifest.json", bundle / "kept.json"
+    if not kept.exists():
+        kept.write_bytes(path.read_bytes())
+    facts = json.loads(kept.read_text())
+    if data.draw(st.booleans()):
+        facts |= {"kind": "tensorrt", "engine": an_engine("step.onnx")}
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from(list(places(facts))))
+        facts = with_value(facts, place, data.draw(ODD))
+    path.write_text(json.dumps(facts))
+    try:
+        manifest = Manifest.load(bundle)
+    except BundleError as error:
+        refusal = str(error)
+    else:
+        refusal = "loaded"
+    assert len(refusal.splitlines()) == 1
+    if refusal != "loaded":
+        return
+    manifest.save(bundle)
+    assert manifest.mismatches(bundle) is not None
+    assert manifest.content_digest()
 
 
 def test_a_cut_manifest_is_refused(bundle) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
+import tracemalloc
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +26,7 @@ from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Dynamic
 from medusa_runtime.drafting.draft import Draft
 from medusa_runtime.drafting.lookup import Continuation
 from medusa_runtime.drafting.ngrams import RATIO_STEP, NGrams, rest_log_prob
-from medusa_runtime.drafting.proposals import CandidateSet, candidates_for
+from medusa_runtime.drafting.proposals import CandidateSet, HeadGuesses, candidates_for
 from medusa_runtime.errors import BundleError, OptionError
 from tests.support import fake_backend
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, fake_manifest, greedy, repeating_token
@@ -136,8 +140,8 @@ def test_the_tree_is_of_the_likeliest_of_all_paths(seed, num_nodes, max_depth) -
 
     extend(())
     places = candidates_for(DynamicTree(20), 3, 4)
-    candidates = with_ngrams(places, num_nodes).candidates(1, ids, log_probs, max_depth, previous_id=6)
-    draft = candidates.draft(num_nodes)
+    proposals = with_ngrams(places, num_nodes).proposals(1, HeadGuesses(ids, log_probs), max_depth, previous_id=6)
+    draft = proposals.likeliest(num_nodes)
     best = sorted(paths.values(), reverse=True)[:num_nodes]
     assert draft.num_nodes == len(best)
     found = [path_of(draft, node) for node in range(draft.num_nodes)]
@@ -163,13 +167,13 @@ def test_prompt_lookup_joins_what_n_grams_find() -> None:
     places = with_ngrams(candidates_for(DynamicTree(6), 3, 4), 6)
     known, new = int(ids[0, 0]), int(next(token for token in range(9) if token not in ids[0]))
     said = [Continuation([known], [0.99]), Continuation([new, 5], [0.98, 0.97])]
-    draft = places.candidates(1, ids, log_probs, 3, said, previous_id=6).draft(4)
+    draft = places.proposals(1, HeadGuesses(ids, log_probs), 3, said, previous_id=6).likeliest(4)
     assert {path_of(draft, node) for node in range(4)} == {(), (known,), (new,), (new, 5)}
 
 
 def test_without_the_heads_there_is_the_root_alone() -> None:
     places = with_ngrams(candidates_for(DynamicTree(6), 3, 4), 6)
-    assert places.candidates(4, None, None, 3, previous_id=6).tokens.tolist() == [4]
+    assert places.proposals(4, None, 3, previous_id=6).tokens.tolist() == [4]
 
 
 def states(answers: list[list[int]]) -> HiddenStates:
@@ -235,18 +239,61 @@ CELLS, GOOD = np.zeros(8, np.uint16), np.ones((1, 5), np.float32)
     [
         ({"cells": CELLS}, "weights"),
         ({"cells": CELLS[:7], "weights": GOOD}, "16 bits"),
-        ({"cells": CELLS.astype(np.int64), "weights": GOOD}, "16 bits"),
-        ({"cells": CELLS.reshape(2, 4), "weights": GOOD}, "16 bits"),
+        ({"cells": CELLS.astype(np.int64), "weights": GOOD}, "cells holds int64, not uint16"),
+        ({"cells": CELLS.reshape(2, 4), "weights": GOOD}, r"cells has the shape \[2, 4\]"),
+        ({"cells": CELLS, "weights": GOOD.repeat(65, 0)}, r"weights has the shape \[65, 5\], the most is \[64, 5\]"),
         ({"cells": CELLS, "weights": GOOD[:, :4]}, "5 numbers"),
         ({"cells": CELLS, "weights": GOOD[:0]}, "missing"),
         ({"cells": CELLS, "weights": GOOD * np.nan}, "missing"),
-        ({"cells": np.array([{}] * 8), "weights": GOOD}, "pickle"),
+        ({"cells": np.array([{}] * 8), "weights": GOOD}, "cells holds object"),
     ],
 )
 def test_another_file_is_refused(arrays, message, tmp_path: Path) -> None:
     np.savez(tmp_path / "file.npz", **arrays)
     with pytest.raises(BundleError, match=message):
         NGrams.load(tmp_path / "file.npz")
+
+
+def packed(path: Path, cells: bytes, shape: str, length: int | None = None) -> Path:
+    """A file whose cells say that they have a shape, and hold other bytes. length: of the header, as it says."""
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    size = struct.pack("<H" if length is None else "<I", len(header) if length is None else length)
+    weights = io.BytesIO()
+    np.save(weights, GOOD)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("cells.npy", b"\x93NUMPY" + bytes([1 if length is None else 2, 0]) + size + header + cells)
+        file.writestr("weights.npy", weights.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "message"),
+    [
+        (f"({1 << 28},)", None, "cells has the shape .268435456., the most is .16777216."),
+        ("(-1,)", None, "cells has the shape"),
+        ("(8,)", None, "more or fewer bytes than its header says"),
+        ("(8,)", 1 << 29, "header of another version"),
+        ("(8, 1)", None, "cells has the shape"),
+    ],
+)
+def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused_before(
+    shape: str, length: int | None, message: str, tmp_path: Path
+) -> None:
+    path = packed(tmp_path / "file.npz", bytes(1 << 29), shape, length)
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError, match=message):
+            NGrams.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_weights_in_columns_read_back(tmp_path: Path) -> None:
+    weights = np.asfortranarray(np.arange(10, dtype=np.float32).reshape(2, 5))
+    NGrams(CELLS, weights).save(tmp_path / "a")
+    np.testing.assert_array_equal(NGrams.load(tmp_path / "a").weights, weights)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -179,8 +179,46 @@ def test_a_banned_token_has_no_weight() -> None:
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_numbers_that_are_no_logits_are_refused(number) -> None:
-    with pytest.raises(BackendError, match=f"largest logit is {number}"):
-        distribution(np.array([0, number, 1], np.float32), DecodingOptions.of(temperature=1.0))
+    logits = np.array([0, number, 1], np.float32)
+    for fields in ({}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 2, "top_p": 0.5, "min_p": 0.5}):
+        with pytest.raises(BackendError, match=f"largest logit is {number}"):
+            distribution(logits, DecodingOptions.of(temperature=1.0, **fields))
+    for count in (0, 2):
+        with pytest.raises(BackendError, match=f"largest logit is {number}"):
+            chosen_logprob(logits.astype(np.float16), 0, count)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"logit_bias": {0: 1}},
+        {"logit_bias": {1: -100}}, {"min_new_tokens": 9}, {"suppress_tokens": [1]}, {"begin_suppress_tokens": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_are_no_logits_are_refused_before_options_hide_them(number, fields) -> None:
+    for precision in (np.float16, np.float32):
+        shaper = LogitsShaper(DecodingOptions.of(**fields), [0], frozenset([1]))
+        for token_ids in ([], [1, 0]):
+            with pytest.raises(BackendError, match=f"largest logit is {number}"):
+                shaper.shape(np.array([0, number, 1], precision), token_ids)
+
+
+def test_logits_that_are_all_minus_infinite_are_the_models_fault_and_not_the_options() -> None:
+    nothing = np.full(3, -np.inf, np.float32)
+    with pytest.raises(BackendError, match="largest logit is -inf"):
+        shaped(nothing.tolist(), [], logit_bias={0: 1})
+    with pytest.raises(BackendError, match="largest logit is -inf"):
+        distribution(nothing, DecodingOptions.of(temperature=1.0))
+    with pytest.raises(BackendError, match="largest logit is -inf"):
+        chosen_logprob(nothing, 0, 1)
+
+
+@pytest.mark.parametrize("logits", [[1, 2], [-np.inf, 2], [1e38, -1]])
+def test_a_penalty_that_makes_logits_infinite_is_refused_and_not_obeyed(logits) -> None:
+    with pytest.raises(OptionError, match=r"the options make a logit (inf|nan); choose a repetition_penalty nearer to 1"):
+        shaped(logits, [1], prompt_ids=[0, 1], repetition_penalty=5e-324)
 
 
 # Distribution
@@ -290,16 +328,32 @@ def test_the_answer_cannot_end_before_its_least_number_of_tokens() -> None:
         assert shaped([1, 2, 3], [1] * count, end_ids=[0, 2], min_new_tokens=3) == [banned[0], 2, banned[1]]
 
 
-def test_a_guide_leaves_what_it_allows() -> None:
+def test_a_guide_leaves_what_it_allows_after_a_path() -> None:
     class Even:
-        def allowed(self, token_ids):
-            return (np.arange(4) + len(token_ids)) % 2 == 0
+        def allowed(self, path):
+            return (np.arange(4) + len(path)) % 2 == 0
 
-    assert shaped([1, 2, 3, 4], [], guide=Even()) == [1, -np.inf, 3, -np.inf]
-    assert shaped([1, 2, 3, 4], [0], guide=Even(), logit_bias={0: 9}) == [-np.inf, 2, -np.inf, 4]
+    logits = np.array([1, 2, 3, 4], np.float32)
+    shaper = LogitsShaper(DecodingOptions.of(logit_bias={0: 9}), [0], frozenset(), Even())
+    assert shaper.shape(logits, [3]).tolist() == [10, -np.inf, 3, -np.inf]
+    assert shaper.shape(logits, [3, 0], [0]).tolist() == [-np.inf, 2, -np.inf, 4]
+
+
+def test_suppressed_tokens_never_come() -> None:
+    for token_ids in ([], [0], [0, 1]):
+        assert shaped([1, 2, 3, 4], token_ids, suppress_tokens=[1, 3], logit_bias={3: 100}) == [1, -np.inf, 3, -np.inf]
+
+
+def test_tokens_that_are_suppressed_at_the_beginning_may_come_later() -> None:
+    assert shaped([1, 2, 3, 4], [], begin_suppress_tokens=[1, 3]) == [1, -np.inf, 3, -np.inf]
+    for token_ids in ([0], [0, 1]):
+        assert shaped([1, 2, 3, 4], token_ids, begin_suppress_tokens=[1, 3]) == [1, 2, 3, 4]
+    assert shaped([1, 2, 3], [], begin_suppress_tokens=[1], suppress_tokens=[2]) == [1, -np.inf, -np.inf]
 
 
 def test_where_nothing_may_follow_it_says_so() -> None:
+    with pytest.raises(OptionError, match="leave no token that may come next"):
+        shaped([1, 2], [], suppress_tokens=[0, 1])
     with pytest.raises(OptionError, match="leave no token that may come next"):
         shaped([1, 2], [], end_ids=[0, 1], min_new_tokens=1)
 
@@ -315,6 +369,8 @@ def test_without_such_options_logits_are_passed_on_as_they_are() -> None:
         {"frequency_penalty": 0.1},
         {"logit_bias": {0: 1}},
         {"min_new_tokens": 1},
+        {"suppress_tokens": [0]},
+        {"begin_suppress_tokens": [0]},
     ):
         assert not LogitsShaper(DecodingOptions.of(**fields), [0], frozenset()).is_identity
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from medusa_runtime import (
@@ -17,12 +24,17 @@ from medusa_runtime import (
     ClosedError,
     DecodingEngine,
     DynamicTree,
+    GenerationOptions,
+    LearnedCosts,
     MedusaLM,
     OptionError,
     QueueFullError,
+    QueueTimeoutError,
     RequestError,
 )
-from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
+from medusa_runtime.backends.base import cache_entry_bytes
+from tests.support.fake_backend import FakeBackend, fake_manifest, greedy, logits_after
+from tests.support.logs import recorded
 
 LETTERS = "".join(chr(ord("a") + number % 26) if number < 26 else chr(ord("A") + number % 26) for number in range(50))
 
@@ -30,11 +42,14 @@ LETTERS = "".join(chr(ord("a") + number % 26) if number < 26 else chr(ord("A") +
 class LetterCodec:
     """A token is a letter."""
 
-    def encode(self, prompt, *, raw=False):
+    def encode(self, prompt, **_):
         return [LETTERS.index(letter) for letter in prompt]
 
     def decode(self, token_ids):
         return "".join(LETTERS[token] for token in token_ids)
+
+    def special_token_id(self, text):
+        return None
 
 
 def text_of(prompt: str, num_tokens: int) -> str:
@@ -173,12 +188,10 @@ def test_a_full_queue_refuses_at_once() -> None:
     with service(max_batch_size=1, max_queue=2, backend=backend) as lm:
         handles = [lm.submit("a", max_new_tokens=3) for _ in range(3)]
         with pytest.raises(
-            QueueFullError, match="3 answers are under way and 1 more were asked for, there is room for 3: max_b"
+            QueueFullError, match=r"the queue is full: 3 of 3 answers under way \(max_batch_size 1 \+ max_queue 2\), 1 more"
         ):
             lm.submit("a", max_new_tokens=3)
-        with pytest.raises(QueueFullError):
-            lm.generate_batch(["a"], max_new_tokens=3)
-        assert lm.stats().num_refused == 2
+        assert lm.stats().num_refused == 1
         with pytest.raises(CapacityError, match="n is 4; there is never room for more than 3 answers"):
             lm.submit("a", n=4)
         gate.is_open.set()
@@ -189,7 +202,22 @@ def test_a_batch_may_be_larger_than_the_queue() -> None:
     prompts = [LETTERS[number] for number in range(50)]
     with service(max_batch_size=2, max_queue=1) as lm:
         results = lm.generate_batch(prompts, max_new_tokens=7)
+        stats = lm.stats()
     assert [result.text for result in results] == [text_of(prompt, 7) for prompt in prompts]
+    assert (stats.num_refused, stats.num_completed) == (0, 50)  # its own waiting is no refusal
+
+
+def test_a_batch_larger_than_the_queue_takes_any_room_there_is() -> None:
+    """The first answer is long: the others do not wait for it."""
+    lengths = {"a": 290} | {LETTERS[number]: 3 for number in range(1, 12)}
+    backend = FakeBackend("never", fake_manifest(max_seq_len=300))
+    backend.fails = lambda _: time.sleep(0.005)
+    with service(max_batch_size=2, max_queue=0, backend=backend) as lm:
+        requests = [lm._request(prompt, GenerationOptions(max_new_tokens=count)) for prompt, count in lengths.items()]
+        handles = [lm._submit(request, waits=True) for request in requests]
+        assert [handle.result(30).text for handle in handles[1:]] == [text_of(prompt, 3) for prompt in list(lengths)[1:]]
+        assert not handles[0].is_done
+        assert handles[0].result(30).text == text_of("a", 290)
 
 
 def test_a_closed_service_ends_what_is_under_way_and_refuses_more() -> None:
@@ -261,7 +289,7 @@ def test_what_is_submitted_as_the_service_closes_is_answered_or_ended() -> None:
 
 def test_an_engine_that_fails_outside_a_step_lets_nobody_wait_for_ever(monkeypatch) -> None:
     with service(max_batch_size=2) as lm:
-        monkeypatch.setattr(lm.engine._slots, "release", lambda _: 1 / 0)
+        monkeypatch.setattr(lm.engine._slots, "release", lambda *_, **__: 1 / 0)
         with lm._worker._changed:  # both are there before the first is begun
             handles = [lm.submit("a", max_new_tokens=count) for count in (3, 200)]
         for handle in handles:
@@ -321,6 +349,8 @@ def test_stop_strings_end_the_answer_before_them_and_are_not_given_out() -> None
         assert result.text == "".join(chunk.text for chunk in chunks) == cut
         assert result.finish_reason == chunks[-1].finish_reason == "stop"
         assert len(result.token_ids) == whole.index(stop) + len(stop)  # those of the stop string included
+        assert result.stats.num_generated_tokens == len(result.token_ids)
+        assert result.stop_reason == chunks[-1].stop_reason == stop
         assert lm.stats().num_completed == 1
 
 
@@ -344,7 +374,10 @@ def test_several_answers_to_one_request() -> None:
     assert texts == ["".join(chunk.text for chunk in chunks if chunk.index == index) for index in range(6)]
     assert alone.text == texts[0]
     assert [choice.text for choice in greedy_ones.choices] == [text_of("abc", 5)] * 3
-    assert sum(choice.stats.num_cached_tokens for choice in result.choices) >= 3 * 2  # the prompt is not read six times
+    long = "abcdefghij" * 10
+    with service() as lm:
+        result = lm.generate(long, max_new_tokens=3, n=6, temperature=1.0, seed=5)
+    assert sum(choice.stats.num_cached_tokens for choice in result.choices) == 5 * 99  # the prompt is read once
 
 
 def test_a_random_seed_is_told_and_repeats_the_answer() -> None:
@@ -425,3 +458,374 @@ def test_nothing_is_lost_hung_or_wrong_in_a_storm() -> None:
     assert outcome["wrong"] == outcome["hung"] == outcome["failed"] == 0
     assert min(outcome[name] for name in ("completed", "cancelled", "dropped", "refused_options", "refused_queue")) > 5
     assert (outcome["slots_in_use"], outcome["waiting"]) == (0, 0)
+
+
+# The life of the worker
+
+
+def test_a_program_that_ends_while_it_decodes_ends_cleanly() -> None:
+    """The thread that decodes is stopped first: killed inside a forward pass, it would abort the process."""
+    program = """
+import sys, time
+from tests.support.fake_backend import FakeBackend, fake_manifest
+from tests.unit.test_service import service
+backend = FakeBackend("never", fake_manifest(max_seq_len=300))
+backend.fails = lambda _: time.sleep(0.01)
+lm = service(backend=backend)
+for chunk in lm.stream("abc", max_new_tokens=290):
+    print("a chunk", flush=True)
+    {leave}
+"""
+    for leave, code in (("sys.exit(3)", 3), ("1 / 0", 1), ("raise KeyboardInterrupt", -signal.SIGINT)):
+        done = subprocess.run([sys.executable, "-c", program.format(leave=leave)], capture_output=True, timeout=60, check=False)
+        assert (done.stdout, done.returncode) == (b"a chunk\n", code)
+
+
+class Panic(BaseException):
+    """Like a panic of a library written in Rust: no `Exception`."""
+
+
+def test_whatever_is_raised_on_the_thread_is_told_to_all_who_wait() -> None:
+    with recorded() as records:
+        tell_all_who_wait()
+    assert [record.levelname for record in records].count("ERROR") == 1
+
+
+def tell_all_who_wait() -> None:
+    gate, backend = gated()
+    lm = service(max_batch_size=1, backend=backend)
+    handles = [lm.submit("a", max_new_tokens=count) for count in (3, 200)]
+    assert gate.arrived.wait(30)
+
+    def panic(_: FakeBackend) -> None:
+        raise Panic("at the disco")
+
+    backend.fails = panic
+    gate.is_open.set()
+    for handle in handles:
+        with pytest.raises(RequestError, match="Panic: at the disco"):
+            handle.result(30)
+    with pytest.raises(ClosedError, match=r"the thread that decodes has died .Panic: at the disco"):
+        lm.generate("a", max_new_tokens=3)
+    health = lm.health()
+    assert (health.is_alive, "at the disco" in health.why_not) == (False, True)
+    assert health.since <= time.time()
+
+
+def test_a_panic_in_one_requests_text_ends_it_alone() -> None:
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    with service() as lm:
+        whole = lm.codec.decode
+        lm.codec.decode = lambda ids: whole(ids) if LETTERS.index("Q") not in ids else (_ for _ in ()).throw(panic("no"))
+        texts = {}
+        for prompt in LETTERS[:20]:
+            with contextlib.suppress(RequestError):
+                texts[prompt] = lm.generate(prompt, max_new_tokens=30).text
+        assert lm.health().is_alive
+    assert 0 < len(texts) < 20
+    assert texts == {prompt: text_of(prompt, 30) for prompt in texts}
+
+
+def test_a_dead_thread_is_noticed() -> None:
+    lm = service()
+    lm.generate("a", max_new_tokens=3)
+    lm._worker._thread = threading.Thread(target=int)  # never started, so it is not alive
+    with pytest.raises(ClosedError, match="the thread that decodes has died"):
+        lm.generate("a", max_new_tokens=3)
+    assert not lm.health().is_alive
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_of_a_fork_is_refused() -> None:
+    program = """
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from tests.unit.test_service import service, LETTERS
+from medusa_runtime import ClosedError
+lm = service()
+handle = lm.submit("abc", max_new_tokens=5)
+handle.result()
+pid = os.fork()
+if pid == 0:
+    told = []
+    for ask in (lambda: lm.generate("a"), lambda: handle.result(), lambda: next(lm.stream("a"))):
+        try:
+            ask()
+        except ClosedError as error:
+            told.append(str(error))
+    print(len(told), lm.health().is_alive, told[0], flush=True)
+    raise SystemExit
+os.waitpid(pid, 0)
+print(lm.generate("abc", max_new_tokens=5).finish_reason)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    first, last = done.stdout.splitlines()
+    assert first.startswith("3 False this model was opened before a fork, in another process")
+    assert last == "length"
+
+
+def test_health_says_whether_requests_are_taken() -> None:
+    before = time.time()
+    lm = service()
+    assert (lm.health().is_alive, lm.health().why_not) == (True, None)
+    assert before <= lm.health().since <= time.time()
+    lm.close()
+    assert (lm.health().is_alive, lm.health().why_not) == (False, "this model is closed")
+
+
+def test_failed_requests_are_logged_once_each() -> None:
+    backend = FakeBackend("sometimes")
+
+    def fail(_: FakeBackend) -> None:
+        raise BackendError("the device is gone")
+
+    backend.fails = fail
+    with recorded() as records, service(backend=backend) as lm:
+        for _ in range(2):
+            with pytest.raises(BackendError):
+                lm.generate("a", max_new_tokens=5)
+    assert [record.getMessage() for record in records] == ["a request failed: the device is gone"] * 2
+
+
+# State that outlives an error
+
+
+def test_heads_without_numbers_cost_their_drafts_and_nothing_else() -> None:
+    backend = FakeBackend("always", fake_manifest(max_seq_len=300))
+    whole = backend.propose
+
+    def propose(rows, root_ids):
+        output = whole(rows, root_ids)
+        for row, contexts in enumerate(backend.contexts):
+            if LETTERS.index("z") in contexts[rows[row]]:
+                output.log_probs[row] = np.nan
+        return output
+
+    backend.propose = propose
+    with recorded() as records, service(backend=backend, costs=LearnedCosts()) as lm:
+        before = lm.generate("abc", max_new_tokens=60).stats.tokens_per_step
+        ill = lm.generate("z", max_new_tokens=60)
+        after = [lm.generate("abc", max_new_tokens=60).stats.tokens_per_step for _ in range(3)]
+    assert ill.text == text_of("z", 60)
+    assert ill.stats.tokens_per_step == 1.0
+    assert min(after) > 0.8 * before > 1.5
+    assert sum("no numbers (NaN)" in record.getMessage() for record in records) == 1
+
+
+def test_a_model_without_numbers_is_an_error_and_leaves_nothing_to_others() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=300))
+    whole = backend.step
+
+    def step(*args, **kwargs):
+        output = whole(*args, **kwargs)
+        finite = np.array([[len(row) <= 30 or row[0] != LETTERS.index("z") for row in rows] for rows in backend.contexts])
+        return dataclasses.replace(output, finite=finite)
+
+    backend.step = step
+    prompt = "zabcdefghijklmnopqrst"
+    with service(backend=backend, max_batch_size=2) as lm:
+        beside = lm.submit("abc", max_new_tokens=50)
+        with pytest.raises(BackendError, match="not finite"):
+            lm.generate(prompt, max_new_tokens=60)
+        assert beside.result(30).text == text_of("abc", 50)
+        again = lm.generate(prompt, max_new_tokens=5)
+        assert again.stats.num_cached_tokens == 0  # entries of an answer that failed are not used again
+        with pytest.raises(BackendError, match="not finite"):
+            lm.generate(prompt + "uvwxyzabcdefg" * 2, max_new_tokens=1)
+
+
+def test_a_cache_that_cannot_shrink_stays() -> None:
+    backend = FakeBackend("sometimes", fake_manifest(max_seq_len=2000))
+    engine = DecodingEngine(backend, max_batch_size=2)
+    whole = backend.resize
+
+    def resize(num_slots, capacity, lengths=()):
+        if capacity < backend.capacity:
+            raise CapacityError("no memory")
+        whole(num_slots, capacity, lengths)
+
+    backend.resize = resize
+    with MedusaLM(engine, LetterCodec()) as lm:
+        lm.generate(list(range(40)) * 30, max_new_tokens=2)
+        for _ in range(30):
+            assert lm.generate("abc", max_new_tokens=4).text == text_of("abc", 4)
+
+
+# Time and memory
+
+
+def test_a_deadline_ends_an_answer_with_what_it_has() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=300))
+    backend.fails = lambda _: time.sleep(0.01)
+    with service(backend=backend) as lm:
+        result = lm.generate("abc", max_new_tokens=290, deadline_seconds=0.3)
+        stats = lm.stats()
+    assert result.finish_reason == "deadline"
+    assert 0 < len(result.token_ids) < 60
+    assert text_of("abc", 290).startswith(result.text)
+    assert (stats.num_overdue, stats.num_completed, stats.num_active) == (1, 0, 0)
+
+
+def test_a_request_waits_no_longer_than_it_wants_to() -> None:
+    backend = FakeBackend("never", fake_manifest(max_seq_len=300))
+    backend.fails = lambda _: time.sleep(0.01)
+    with service(max_batch_size=1, backend=backend) as lm:
+        running = lm.submit("a", max_new_tokens=60)
+        next(running)
+        with pytest.raises(QueueTimeoutError, match=r"waited 0.1 s for a slot"):
+            lm.generate("b", max_new_tokens=5, max_queue_seconds=0.1)
+        assert lm.generate("c", max_new_tokens=5, max_queue_seconds=30).text == text_of("c", 5)
+        assert running.result(30).text == text_of("a", 60)
+
+
+def test_the_wait_before_the_worker_looks_counts() -> None:
+    gate, backend = gated()
+    with service(max_batch_size=1, backend=backend) as lm:
+        first, second = lm.submit("a", max_new_tokens=3), lm.submit("b", max_new_tokens=3)
+        assert gate.arrived.wait(30)
+        third = lm.submit("c", max_new_tokens=3)  # the worker is inside a step, and does not look
+        time.sleep(0.3)
+        gate.is_open.set()
+        waits = [handle.result(30).stats.queue_seconds for handle in (first, second, third)]
+    assert waits[0] < 0.2
+    assert min(waits[1:]) >= 0.3
+
+
+def test_answers_that_need_more_cache_than_there_is_wait_for_each_other() -> None:
+    manifest = fake_manifest(max_seq_len=300)
+    entry = cache_entry_bytes(manifest)
+    backend = FakeBackend("sometimes", manifest)
+    prompts = ["abc", "bcd", "cde"]
+    with service(max_batch_size=3, backend=backend, max_cache_bytes=entry * 3 * 128) as lm:
+        handles = [lm.submit(prompt, max_new_tokens=200) for prompt in prompts]
+        results = [handle.result(60) for handle in handles]
+        stats = lm.stats()
+    assert [result.text for result in results] == [text_of(prompt, 200) for prompt in prompts]
+    assert (stats.num_failed, stats.num_completed) == (0, 3)
+    assert len(backend.entries) * 256 <= 3 * 128  # all three slots did not fit together
+    with service(max_batch_size=3, max_cache_bytes=entry * 64) as lm, pytest.raises(CapacityError, match="max_cache_bytes"):
+        lm.generate("abc", max_new_tokens=200)
+
+
+# Prompts and results
+
+
+def test_token_ids_are_a_prompt() -> None:
+    with service() as lm:
+        result = lm.generate([0, 1, 2], max_new_tokens=9)
+        batch = lm.generate_batch([[0, 1, 2], "abc"], max_new_tokens=9)
+    assert (result.text, result.prompt_ids) == (text_of("abc", 9), [0, 1, 2])
+    assert [one.text for one in batch] == [text_of("abc", 9)] * 2
+
+
+@pytest.mark.parametrize("prompts", ["hello", [1, 2], [{"role": "user", "content": "a"}]])
+def test_one_prompt_is_no_batch(prompts) -> None:
+    with service() as lm, pytest.raises(OptionError, match="generate_batch takes a list of prompts"):
+        lm.generate_batch(prompts)
+
+
+def test_a_prompt_is_scored() -> None:
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    with service() as lm:
+        lm.generate(prompt, max_new_tokens=1)  # its entries are cached now, but scoring reads all
+        scored = lm.generate(prompt, max_new_tokens=0, prompt_logprobs=2)
+        both = lm.generate(prompt * 20, max_new_tokens=4, prompt_logprobs=0, logprobs=0)
+    assert (scored.token_ids, scored.finish_reason, scored.text) == ([], "length", "")
+    assert [one.token_id for one in scored.prompt_logprobs] == prompt[1:]
+    for place, one in enumerate(scored.prompt_logprobs, start=1):
+        logits = logits_after(prompt[:place])
+        expected = logits - np.log(np.exp(logits).sum())
+        assert one.logprob == pytest.approx(float(expected[prompt[place]]), abs=1e-4)
+        assert [token for token, _ in one.top] == np.argsort(-logits)[:2].tolist()
+    assert len(both.prompt_logprobs) == 159
+    assert both.token_ids == greedy(prompt * 20, 4)
+    assert len(both.logprobs) == 4
+
+
+def test_a_stop_token_is_told_and_is_no_part_of_the_text() -> None:
+    whole = greedy([0, 1, 2], 40)
+    stop = whole[10]
+    end = whole.index(stop)
+    with service() as lm:
+        result = lm.generate("abc", max_new_tokens=40, stop_token_ids=[stop])
+        cut = lm.generate("abc", max_new_tokens=5)
+    assert result.token_ids == whole[: end + 1]
+    assert result.text == "".join(LETTERS[token] for token in whole[:end])
+    assert (result.finish_reason, result.stop_reason) == ("stop", stop)
+    assert (cut.finish_reason, cut.stop_reason) == ("length", None)
+
+
+def test_a_stop_text_that_is_a_special_token_stops() -> None:
+    class Special(LetterCodec):
+        def special_token_id(self, text):
+            return 7 if text == "<|end|>" else None
+
+    whole = greedy([0, 1, 2], 200)
+    end = whole.index(7)
+    backend = FakeBackend("sometimes", fake_manifest(max_seq_len=300))
+    with MedusaLM(DecodingEngine(backend), Special()) as lm:
+        result = lm.generate("abc", max_new_tokens=200, stop=["<|end|>", "no such text"])
+    assert (result.finish_reason, result.stop_reason) == ("stop", "<|end|>")
+    assert result.token_ids == whole[: end + 1]
+    assert result.text == "".join(LETTERS[token] for token in whole[:end])
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "2"])
+def test_a_timeout_is_a_number_of_seconds(timeout) -> None:
+    with service() as lm:
+        handle = lm.submit("abc", max_new_tokens=3)
+        with pytest.raises(OptionError, match="the timeout is"):
+            handle.result(timeout)
+        assert handle.result(float("inf")).text == handle.result(1e12).text == text_of("abc", 3)
+
+
+def test_warming_up_decodes() -> None:
+    with service(max_batch_size=3) as lm:
+        lm.warm_up([1, 3])
+        assert lm.stats().num_completed == 4
+        assert max(batch for batch, _ in lm.engine.backend.steps) == 3
+
+
+# asyncio
+
+
+def test_preparing_a_request_does_not_stop_the_event_loop() -> None:
+    class Slow(LetterCodec):
+        def encode(self, prompt, **_):
+            time.sleep(0.5)
+            return super().encode(prompt)
+
+    async def run(lm: MedusaLM) -> tuple[int, list[str]]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        result = await lm.agenerate("abc", max_new_tokens=3)
+        text = "".join([chunk.text async for chunk in lm.astream("abc", max_new_tokens=3)])
+        ticking.cancel()
+        return ticks, [result.text, text]
+
+    with MedusaLM(DecodingEngine(FakeBackend()), Slow()) as lm:
+        ticks, texts = asyncio.run(run(lm))
+    assert texts == [text_of("abc", 3)] * 2
+    assert ticks > 30
+
+
+def test_a_wait_that_is_cancelled_can_leave_the_request_running() -> None:
+    async def run() -> str:
+        async with service() as lm:
+            async with await lm.asubmit("abc", max_new_tokens=200) as handle:
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(handle.aresult(cancels=False), 1e-9)
+                result = await handle.aresult()
+            assert (await lm.agenerate("a", max_new_tokens=1)).text
+        with pytest.raises(ClosedError):
+            lm.submit("a")
+        return result.text
+
+    assert asyncio.run(run()) == text_of("abc", 200)

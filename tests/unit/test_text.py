@@ -1,226 +1,218 @@
-"""Chat templates and streaming text."""
+"""Prompts to token ids and back."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from medusa_runtime import BundleError, OptionError
+from medusa_runtime import BundleError, CapacityError, OptionError
+from medusa_runtime.text.bounds import LengthBound, _letters
 from medusa_runtime.text.codec import TextCodec
-from medusa_runtime.text.stream import StopStrings, TextStream
-from tests.support.models import CHAT_TEMPLATE, tokenizer
-
-BYTES_AND_WORDS = ["<0x0A>", "<0xE6>", "<0x97>", "<0xA5>", "<0xF0>", "▁a", "▁", "b", "日"]
-TEXT = "a naïve café costs 3€ — 日本語, Ελληνικά, 👩🏽‍🚀 and a tab\tand\nlines"
+from tests.support.models import tokenizer
+from tests.support.text import byte_fallback_tokenizer, saved_codec
 
 
-@pytest.fixture
-def bundle(tmp_path):
-    tokenizer().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-
-    def make(template=CHAT_TEMPLATE) -> TextCodec:
-        chat = {"template": template, "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"}}
-        (tmp_path / "chat.json").write_text(json.dumps(chat))
-        return TextCodec(tmp_path)
-
-    make.directory = tmp_path
-    return make
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> TextCodec:
+    return saved_codec(tmp_path_factory.mktemp("codec"))
 
 
-def test_text_becomes_one_user_message(bundle) -> None:
-    codec = bundle()
+def test_text_becomes_one_user_message(codec) -> None:
     messages = [{"role": "user", "content": "a fox"}]
     assert codec.encode("a fox") == codec.encode(messages)
-    assert codec.render(messages) == "<|user|>a fox<|end|><|assistant|>"
+    assert codec.render(messages) == codec.render("a fox") == "<|user|>a fox<|end|><|assistant|>"
 
 
-def test_raw_text_is_taken_as_it_is(bundle) -> None:
-    codec = bundle()
+def test_raw_text_is_taken_as_it_is(codec, tmp_path) -> None:
     assert codec.decode(codec.encode("a fox", raw=True)) == "a fox"
-    assert bundle(None).encode("a fox") == codec.encode("a fox", raw=True)
+    assert saved_codec(tmp_path, None).encode("a fox") == codec.encode("a fox", raw=True)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        CHAT_TEMPLATE,
-        "{{ bos_token }}{% if tools is not none %}tools{% endif %}{{ messages | tojson }}",
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% continue %}!{% endfor %}",
-        "{%- if documents %}\n  docs\n{%- endif %}\n  {{ messages[0]['content'] | trim }}\n",
-    ],
-)
-def test_templates_render_as_in_transformers(bundle, template: str) -> None:
-    messages = [{"role": "system", "content": " be short "}, {"role": "user", "content": "a {{ fox }} is <b>é"}]
-    theirs = tokenizer().apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    assert bundle(template).render(messages) == theirs
-
-
-def test_bytes_that_are_no_text_are_refused(bundle) -> None:
+@pytest.mark.parametrize("options", [{}, {"raw": True}, {"plain_content": True}, {"raw": True, "plain_content": True}])
+def test_bytes_that_are_no_text_are_refused(codec, options) -> None:
     with pytest.raises(OptionError, match="not Unicode text"):
-        bundle().encode("a\udcffb")
+        codec.encode("a\udcffb<", **options)
 
 
-@pytest.mark.parametrize("chat", ["[]", "{}", '{"template": null, "special_tokens": 3}', "{"])
-def test_a_damaged_chat_file_is_named(bundle, chat: str) -> None:
-    codec = bundle()
-    (bundle.directory / "chat.json").write_text(chat)
-    with pytest.raises(BundleError, match=r"chat\.json"):
-        codec.encode("a fox")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_streamed_pieces_make_up_the_text(bundle, size) -> None:
-    codec = bundle()
-    ids = codec.encode(TEXT, raw=True)
-    stream = TextStream(codec)
-    pieces = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
-    assert "".join(pieces) + stream.finish() == TEXT
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-
-
-@given(st.lists(st.sampled_from(BYTES_AND_WORDS), max_size=12), st.integers(1, 4))
-def test_bytes_as_tokens_never_stop_a_stream(tokens, size) -> None:
-    """The byte-fallback tokenizers of Llama 2 and its kin, on any sequence, even of bytes that form no character."""
-    vocabulary = {token: index for index, token in enumerate(BYTES_AND_WORDS)}
-    core = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    codec = TextCodec.__new__(TextCodec)
-    codec.tokenizer = core
-    ids = [vocabulary[token] for token in tokens]
-    stream = TextStream(codec)
-    text = "".join(stream.push(ids[start : start + size]) for start in range(0, len(ids), size)) + stream.finish()
-    whole = codec.decode(ids)
-    assert text.count("b") == whole.count("b") == tokens.count("b")
-    if "\N{REPLACEMENT CHARACTER}" not in whole:
-        assert text == whole
-
-
-def test_an_answer_cut_inside_a_character_says_so_only_at_its_end(bundle) -> None:
-    codec = bundle()
-    ids = codec.encode("日", raw=True)[:-1]
-    stream = TextStream(codec)
-    assert stream.push(ids) == ""
-    assert stream.finish() == codec.decode(ids) != ""
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1 / 0 }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception('no system role') }}",
-        "{{ undefined_function() }}",
-    ],
-)
-def test_a_template_can_neither_reach_out_nor_change_the_messages(bundle, template) -> None:
-    with pytest.raises(OptionError, match="template refuses"):
-        bundle(template).render([{"role": "user", "content": "x"}])
-
-
-def test_a_template_that_is_no_template_is_refused(bundle) -> None:
-    with pytest.raises(OptionError, match="template"):
-        bundle("{% for %}").render([{"role": "user", "content": "x"}])
-
-
-def test_messages_of_another_form_are_refused(bundle) -> None:
-    with pytest.raises(OptionError, match="role and content"):
-        bundle().encode([{"text": "x"}])
-    with pytest.raises(OptionError, match="no chat template"):
-        bundle(None).encode([{"role": "user", "content": "x"}])
-    with pytest.raises(OptionError, match="raw takes text"):
-        bundle().encode([{"role": "user", "content": "x"}], raw=True)
-
-
-def test_a_damaged_tokenizer_is_named(bundle) -> None:
-    (bundle.directory / "tokenizer.json").write_text("{")
+def test_a_damaged_tokenizer_is_named(tmp_path) -> None:
+    saved_codec(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
-        bundle()
-
-
-# Stop strings
-
-
-def until_stopped(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
-    """What is given out of a text that comes in pieces, and whether a stop string ended it."""
-    stream, text = StopStrings(stops), ""
-    for piece in pieces:
-        certain, stopped = stream.push(piece)
-        text += certain
-        if stopped:
-            assert stream.finish() == ""
-            return text, True
-    return text + stream.finish(), False
-
-
-def cut(text: str, places: list[int]) -> list[str]:
-    """A text in pieces, some of them perhaps empty."""
-    ends = sorted(min(place, len(text)) for place in places)
-    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
-
-
-few_letters = st.text("ab.", max_size=14)
-some_places = st.lists(st.integers(0, 14), max_size=8)
-
-
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(text=few_letters, stop=st.text("ab.", min_size=1, max_size=5), places=some_places)
-def test_a_stop_string_is_found_where_the_whole_text_has_it(text, stop, places) -> None:
-    found = text.find(stop)
-    expected = (text[:found], True) if found >= 0 else (text, False)
-    assert until_stopped([stop], cut(text, places)) == expected
-    assert until_stopped([stop], list(text)) == expected
-
-
-@settings(max_examples=1000, deadline=None, derandomize=True)
-@given(text=few_letters, stops=st.lists(st.text("ab.", min_size=1, max_size=5), max_size=4), places=some_places)
-def test_of_several_stop_strings_the_one_that_is_complete_first_ends_the_text_whatever_the_pieces(text, stops, places) -> None:
-    """And of several that are complete at once the longest. So the answer depends neither on tokens nor on steps."""
-    found = min(((place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0), default=None)
-    expected = (text[: found[1]], True) if found is not None else (text, False)
-    assert until_stopped(stops, cut(text, places)) == expected
-    assert until_stopped(stops, list(text)) == expected
-    assert until_stopped(stops, [text]) == expected
-
-
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(text=few_letters, stops=st.lists(st.text("ab.", min_size=1, max_size=5), max_size=4), places=some_places)
-def test_nothing_of_a_stop_string_is_ever_given_out_and_nothing_else_held_back(text, stops, places) -> None:
-    stream, given_out, come = StopStrings(stops), "", ""
-    for piece in cut(text, places):
-        certain, stopped = stream.push(piece)
-        given_out, come = given_out + certain, come + piece
-        assert not any(stop in given_out for stop in stops)
-        if stopped:
-            assert any(come.startswith(stop, len(given_out)) for stop in stops)
-            return
-        assert come.startswith(given_out)
-        held = come[len(given_out) :]
-        assert not held or any(stop.startswith(held) for stop in stops)
-        begun = [size for stop in stops for size in range(1, len(stop)) if come.endswith(stop[:size])]
-        assert len(held) == max(begun, default=0)
-    assert given_out + stream.finish() == text
+        TextCodec(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("stops", "pieces", "expected"),
+    "chat",
     [
-        (["aab"], ["aa", "ab"], ("a", True)),  # the first beginning is not the right one
-        (["abab!"], ["ab", "ab", "ab", "!"], ("ab", True)),
-        (["\n\n"], ["one\n", "two\n", "\nthree"], ("one\ntwo", True)),
-        (["\n\n"], ["one\n"], ("one\n", False)),  # held back until the end, and then given out
-        (["ab", "bc"], ["a", "bc"], ("", True)),
-        (["bc", "abc"], ["a", "b", "c"], ("", True)),
-        (["xyz", "y"], ["x", "yz"], ("x", True)),
-        (["日本"], ["日", "本"], ("", True)),
-        ([], ["a", "b"], ("ab", False)),
-        (["a"], ["", "", ""], ("", False)),
+        "[]",
+        "{}",
+        '{"template": null, "special_tokens": 3}',
+        "{",
+        '{"template": 3, "special_tokens": {}}',
+        "[" * 100_000,
+        "\xff",
     ],
 )
-def test_stop_strings_by_hand(stops, pieces, expected) -> None:
-    assert until_stopped(stops, pieces) == expected
+def test_a_damaged_chat_file_is_named(tmp_path, chat: str) -> None:
+    saved_codec(tmp_path)
+    (tmp_path / "chat.json").write_text(chat, encoding="latin-1")
+    with pytest.raises(BundleError, match=r"chat\.json .*export the bundle again"):
+        TextCodec(tmp_path)
+
+
+def test_an_open_codec_needs_its_files_no_longer(tmp_path) -> None:
+    codec = saved_codec(tmp_path)
+    expected = codec.encode("a fox")
+    (tmp_path / "chat.json").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    assert codec.encode("a fox") == expected
+
+
+def test_the_chat_file_is_utf8_in_any_locale(tmp_path) -> None:
+    """Under Latin-1, DeepSeek's markers became other characters, and so other tokens."""
+    saved_codec(tmp_path, "<\uff5cUser\uff5c>{{ messages[0].content }}")
+    code = f"from medusa_runtime.text.codec import TextCodec\nprint(ascii(TextCodec({str(tmp_path)!r}).render(chr(233))))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ascii("<\uff5cUser\uff5c>é")
+
+
+def test_special_tokens_are_known_by_their_spelling(codec) -> None:
+    """A stop text that is a special token is a stop token: text never shows it."""
+    assert codec.special_token_id("<|end|>") == codec.tokenizer.token_to_id("<|end|>")
+    assert codec.special_token_id("the") is None
+    assert codec.special_token_id("no token") is None
+
+
+# Tokens that the tokenizer puts first
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory) -> TextCodec:
+    core = Tokenizer.from_str(tokenizer().backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return saved_codec(tmp_path_factory.mktemp("bos"), "{{ bos_token }}{{ messages[0].content }}", core=core)
+
+
+@pytest.mark.parametrize("text", ["a fox", "<s>a fox", ""])
+def test_raw_text_has_one_token_at_its_beginning(with_bos, text) -> None:
+    expected = [0, *with_bos.tokenizer.encode(text.removeprefix("<s>"), add_special_tokens=False).ids]
+    assert with_bos.encode(text, raw=True) == expected
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one(with_bos) -> None:
+    expected = with_bos.encode("a fox")
+    assert expected.count(0) == 1
+    assert with_bos.encode(with_bos.render("a fox"), raw=True) == expected
+
+
+def test_only_the_token_that_is_put_there_is_left_out(with_bos) -> None:
+    assert with_bos.encode("<s><s>a", raw=True)[:2] == [0, 0]
+    assert with_bos.encode("a<s>", raw=True)[-1] == 0
+
+
+def test_what_the_tokenizer_puts_behind_a_text_stays_there(tmp_path) -> None:
+    core = Tokenizer.from_str(tokenizer().backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    codec = saved_codec(tmp_path, None, core=core)
+    assert codec.encode("<s>", raw=True) == codec.encode("", raw=True) == [0, 1]
+
+
+# Texts that are too long
+
+
+def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(codec, monkeypatch) -> None:
+    long = "the quick brown fox " * 200_000
+    assert codec._bound.least_tokens("fox") == 1
+    monkeypatch.setattr(codec, "tokenizer", None)  # nothing is asked of it
+    for options in ({"raw": True}, {}):
+        with pytest.raises(CapacityError, match=r"has 40000\d\d bytes, which are \d+ tokens at least; there is room for 256"):
+            codec.encode(long, max_tokens=256, **options)
+
+
+def test_a_text_that_fits_is_not_refused(codec) -> None:
+    text = "the quick brown fox " * 8
+    ids = codec.encode(text, raw=True)
+    assert codec.encode(text, raw=True, max_tokens=len(ids)) == ids
+
+
+def long_text_tokenizers() -> dict[str, Tokenizer]:
+    byte_level = tokenizer().backend_tokenizer
+    composing = Tokenizer.from_str(byte_level.to_str())
+    composing.normalizer = normalizers.NFC()
+    greedy = Tokenizer.from_str(byte_level.to_str())
+    greedy.add_special_tokens([AddedToken("<|wide|>", lstrip=True, rstrip=True)])
+    always, first = byte_fallback_tokenizer("▁the", "fox"), byte_fallback_tokenizer("▁the", "fox", scheme="first")
+    return {"byte level": byte_level, "NFC": composing, "swallowing": greedy, "always": always, "first": first}
+
+
+@pytest.mark.parametrize("kind", long_text_tokenizers())
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text() | st.text(" \n", min_size=20) | st.text("the quick brown fox 日ι\u0308\u0301\u1fbe<|wide|>\u212a"))
+def test_the_bound_is_never_above_the_number_of_tokens(kind, text) -> None:
+    core = BOUNDED[kind]
+    bound = LengthBound(core)
+    assert bound.least_tokens(text * 50) <= len(core.encode(text * 50, add_special_tokens=False).ids)
+    assert bound.least_tokens("fox日" * 100) > 0
+
+
+BOUNDED = long_text_tokenizers()
+
+
+def test_white_space_that_a_token_swallows_does_not_count() -> None:
+    core = BOUNDED["swallowing"]
+    text = "<|wide|>" + " " * 1000
+    assert len(core.encode(text).ids) == LengthBound(core).least_tokens(text) == 1
+
+
+def test_composing_shortens_no_text_below_the_bound() -> None:
+    core = BOUNDED["NFC"]
+    text = "\u1fbe\u0308\u0301" * 100  # three characters and seven bytes become one of two bytes
+    assert len(unicodedata.normalize("NFC", text).encode()) == 200
+    assert 0 < LengthBound(core).least_tokens(text) <= len(core.encode(text).ids)
+
+
+def unbounded() -> dict[str, Tokenizer]:
+    byte_level = tokenizer().backend_tokenizer.to_str()
+    found = {name: Tokenizer.from_str(byte_level) for name in ("stripped", "replaced", "dropped", "split")}
+    found["stripped"].normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    found["replaced"].normalizer = normalizers.Replace("  ", " ")
+    found["dropped"].normalizer = normalizers.StripAccents()
+    found["split"].pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    unknown = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", fuse_unk=True))
+    return found | {"words": words, "unknown": unknown}
+
+
+@pytest.mark.parametrize("kind", unbounded())
+def test_tokenizers_that_drop_or_merge_text_have_no_bound(kind) -> None:
+    assert LengthBound(unbounded()[kind]).least_tokens("x" * 100_000) == 0
+
+
+def test_bytes_without_a_token_do_not_count() -> None:
+    """The model drops them. SmolLM2 has no tokens for some bytes."""
+    settings = json.loads(tokenizer().backend_tokenizer.to_str())
+    settings["model"]["vocab"] = {token: number for token, number in settings["model"]["vocab"].items() if "Ġ" not in token}
+    settings["model"]["merges"] = []
+    core = Tokenizer.from_str(json.dumps(settings))
+    text = "a fox " * 100
+    assert len(core.encode(text).ids) == 400
+    assert 0 < LengthBound(core).least_tokens(text) <= 400
+    assert LengthBound(core).least_tokens(" " * 1000) == len(core.encode(" " * 1000).ids) == 0
+
+
+def test_the_alphabet_of_bytes_is_that_of_the_tokenizers() -> None:
+    assert set(_letters().values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for character in ("a", " ", "\0", "\x7f", "\xad", "é", "日", "\U000f1234"):
+        [(spelled, _)] = split.pre_tokenize_str(character)
+        assert spelled == "".join(_letters()[byte] for byte in character.encode())

@@ -9,6 +9,8 @@ import platform
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from medusa_export.bundles import is_bundle
 from medusa_export.tune.run import keep
@@ -17,6 +19,7 @@ from medusa_runtime.bundle.cpu import cpu_name, device_key
 from medusa_runtime.bundle.manifest import FileFacts, Provenance
 from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch, TunedTree, Tuning, tuned
 from tests.support.fake_backend import fake_manifest
+from tests.support.odd_json import ODD, places, with_value
 
 COSTS = StepCosts([1, 4], [1, 8], [64], [[[1.0, 2.0], [1.5, 5.0]]], [0.1, 0.2], [0.01, 0.02])
 STATIC = CandidateTree.from_choices([[0], [0, 0], [1]])
@@ -157,6 +160,31 @@ def test_a_damaged_tuning_is_told_in_one_line_and_stops_nothing(tmp_path, manife
     assert message in line
     keep(tmp_path, manifest, HERE, device())
     assert tuned(tmp_path, manifest, HERE) is not None
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_field_holds_a_tuning_loads_or_is_refused_in_one_line(tmp_path, data: st.DataObject) -> None:
+    facts = json.loads(changed())
+    for _ in range(data.draw(st.integers(1, 3))):
+        facts = with_value(facts, data.draw(st.sampled_from(list(places(facts)))), data.draw(ODD))
+    (tmp_path / "tuning.json").write_text(json.dumps(facts))
+    try:
+        tuning = Tuning.load(tmp_path)
+    except BundleError as error:
+        told = str(error)
+    else:
+        assert tuning is not None
+        told = "loaded"
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"devices": ' + '{"a":' * 100_000, "9" * 5000, "\ud800", "\ufeff{}"])
+def test_json_that_no_tuning_is_made_of_is_refused_in_one_line(tmp_path, text: str) -> None:
+    (tmp_path / "tuning.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(BundleError) as caught:
+        Tuning.load(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_tree_that_the_heads_cannot_give_is_not_used(tmp_path, manifest, warned) -> None:

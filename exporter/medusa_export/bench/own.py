@@ -18,7 +18,7 @@ import numpy as np
 from medusa_export.bench.workers.serve import Operations, serve
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, MedusaLM
 from medusa_runtime.backends.base import Backend
-from medusa_runtime.decoding.engine import PREFILL_CHUNK
+from medusa_runtime.decoding.prefill import CHUNK
 from medusa_runtime.text.codec import TextCodec
 from medusa_runtime.text.stream import TextStream
 
@@ -119,7 +119,7 @@ class OwnDecoding:
 def _fill(backend: Backend, token_ids: list[int], capacity: int) -> None:
     """Read a context into an empty cache, like the engine."""
     backend.resize(1, capacity)
-    chunk = min(PREFILL_CHUNK, backend.manifest.limits.max_prefill_tokens or PREFILL_CHUNK)
+    chunk = min(CHUNK, backend.manifest.limits.max_prefill_tokens or CHUNK)
     for start in range(0, len(token_ids), chunk):
         _step(backend, token_ids[start : start + chunk], start, rows=1)
 

@@ -150,7 +150,7 @@ def _versions(python: Path | None) -> dict[str, str]:
     wanted = sorted({name for peer in PEERS for name in (*peer.packages, *peer.build_packages)})
     command = [str(python or sys.executable), "-c", VERSIONS, json.dumps(wanted)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
         versions: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise OptionError(f"--peers-python {python} cannot be run as Python; give the path of a Python interpreter") from error
@@ -183,7 +183,9 @@ def _built(peer: Peer, command: list[str], settings: dict[str, Any], models: Pat
     if not directory.is_dir():
         with stage(f"build the model of {peer.name}"), new_directory(directory, lambda _: False) as target:
             wanted = json.dumps(settings | {"output": str(target / place)})
-            done = subprocess.run([*command, wanted, "--build"], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, wanted, "--build"], capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise MedusaError(f"{peer.name}: its model cannot be built: {last[:300]}")

@@ -72,5 +72,5 @@ def _categories(path: Path, conversations: list[Conversation]) -> list[str]:
     """The kind of each row: its `category` (as in MT-bench), or else its `source`."""
     if path.suffix.lower() not in {".jsonl", ".json"}:
         return ["all"] * len(conversations)
-    rows = [json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     return [str(row.get("category") or one.source or "all") for row, one in zip(rows, conversations, strict=True)]

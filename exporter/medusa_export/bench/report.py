@@ -7,10 +7,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from medusa_export.bench.result import slower_than_plain
+from medusa_export.console import stdout_console
 from medusa_runtime.bundle.files import write_whole
 
 COLUMNS = (
@@ -24,7 +24,7 @@ PARTS = ("step", "propose", "commit", "other", "text")
 
 def print_result(result: dict[str, Any]) -> None:
     """Print tables to stdout, and warnings below them."""
-    console = Console(highlight=False)
+    console = stdout_console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
     prompts, settings = result["prompts"], result["settings"]

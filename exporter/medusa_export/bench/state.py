@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.bench.contest import Answer, Contestant
-from medusa_export.bench.machine import num_cores
 from medusa_export.bench.options import BenchOptions
 from medusa_export.bench.peers import Chosen
 from medusa_export.bench.prompts import BenchPrompt
 from medusa_runtime.backends.choosing import Placement
+from medusa_runtime.bundle.cpu import num_cores
 from medusa_runtime.bundle.manifest import Manifest
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
+from click.exceptions import Exit
 
+from medusa_export.cli import streams
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
 
 COMMANDS = {
@@ -54,6 +58,7 @@ class _LazyCommands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries: we report each stage ourselves
+        streams.prepare()
         try:
             return super().main(*args, **kwargs)
         except ImportError as error:
@@ -68,11 +73,36 @@ class _LazyCommands(click.Group):
         except OSError as error:
             if error.strerror is None:  # not raised by the operating system
                 raise
-            _fail(MedusaError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror))
+            place = streams.broken_stream() or error.filename
+            _fail(MedusaError(f"{place}: {error.strerror}" if place else error.strerror))
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _quiet_about_broken_pipes():  # --help is printed here
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _quiet_about_broken_pipes():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _quiet_about_broken_pipes() -> Iterator[None]:
+    """End without an error if the reader of the output has closed it, as with `| head -1`."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        if streams.broken_stream() is None:  # another pipe
+            raise OSError(
+                0, error.strerror or "a pipe is broken"
+            ) from error  # of the class that Click does not take for the output's
+        raise Exit(streams.BROKEN_PIPE) from error
 
 
 def _fail(error: MedusaError) -> None:
-    click.echo(f"Error: {error}", err=True)
+    try:
+        click.echo(f"Error: {error}", err=True)
+    except OSError:  # nobody can be told
+        streams.broken_stream()
     sys.exit(error.exit_code)
 
 
@@ -81,5 +111,5 @@ def _fail(error: MedusaError) -> None:
 def main() -> None:
     """Export Hugging Face LLMs with Medusa heads to ONNX Runtime and TensorRT, and decode several tokens a step.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 output differs from the reference.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 output differs from the reference, 141 nobody reads the output any more.
     """

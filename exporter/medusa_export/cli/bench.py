@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from medusa_export.bench.options import (
     Sources,
 )
 from medusa_export.command_options.shared_options import decodes_a_bundle
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import json_text, write_whole
 from medusa_runtime.errors import MedusaError, OptionError
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | No
 
     print_result(result)
     if json_file:
-        write_whole(json_file, json.dumps(result, indent=1) + "\n")
+        write_whole(json_file, json_text(result, indent=1) + "\n")
     if csv_file:
         write_csv(result, csv_file)
     if plot:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 
@@ -15,15 +13,15 @@ def command(*, as_json: bool) -> None:
     For what does not work, it prints the reason, and the command that installs a missing package. The exit code is always 0:
     a missing package is not an error.
     """
-    from rich.console import Console
-
+    from medusa_export.console import stdout_console
     from medusa_export.doctor import report
     from medusa_export.doctor.facts import find_facts
     from medusa_export.doctor.verdicts import verdicts
+    from medusa_runtime.bundle.files import json_text
 
     facts = find_facts()
     found = verdicts(facts)
     if as_json:
-        click.echo(json.dumps(report.as_json(facts, found), indent=1))
+        click.echo(json_text(report.as_json(facts, found), indent=1))
     else:
-        report.show(facts, found, Console(highlight=False))
+        report.show(facts, found, stdout_console())

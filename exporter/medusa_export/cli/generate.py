@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli import streams
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.command_options.shared_options import decodes_a_bundle
+from medusa_runtime.bundle.files import json_text, read_json
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions
@@ -19,15 +20,17 @@ from medusa_runtime.options import GenerationOptions
 if TYPE_CHECKING:
     from medusa_runtime import Choice, MedusaLM
 
-BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags need parsing of their own
+BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags need parsing of their own
+LEFT_OUT = ("tools", "documents", "template_options")  # fields that a command line cannot hold
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
-@options_from(GenerationOptions, leave_out=BY_HAND)
+@options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
-@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
+@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema for the answer.")
+@click.option("--grammar", type=click.Path(path_type=Path), help="File with a grammar for the answer, in Lark or EBNF.")
 @click.option(
     "--tree", "tree_file", type=click.Path(path_type=Path), help="File with a candidate tree as JSON: choices or parents."
 )
@@ -35,7 +38,12 @@ BY_HAND = ("logit_bias", "medusa", "tree", "json_schema")  # fields whose flags 
     "--tree-nodes", type=int, help="Use a dynamic tree of this many nodes, rebuilt at each step from the heads' probabilities."
 )
 @click.option("--no-medusa", is_flag=True, help="Plain autoregressive decoding.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object with text, token ids and statistics; NaN and infinity become null.",
+)
 @click.option("--allow-failed", is_flag=True, help="Run a bundle even though its validation failed.")
 @decodes_a_bundle
 def command(
@@ -44,6 +52,7 @@ def command(
     *,
     logit_bias: tuple[str, ...],
     json_schema: Path | None,
+    grammar: Path | None,
     tree_file: Path | None,
     tree_nodes: int | None,
     no_medusa: bool,
@@ -65,12 +74,13 @@ def command(
     from medusa_runtime import Manifest, MedusaLM
 
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode()
+        prompt = _read_stdin()
     if tree_file is not None and tree_nodes is not None:
         raise OptionError("--tree and --tree-nodes exclude each other")
     given = {
         "logit_bias": dict(_bias(text) for text in logit_bias) or None,
         "json_schema": _read_schema(json_schema) if json_schema is not None else None,
+        "grammar": _read(grammar, "grammar") if grammar is not None else None,
         "medusa": False if no_medusa else None,
         "tree": CandidateTree.from_file(tree_file)
         if tree_file
@@ -93,7 +103,8 @@ def command(
         choices = _answer(lm, prompt, options, streamed=not as_json)
     if as_json:
         first, *others = [_facts(choice) for choice in choices]
-        click.echo(json.dumps(first | ({"choices": [first, *others]} if others else {}), ensure_ascii=False))
+        whole = first | ({"choices": [first, *others]} if others else {})
+        click.echo(json_text(whole, ensure_ascii=not streams.holds_unicode()))
     for choice in () if as_json else choices:
         stats = choice.stats
         click.echo(
@@ -129,6 +140,15 @@ def _facts(choice: Choice) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise OptionError("-p - reads the prompt from stdin, and stdin is closed; give the prompt with -p")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"-p - reads the prompt from stdin, which cannot be read: {error.strerror or error}") from error
+
+
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
@@ -137,10 +157,17 @@ def _bias(text: str) -> tuple[int, float]:
         raise OptionError(f"--logit-bias is {text!r}; it must be a token id, = and a number, such as 42=-5") from error
 
 
+def _read(path: Path, what: str) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the {what} {path}: {error}") from error
+
+
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
-        schema = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        schema = read_json(path, "utf-8-sig")
+    except (OSError, ValueError) as error:
         raise OptionError(f"cannot read the JSON schema {path}: {error}") from error
     if not isinstance(schema, dict):
         raise OptionError(f"{path} is no JSON schema: it must be an object")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,10 +141,11 @@ def evaluate(*, as_json: bool, output: Path | None, plot: Path | None, nodes: tu
 
 
 def _print_evaluation(result: Evaluation) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from medusa_export.console import stdout_console
+
+    console = stdout_console()
     console.print(f"{result.answers} answers, {result.tokens} tokens")
     ranks = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     accuracy = Table("head", *(f"top-{rank}" for rank in ranks))
@@ -201,10 +201,11 @@ def ngrams(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(heads: Path, *, as_json: bool) -> None:
     """Print the configuration and the tensors of HEADS."""
-    from rich.console import Console
     from rich.table import Table
 
+    from medusa_export.console import stdout_console
     from medusa_heads.formats import load_heads
+    from medusa_runtime.bundle.files import json_text
 
     loaded = load_heads(heads)
     tensors = {
@@ -214,9 +215,9 @@ def inspect(heads: Path, *, as_json: bool) -> None:
     num_parameters = sum(tensor.numel() for tensor in loaded.state_dict().values())
     facts = loaded.config.model_dump() | {"num_parameters": num_parameters}
     if as_json:
-        click.echo(json.dumps(facts | {"tensors": tensors}, indent=2))
+        click.echo(json_text(facts | {"tensors": tensors}, indent=2))
         return
-    console = Console(highlight=False)
+    console = stdout_console()
     for name, value in facts.items():
         console.print(f"{name:16} {value}", markup=False)
     table = Table("tensor", "shape", "dtype")

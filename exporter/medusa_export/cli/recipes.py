@@ -22,9 +22,9 @@ def command() -> None:
 @command.command("ls")
 def ls() -> None:
     """List the recipes that come with the package."""
-    from rich.console import Console
     from rich.table import Column, Table
 
+    from medusa_export.console import Console
     from medusa_export.recipe import library
     from medusa_export.recipe.schema import outline
 

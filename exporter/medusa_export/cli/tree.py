@@ -42,8 +42,7 @@ def show(
     Of a bundle, the tree is the best fixed one tuned for this device, or else the one in the manifest. The probabilities come
     from the tuning, or from --evaluation, which treats the heads as independent; without either, none are shown.
     """
-    from rich.console import Console
-
+    from medusa_export.console import stdout_console
     from medusa_export.tune.tree import Device, find_tree
 
     if plot is not None:
@@ -54,7 +53,7 @@ def show(
         if not plot.absolute().parent.is_dir():
             raise OptionError(f"{plot} cannot be written: there is no directory {plot.parent}")
     found = find_tree(source, Device(backend, device, threads), batch_size, evaluation)
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(found.source, markup=False, soft_wrap=True)
     console.print(found.drawn())
     if found.expected is not None:

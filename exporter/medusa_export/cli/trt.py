@@ -125,10 +125,10 @@ def inspect(engine: Path, *, as_json: bool) -> None:
 
 
 def _tell_design(design: Design) -> None:
-    from rich.console import Console
+    from medusa_export.console import stdout_console
 
     facts, limits = design.source.model, design.limits
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(f"{design.tensorrt.name} {design.tensorrt.version} for {', '.join(design.capabilities)}, {facts.name}")
     profiles = {name: profile for group in design.profiles.values() for name, profile in group.items()}
     console.print(_profile_table(profiles))
@@ -142,11 +142,12 @@ def _tell_design(design: Design) -> None:
 
 
 def _tell_inspection(found: Inspection) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from medusa_export.console import stdout_console
+
     engine = found.engine
-    console = Console(highlight=False)
+    console = stdout_console()
     for what, value in (
         ("built with", f"{engine.flavor} {engine.tensorrt_version}"),
         ("for GPUs of", f"{', '.join(engine.compute_capabilities)} (hardware compatibility: {engine.hardware_compatibility})"),

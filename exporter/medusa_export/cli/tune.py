@@ -53,8 +53,7 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     tuning.json in the bundle. MedusaLM and `generate` use them on this device.
     Nothing else should run on the machine meanwhile. A small model takes a minute or two.
     """
-    from rich.console import Console
-
+    from medusa_export.console import stdout_console
     from medusa_export.tune.report import show
     from medusa_export.tune.run import TuneOptions, tune
     from medusa_runtime.bundle.files import write_whole
@@ -65,4 +64,4 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     device, found = tune(TuneOptions(bundle=bundle, **((QUICK if quick else {}) | given)))
     if json_file is not None:
         write_whole(json_file, found.model_dump_json(indent=1, exclude_none=True) + "\n")
-    show(device, found, Console(highlight=False))
+    show(device, found, stdout_console())

@@ -34,7 +34,7 @@ def command(
     """
     from medusa_export.validate import PROMPTS, record, validate
 
-    lines = [line for line in prompts.read_text().splitlines() if line.strip()] if prompts else PROMPTS
+    lines = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line.strip()] if prompts else PROMPTS
     report = validate(
         bundle,
         reference,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from medusa_runtime.backends.choosing import BACKENDS
+from medusa_runtime.bundle.cpu import max_threads
 
 Function = Callable[..., Any]
 SCHEMES = ("int8", "int8-blocks", "int4", "int8-int4")
@@ -23,7 +24,9 @@ exclude_option = click.option(
     type=click.Path(path_type=Path),
     help="Evaluation texts to keep out of training: drops answers whose text or prompt shares 13 words in a row with them.",
 )
-threads_option = click.option("--threads", type=click.IntRange(0, 512), default=0, help="CPU threads. [default: one per core]")
+threads_option = click.option(
+    "--threads", type=click.IntRange(0, max_threads()), default=0, help="CPU threads. [default: one per core]"
+)
 backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),

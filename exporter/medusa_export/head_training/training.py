@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -33,6 +32,7 @@ from medusa_heads.train.overlap import WORDS, Overlap
 from medusa_heads.train.run import Listener, Source, TrainResult
 from medusa_heads.train.run import train as run
 from medusa_heads.train.settings import TrainSettings
+from medusa_runtime.bundle.files import json_text
 from medusa_runtime.bundle.manifest import Precision
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError, first_line
@@ -221,7 +221,9 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
 
     def beside(directory: Path) -> None:
         if result.evaluation is not None:
-            (directory / native.EVALUATION_NAME).write_text(result.evaluation.model_dump_json(indent=1) + "\n")
+            (directory / native.EVALUATION_NAME).write_text(
+                result.evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8"
+            )
         if result.ngrams is not None:
             result.ngrams.save(directory / NGRAMS_NAME)
         if result.joint is not None:
@@ -234,7 +236,7 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
             if settings.save_backbone == "merged":  # a complete checkpoint needs a tokenizer
                 load_tokenizer(options.model, trust_remote_code=options.trust_remote_code).save_pretrained(place)
         shutil.copy(work / LOG_NAME, directory / native.LOG_NAME)
-        (directory / native.RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        (directory / native.RUN_NAME).write_text(json_text(facts, indent=2) + "\n", encoding="utf-8")
         if options.plot:
             from medusa_export.plots import training_curves  # noqa: PLC0415 - an extra
 

@@ -38,7 +38,7 @@ def pieces(path: Path, codec: TextCodec, max_seq_len: int) -> list[list[int]]:
         OptionError: the file cannot be read, or is too short.
     """
     try:
-        ids = codec.encode(path.read_text(), raw=True)
+        ids = codec.encode(path.read_text(encoding="utf-8-sig"), raw=True)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"cannot read the text {path}: {error}") from error
     size = min(PIECE_TOKENS, max_seq_len)

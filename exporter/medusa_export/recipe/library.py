@@ -53,7 +53,7 @@ def text_of(path: Path) -> str:
         OptionError: the file is not UTF-8 text.
     """
     try:
-        return path.read_text("utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise OptionError(f"{shown(path)} is not UTF-8 text") from error
 

@@ -97,7 +97,7 @@ def _read(output: Path, recipe: str) -> RunState:
         state.save(output)
         return state
     try:
-        state = RunState.model_validate_json(place.read_text())
+        state = RunState.model_validate_json(place.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValidationError) as error:
         raise OptionError(f"{place} is damaged; choose another --output, or delete it to run all steps again") from error
     if state.recipe != recipe:

@@ -193,7 +193,7 @@ def _train(job: Job) -> Step:
         place = job.heads / native.EVALUATION_NAME
         if not place.exists():
             return "no evaluation: no answers were held out"
-        found = Evaluation.model_validate_json(place.read_text())
+        found = Evaluation.model_validate_json(place.read_text(encoding="utf-8"))
         right = ", ".join(f"{100 * found.top(head, 1):.1f}%" for head in range(len(found.accuracy)))
         trees = {
             tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees
@@ -204,7 +204,7 @@ def _train(job: Job) -> Step:
 
     def start_over(changed: set[str]) -> None:
         place = job.work / RUN_NAME  # it records all settings that the trained heads depend on
-        bound = json.loads(place.read_text()).keys() if place.exists() else set()
+        bound = json.loads(place.read_text(encoding="utf-8")).keys() if place.exists() else set()
         if not changed or changed & (inputs.keys() | bound):
             shutil.rmtree(job.work, ignore_errors=True)
 

@@ -52,7 +52,7 @@ def full_steps(
         can_be_full = engine.num_active + engine.num_waiting >= engine.max_batch_size
         if len(found) == most or not can_be_full:
             for sequence in sequences:
-                engine.cancel(sequence)
+                engine.end(sequence)
     for sequence in sequences:
         if sequence.error is not None:
             raise sequence.error

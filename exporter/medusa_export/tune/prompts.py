@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[str]:
         OptionError: the file cannot be read, or has no prompts.
     """
     try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"cannot read the prompts {path}: {error}") from error
     prompts = [_from_json(path, number, line) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines

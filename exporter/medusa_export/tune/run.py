@@ -120,6 +120,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
         batches=batches,
     )
     lookup = run.lookup(found)
+    backend.save()
     backend.close()
     pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
     found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})

@@ -14,9 +14,10 @@ from medusa_export.trees import most_likely_tree
 from medusa_export.tune.record import Record
 from medusa_heads.replay import Evaluation, accuracies, best_tree, expected_tokens, replay
 from medusa_runtime.arrays import FloatArray, IntArray
-from medusa_runtime.drafting.budget import DraftBudget, likeliest
+from medusa_runtime.drafting.budget import DraftBudget
 from medusa_runtime.drafting.costs import StepCosts
-from medusa_runtime.drafting.proposals import CandidateSet, candidates_for
+from medusa_runtime.drafting.draft import likeliest_chances
+from medusa_runtime.drafting.proposals import CandidateSet, HeadGuesses, candidates_for
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.drafting.tuning import Kind, TunedTree
 
@@ -216,9 +217,9 @@ class LikelyDrafts:
         chances = np.zeros((rows, none - 1), np.float32)
         no_ids = np.zeros(record.log_probs.shape[1:], np.int64)  # ids do not matter here
         for row, (ranks, log_probs) in enumerate(zip(record.ranks.tolist(), record.log_probs, strict=True)):
-            scores = candidates.candidates(0, no_ids, log_probs, heads).scores
+            scores = candidates.proposals(0, HeadGuesses(no_ids, log_probs), heads).scores
             place = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
-            found = likeliest(scores, none)
+            found = likeliest_chances(scores, none)
             chances[row, : len(found)] = found
             node: int | None = 0
             for depth, rank in enumerate(ranks):
@@ -255,13 +256,16 @@ def replay_dynamic(record: Record, drafts: LikelyDrafts, place: Place, nodes: in
             drafts.chances[row, : nodes - 1] if knows else drafts.chances[row, :0]
             for (row, _), knows in zip(rows, asked, strict=True)
         ]
-        width = budget.width(chances, 1, place.capacity)
+        plan = budget.plan(chances, 1, place.capacity)
+        width = plan.width
         seconds += float(place.costs.steps(place.batch_size, place.capacity, width)[-1])
         gained = [
             min(drafts.accepted(row, width), end - row - 1) if knows else 0
             for (row, end), knows in zip(rows, asked, strict=True)
         ]
-        asks = budget.asks_heads(place.batch_size, width, sum(gained)) and nodes > 1
+        budget.learn(plan, width, sum(gained))
+        asks = nodes > 1 and budget.wants_heads(place.batch_size)
+        budget.note_heads(asked=asks)
         seconds += place.costs.heads(place.batch_size) if asks else 0.0
         for number, ((row, end), gain) in enumerate(zip(rows, gained, strict=True)):
             rest = (row + gain + 1, end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -105,6 +105,9 @@ class ValidationReport(_Model):
     quantization: Scheme | None = None
     tolerance: Tolerance
     allowed_kl: float | None = None  # mean nats from PyTorch to a quantised bundle
+    generation: dict[str, Any] = {}  # the bundle's defaults from generation_config.json, with which greedy decoding is compared
+    generation_mismatch: str | None = None  # how these defaults differ from the checkpoint's
+    switched_off: dict[str, Any] = {}  # settings of generation_config.json that were left out of the comparison
     file_mismatches: list[str] = []
     errors: list[str] = []
     prompt_logits: list[LogitsDifference] = []
@@ -122,6 +125,10 @@ class ValidationReport(_Model):
             **self._by_target("logits of prompts, whole and in chunks", self.prompt_logits, self._logits),
             **self._by_target("logits of tree paths", self.tree_logits, self._logits),
             **self._by_target("head candidates", self.head_log_probs, self._heads),
+            "defaults are those of generation_config.json": (
+                self.generation_mismatch is None,
+                self.generation_mismatch or "they are",
+            ),
             f"greedy: Medusa = plain = {'its own logits' if self.quantization else 'PyTorch'}": self._greedy(),
         } | (
             self._by_target(f"mean KL from PyTorch at most {self.allowed_kl}", self.from_reference, self._kl)
@@ -216,4 +223,6 @@ class ValidationReport(_Model):
         found = f"{tokens} tokens of {len(self.greedy)} prompts equal"
         if differing:
             found = f"{tokens} tokens of {len(self.greedy)} prompts; {differing} prompts differ, see below"
+        if self.switched_off:
+            found += f"; without {', '.join(self.switched_off)}, which the runtime does not follow"
         return all(row.within(self.tolerance) for row in self.greedy), found

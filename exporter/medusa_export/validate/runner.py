@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,14 @@ import onnx_ir as ir
 import torch
 
 from medusa_export.checkpoint import Backbone, load_backbone
+from medusa_export.generation import generation_facts, greedy_config
 from medusa_export.graph.upcast import Upcast
 from medusa_export.weights import write_weights
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 from medusa_runtime.backends.choosing import Placement, open_backend
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, Manifest
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, Manifest
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, first_line
 
@@ -164,6 +166,11 @@ class ReferenceSide:
 
     backbone: Backbone
 
+    @cached_property
+    def generation(self) -> GenerationFacts | None:
+        """What the checkpoint's generation settings ask for."""
+        return generation_facts(self.backbone)
+
     @classmethod
     def load(cls, source: str, manifest: Manifest, *, trust_remote_code: bool = False) -> ReferenceSide:
         """Load the checkpoint that the bundle was made from."""
@@ -199,6 +206,42 @@ class ReferenceSide:
         """Logits after every token. [T, V]"""
         rows: Rows = self.backbone.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].numpy()
         return rows
+
+    @torch.no_grad()
+    def processed(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], rows: Rows) -> Rows:
+        """Logits as Transformers' `generate` has them when it takes the largest: after its logits processors. [A, V]
+
+        The processors are those of the checkpoint's generation_config.json, but for the settings that the runtime does not
+        follow; see `medusa_export.generation`.
+
+        Args:
+            prompt_ids: a prompt.
+            answer_ids: its greedy answer, of A tokens.
+            rows: the logits for each of them, as a model gave them. [A, V]
+        """
+        model: Any = self.backbone.model
+        config = greedy_config(self.backbone, self.generation)
+        # Both are what `generate` itself calls; nothing public gives its processors.
+        model._prepare_special_tokens(  # noqa: SLF001
+            config, kwargs_has_attention_mask=True, device="cpu"
+        )
+        prompt = torch.tensor([list(prompt_ids)])
+        processors = model._get_logits_processor(  # noqa: SLF001
+            config,
+            input_ids_seq_length=len(prompt_ids),
+            encoder_input_ids=prompt,
+            device="cpu",
+            model_kwargs={"attention_mask": torch.ones_like(prompt)},
+        )
+        if not processors:
+            return rows
+        token_ids = torch.tensor([[*prompt_ids, *answer_ids]])
+        return np.concatenate(
+            [
+                processors(token_ids[:, : len(prompt_ids) + place], torch.tensor(row[None], dtype=torch.float32)).numpy()
+                for place, row in enumerate(rows)
+            ]
+        )
 
     @torch.no_grad()
     def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:

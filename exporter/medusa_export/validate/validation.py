@@ -11,6 +11,7 @@ import torch
 from medusa_export.checkpoint import DTYPES
 from medusa_export.errors import ValidationMismatchError
 from medusa_export.export import require_matching
+from medusa_export.generation import shown, switched_off
 from medusa_export.placement import AUTO, place, require_usable
 from medusa_export.progress import console, note, stage
 from medusa_export.provenance import provenance
@@ -26,11 +27,12 @@ from medusa_export.validate.report import (
 from medusa_export.validate.runner import BundleSide, Reference, ReferenceSide, by_target, runnable_bundle
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
-from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, Manifest
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DecodingStats, Manifest
 from medusa_runtime.backends.choosing import Placement
 from medusa_runtime.bundle.files import write_whole
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME, GenerationFacts
 from medusa_runtime.errors import MedusaError, OptionError
+from medusa_runtime.options import with_defaults
 from medusa_runtime.text.codec import TextCodec
 
 DEFAULT_NEW_TOKENS = 48
@@ -86,6 +88,7 @@ def validate(
     with stage(f"load {reference} in PyTorch"):
         torch_side = ReferenceSide.load(reference, manifest, trust_remote_code=trust_remote_code)
     _require_same_model(manifest, torch_side)
+    _compare_generation(report, manifest.generation, torch_side.generation)
     given = _matching_heads(heads, manifest, torch_side) if heads is not None else None
     with stage("compare"):
         try:
@@ -100,8 +103,8 @@ def validate(
                 for target, variant in by_target(runnable_manifest, placement.backend).items():
                     side = BundleSide(runnable, variant, placement, target, num_threads=threads, cuda_graphs=cuda_graphs)
                     _compare(report, encoded, new_tokens, side, torch_side, given)
-                    side.backend.close()
-                    del side  # free its weights before the next one's are loaded
+                    side.backend.save()
+                    side.backend.close()  # frees its weights before the next one's are read
         except MedusaError as error:  # a bundle that does not run fails its validation
             if isinstance(error, OptionError) or (on_gpu and not report.prompt_logits):  # the prompts or the GPU are the cause
                 raise
@@ -154,7 +157,7 @@ def _compare(
     for text, prompt_ids in prompts.items():
         _compare_logits(report, text, prompt_ids, side, reference, tree)
         if side.target == report.targets[0]:
-            report.greedy.append(_compare_greedy(text, prompt_ids, side, reference, new_tokens))
+            report.greedy.append(_compare_greedy(text, prompt_ids, side, reference, torch_side, new_tokens))
         if report.quantization is not None:
             found = logits_difference(text, side.logits(prompt_ids), torch_side.logits(prompt_ids), side.target)
             report.from_reference.append(found)
@@ -204,18 +207,39 @@ def _compare_logits(
         report.tree_logits.append(logits_difference(f"{text} + nodes {path}", found[path], rows, side.target))
 
 
+def _compare_generation(report: ValidationReport, ours: GenerationFacts | None, theirs: GenerationFacts | None) -> None:
+    """Note which generation settings greedy decoding is compared with, and which of them the bundle lacks."""
+    found, wanted = [{} if facts is None else facts.defaults.model_dump(exclude_none=True) for facts in (ours, theirs)]
+    if found != wanted:
+        report.generation_mismatch = (
+            f"generation_config.json asks for {shown(wanted) or 'nothing'}, the bundle has {shown(found) or 'nothing'}; "
+            "export it again"
+        )
+    report.generation = found
+    report.switched_off = {} if theirs is None else {name: theirs.ignored[name] for name in switched_off(theirs)}
+    if found:
+        report.notes.append(f"greedy decoding is compared with the settings of generation_config.json: {shown(found)}")
+    if report.switched_off:
+        report.notes.append(
+            f"transformers' generate decodes otherwise: it follows {shown(report.switched_off)}, which the runtime does not; "
+            "greedy decoding is compared without"
+        )
+
+
 def _compare_greedy(
-    text: str, prompt_ids: list[int], side: BundleSide, reference_side: Reference, max_new_tokens: int
+    text: str, prompt_ids: list[int], side: BundleSide, reference_side: Reference, torch_side: ReferenceSide, new_tokens: int
 ) -> GreedyComparison:
     """Compare greedy decoding with Medusa, without Medusa, and the reference's choice after every prefix.
 
-    One forward pass over prompt and answer gives the reference's choice at each position. If all are equal to the answer, the
-    reference's own greedy decoding gives the same answer.
+    One forward pass over prompt and answer gives the reference's logits at each place, and Transformers' logits processors
+    its choice there. If all are equal, its `generate` gives the same answer, token by token.
     """
-    engine, stats = DecodingEngine(side.backend), DecodingStats()
-    plain = [token for [step] in engine.generate([prompt_ids], max_new_tokens, medusa=False) for token in step.token_ids]
-    medusa = [token for [step] in engine.generate([prompt_ids], max_new_tokens, stats=stats) for token in step.token_ids]
+    engine, stats, generation = DecodingEngine(side.backend), DecodingStats(), side.backend.manifest.generation
+    options = with_defaults(DecodingOptions.of(max_new_tokens=new_tokens), generation)
+    plain = [token for [step] in engine.generate([prompt_ids], options=options, medusa=False) for token in step.token_ids]
+    medusa = [token for [step] in engine.generate([prompt_ids], options=options, stats=stats) for token in step.token_ids]
     reference = reference_side.logits([*prompt_ids, *plain])[len(prompt_ids) - 1 : -1]  # [A, V]
+    reference = torch_side.processed(prompt_ids, plain, reference)
     return GreedyComparison(
         prompt=text,
         num_tokens=len(plain),

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Tokens
 
 from medusa_heads.distill.answerer import Answer, Request
 from medusa_runtime.decoding.engine import DecodingEngine
-from medusa_runtime.decoding.sequence import Sequence
+from medusa_runtime.decoding.sequence import DecodingSequence
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import DecodingOptions
 from medusa_runtime.text.codec import Message, TextCodec
@@ -52,7 +52,7 @@ class BundleAnswerer:
 
     def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
         """Answer until there are no more requests."""
-        under_way: dict[Sequence, Request] = {}
+        under_way: dict[DecodingSequence, Request] = {}
         try:
             while True:
                 while len(under_way) < self.engine.max_batch_size and (request := next_request()) is not None:
@@ -66,7 +66,7 @@ class BundleAnswerer:
                         yield Answer(under_way.pop(sequence), sequence.token_ids, sequence.finish_reason)
         finally:
             for sequence in under_way:
-                self.engine.cancel(sequence)
+                self.engine.end(sequence)
 
 
 def _options(request: Request) -> DecodingOptions:

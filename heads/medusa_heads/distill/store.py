@@ -14,7 +14,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medusa_heads.directories import alone_in
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import is_leftover, write_whole
 from medusa_runtime.bundle.manifest import Provenance
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import Message
@@ -130,10 +130,7 @@ def require_place(path: Path) -> None:
     standing = next(place for place in (path, *path.parents) if place.exists())
     if not standing.is_dir():
         raise OptionError(f"{standing} is not a directory; choose another output")
-    left = (
-        place for place in path.glob("*") if not place.name.startswith(f".{FACTS_NAME}.")
-    )  # leftovers of a killed run are ignored
-    if not (path / FACTS_NAME).exists() and any(left):
+    if not (path / FACTS_NAME).exists() and any(not is_leftover(place.name) for place in path.glob("*")):
         raise OptionError(f"{path} has other files in it; choose another output")
 
 
@@ -150,7 +147,7 @@ def read_facts(path: str | Path) -> DataFacts:
     """
     place = Path(path) / FACTS_NAME
     try:
-        return DataFacts.model_validate_json(place.read_text())
+        return DataFacts.model_validate_json(place.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise OptionError(
             f"{path} is not data of `medusa-export distill`: {place.name} is missing or damaged; make it again"

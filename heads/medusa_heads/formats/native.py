@@ -20,7 +20,10 @@ from medusa_heads.config import HeadsConfig
 from medusa_heads.directories import new_directory
 from medusa_heads.errors import CheckpointError
 from medusa_heads.modules import MedusaHeads
+from medusa_runtime.bundle.files import is_leftover, read_json
+from medusa_runtime.bundle.manifest import first_problem
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME
+from medusa_runtime.errors import first_line
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -39,7 +42,8 @@ def matches(path: Path) -> bool:
 
 def is_alone(path: Path) -> bool:
     """Whether a directory has heads in this format and no other files, so that it can be replaced by other heads."""
-    return matches(path) and {entry.name for entry in path.iterdir()} <= {*FILES, VOCABULARY_NAME, *BESIDE}
+    names = {entry.name for entry in path.iterdir() if not is_leftover(entry.name)} if matches(path) else set()
+    return bool(names) and names <= {*FILES, VOCABULARY_NAME, *BESIDE}
 
 
 def save(
@@ -62,9 +66,9 @@ def save(
         CheckpointError: the directory cannot be written.
     """
     with new_directory(path, is_alone, force=force) as directory:
-        (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n")
+        (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if heads.draft_ids is not None:
-            (directory / VOCABULARY_NAME).write_text(json.dumps(heads.draft_ids) + "\n")
+            (directory / VOCABULARY_NAME).write_text(json.dumps(heads.draft_ids) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
         try:
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
@@ -83,15 +87,12 @@ def load(path: Path) -> MedusaHeads:
         CheckpointError: a file is missing or damaged, or tensors and config do not match.
     """
     try:
-        config = HeadsConfig.model_validate(json.loads((path / CONFIG_NAME).read_text()))
+        config = HeadsConfig.model_validate(read_json(path / CONFIG_NAME))
         tensors = load_file(path / WEIGHTS_NAME)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "config"
-        raise CheckpointError(f"the heads in {path}: {CONFIG_NAME}: {field}: {first['msg']}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"the heads in {path} are damaged or incomplete: {reason}") from error
+        raise CheckpointError(f"the heads in {path}: {CONFIG_NAME}: {first_problem(error)}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"the heads in {path} are damaged or incomplete: {first_line(error)}") from error
     if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise CheckpointError(f"the heads in {path} have {strange[0]} as {tensors[strange[0]].dtype}; it must be a float type")
     with torch.device("meta"):
@@ -113,7 +114,7 @@ def _load_vocabulary(path: Path, vocab_size: int) -> list[int] | None:
     if not path.exists():
         return None
     try:
-        token_ids: list[int] = json.loads(path.read_text())
+        token_ids: list[int] = read_json(path)
         if not all(type(token) is int for token in token_ids) or sorted(set(token_ids)) != token_ids:
             raise ValueError("it must be an ascending list of token ids")
         if not token_ids or not 0 <= token_ids[0] <= token_ids[-1] < vocab_size:

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import is_leftover, json_text, sync_directory, sync_tree, write_whole
 from medusa_runtime.errors import MedusaError, OptionError, first_line
 
 RUN_NAME, LOG_NAME, CHECKPOINT, PLACE_NAME = "run.json", "log.jsonl", "checkpoint", "place.json"
@@ -36,20 +36,20 @@ class WorkDirectory:
     def log(self, **entry: Any) -> None:
         """Append a line to the log."""
         if self.accelerator.is_main_process:
-            with (self.path / LOG_NAME).open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            with (self.path / LOG_NAME).open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json_text(entry) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
         """The log's lines, without an incomplete one of a killed run."""
         place = self.path / LOG_NAME
-        lines = place.read_text().split("\n")[:-1] if place.exists() else []
+        lines = place.read_text(encoding="utf-8").split("\n")[:-1] if place.exists() else []
         return [json.loads(line) for line in lines]
 
     @property
     def stage(self) -> str | None:
         """The stage of the checkpoint; None if there is no checkpoint."""
         place = self._last() / PLACE_NAME
-        return str(json.loads(place.read_text())["stage"]) if place.exists() else None
+        return str(json.loads(place.read_text(encoding="utf-8"))["stage"]) if place.exists() else None
 
     @property
     def kept(self) -> str:
@@ -57,7 +57,7 @@ class WorkDirectory:
         place = self._last() / PLACE_NAME
         if not place.exists():
             return "there is no checkpoint yet"
-        found = json.loads(place.read_text())
+        found = json.loads(place.read_text(encoding="utf-8"))
         return f"the checkpoint after step {found['step']} of {found['stage']} is kept in {self.path}"
 
     def save(self, stage: str, step: int) -> None:
@@ -76,12 +76,14 @@ class WorkDirectory:
             raise MedusaError(f"{fresh} cannot be written: {first_line(error)}; {self.kept}") from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (fresh / PLACE_NAME).write_text(json.dumps({"stage": stage, "step": step}))
+            (fresh / PLACE_NAME).write_text(json.dumps({"stage": stage, "step": step}), encoding="utf-8")
+            sync_tree(fresh)
             old = self.path / f"{CHECKPOINT}.old"
             if last.exists():
                 shutil.rmtree(old, ignore_errors=True)  # the leftover of a killed run
                 last.rename(old)
             fresh.rename(last)
+            sync_directory(self.path)
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -94,10 +96,10 @@ class WorkDirectory:
         if self.stage == stage:
             last = self._last()
             self.accelerator.load_state(str(last))
-            step = int(json.loads((last / PLACE_NAME).read_text())["step"])
+            step = int(json.loads((last / PLACE_NAME).read_text(encoding="utf-8"))["step"])
         if self.accelerator.is_main_process:
             kept = [entry for entry in self.entries() if entry["stage"] != stage or entry["step"] <= step]
-            write_whole(self.path / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_whole(self.path / LOG_NAME, "".join(json_text(entry) + "\n" for entry in kept))
         self.accelerator.wait_for_everyone()
         return step
 
@@ -109,11 +111,13 @@ class WorkDirectory:
     def _check(self, identity: dict[str, Any]) -> None:
         place = self.path / RUN_NAME
         if not place.exists():
-            if self.path.exists() and any(entry.name != "hidden" for entry in self.path.iterdir()):
+            if self.path.exists() and any(
+                entry.name != "hidden" and not is_leftover(entry.name) for entry in self.path.iterdir()
+            ):
                 raise OptionError(f"{self.path} has other files in it; choose another --work")
             return
         try:
-            before = dict(json.loads(place.read_text()))
+            before = dict(json.loads(place.read_text(encoding="utf-8")))
         except (UnicodeDecodeError, ValueError, TypeError) as error:
             raise OptionError(f"{place} is damaged; delete {self.path} to start again") from error
         changed = [f"{name} was {before.get(name)}, is {now}" for name, now in identity.items() if before.get(name) != now]

@@ -93,7 +93,7 @@ def _from_directory(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
 
 def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"{path} is not UTF-8 text") from error
     for number, line in enumerate(lines, start=1):

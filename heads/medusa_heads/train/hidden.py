@@ -137,7 +137,7 @@ def _prepare(directory: Path, facts: dict[str, str], shape: tuple[int, int], num
     """Create empty files, unless there are files of the same run."""
     directory.mkdir(parents=True, exist_ok=True)
     place = directory / FACTS_NAME
-    if (directory / ROWS_NAME).exists() and place.exists() and json.loads(place.read_text()) == facts:
+    if (directory / ROWS_NAME).exists() and place.exists() and json.loads(place.read_text(encoding="utf-8")) == facts:
         return
     place.unlink(missing_ok=True)
     _allocate(directory / ROWS_NAME, np.float16, shape)

@@ -57,7 +57,7 @@ def ngrams(words: Sequence[str], length: int) -> Iterator[NGram]:
 
 def _texts(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"{path} is not UTF-8 text") from error
     except OSError as error:

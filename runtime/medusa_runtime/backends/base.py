@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medusa_runtime.arrays import BoolArray, FloatArray, IntArray
 from medusa_runtime.bundle.manifest import Manifest
-from medusa_runtime.errors import CapacityError
+from medusa_runtime.errors import BackendError, CapacityError
 
 CAPACITY_BUCKET = 64  # entries a cache grows by at least
 
@@ -22,7 +22,12 @@ class StepOutput:
 
     greedy_ids: IntArray  # [B, R] the most likely next token
     logits: npt.NDArray[np.floating] | None = None  # [B, R, V], only on request; the next step may overwrite it
-    is_warm: bool = True  # whether such a step will take as long again: a device may prepare itself in a shape's first ones
+    is_warm: bool = True  # False while the device still compiles or captures this shape; such timings must not be learned from
+    finite: BoolArray | None = None  # [B, R] whether the model's numbers are finite; None if the device does not tell
+
+    def is_row_finite(self, row: int, *rows: int) -> bool:
+        """Whether a sequence's numbers are finite in some of its R rows, as far as that is known."""
+        return self.finite is None or bool(self.finite[row, list(rows)].all())
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,12 @@ class Backend(Protocol):
         """
         ...
 
+    def save(self) -> None:
+        """Keep on disk what lets the next process start faster. Steps are still possible afterwards."""
+        ...
+
     def close(self) -> None:
-        """Save what the next process may use. Steps are still possible afterwards."""
+        """Free the memory of graphs and cache. No other call is possible afterwards, but closing again does nothing."""
         ...
 
 
@@ -136,6 +145,21 @@ def require_slots(first_slot: int, batch_size: int, num_slots: int) -> None:
         raise CapacityError(
             f"the step needs the slots {first_slot} to {first_slot + batch_size - 1}, the cache has {num_slots}"
         )
+
+
+def not_finite() -> BackendError:
+    """The error of a sequence for which the model computed numbers that are not finite."""
+    return BackendError(
+        "the model's numbers are not finite (NaN or infinity), so no token can be chosen; "
+        "a bundle in fp16 may overflow: try fp32 or bf16, and validate the bundle with: medusa-export validate"
+    )
+
+
+def cache_entry_bytes(manifest: Manifest) -> int:
+    """Bytes of one token's entry in the cache, keys and values of all layers together."""
+    model = manifest.model
+    item_bytes = 4 if manifest.precision == "fp32" else 2
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * item_bytes
 
 
 def bucket(capacity: int) -> int:

@@ -25,6 +25,7 @@ class Placement:
     backend: str  # one of `BACKENDS`, but for auto
     device: str  # "cpu" or "cuda:N"
     why: str
+    is_fallback: bool = False  # there is a better device here, but something for it is missing
 
     @property
     def processor(self) -> str | None:
@@ -96,7 +97,20 @@ def open_backend(
         MissingExtraError: the backend's package is not installed.
         CapacityError: a GPU's memory does not suffice.
     """
-    placement = choose_backend(manifest, backend, device)
+    return open_placement(
+        bundle, manifest, choose_backend(manifest, backend, device), num_threads=num_threads, cuda_graphs=cuda_graphs
+    )
+
+
+def open_placement(
+    bundle: str | Path,
+    manifest: Manifest,
+    placement: Placement,
+    *,
+    num_threads: int = 0,
+    cuda_graphs: bool | None = None,
+) -> Backend:
+    """Open a bundle at a chosen place. Arguments and errors as for `open_backend`."""
     if placement.backend == ORT_CPU:
         from medusa_runtime.backends.ort_cpu import OrtCpuBackend  # noqa: PLC0415 - needs an extra, as those below
 
@@ -135,6 +149,9 @@ def _choose_onnx(manifest: Manifest) -> Placement:
         raise MissingExtraError("onnxruntime-gpu", "gpu") from error
     if "CUDAExecutionProvider" not in providers:
         return Placement(
-            ORT_CPU, "cpu", f"there is {found.gpus[0].name}, but ONNX Runtime is installed without CUDA (extra gpu)"
+            ORT_CPU,
+            "cpu",
+            f"there is {found.gpus[0].name}, but ONNX Runtime is installed without CUDA (extra gpu)",
+            is_fallback=True,
         )
     return Placement(ORT_CUDA, "cuda:0", f"there is {found.gpus[0].name}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,30 +12,32 @@ import numpy.typing as npt
 
 from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
-from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, ORT_CPU_SINGLE, STEP, GraphFacts, Manifest
-from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError, first_line
+from medusa_runtime.bundle.cpu import check_num_threads
+from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, Manifest
+from medusa_runtime.errors import BackendError, CapacityError, ClosedError, MissingExtraError, first_line
 
 try:
     import onnxruntime as ort
 except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
+from medusa_runtime.backends.ort_sessions import StepSessions, open_graph, trim_memory
+
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
-PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # which Windows has not
-EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # as Linux names what a processor can
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+Inputs = dict[str, npt.NDArray[np.generic]]
 
 
 class OrtCpuBackend:
     """Runs a bundle's graphs with ONNX Runtime's CPU provider: those made for it, or else the portable ones.
 
-    Of a step there may be a graph for one sequence and one for any number. One is open at a time, as each holds the weights:
-    that for one, until there is a step of several, and again once the cache has a single slot.
-
     Args:
         bundle: the bundle's directory.
-        num_threads: threads for the products; 0 for one a core.
+        manifest: the bundle's.
+        num_threads: threads of each matrix product; 0 for one a core.
 
     Raises:
+        OptionError: num_threads is out of range.
         BackendError: the bundle's precision has no CPU kernels, or ONNX Runtime refuses a graph.
     """
 
@@ -52,15 +51,12 @@ class OrtCpuBackend:
             )
         self.manifest = manifest
         self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
-        self._bundle, self._num_threads = Path(bundle), num_threads
-        self._for_several = manifest.graph(STEP, ORT_CPU)
-        self._for_one = manifest.graphs.get(f"{STEP}.{ORT_CPU_SINGLE}", self._for_several)
-        self._step_graph = self._for_one
-        self._step_session = self._session(STEP, self._step_graph)
-        self._heads_session = self._session(HEADS, manifest.graph(HEADS, ORT_CPU))
+        bundle, num_threads = Path(bundle).resolve(), check_num_threads(num_threads)
+        self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
+        self._steps: StepSessions | None = StepSessions(bundle, manifest, num_threads, self._bindings.clear)
+        self._heads_session = open_graph(bundle, manifest, HEADS, manifest.graph(HEADS, ORT_CPU), num_threads)
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._logits = np.empty(0, self._dtype)  # room for the largest logits asked for so far
-        self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
         self._cache = self._new_cache(num_slots=0, capacity=0)
 
     @property
@@ -75,9 +71,10 @@ class OrtCpuBackend:
 
     def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
         """See `Backend.resize`. The capacity is rounded up to a bucket; memory that no entry is written to is not taken."""
-        if num_slots == 1:
-            self._open_step(self._for_one)
+        steps = self._open_steps()
         resized = self._new_cache(num_slots, bucket(capacity))
+        if num_slots == 1:
+            steps.want_one()
         for slot, length in enumerate(lengths):
             resized[:, :, slot, :, :length] = self._cache[:, :, slot, :, :length]
         self._cache = resized
@@ -96,30 +93,44 @@ class OrtCpuBackend:
         propose_ahead: bool = False,  # noqa: ARG002 - there is nothing to wait for on a CPU
     ) -> StepOutput:
         """See `Backend.step`."""
+        steps = self._open_steps()
         batch, rows = logit_rows.shape
         require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, input_ids.shape[1], self.capacity)
-        is_warm = batch == 1 or not self._open_step(self._for_several)
-        binding = self._binding(first_slot, batch, with_logits=with_logits)
-        binding.bind_cpu_input("input_ids", input_ids)
-        binding.bind_cpu_input("position_ids", position_ids)
-        binding.bind_cpu_input("tree_mask", tree_mask)
-        binding.bind_cpu_input("cache_lengths", cache_lengths)
-        binding.bind_cpu_input("logit_rows", logit_rows)
-        greedy_ids = np.empty((batch, rows), np.int64)
+        ran_several = steps.runs_several
+        if batch > 1:
+            steps.want_several()
+        inputs: Inputs = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "tree_mask": tree_mask,
+            "cache_lengths": cache_lengths,
+            "logit_rows": logit_rows,
+        }
         self._hidden = np.empty((batch, rows, self.manifest.model.hidden_size), self._dtype)
+        greedy_ids = np.empty((batch, rows), np.int64)
+        outputs: Inputs = {"greedy_ids": greedy_ids, "hidden": self._hidden}
         logits = self._logits_room(batch, rows) if with_logits else None
-        for name, array in (("greedy_ids", greedy_ids), ("hidden", self._hidden), ("logits", logits)):
-            if array is not None:
-                binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
-        try:
-            self._step_session.run_with_iobinding(binding)
-        except Exception as error:  # as for opening
-            raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
-        return StepOutput(greedy_ids, logits, is_warm=is_warm)
+        if logits is not None:
+            outputs["logits"] = logits
+        if batch == 1 or steps.runs_several:
+            self._run(first_slot, batch, inputs, outputs)
+        else:
+            for row in range(batch):
+                one = slice(row, row + 1)
+                self._run(
+                    first_slot + row,
+                    1,
+                    {name: array[one] for name, array in inputs.items()},
+                    {name: array[one] for name, array in outputs.items()},
+                )
+        finite = np.isfinite(self._hidden.sum(-1, dtype=np.float32))  # a sum over a NaN or infinity is none either
+        is_warm = steps.runs_several == ran_several and not steps.is_changing
+        return StepOutput(greedy_ids, logits, is_warm=is_warm, finite=finite)
 
     def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
         """See `Backend.propose`."""
+        self._open_steps()
         inputs = {"hidden": self._hidden[np.arange(len(rows)), rows]}  # [B, C]
         if self.manifest.heads.reads_root:
             inputs["root_ids"] = root_ids
@@ -128,7 +139,7 @@ class OrtCpuBackend:
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:
         """See `Backend.commit`."""
-        first = int(np.argmax(nodes != np.arange(len(nodes))))  # what stands in place already is not moved
+        first = int(np.argmax(nodes != np.arange(len(nodes))))  # entries that stand in place already are not moved
         if nodes[first] == first:
             return
         entries = self._cache[:, :, slot]  # [L, 2, Hkv, S, D]
@@ -147,31 +158,38 @@ class OrtCpuBackend:
         """See `Backend.clear`."""
         self._cache[:, :, slot, :, start:stop] = 0
 
+    def save(self) -> None:
+        """See `Backend.save`: there is nothing to keep."""
+
     def close(self) -> None:
-        """See `Backend.close`: there is nothing."""
-
-    def _open_step(self, graph: GraphFacts) -> bool:
-        """Let steps run on that graph. Returns whether it had to be opened, which takes about as long as opening the bundle.
-
-        Raises:
-            BackendError: it cannot be opened. The graph before it can still be run.
-        """
-        if graph == self._step_graph:
-            return False
+        """See `Backend.close`."""
+        if self._steps is None:
+            return
+        self._steps.close()
         self._bindings.clear()
-        del self._step_session  # its weights, before the next one's are read
-        try:
-            self._step_session = self._session(STEP, graph)
-        except BackendError:
-            self._step_session = self._session(STEP, self._step_graph)
-            raise
-        self._step_graph = graph
-        return True
+        self._steps = None
+        del self._heads_session
+        self._hidden, self._logits = self._hidden[:0].copy(), self._logits[:0].copy()
+        self._cache = self._new_cache(num_slots=0, capacity=0)
+        trim_memory()
 
-    def _session(self, name: str, graph: GraphFacts) -> ort.InferenceSession:
-        session = _open(self._bundle / graph.file, self._num_threads)
-        _require_contract(session, self.manifest, name, graph)
-        return session
+    def _open_steps(self) -> StepSessions:
+        if self._steps is None:
+            raise ClosedError("this backend is closed")
+        return self._steps
+
+    def _run(self, first_slot: int, batch: int, inputs: Inputs, outputs: Inputs) -> None:
+        """Run the step's graph on some neighbouring slots."""
+        session = self._open_steps().session
+        binding = self._binding(session, first_slot, batch, with_logits="logits" in outputs)
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors have no common base but this
+            raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
 
     def _new_cache(self, num_slots: int, capacity: int) -> npt.NDArray[np.floating]:
         model = self.manifest.model
@@ -184,14 +202,14 @@ class OrtCpuBackend:
             raise CapacityError(f"no memory for a cache of {num_slots} times {capacity} entries") from error
         return np.frombuffer(memory, self._dtype, math.prod(shape)).reshape(shape)  # [L, 2, slots, Hkv, S, D]
 
-    def _binding(self, first_slot: int, batch: int, *, with_logits: bool) -> ort.IOBinding:
+    def _binding(self, session: ort.InferenceSession, first_slot: int, batch: int, *, with_logits: bool) -> ort.IOBinding:
         """The cache of some neighbouring slots, bound as input and output: the graph writes into the array itself.
 
-        What is bound once is used at every run, so a binding with logits is another one than a binding without.
+        A binding keeps all that was bound to it, so one with logits is another one than one without.
         """
         key = (first_slot, batch, with_logits)
         if key not in self._bindings:
-            binding = self._step_session.io_binding()
+            binding = session.io_binding()
             for layer, pair in enumerate(self._cache[:, :, first_slot : first_slot + batch]):
                 for name, array in zip(("key", "value"), pair, strict=True):
                     shared = ort.OrtValue.ortvalue_from_numpy(array)
@@ -206,50 +224,3 @@ class OrtCpuBackend:
         if self._logits.size < size:
             self._logits = np.empty(size, self._dtype)
         return self._logits[:size].reshape(shape)
-
-
-def _num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _open(path: Path, num_threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads or _num_cores()
-    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 86 ms
-    # where they now take 46 (docs/decisions/0002-threads-of-two-sessions.md).
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # 4-bit weights: products in int8
-    if not _has_exact_products():  # uint8 times int8 saturates; twice as slow products do not
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 2  # warnings stay on: TensorScatter says so when it had to copy the cache
-    try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors have no common base but this
-        raise BackendError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
-
-
-def _has_exact_products() -> bool:
-    """Whether ONNX Runtime's products of uint8 with int8 keep all their bits: on x86 only with VNNI or AMX."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    except OSError:  # not Linux: what the processor has is not known
-        return False
-    return not EXACT.isdisjoint(flags)
-
-
-def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str, facts: GraphFacts) -> None:
-    """Refuse a graph that is not the one the manifest describes, or whose cache is not the model's."""
-    model = manifest.model
-    found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
-    cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]
-    expected = [(tensor.name, tensor.shape) for tensor in facts.inputs if not tensor.name.startswith("past.")]
-    if name == STEP:
-        expected += [(f"past.{layer}.{part}", cache) for layer in range(model.num_layers) for part in ("key", "value")]
-    for have, want in itertools.zip_longest(found, expected):
-        if have != want:
-            raise BackendError(f"{facts.file} has the input {have}, the manifest says {want}; export the bundle again")
-    if missing := {tensor.name for tensor in facts.outputs} - {tensor.name for tensor in session.get_outputs()}:
-        raise BackendError(f"{facts.file} lacks the output {min(missing)}; export the bundle again")

@@ -1,31 +1,51 @@
-"""What a bundle says of itself: `manifest.json`, its schema, and the check of the files against it."""
+"""A bundle's manifest: the schema of `manifest.json`, and the check of the bundle's files against it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from medusa_runtime.bundle.files import write_whole
-from medusa_runtime.errors import BundleError
+from medusa_runtime.bundle.files import read_json, write_whole
+from medusa_runtime.errors import BundleError, first_line
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "validation.json"
-TUNING_NAME = "tuning.json"  # like the report, none of the files that the digest is of
-RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # what TensorRT-RTX compiled for a GPU; none of the digest's files either
+TUNING_NAME = "tuning.json"  # not part of the digest, and neither is the report
+RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # kernels that TensorRT-RTX compiled for a GPU; not part of the digest either
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
 EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
-PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # what a graph is made for
-ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider, a step of one sequence
+PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # the backends that a graph can be made for
+ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider and steps of one sequence
 STEP, HEADS = "step", "heads"
-PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; its heads have one of their own name
+PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; the heads' profile is called `heads`
+
+
+MAX_NAME_BYTES = 255  # of a file; most file systems take no more
+
+
+def _plain_name(name: str) -> str:
+    """Refuse whatever could lead out of the bundle, or could stand for another file on some system."""
+    is_path = name in ("", ".", "..") or any(letter in "/\\:" for letter in name)
+    if is_path or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"{name[:80]!r} is not a plain file name")
+    return name
+
+
+def _directory(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError(f"{path[:80]!r} is not a directory's name")
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]
 
 
 class _Model(BaseModel):
@@ -33,44 +53,50 @@ class _Model(BaseModel):
 
 
 class ModelFacts(_Model):
-    """What the runtime must know of the backbone."""
+    """The facts about the backbone that the runtime needs."""
 
-    name: str = Field(description="where the checkpoint came from, as the user named it")
+    name: str = Field(description="the checkpoint, as the user named it")
     architecture: str = Field(description="the Transformers class that was traced")
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    vocab_size: Count
+    hidden_size: Count
+    num_layers: Count
+    num_attention_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(description="any of these ends an answer")
 
+    @field_validator("eos_token_ids")
+    @classmethod
+    def _in_vocabulary(cls, token_ids: list[int], info: ValidationInfo) -> list[int]:
+        """Leave out ids that the model has no row for: no answer can end with them. Bundles may hold them from checkpoints."""
+        return [token for token in token_ids if 0 <= token < info.data.get("vocab_size", 0)]
+
 
 class HeadFacts(_Model):
-    """What the runtime must know of the Medusa heads."""
+    """The facts about the Medusa heads that the runtime needs."""
 
-    num_heads: int = Field(gt=0)
-    num_layers: int = Field(gt=0, description="residual blocks a head")
-    top_k: int = Field(gt=0, description="candidates a head returns")
+    num_heads: Count
+    num_layers: Count = Field(description="residual blocks of each head")
+    top_k: Count = Field(description="candidates that a head returns")
     shared_lm_head: bool
     reads_root: bool = Field(default=False, description="they read the root token: their graph has the input `root_ids`")
-    draft_vocab_size: int | None = Field(default=None, gt=0, description="tokens the heads choose among; none: all")
+    draft_vocab_size: Count | None = Field(default=None, description="tokens that the heads choose among; omitted: all")
     sha256: str = Field(description="of the heads' weights as they were read")
 
 
 class Limits(_Model):
-    """What a request may ask for."""
+    """The largest requests and steps that the bundle takes."""
 
-    max_seq_len: int = Field(gt=0, description="prompt and answer together, in tokens")
-    max_batch_size: int | None = Field(default=None, gt=0, description="none: only memory limits it")
-    max_tree_nodes: int | None = Field(default=None, gt=0, description="none: only memory limits it")
-    max_prefill_tokens: int | None = Field(default=None, gt=0, description="prompt tokens a step takes; none: any number")
-    capacity: int | None = Field(default=None, gt=0, description="cache slots a sequence, where the engine fixes them")
+    max_seq_len: Count = Field(description="prompt and answer together, in tokens")
+    max_batch_size: Count | None = Field(default=None, description="omitted: only memory limits it")
+    max_tree_nodes: Count | None = Field(default=None, description="omitted: only memory limits it")
+    max_prefill_tokens: Count | None = Field(default=None, description="prompt tokens in a step; omitted: any number")
+    capacity: Count | None = Field(default=None, description="cache entries of each sequence, if the engine fixes them")
 
 
 class TensorFacts(_Model):
-    """A graph's input or output; a named dimension is dynamic."""
+    """An input or output of a graph. A dimension with a name is dynamic."""
 
     name: str
     dtype: str
@@ -80,27 +106,53 @@ class TensorFacts(_Model):
 class GraphFacts(_Model):
     """One graph of the bundle."""
 
-    file: str
-    target: str = Field(description="`portable` runs on every backend; others name the backend they are made for")
+    file: FileName
+    target: str = Field(description="`portable` runs on every backend; others name the backend that they are made for")
     inputs: list[TensorFacts]
     outputs: list[TensorFacts]
 
 
 class QuantizationFacts(_Model):
-    """How a bundle's weights are rounded, and what that changed."""
+    """How a bundle's weights are rounded, and how much that changed."""
 
     scheme: Scheme
-    activation_bits: Literal[8, 16] = Field(description="of what int8 weights are multiplied with, on the CPU")
-    smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not")
+    activation_bits: Literal[8, 16] = Field(description="of the numbers that int8 weights are multiplied with on the CPU")
+    smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not at all")
     source_bundle: str = Field(description="content digest of the bundle that was quantised")
-    quality: dict[str, float] = Field(description="against that bundle, over text of the model's own")
-    max_kl: float | None = Field(default=None, description="the mean KL divergence that was allowed, in nats")
+    quality: dict[str, float] = Field(description="compared with that bundle, on texts that the model wrote")
+    max_kl: float | None = Field(default=None, description="the largest mean KL divergence that was allowed, in nats")
+
+
+class DecodingDefaults(_Model):
+    """Options of every request that does not set them. Names and ranges are those of `DecodingOptions`."""
+
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+
+
+class SamplingDefaults(_Model):
+    """Options of requests that sample and do not set them. The temperature is only a recommendation: none is applied."""
+
+    temperature: float | None = Field(default=None, gt=0, le=100)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+
+
+class GenerationFacts(_Model):
+    """What the checkpoint's generation_config.json asks for."""
+
+    defaults: DecodingDefaults = DecodingDefaults()
+    sampling: SamplingDefaults = SamplingDefaults()
+    ignored: dict[str, Any] = Field(default_factory=dict, description="its settings that the runtime does not follow")
 
 
 class FileFacts(_Model):
     """A file's size in bytes and its digest."""
 
-    size: int
+    size: int = Field(ge=0)
     sha256: str
 
 
@@ -113,7 +165,7 @@ class Provenance(_Model):
 
 
 class ValidationFacts(_Model):
-    """The last comparison with the reference; the details are in `report`."""
+    """The result of the last comparison with the reference; the file `report` has the details."""
 
     status: Literal["passed", "failed", "not run"]
     report: str | None = None
@@ -121,22 +173,22 @@ class ValidationFacts(_Model):
 
 
 class PartFacts(_Model):
-    """A weight's rows within those of a region."""
+    """One weight of a region: the rows of a region are made of the rows of its weights, side by side."""
 
-    source: int = Field(ge=0, description="where its first row is in the weights file; the others follow")
+    source: int = Field(ge=0, description="offset of its first row in the weights file, in bytes; the other rows follow")
     row_bytes: int = Field(gt=0)
 
 
 class RegionFacts(_Model):
-    """A run of a plan that is weights and nothing else: rows that hold a row of each part, side by side."""
+    """A run of a plan that holds only weights. Each of its rows holds one row of each part, side by side."""
 
-    offset: int = Field(ge=0, description="in the plan, in bytes")
+    offset: int = Field(ge=0, description="where the run begins in the plan, in bytes")
     rows: int = Field(gt=0)
     parts: list[PartFacts] = Field(min_length=1)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, all parts together."""
+        """Bytes of one row, with all parts."""
         return sum(part.row_bytes for part in self.parts)
 
     @property
@@ -146,33 +198,36 @@ class RegionFacts(_Model):
 
 
 class StrippedPlan(FileFacts):
-    """What a plan is with its weights put back: its size, its digest, and where they go, in order."""
+    """A plan whose weights were left out: its size and digest with the weights, and the regions they go to, in order."""
 
     regions: list[RegionFacts]
 
 
 class SharedWeights(_Model):
-    """Weights that the plans do not repeat, because the bundle they were built from holds the same bytes."""
+    """Weights that the plans leave out, because the bundle that they were built from holds the same bytes."""
 
-    source: str = Field(description="directory of the weights file as seen from the engine bundle, where a copy comes first")
+    source: Annotated[str, AfterValidator(_directory)] = Field(
+        description="the directory of the weights file, absolute or as seen from the engine bundle; it may be anywhere, "
+        "because size and digest say whether it is the right file. A copy in the engine bundle itself comes first"
+    )
     file: FileFacts = Field(description=f"of {WEIGHTS_NAME}")
-    plans: dict[str, StrippedPlan] = Field(description="by file name")
+    plans: dict[FileName, StrippedPlan] = Field(description="by file name")
 
 
 class EngineFacts(_Model):
-    """What TensorRT engines were built for, and with."""
+    """What TensorRT engines were built for, and what they were built with."""
 
     flavor: Literal["tensorrt", "rtx"]
     tensorrt_version: str
     compute_capabilities: list[str]
     profiles: dict[str, dict[str, dict[str, list[int]]]] = Field(description="profile → input → min, opt and max shape")
-    aliases: dict[str, str] = Field(description="output → the input whose memory it must share")
-    source_bundle: str = Field(description="content digest of the ONNX bundle it was built from")
-    weights: EngineWeights = Field(default="as-is", description="how the weights of products are stored")
+    aliases: dict[str, str] = Field(description="output → the input whose memory the output must share")
+    source_bundle: str = Field(description="content digest of the ONNX bundle that the engines were built from")
+    weights: EngineWeights = Field(default="as-is", description="how the weights of matrix products are stored")
     hardware_compatibility: HardwareCompatibility = "none"
-    version_compatible: bool = Field(default=False, description="newer runtimes of the same major version load it as well")
-    lean_runtime: bool = Field(default=False, description="the plans bring a runtime along, so loading them runs their code")
-    built_with: dict[str, str] = Field(default_factory=dict, description="options, and GPU, driver and CUDA where there were")
+    version_compatible: bool = Field(default=False, description="newer runtimes of the same major version load the engines too")
+    lean_runtime: bool = Field(default=False, description="the plans contain a runtime, so loading them runs their code")
+    built_with: dict[str, str] = Field(default_factory=dict, description="options; GPU, driver and CUDA if there were any")
     device_memory: dict[str, int] = Field(default_factory=dict, description="estimate at the largest shapes, bytes by use")
     shared_weights: SharedWeights | None = None
 
@@ -187,10 +242,11 @@ class Manifest(_Model):
     precision: Precision
     opset: int
     limits: Limits
+    generation: GenerationFacts | None = None
     quantization: QuantizationFacts | None = None
-    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`, and `NAME.TARGET` where one has graphs of its own")
+    graphs: dict[str, GraphFacts] = Field(description="`step` and `heads`; `NAME.TARGET` for graphs made for one backend")
     tree: dict[str, list[int]] = Field(description="the candidate tree used by default: parents and ranks")
-    files: dict[str, FileFacts]
+    files: dict[FileName, FileFacts]
     provenance: Provenance
     validation: ValidationFacts = ValidationFacts(status="not run")
     engine: EngineFacts | None = None
@@ -203,43 +259,46 @@ class Manifest(_Model):
             BundleError: there is none, it is damaged, or its schema is of another version.
         """
         path = Path(bundle) / MANIFEST_NAME
-        if not path.is_file():
-            raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
         try:
-            data = json.loads(path.read_text())
+            if not path.is_file():
+                raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
+            data = read_json(path)
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise BundleError(
-                    f"{path} has schema version {version}, this medusa-export reads {SCHEMA_VERSION}; export it again"
+                    f"{path} has schema version {version!r:.40}, this medusa-export reads {SCHEMA_VERSION}; export it again"
                 )
             manifest = cls.model_validate(data)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
+            raise BundleError(f"{path}: {first_problem(error)}; export the bundle again") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{path} cannot be read ({first_line(error)}); export the bundle again") from error
         if problem := manifest.incompleteness():
             raise BundleError(f"{path}: {problem}; {manifest.remedy}")
         return manifest
 
     @property
     def remedy(self) -> str:
-        """What helps where the bundle is damaged."""
+        """What to do if the bundle is damaged."""
         if self.kind == "onnx":
             return "export the bundle again"
         return "copy the engines again, or build them again with: medusa-export trt"
 
     def incompleteness(self) -> str | None:
-        """What a manifest of the right form may still lack."""
+        """What is missing or contradictory in a manifest of the right form; None if it is complete."""
         if missing := {STEP, HEADS} - self.graphs.keys():
             return f"graphs: {', '.join(sorted(missing))} is missing"
         needed = {"tokenizer.json", "chat.json", *(graph.file for graph in self.graphs.values())}
         needed |= {WEIGHTS_NAME} if self.kind == "onnx" else set()
         if missing := needed - self.files.keys():
             return f"files: {', '.join(sorted(missing))} is missing"
-        if strange := [name for name in self.files if Path(name).name != name]:
-            return f"files: {strange[0]!r} is not a plain file name"
+        parents, ranks = self.tree.get("parents", []), self.tree.get("ranks", [])
+        if self.tree.keys() != {"parents", "ranks"} or not parents or len(parents) != len(ranks):
+            return "tree: it must have parents and ranks, one of each for every node"
+        defaults = DecodingDefaults() if self.generation is None else self.generation.defaults
+        suppressed = [*(defaults.suppress_tokens or []), *(defaults.begin_suppress_tokens or [])]
+        if outside := [token for token in suppressed if not 0 <= token < self.model.vocab_size]:
+            return f"generation.defaults: the token {outside[0]} is outside the vocabulary of {self.model.vocab_size}"
         if (self.engine is None) != (self.kind == "onnx"):
             return f"kind is {self.kind}, and there is {'no' if self.engine is None else 'an'} engine"
         return None if self.engine is None else self._engine_incompleteness(self.engine)
@@ -252,10 +311,13 @@ class Manifest(_Model):
         outputs = {tensor.name for tensor in self.graphs[STEP].outputs if tensor.name.startswith("present.")}
         if unshared := outputs - engine.aliases.keys():
             return f"engine.aliases: {min(unshared)} is missing"
+        plans = self.files if engine.shared_weights is None else engine.shared_weights.plans
+        if lacking := {self.graphs[name].file for name in (STEP, HEADS)} - plans.keys():
+            return f"engine.shared_weights.plans: {min(lacking)} is missing"
         return None
 
     def graph(self, name: str, backend: str = PORTABLE) -> GraphFacts:
-        """The graph of that name for a backend: its own, or else the portable one."""
+        """The graph of that name for a backend: one made for it, or else the portable one."""
         return self.graphs.get(f"{name}.{backend}", self.graphs[name])
 
     def save(self, bundle: str | Path) -> None:
@@ -263,12 +325,12 @@ class Manifest(_Model):
         write_whole(Path(bundle) / MANIFEST_NAME, self.model_dump_json(indent=2, exclude_none=True) + "\n")
 
     def content_digest(self) -> str:
-        """One SHA-256 for all files: it stays the same when the bundle is validated again."""
+        """One SHA-256 over all files: it stays the same if the bundle is validated again."""
         lines = "".join(f"{facts.sha256}  {name}\n" for name, facts in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def mismatches(self, bundle: str | Path) -> list[str]:
-        """Compare every file with its size and digest; one line for each that differs, none when all is well."""
+        """Compare every file with its size and digest. Returns one line for each file that differs."""
         problems = []
         for name, facts in self.files.items():
             path = Path(bundle) / name
@@ -285,6 +347,13 @@ class Manifest(_Model):
         if problems := self.mismatches(bundle):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise BundleError(f"{bundle} does not match its manifest: {problems[0]}{more}; {self.remedy}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line: the field's path and why."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return " ".join(f"{field[:120]}: {first['msg']}".split())
 
 
 def file_facts(path: Path) -> FileFacts:

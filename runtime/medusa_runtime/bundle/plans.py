@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +36,14 @@ def require_loadable(
     tensorrt_version: str,
     compute_capability: str | None = None,
 ) -> None:
-    """Check that engines can be loaded, before TensorRT is asked to: it says less.
+    """Check that engines can be loaded before TensorRT tries to: its own errors say less.
 
     Args:
         manifest: the engine bundle's.
-        directory: where it is.
-        flavor: ``rtx`` or ``tensorrt``: what is to load them.
-        tensorrt_version: of that, such as ``1.7.1.116``.
-        compute_capability: of the GPU, such as ``8.9``; none to leave it unchecked.
+        directory: the engine bundle.
+        flavor: ``rtx`` or ``tensorrt``: the library that will load them.
+        tensorrt_version: the library's version, such as ``1.7.1.116``.
+        compute_capability: the GPU's, such as ``8.9``; omit it to leave it unchecked.
 
     Raises:
         BundleError: the bundle holds no engines, a plan is missing or has another size than the manifest says, or the
@@ -75,13 +75,16 @@ def require_loadable(
 
 
 def shared_weights_file(shared: SharedWeights, directory: str | Path) -> Path:
-    """Where the weights are that plans share: in the engine bundle itself, or else in the bundle it was built from.
+    """The file of weights that plans share: in the engine bundle itself, or else in the bundle that it was built from.
 
     Raises:
-        BundleError: in neither is a file of that size.
+        BundleError: neither has a file of that size.
     """
-    places = [Path(directory) / WEIGHTS_NAME, (Path(directory) / shared.source).resolve() / WEIGHTS_NAME]
-    found = {path: path.stat().st_size for path in places if path.is_file()}
+    source = Path(directory) / shared.source
+    with suppress(OSError, RuntimeError):  # links in a circle
+        source = source.resolve()
+    places = [Path(directory) / WEIGHTS_NAME, source / WEIGHTS_NAME]
+    found = {path: size for path in places if (size := _file_size(path)) is not None}
     for path, size in found.items():
         if size == shared.file.size:
             return path
@@ -94,7 +97,7 @@ def shared_weights_file(shared: SharedWeights, directory: str | Path) -> Path:
 
 
 def plan_size(manifest: Manifest, graph: str) -> int:
-    """Bytes of a plan, its weights included. graph: ``step`` or ``heads``."""
+    """Bytes of a plan with its weights. graph: ``step`` or ``heads``."""
     name = manifest.graphs[graph].file
     shared = manifest.engine.shared_weights if manifest.engine else None
     return (manifest.files[name] if shared is None else shared.plans[name]).size
@@ -102,15 +105,15 @@ def plan_size(manifest: Manifest, graph: str) -> int:
 
 @contextmanager
 def open_plan(manifest: Manifest, directory: str | Path, graph: str) -> Iterator[mmap.mmap | Bytes]:
-    """A plan's bytes, for `Runtime.deserialize_cuda_engine`: the file, mapped, or put together with the weights it shares.
+    """A plan's bytes, for `Runtime.deserialize_cuda_engine`: the file mapped, or put together with the weights it shares.
 
     Args:
         manifest: the engine bundle's.
-        directory: where it is.
+        directory: the engine bundle.
         graph: ``step`` or ``heads``.
 
     Raises:
-        BundleError: the weights it shares are not there, or are others.
+        BundleError: the plan is empty, or the weights it shares are missing or are not those it was built with.
     """
     name = manifest.graphs[graph].file
     shared = manifest.engine.shared_weights if manifest.engine else None
@@ -124,28 +127,31 @@ def open_plan(manifest: Manifest, directory: str | Path, graph: str) -> Iterator
     if (digest := hashlib.sha256(restored.data).hexdigest()) != whole.sha256:
         raise BundleError(
             f"{Path(directory) / name} with the weights of {path} has sha256 {digest[:12]}…, the manifest says "
-            f"{whole.sha256[:12]}…; the weights are others than it was built with: {_REBUILD}"
+            f"{whole.sha256[:12]}…: these are not the weights that it was built with; {_REBUILD}"
         )
     yield restored
 
 
 def restore(own: bytes | mmap.mmap, whole: StrippedPlan, weights: bytes | mmap.mmap) -> Bytes:
-    """A stripped plan with its weights.
+    """Put the weights back into a stripped plan.
 
     Args:
-        own: what is left of the plan: what lies between its regions, one after the other.
-        whole: what it was, and where the weights go.
-        weights: the file that they are in.
+        own: the stripped plan: the bytes between the regions of weights, one run after the other.
+        whole: the size of the whole plan, and its regions of weights.
+        weights: the weights file.
 
     Raises:
-        BundleError: `own` or `weights` is too short for these regions.
+        BundleError: `own` or `weights` does not fit these regions, or the whole plan does not fit in memory.
     """
     rest, source = np.frombuffer(own, np.uint8), np.frombuffer(weights, np.uint8)
     gaps = plan_gaps(whole.size, whole.regions)
     parts = [(part.source, region.rows * part.row_bytes) for region in whole.regions for part in region.parts]
     if sum(stop - start for start, stop in gaps) != rest.size or any(start + size > source.size for start, size in parts):
         raise BundleError(f"a stripped plan and its weights do not fit together; {_REBUILD}")
-    plan = np.empty(whole.size, np.uint8)
+    try:
+        plan = np.empty(whole.size, np.uint8)
+    except MemoryError as error:
+        raise BundleError(f"there is no memory for a plan of {whole.size} bytes") from error
     taken = 0
     for start, stop in gaps:
         plan[start:stop] = rest[taken : taken + stop - start]
@@ -157,14 +163,14 @@ def restore(own: bytes | mmap.mmap, whole: StrippedPlan, weights: bytes | mmap.m
 
 
 def region_rows(plan: Bytes, region: RegionFacts) -> list[Bytes]:
-    """The rows of each part of a region within a plan: views [rows, bytes of its row]."""
+    """The rows of each part of a region, as views into the plan. [rows, bytes of the part's row]"""
     rows = plan[region.offset : region.offset + region.num_bytes].reshape(region.rows, region.row_bytes)
     ends = np.cumsum([part.row_bytes for part in region.parts])
     return [rows[:, end - part.row_bytes : end] for end, part in zip(ends, region.parts, strict=True)]
 
 
 def plan_gaps(size: int, regions: Sequence[RegionFacts]) -> list[tuple[int, int]]:
-    """What of a plan of `size` bytes lies between its regions: start and stop of each run, empty ones too.
+    """The runs of a plan of `size` bytes between its regions: start and stop of each, empty ones included.
 
     Raises:
         BundleError: regions overlap, are out of order, or end after the plan.
@@ -172,13 +178,23 @@ def plan_gaps(size: int, regions: Sequence[RegionFacts]) -> list[tuple[int, int]
     starts = [0, *(region.offset + region.num_bytes for region in regions)]
     gaps = list(zip(starts, [*(region.offset for region in regions), size], strict=True))
     if any(stop < start for start, stop in gaps):
-        raise BundleError(f"the manifest names regions of a plan that overlap or end after it; {_REBUILD}")
+        raise BundleError(f"the manifest names regions of a plan that overlap, or that end after the plan; {_REBUILD}")
     return gaps
 
 
 def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError as error:  # mmap takes no empty file
+        raise BundleError(f"{path} is empty; copy it again, or {_REBUILD}") from error
+
+
+def _file_size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:  # a directory that may not be looked into, or a name that is too long
+        return None
 
 
 def _require_size(manifest: Manifest, path: Path) -> None:
@@ -191,7 +207,7 @@ def _require_size(manifest: Manifest, path: Path) -> None:
 
 
 def _version_fits(engine: EngineFacts, version: str) -> bool:
-    """TensorRT-RTX loads what the same version built; TensorRT also what was built to be compatible by an earlier one."""
+    """TensorRT-RTX loads engines of the same version; TensorRT also version-compatible engines of an earlier one."""
     if engine.tensorrt_version == version:
         return True
     built, here = _numbers(engine.tensorrt_version), _numbers(version)

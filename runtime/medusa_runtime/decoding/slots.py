@@ -1,31 +1,47 @@
 """The cache's slots: which sequence has which, what is still cached of earlier ones, and how large the cache is.
 
-Sequences that decode have the first slots, without gaps, so that one step runs on all of them; the one whose prompt is being
-read has one behind them. The others are free, and keep what their last sequence left: a later prompt that begins alike starts
-from there.
+Sequences that decode have the first slots, without gaps, so that one step runs on all of them. Sequences whose prompts are
+being read have slots behind those. The others are free, and keep what their last sequence left: a later prompt that begins
+alike starts from there.
+
+A slot knows how many entries are valid and which sequence has it. The entries' token ids are in the sequence's `TokenBuffer`,
+which outlives the sequence there.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass
 
-from medusa_runtime.backends.base import Backend
-from medusa_runtime.decoding.sequence import Sequence
+from medusa_runtime.arrays import TokenBuffer
+from medusa_runtime.backends.base import Backend, bucket, cache_entry_bytes
+from medusa_runtime.decoding.sequence import DecodingSequence
+from medusa_runtime.errors import CapacityError
 
-# A cache that was SHRINK times larger than needed for PATIENCE sequences in a row is made smaller: attention over a portable
-# graph costs what is allocated. What free slots hold beyond the new size is given up, so one short request must not do it.
+# Shrink the cache once the last PATIENCE sequences each needed less than 1/SHRINK of it: attention over a portable graph costs
+# what is allocated. Shrinking drops cached prefixes, hence the patience.
 SHRINK, PATIENCE = 4, 8
-MIN_CAPACITY = 256  # entries a slot; below, the cache is not made smaller
+MIN_CAPACITY = 256  # entries a slot; a smaller cache is not made smaller still
+# Entries that a prompt may share with one that is being read before it waits for them instead of being read beside it.
+WORTH_WAITING_FOR = 64
+log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Slot:
-    token_ids: list[int] = field(default_factory=list)  # whose entries are cached
+class Slot:
+    """One sequence's part of the cache."""
+
+    tokens: TokenBuffer | None = None  # the first `length` of these have entries here
+    length: int = 0  # valid entries
     written: int = 0  # entries that may hold anything but zero
-    sequence: Sequence | None = None
+    sequence: DecodingSequence | None = None
     last_used: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Entries that its sequence needs at least."""
+        return 0 if self.sequence is None else max(self.length, self.sequence.num_to_read)
 
 
 class SlotPool:
@@ -35,142 +51,216 @@ class SlotPool:
         backend: its cache is this object's alone.
         num_slots: sequences at a time.
         reuse_prefixes: let a prompt begin with entries that an earlier one left.
+        max_bytes: the largest cache, in bytes; None if only the memory limits it.
+
+    Raises:
+        CapacityError: a cache of fixed size is larger than the memory or `max_bytes`.
     """
 
-    def __init__(self, backend: Backend, num_slots: int, *, reuse_prefixes: bool = True) -> None:
+    def __init__(self, backend: Backend, num_slots: int, *, reuse_prefixes: bool = True, max_bytes: int | None = None) -> None:
         self._backend = backend
-        self._slots = [_Slot() for _ in range(num_slots)]
+        self._slots = [Slot() for _ in range(num_slots)]
+        self._num_slots = num_slots
         self._reuse_prefixes = reuse_prefixes
+        self._max_bytes = max_bytes
         self._fixed = backend.manifest.limits.capacity
         self._clock = itertools.count(1)
-        self._num_small = 0  # sequences admitted since the cache was last of use in its size
+        self._num_small = 0  # sequences admitted in a row that needed less than 1/SHRINK of the cache
         self.num_decoding = 0
         if self._fixed:
-            self._fit(self._fixed)  # what is too large shows now, not at the first request
+            self._fit(self._fixed)  # a cache that is too large shows now, not at the first request
 
     @property
     def num_slots(self) -> int:
         """Sequences at a time."""
+        return self._num_slots
+
+    @property
+    def active(self) -> list[DecodingSequence]:
+        """The sequences that have a slot."""
+        return [slot.sequence for slot in self._slots if slot.sequence is not None]
+
+    @property
+    def decoding(self) -> list[Slot]:
+        """The slots of the sequences that decode, which are the slots 0, 1, 2 …."""
+        return self._slots[: self.num_decoding]
+
+    def __getitem__(self, place: int) -> Slot:
+        return self._slots[place]
+
+    def __len__(self) -> int:
         return len(self._slots)
 
-    @property
-    def num_active(self) -> int:
-        """Slots that a sequence has."""
-        return sum(slot.sequence is not None for slot in self._slots)
+    def place(self, sequence: DecodingSequence) -> int | None:
+        """The number of a sequence's slot, or None if it has none."""
+        return next((place for place, slot in enumerate(self._slots) if slot.sequence is sequence), None)
 
-    @property
-    def decoding(self) -> list[Sequence]:
-        """The sequences that decode, in the order of their slots, which are 0, 1, 2 …."""
-        return [slot.sequence for slot in self._slots[: self.num_decoding] if slot.sequence is not None]
+    def should_wait(self, sequence: DecodingSequence) -> bool:
+        """Whether a prompt that is being read begins like this one, so far that waiting for its entries saves work."""
+        if not self._reuse_prefixes or sequence.is_scored:
+            return False
+        _, cached = self._longest_prefix(sequence)
+        return any(
+            slot.tokens.num_common(sequence.tokens) > max(cached + WORTH_WAITING_FOR, slot.length)
+            for slot in self._slots[self.num_decoding :]
+            if slot.sequence is not None and slot.tokens is not None and slot.length < slot.sequence.num_to_read
+        )
 
-    def admit(self, sequence: Sequence) -> int:
-        """Give a sequence the slot behind those that decode. Returns how many of its prompt's tokens are cached there already.
+    def admit(self, sequence: DecodingSequence, *, is_long: bool) -> int:
+        """Give a sequence a free slot. Returns how many of its tokens are cached there already.
 
-        There must be a free slot, and no other sequence whose prompt is being read.
+        Long prompts get the last free slot and short ones the first: short ones are done sooner, and should not have to
+        move a long one away from the slot behind those that decode.
 
         Raises:
-            CapacityError: there is no memory for its prompt.
+            CapacityError: there is no memory for its prompt. Nothing has changed.
         """
-        place = self.num_decoding
-        assert self._slots[place].sequence is None
         self._num_small += 1
-        self._fit(len(sequence.prompt_ids))
-        source, common = self._longest_prefix(sequence.prompt_ids)
+        self._fit(sequence.num_to_read, num_more=1)
+        free = [place for place, slot in enumerate(self._slots) if slot.sequence is None]
+        source, common = self._longest_prefix(sequence)
+        place = free[-1] if is_long else free[0]
         target = self._oldest_free() if self._reuse_prefixes else place
-        if self._slots[source].sequence is None and 2 * common >= len(self._slots[source].token_ids):
-            target = source  # most of what is cached there is used: take it where it is
+        if self._slots[source].sequence is None and 2 * common >= self._slots[source].length:
+            target = source  # most of what is cached there is of use: take it where it is
         if target != source and common:
             self._backend.copy(source, target, common)
+        if is_long and common:
+            place = target  # moving what is cached would cost more than it saves
         slot = self._slots[target]
-        slot.token_ids, slot.written = list(sequence.prompt_ids[:common]), max(slot.written, common)
+        slot.tokens, slot.length, slot.written = sequence.tokens, common, max(slot.written, common)
         self._swap(target, place)
         self._backend.clear(place, common, slot.written)
         slot.written = common
-        slot.sequence, sequence.slot = sequence, place
+        slot.sequence = sequence
         return common
 
-    def start_decoding(self, sequence: Sequence) -> None:
-        """Its prompt is read: it decodes from now on."""
-        assert sequence.slot is not None
-        self._swap(sequence.slot, self.num_decoding)
+    def start_decoding(self, sequence: DecodingSequence) -> None:
+        """A sequence's prompt is read: it decodes from now on."""
+        place = self.place(sequence)
+        assert place is not None
+        self._swap(place, self.num_decoding)
         self.num_decoding += 1
 
-    def extend(self, sequence: Sequence, token_ids: Tokens[int]) -> None:
-        """These tokens' entries are cached now, after those before."""
-        assert sequence.slot is not None
-        self._slots[sequence.slot].token_ids += token_ids
+    def release(self, sequence: DecodingSequence, *, keep: bool = True) -> None:
+        """Free a sequence's slot, if it has one.
 
-    def release(self, sequence: Sequence) -> None:
-        """Free a sequence's slot. What is cached stays there."""
-        place = sequence.slot
-        assert place is not None
+        Args:
+            sequence: whose slot.
+            keep: whether later prompts may start from its entries. They may not after an error: the entries may be wrong.
+        """
+        if (place := self.place(sequence)) is None:
+            return
         slot = self._slots[place]
-        slot.sequence, sequence.slot, slot.last_used = None, None, next(self._clock)
+        slot.sequence, slot.last_used = None, next(self._clock)
+        if not keep:
+            slot.tokens, slot.length = None, 0
         if place < self.num_decoding:
             self.num_decoding -= 1
             self._swap(place, self.num_decoding)
 
-    def reserve(self, first: int, lengths: Tokens[int], new_tokens: int) -> None:
-        """Make room in some neighbouring slots for new entries after those there are.
+    def reserve(self, first: int, count: int, new_tokens: int) -> None:
+        """Make room in some neighbouring slots for new entries after the valid ones.
 
         Args:
             first: the first of the slots.
-            lengths: entries that each of them holds.
-            new_tokens: entries that a step will write after these.
+            count: how many.
+            new_tokens: entries that a step will write to each.
 
         Raises:
             CapacityError: there is no memory for so many.
         """
-        self._fit(max(lengths) + new_tokens)
-        for slot, length in zip(self._slots[first:], lengths, strict=False):
-            slot.written = max(slot.written, length + new_tokens)
+        slots = self._slots[first : first + count]
+        self._fit(max(slot.length for slot in slots) + new_tokens)
+        for slot in slots:
+            slot.written = max(slot.written, slot.length + new_tokens)
 
-    def _fit(self, needed: int) -> None:
-        """Make the cache large enough, or smaller where it has long been far too large."""
+    def _fit(self, needed: int, num_more: int = 0) -> None:
+        """Make the cache large enough, or smaller if it has long been far too large.
+
+        Args:
+            needed: entries a slot.
+            num_more: sequences that are about to get a slot.
+        """
         if self._fixed:
             if self._backend.num_slots < self.num_slots or self._backend.capacity < self._fixed:
-                self._resize(self._fixed)
+                self._resize(self.num_slots, self._fixed)
             return
-        active = [(slot, slot.sequence) for slot in self._slots if slot.sequence is not None]
-        needed = max([needed, *(max(len(slot.token_ids), len(sequence.prompt_ids)) for slot, sequence in active)])
+        needed = max([needed, *(slot.needed for slot in self._slots)])
         capacity = self._backend.capacity
         if capacity < max(SHRINK * needed, MIN_CAPACITY):
             self._num_small = 0
-        if self._backend.num_slots < self.num_slots or needed > capacity or self._num_small >= PATIENCE:
+        num_wanted = len(self.active) + num_more
+        if needed > capacity or self._backend.num_slots < max(num_wanted, len(self._slots)):
             self._num_small = 0
-            self._resize(needed)
+            self._grow(max(needed, capacity), num_wanted)
+        elif self._num_small >= PATIENCE:
+            self._num_small = 0
+            try:
+                self._resize(len(self._slots), needed)
+            except CapacityError as error:  # there was room in the cache as it is, so it stays
+                log.info("the cache of %d times %d entries was not made smaller: %s", len(self._slots), capacity, error)
 
-    def _resize(self, capacity: int) -> None:
-        for slot in self._slots:
-            del slot.token_ids[capacity:]
-        kept = [len(slot.token_ids) for slot in self._slots[: self._backend.num_slots]]
-        self._backend.resize(self.num_slots, capacity, kept)
-        for slot in self._slots:
-            slot.written = len(slot.token_ids)
+    def _grow(self, capacity: int, num_wanted: int) -> None:
+        """Grow the cache. If there is no memory for all slots, do without free ones."""
+        try:
+            self._resize(self._num_slots, capacity)
+        except CapacityError:
+            if num_wanted >= self._num_slots:
+                raise
+            self._pack()
+            self._resize(max(num_wanted, 1), capacity)
 
-    def _longest_prefix(self, prompt_ids: Tokens[int]) -> tuple[int, int]:
-        """The slot that holds most of a prompt's beginning, and how much; at least one token is left to be read."""
-        if not self._reuse_prefixes:
+    def _pack(self) -> None:
+        """Move the sequences whose prompts are being read up to those that decode, so that the last slots are free."""
+        for place in range(self.num_decoding, len(self._slots)):
+            if self._slots[place].sequence is None:
+                later = range(place + 1, len(self._slots))
+                source = next((other for other in later if self._slots[other].sequence is not None), None)
+                if source is None:
+                    return
+                self._swap(place, source)
+
+    def _resize(self, num_slots: int, capacity: int) -> None:
+        """Change the cache's size; on an error nothing has changed."""
+        needed = cache_entry_bytes(self._backend.manifest) * num_slots * (self._fixed or bucket(capacity))
+        if self._max_bytes is not None and needed > self._max_bytes:
+            raise CapacityError(
+                f"a cache of {num_slots} times {self._fixed or bucket(capacity)} entries takes {needed} bytes, "
+                f"max_cache_bytes is {self._max_bytes}"
+            )
+        kept = [min(slot.length, capacity) for slot in self._slots[: min(num_slots, self._backend.num_slots)]]
+        self._backend.resize(num_slots, capacity, kept)
+        del self._slots[num_slots:]
+        self._slots += [Slot() for _ in range(num_slots - len(self._slots))]
+        for slot in self._slots:
+            slot.length = slot.written = min(slot.length, capacity)
+
+    def _longest_prefix(self, sequence: DecodingSequence) -> tuple[int, int]:
+        """The slot that holds most of a sequence's beginning, and how much; at least one token is left to be read."""
+        if not self._reuse_prefixes or sequence.is_scored:
             return 0, 0
-        lengths = [_num_common(slot.token_ids, prompt_ids[:-1]) for slot in self._slots]
+        most = sequence.num_to_read - 1
+        lengths = [
+            0 if slot.tokens is None else min(slot.tokens.num_common(sequence.tokens), slot.length, most)
+            for slot in self._slots
+        ]
         longest = max(lengths)
         return lengths.index(longest), longest
 
     def _oldest_free(self) -> int:
         free = [place for place, slot in enumerate(self._slots) if slot.sequence is None]
-        return min(free, key=lambda place: (bool(self._slots[place].token_ids), self._slots[place].last_used))
+        return min(free, key=lambda place: (bool(self._slots[place].length), self._slots[place].last_used))
 
     def _swap(self, a: int, b: int) -> None:
         if a == b:
             return
         one, other = self._slots[a], self._slots[b]
-        self._backend.swap(a, b, max(len(one.token_ids), len(other.token_ids)))
+        if one.length and other.length:
+            self._backend.swap(a, b, max(one.length, other.length))
+        elif one.length:
+            self._backend.copy(a, b, one.length)
+        elif other.length:
+            self._backend.copy(b, a, other.length)
         one.written = other.written = max(one.written, other.written)
         self._slots[a], self._slots[b] = other, one
-        for place in (a, b):
-            if (sequence := self._slots[place].sequence) is not None:
-                sequence.slot = place
-
-
-def _num_common(a: Tokens[int], b: Tokens[int]) -> int:
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -24,7 +24,7 @@ class DecodingStats:
     num_looked_up_tokens: int = 0  # those among them that prompt lookup named, whether or not the heads did as well
     drafted_by_depth: list[int] = field(default_factory=list)  # drafts verified at depth 1, 2 …
     accepted_by_depth: list[int] = field(default_factory=list)  # drafts accepted at depth 1, 2 …
-    queue_seconds: float = 0.0  # from the request to the start of its prefill
+    queue_seconds: float = 0.0  # from the request, as its caller made it, to the start of its prefill
     prefill_seconds: float = 0.0  # from there to the first token
     decode_seconds: float = 0.0  # from there to the last
     engine_seconds: float = 0.0  # the part of decode_seconds spent in the backend's step and heads
@@ -63,17 +63,19 @@ class DecodingStats:
             else:
                 setattr(self, name, mine + theirs)
 
-    def count_step(self, drafted: list[int], num_accepted: int, num_given: int) -> None:
+    def count_step(self, drafted: list[int], num_accepted: int, num_given: int, num_looked_up: int) -> None:
         """Count one verification step of one sequence.
 
         Args:
             drafted: drafts verified at depth 1, 2 ….
             num_accepted: drafts accepted and given out.
             num_given: tokens given out.
+            num_looked_up: accepted drafts that prompt lookup named.
         """
         self.num_steps += 1
         self.num_draft_tokens += sum(drafted)
         self.num_accepted_tokens += num_accepted
+        self.num_looked_up_tokens += num_looked_up
         self.num_decoded_tokens += num_given
         self.num_generated_tokens += num_given
         missing = len(drafted) - len(self.drafted_by_depth)
@@ -82,3 +84,17 @@ class DecodingStats:
         for depth, count in enumerate(drafted):
             self.drafted_by_depth[depth] += count
             self.accepted_by_depth[depth] += depth < num_accepted
+
+    def take_back(self, num_given: int, num_accepted: int, num_kept: int) -> None:
+        """Take back the last tokens of the last step: a stop text inside the step ended the answer before them.
+
+        Args:
+            num_given: tokens that are not given out after all.
+            num_accepted: drafts that the step accepted.
+            num_kept: drafts among them that are still given out.
+        """
+        self.num_generated_tokens -= num_given
+        self.num_decoded_tokens -= num_given
+        self.num_accepted_tokens -= num_accepted - num_kept
+        for depth in range(num_kept, num_accepted):
+            self.accepted_by_depth[depth] -= 1

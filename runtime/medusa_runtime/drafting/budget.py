@@ -1,42 +1,51 @@
-"""How many drafts a step should verify: what they are expected to gain against what the step costs here."""
+"""How many drafts a step should verify: their expected gain against what the step costs on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.arrays import FloatArray
-from medusa_runtime.drafting.costs import LearnedCosts, StepCosts, moving_average
+from medusa_runtime.drafting.costs import Costs, moving_average
 
-DECAY = 0.98  # how much of what was learnt of the heads from earlier steps remains after one more
-PAUSE = 16  # steps without drafts until the heads are asked again
+ACCEPTANCE_DECAY = 0.98  # the weight of what earlier steps showed of the heads, after one more step
+PAUSE = 16  # steps that the heads rest before they are tried again
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The width of one step, and what is expected of it. `DraftBudget.learn` compares that with what the step gave."""
+
+    width: int  # nodes to verify for each sequence at most
+    expected: float = 0.0  # accepted drafts that the heads' probabilities promise
+    speedup: float | None = None  # expected tokens a second over those without drafts; None if no drafts were weighed
+    situation: tuple[int, bool] = (1, False)  # batch size, and whether lookups find much: what the heads' worth depends on
+    heads_worth: float | None = None  # gain of asking the heads, in units of the time that it takes; None if they rested
 
 
 class DraftBudget:
-    """Chooses the width of each step, and whether the heads are asked at all, so that the tokens a second are most.
+    """Chooses the width of each step, and whether the heads are asked at all, for the most tokens a second.
 
-    The heads' probabilities say how many of the N likeliest candidates will be accepted; what is accepted in fact corrects
-    them. With r the tokens a second that can be had here, a step of N nodes that gives g tokens in s seconds is worth
-    g - r·s: what it gives beyond what its time would give otherwise. The width is the one worth most. Asking the heads is
-    worth what the best width has over the best without them; where that is less than their time, they rest, and are tried
-    again now and then. Where prompt lookup finds something, they are worth less than where it does not.
+    The heads' probabilities say how many of the N likeliest candidates will be accepted; the steps' results correct them. If
+    decoding here runs at r tokens/s, a step that yields g tokens in s seconds gains g - r·s over average. The width is the
+    one that gains most. Asking the heads gains the best width's gain less the best gain without them. If that is less than
+    the heads' time is worth, they rest, and are tried again now and then. They gain less if prompt lookup finds something.
 
     Args:
         costs: what steps cost here.
     """
 
-    def __init__(self, costs: StepCosts | LearnedCosts) -> None:
+    def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self._expected = self._accepted = 8.0  # decaying sums: drafts that the heads expected to be accepted, and that were
-        self._now_expected = 0.0
-        self._speedup = 1.0  # of the tokens a second over those without drafts
-        # by batch size and whether lookups find much: what asking the heads is worth, in the time that it takes
-        self._worth: dict[tuple[int, bool], float] = {}
-        self._resting = 0
+        self._expected = self._accepted = 8.0  # decaying sums: accepted drafts as the heads expected them, and in fact
+        self._speedup = 1.0  # tokens a second over those without drafts, averaged
+        self._worth: dict[tuple[int, bool], float] = {}  # of asking the heads, averaged, by situation
+        self._num_rests = 0  # steps since the heads were asked
 
-    def width(
+    def plan(
         self,
         probabilities: Sequence[FloatArray],
         least: int,
@@ -44,54 +53,64 @@ class DraftBudget:
         looked_up: Sequence[FloatArray] = (),
         *,
         with_heads: bool = True,
-    ) -> int:
-        """Nodes that the next step should verify for each sequence at most.
+    ) -> StepPlan:
+        """Choose the width of the next step. Nothing is learned here.
 
         Args:
-            probabilities: for each sequence those of its drafts, likeliest first; none where its guide forces them.
-            least: nodes that some sequence has to have.
+            probabilities: for each sequence those of its drafts, likeliest first; empty if its guide forces them.
+            least: the smallest width that some sequence needs.
             capacity: entries in use in the fullest slot.
-            looked_up: for each sequence those of the drafts that it would have without heads, likeliest first.
+            looked_up: for each sequence the probabilities of the drafts it would have without heads, likeliest first.
             with_heads: whether the heads were asked.
         """
         batch, longest = len(probabilities), max(len(chances) for chances in probabilities)
-        if longest == 0:  # nobody was asked
-            self._now_expected = 0.0
-            return least
+        if longest == 0:  # there are no drafts to choose from
+            return StepPlan(least)
         most = max(least, 1 + longest)
         expected = _expected(probabilities, most)
         seconds, head_seconds = self._costs.steps(batch, capacity, most), self._costs.heads(batch)
-        tokens = batch + self._accepted / self._expected * expected
+        trust = self._accepted / self._expected
+        tokens = batch + trust * expected
         plain_rate = batch / float(seconds[0])
         rate = plain_rate * max(self._speedup, 1.0)
-        worth = tokens - rate * seconds
-        width = least + int(worth[least - 1 :].argmax())
-        self._now_expected = float(expected[width - 1])
+        gain = tokens - rate * seconds
+        width = least + int(gain[least - 1 :].argmax())
+        situation, worth = (batch, _finds_much(looked_up)), None
         if with_heads:
-            alone = batch + self._accepted / self._expected * _expected(looked_up, most) - rate * seconds
-            gained = float(worth[width - 1] - alone.max()) / (rate * head_seconds)
-            place = batch, _finds_much(looked_up)
-            self._worth[place] = moving_average(self._worth.get(place, gained), gained)
+            gain_alone = batch + trust * _expected(looked_up, most) - rate * seconds
+            worth = float(gain[width - 1] - gain_alone.max()) / (rate * head_seconds)
         now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
-        self._speedup = moving_average(self._speedup, now / plain_rate)
-        return width
+        return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth)
 
-    def asks_heads(self, batch: int, width: int, num_accepted: int, looked_up: Sequence[FloatArray] = ()) -> bool:
-        """Learn from a step, and say whether the heads are asked after it.
+    def learn(self, plan: StepPlan, width: int, num_accepted: int) -> None:
+        """Learn from a step.
+
+        Args:
+            plan: the step's.
+            width: nodes that it verified for each sequence at most.
+            num_accepted: accepted drafts of all sequences, those that guides forced left out.
+        """
+        if plan.heads_worth is not None:
+            before = self._worth.get(plan.situation, plan.heads_worth)
+            self._worth[plan.situation] = moving_average(before, plan.heads_worth)
+        if plan.speedup is not None:
+            self._speedup = moving_average(self._speedup, plan.speedup)
+        if width > 1:
+            self._expected = ACCEPTANCE_DECAY * self._expected + plan.expected
+            self._accepted = ACCEPTANCE_DECAY * self._accepted + num_accepted
+
+    def wants_heads(self, batch: int, looked_up: Sequence[FloatArray] = ()) -> bool:
+        """Whether the heads should be asked before the next step. Tell `note_heads` whether they were.
 
         Args:
             batch: sequences.
-            width: nodes it verified for each of them.
-            num_accepted: drafts accepted, of those that no guide forced.
-            looked_up: as for `width`, of the step to come.
+            looked_up: as for `plan`, of the next step.
         """
-        if width > 1:
-            self._expected = DECAY * self._expected + self._now_expected
-            self._accepted = DECAY * self._accepted + num_accepted
-        if self._worth.get((batch, _finds_much(looked_up)), 1.0) >= 1.0:
-            return True
-        self._resting = (self._resting + 1) % PAUSE
-        return self._resting == 0
+        return self._worth.get((batch, _finds_much(looked_up)), 1.0) >= 1.0 or self._num_rests + 1 >= PAUSE
+
+    def note_heads(self, *, asked: bool) -> None:
+        """Count the steps since the heads were asked."""
+        self._num_rests = 0 if asked else self._num_rests + 1
 
 
 def _expected(probabilities: Sequence[FloatArray], most: int) -> npt.NDArray[np.float64]:
@@ -105,11 +124,5 @@ def _expected(probabilities: Sequence[FloatArray], most: int) -> npt.NDArray[np.
 
 
 def _finds_much(looked_up: Sequence[FloatArray]) -> bool:
-    """Whether lookups alone are expected to give every sequence a draft more, on average."""
+    """Whether lookups alone are expected to give every sequence one more draft on average."""
     return sum(float(chances.sum()) for chances in looked_up) >= max(len(looked_up), 1)
-
-
-def likeliest(scores: FloatArray, num_nodes: int) -> FloatArray:
-    """Probabilities of the drafts that a tree of so many nodes would hold, likeliest first. scores: `CandidateSet.scores`'."""
-    chances: FloatArray = np.exp(np.sort(scores[1:])[::-1][: num_nodes - 1])
-    return chances

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,39 @@ from medusa_runtime.errors import BundleError
 
 ROUNDS = 3
 MOVE = 0.1  # how far a moving average goes to a new value
+COST_DECAY = 0.998  # the weight of earlier evidence after one more step; forgotten evidence returns the variance to the prior
+COST_PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2  # variances of the three coefficients of `LearnedCosts`
 
 
-DECAY_OF_COSTS = 0.998  # how much of what was learnt of the costs remains; what is forgotten is as unsure as in the beginning
+class Costs(Protocol):
+    """Seconds of steps and of the heads on one machine."""
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether the costs are more than a guess."""
+        ...
 
-PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2
+    def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
+        """Seconds of a step of 1, 2 … `max_width` tokens a sequence. [max_width]
+
+        Args:
+            batch: sequences.
+            capacity: entries in use in the fullest slot.
+            max_width: tokens a sequence.
+        """
+        ...
+
+    def heads(self, batch: int) -> float:
+        """Seconds of one evaluation of the heads."""
+        ...
+
+    def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
+        """Take note of a step that took so many seconds."""
+        ...
+
+    def observe_heads(self, batch: int, seconds: float) -> None:
+        """Take note of an evaluation of the heads that took so many seconds."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ class StepCosts:
             BundleError: the file is missing or damaged.
         """
         try:
-            data: dict[str, Any] = json.loads(Path(path).read_text())
+            data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             costs = cls(**data)
             costs.check()
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -101,8 +128,13 @@ class StepCosts:
         """Write the table as JSON."""
         write_whole(Path(path), json.dumps(asdict(self)) + "\n")
 
+    @property
+    def is_warm(self) -> bool:
+        """See `Costs.is_warm`: they were measured."""
+        return True
+
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
-        """Seconds of a step of 1, 2 … `max_width` nodes, the host's work included where it is known. [max_width]"""
+        """See `Costs.steps`. The host's work is included if it was measured."""
         table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
         by_batch = _along(table, self.capacities, capacity)
         by_width = _along(by_batch, self.batch_sizes, batch)
@@ -116,46 +148,52 @@ class StepCosts:
         return np.asarray(inside, np.float32)
 
     def heads(self, batch: int) -> float:
-        """Seconds of one evaluation of the heads."""
+        """See `Costs.heads`."""
         return float(_along(np.array(self.head_seconds), self.batch_sizes, batch))
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
-        """See `LearnedCosts.observe`. A table stays as it was measured."""
+        """See `Costs.observe`. A table stays as it was measured."""
 
     def observe_heads(self, batch: int, seconds: float) -> None:
-        """See `LearnedCosts.observe_heads`."""
+        """See `Costs.observe_heads`. A table stays as it was measured."""
 
 
 class LearnedCosts:
-    """What steps cost here, learned from the steps that are made anyway. In the meantime, a guess.
+    """Costs that are learned from the steps that are made anyway. They start from a guess.
 
-    A step of B sequences with T nodes on a cache of S entries is taken to cost ``a + b·B·T + c·B·T·S``. The three are
-    estimated by a Kalman filter: it starts from what a CPU shows, believes a step's time to a tenth, and forgets slowly.
+    A step of B sequences with T tokens each on a cache of S entries is modelled to cost ``a + b·B·T + c·B·T·S``. A Kalman
+    filter estimates the three coefficients. It starts from values seen on a CPU, takes a step's time to be right within a
+    tenth, and forgets slowly.
     """
 
     def __init__(self) -> None:
-        self._unit = 0.0  # seconds of a step of one token, by the first step seen; the rest is relative to it
+        self._unit = 0.0  # seconds of a step of one token, by the first step seen; the coefficients are relative to it
         self._mean = np.array([1.0, 0.05, 0.02])
-        self._covariance = PRIOR
+        self._covariance = COST_PRIOR
         self._head_seconds: dict[int, float] = {}  # by batch size
         self._num_steps = 0
 
+    @property
+    def is_warm(self) -> bool:
+        """See `Costs.is_warm`: whether a step was seen."""
+        return bool(self._unit)
+
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
-        """See `StepCosts.steps`."""
+        """See `Costs.steps`."""
         tokens = batch * np.arange(1, max_width + 1)
         features = np.stack([np.ones(max_width), tokens, tokens * capacity / 1000], axis=1)  # [max_width, 3]
         costs = features @ np.maximum(self._mean, [0.05, 0.0, 0.0])
         return np.asarray((self._unit or 1.0) * costs, np.float32)
 
     def heads(self, batch: int) -> float:
-        """See `StepCosts.heads`. What was not seen yet is taken to cost a tenth of a step."""
+        """See `Costs.heads`. Before the first evaluation, the heads are assumed to cost a tenth of a step."""
         if not self._head_seconds:
             return 0.1 * (self._unit or 1.0)
         nearest = min(self._head_seconds, key=lambda seen: abs(seen - batch))
         return self._head_seconds[nearest]
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
-        """Learn from a step: from each of the first ones, then from every fourth."""
+        """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
         self._num_steps += 1
         if self._num_steps > 100 and self._num_steps % 4:
             return
@@ -165,11 +203,11 @@ class LearnedCosts:
         surprise = seconds / self._unit - float(features @ self._mean)
         spread = self._covariance @ features
         gain = spread / (float(features @ spread) + (0.1 * float(features @ self._mean)) ** 2)
-        self._mean = self._mean + gain * np.clip(surprise, -1.0, 1.0)  # a stall of the machine is no lesson
-        self._covariance = DECAY_OF_COSTS * (self._covariance - np.outer(gain, spread)) + (1 - DECAY_OF_COSTS) * PRIOR
+        self._mean = self._mean + gain * np.clip(surprise, -1.0, 1.0)  # a stall of the machine counts for little
+        self._covariance = COST_DECAY * (self._covariance - np.outer(gain, spread)) + (1 - COST_DECAY) * COST_PRIOR
 
     def observe_heads(self, batch: int, seconds: float) -> None:
-        """Learn from an evaluation of the heads."""
+        """See `Costs.observe_heads`."""
         before = self._head_seconds.get(batch, seconds)
         self._head_seconds[batch] = moving_average(before, min(seconds, 2 * before))
 

@@ -1,35 +1,50 @@
-"""Drafts: the tokens of each sequence that one step verifies, and their batch."""
+"""Drafts: trees of tokens that may follow a decided token. A step verifies one draft of each sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from medusa_runtime.arrays import BoolArray, IntArray
+from medusa_runtime.arrays import BoolArray, FloatArray, IntArray
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The tokens of one sequence that a step verifies. Node 0 is the root; parents come before their children."""
+    """A tree of tokens. Node 0 is the root, which is decided already; parents come before their children.
+
+    A sequence's *proposals* are a large draft: all tokens that may follow its root. `likeliest` takes from it the small
+    one that a step verifies. No child is likelier than its parent.
+    """
 
     tokens: IntArray  # [N]
     parents: IntArray  # [N], the root's is -1
     depths: IntArray  # [N]
-    mask: BoolArray  # [N, N], as `CandidateTree.mask`
-    looked_up: BoolArray | None = None  # [N] whether a prompt lookup named it; none where none could
+    scores: FloatArray  # [N] log-probability that the node and all nodes above it are accepted
+    looked_up: BoolArray  # [N] whether prompt lookup named the node
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Draft:
-        """The root, and tokens that follow it one after the other."""
+        """A root and tokens that follow it one after the other, each of them certain."""
         count = len(tokens)
-        return cls(np.array(tokens), np.arange(-1, count - 1), np.arange(count), np.tri(count, dtype=np.bool_))
+        certain, not_looked_up = np.zeros(count, np.float32), np.zeros(count, np.bool_)
+        return cls(np.array(tokens), np.arange(-1, count - 1), np.arange(count), certain, not_looked_up)
 
     @property
     def num_nodes(self) -> int:
         """The root included."""
         return len(self.tokens)
+
+    @cached_property
+    def mask(self) -> BoolArray:
+        """``mask[i, j]``: node i sees node j, that is, j is i or an ancestor of i. The nodes are ordered by depth. [N, N]"""
+        mask = np.eye(self.num_nodes, dtype=np.bool_)
+        for start, end in itertools.pairwise(depth_ends(self.depths)):
+            mask[start:end] |= mask[self.parents[start:end]]
+        return mask
 
     def children(self, node: int) -> IntArray:
         """The nodes below a node."""
@@ -40,10 +55,50 @@ class Draft:
         found = np.flatnonzero((self.parents == node) & (self.tokens == token_id))
         return int(found[0]) if len(found) else None
 
+    def chances(self, num_nodes: int) -> FloatArray:
+        """Probabilities of the drafts in `likeliest(num_nodes)`, likeliest first."""
+        return likeliest_chances(self.scores, num_nodes)
+
+    def likeliest(self, num_nodes: int, lets_pass: Callable[[list[int]], bool] | None = None) -> Draft:
+        """The draft of the `num_nodes` likeliest nodes, ordered by depth; of all nodes if there are fewer.
+
+        Nodes of equal score keep their order, so the nodes chosen form a tree.
+
+        Args:
+            num_nodes: the largest size of the draft.
+            lets_pass: whether a path of tokens below the root may be given out; without this function all paths may.
+        """
+        if self.num_nodes == 1:
+            return self
+        order = np.argsort(-self.scores, kind="stable")
+        chosen = np.sort(order[:num_nodes] if lets_pass is None else self._passing(order, num_nodes, lets_pass))
+        chosen = chosen[np.argsort(self.depths[chosen], kind="stable")]
+        place = np.full(self.num_nodes + 1, -1)  # the last entry stands for the root's parent
+        place[chosen] = np.arange(len(chosen))
+        return Draft(
+            self.tokens[chosen],
+            place[self.parents[chosen]],
+            self.depths[chosen],
+            self.scores[chosen],
+            self.looked_up[chosen],
+        )
+
+    def _passing(self, order: IntArray, num_nodes: int, lets_pass: Callable[[list[int]], bool]) -> IntArray:
+        """The first nodes of an order whose paths pass. A node passes only if its parent does."""
+        paths: dict[int, list[int]] = {0: []}
+        for node in order[1:].tolist():
+            if len(paths) == num_nodes:
+                break
+            if (above := paths.get(int(self.parents[node]))) is not None:
+                path = [*above, int(self.tokens[node])]
+                if lets_pass(path):
+                    paths[node] = path
+        return np.array(list(paths), np.int64)
+
 
 @dataclass(frozen=True)
 class DraftBatch:
-    """Drafts side by side, the smaller ones padded with nodes that see themselves and the cache, and that nobody sees."""
+    """Drafts side by side. Smaller ones are padded. A padding node attends to itself and the cache; no other attends to it."""
 
     tokens: IntArray  # [B, N]
     depths: IntArray  # [B, N]
@@ -66,3 +121,20 @@ class DraftBatch:
             tokens[row, :count], depths[row, :count], parents[row, :count] = draft.tokens, draft.depths, draft.parents
             mask[row, :count, :count] = draft.mask
         return cls(tokens, depths, mask, parents, np.array([draft.num_nodes for draft in drafts], np.int64))
+
+    @property
+    def width(self) -> int:
+        """N: nodes of each draft, padding included."""
+        return int(self.tokens.shape[1])
+
+
+def depth_ends(depths: IntArray) -> list[int]:
+    """For nodes ordered by depth: how many are at most 0, 1 … deep."""
+    ends: list[int] = np.searchsorted(depths, np.arange(1, int(depths[-1]) + 2)).tolist()
+    return ends
+
+
+def likeliest_chances(scores: FloatArray, num_nodes: int) -> FloatArray:
+    """Probabilities of the drafts of a tree of the `num_nodes` likeliest nodes, likeliest first. scores: `Draft.scores`."""
+    chances: FloatArray = np.exp(np.sort(scores[1:])[::-1][: num_nodes - 1])
+    return chances

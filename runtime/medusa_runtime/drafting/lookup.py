@@ -1,10 +1,10 @@
 """Prompt lookup: drafts from what followed the same words earlier, in the prompt or in the answer so far.
 
-Summaries, edits and quotations repeat what they are made of. Where the last tokens of a sequence occurred before, what came
-after them then is a guess at what comes now, of any length and for next to no time.
+Summaries, edits and quotations repeat their source. If the last tokens of a sequence occurred before, the tokens that came
+after them then are a guess at the next ones. Such a guess can have any length and costs next to no time.
 
 Source: Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference with Reference: Lossless Acceleration of Large Language
-Models", 2023. How likely a guess is, learned as the answer grows, so that it competes with other drafts, is ours.
+Models", 2023. Ours is that the probability of a guess is learned as the answer grows, so that it competes with other drafts.
 """
 
 from __future__ import annotations
@@ -14,56 +14,51 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medusa_runtime.arrays import IntArray
+from medusa_runtime.arrays import IntArray, TokenBuffer
 
-LONGEST_MATCH = 8  # tokens; a longer one is as good as one of this length
+LONGEST_MATCH = 8  # tokens; longer matches are as good as those of this length
 MAX_CONTINUATIONS = 3
-DECAY = 0.95  # how much of what was learnt from earlier guesses remains after one more
-PRIOR_WEIGHT = 4.0  # guesses that the prior counts for
+GUESS_DECAY = 0.95  # the weight of earlier guesses after one more
+PRIOR_WEIGHT = 4.0  # the number of guesses that the prior is worth
 # A bundle's answers (docs/decisions/0017) showed 0.2 … 0.4, 0.5 … 0.65, 0.6 … 0.8 for 1, 2, 3 tokens, and 0.9 and more for 8.
-PRIOR = tuple(1 - 0.75**length for length in range(1, LONGEST_MATCH + 1))
+RATE_PRIOR = tuple(1 - 0.75**length for length in range(1, LONGEST_MATCH + 1))
 PRIOR_OF_OTHERS = 0.15
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens that may come next, and how likely each of them is where those before it are right."""
+    """Tokens that may come next, and how likely each of them is if those before it are right."""
 
     token_ids: list[int]
     chances: list[float]
 
 
 class PromptLookup:
-    """What followed the last tokens of one sequence, where they occurred before.
+    """Finds earlier places where the last tokens of one sequence occurred, and what followed them there.
 
-    A continuation's chance to be right depends on how many tokens before it matched, and it is learned for each such length:
-    each token that is decided shows whether the continuation was right so far, and a token that was makes the match longer.
+    The probability of a continuation depends on how many tokens before it matched, and is learned for each such length. Each
+    decided token shows whether the continuation was right so far; if it was, the match is one token longer.
 
-    Finding matches is one comparison over all tokens and a few over what it leaves, so there is no index to be kept.
+    Finding matches takes one comparison over all tokens and a few over the places that it leaves, so no index is kept.
 
     Args:
-        prompt_ids: what the sequence begins with.
-        max_new_tokens: how many tokens may be added.
+        tokens: the sequence's. It grows; nothing is copied from it.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
-        self._room = np.empty(len(prompt_ids) + max_new_tokens, np.int32)
-        self._room[: len(prompt_ids)] = prompt_ids
-        self._length = len(prompt_ids)
-        self._rates = [_Rate(prior) for prior in PRIOR]  # by the length of the match, from 1
-        self._others = _Rate(PRIOR_OF_OTHERS)  # of any other continuation, where the first was wrong
-        self._asked: list[tuple[int, Continuation]] = []  # the lengths of their matches, and what was said
+    def __init__(self, tokens: TokenBuffer) -> None:
+        self._tokens = tokens
+        self._rates = [_Rate(prior) for prior in RATE_PRIOR]  # by the length of the match, from 1
+        self._others = _Rate(PRIOR_OF_OTHERS)  # of any other continuation, if the first was wrong
+        self._asked: list[tuple[int, Continuation]] = []  # the last continuations, each with the length of its match
 
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Add tokens that were decided, and learn what the last continuations were worth."""
-        if self._asked and token_ids:
-            self._learn(token_ids)
+    def learn(self, decided: Sequence[int]) -> None:
+        """Learn from the tokens that were decided since the last call what the last continuations were worth."""
+        if self._asked and decided:
+            self._count(decided)
         self._asked = []
-        self._room[self._length : self._length + len(token_ids)] = token_ids
-        self._length += len(token_ids)
 
     def continuations(self, depth: int) -> list[Continuation]:
-        """What may come next, best first: of the longest matches the latest, each with another first token.
+        """Tokens that may come next, best first: from the latest of the longest matches, each with another first token.
 
         Args:
             depth: tokens of each.
@@ -74,14 +69,14 @@ class PromptLookup:
         for length, end in self._matches() if depth > 0 else ():
             chance = left * (self._others.value if self._asked else rates[length - 1])
             left -= chance
-            following = self._room[end + 1 : min(end + 1 + depth, self._length)]
-            token_ids = np.resize(following, depth).tolist()  # what reaches the end repeats itself, as it did
+            following = self._tokens.ids[end + 1 : end + 1 + depth]
+            token_ids = np.resize(following, depth).tolist()  # a continuation that reaches the end repeats
             self._asked.append((length, Continuation(token_ids, [chance, *rates[length : length + depth - 1]])))
         return [continuation for _, continuation in self._asked]
 
     def _matches(self) -> Iterator[tuple[int, int]]:
         """Lengths of matches and the places of their last tokens, at most `MAX_CONTINUATIONS`, no two with one next token."""
-        tokens = self._room[: self._length]
+        tokens = self._tokens.ids
         ends = np.flatnonzero(tokens[:-1] == tokens[-1])
         by_length: list[IntArray] = []  # by_length[n]: ends of matches of more than n tokens, ascending
         while len(ends) and len(by_length) < LONGEST_MATCH:
@@ -101,7 +96,7 @@ class PromptLookup:
                 found.append(int(tokens[ends[-1] + 1]))
                 yield length, int(ends[-1])
 
-    def _learn(self, decided: Sequence[int]) -> None:
+    def _count(self, decided: Sequence[int]) -> None:
         [(length, first), *others] = self._asked
         for place, (guess, token) in enumerate(zip(first.token_ids, decided, strict=False)):
             self._rates[min(length + place, LONGEST_MATCH) - 1].count(is_right=guess == token)
@@ -127,4 +122,4 @@ class _Rate:
         return (self._prior * PRIOR_WEIGHT + self._right) / (PRIOR_WEIGHT + self._seen)
 
     def count(self, *, is_right: bool) -> None:
-        self._right, self._seen = DECAY * self._right + is_right, DECAY * self._seen + 1
+        self._right, self._seen = GUESS_DECAY * self._right + is_right, GUESS_DECAY * self._seen + 1

@@ -11,18 +11,21 @@ log-linear form with one set of weights a depth, is ours (docs/decisions/0019-dr
 from __future__ import annotations
 
 import dataclasses
+import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.arrays import FloatArray, IntArray
 from medusa_runtime.bundle.manifest import Manifest
-from medusa_runtime.errors import BundleError
+from medusa_runtime.errors import BundleError, first_line
 
 NGRAMS_NAME = "draft_ngrams.npz"
+MAX_CELLS, MAX_DEPTHS = 1 << 24, 64  # of a file that is read: 32 MiB of cells; `medusa-export` makes at most a sixteenth
 RATIO_STEP = 0.1  # of a stored logarithm, in nats
 NUM_WEIGHTS = 5
 NO_TOKEN = -1  # as the last of an n-gram: what holds for all tokens that make no known n-gram with those before
@@ -31,13 +34,13 @@ LAST, BITS_TOLD, MASK_TOLD = np.uint64(1 << 63), np.uint64(8), np.uint64(255)
 GAMMA, FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0x94D049BB133111EB)
 
 
-class Growth(NamedTuple):
-    """Tokens below a root. Parents come before their children, shallower ones before deeper ones."""
+class Guesses(NamedTuple):
+    """A root and the tokens that heads guess below it, ordered by depth. Parents come before their children."""
 
     tokens: IntArray  # [A], the root first
     parents: IntArray  # [A], the root's is -1
     depths: IntArray  # [A]
-    log_probs: FloatArray  # [A] of being accepted where the parent is; the root's is 0
+    log_probs: FloatArray  # [A] of being accepted if the parent is; the root's is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +66,18 @@ class NGrams:
 
     @classmethod
     def load(cls, path: str | Path) -> NGrams:
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote. Nothing is unpacked before its header says that it is an array of the right kind.
 
         Raises:
             BundleError: it is no such file.
         """
         try:
-            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                return cls(file["cells"], file["weights"])
-        except Exception as error:  # zipfile, zlib and NumPy raise what they like
+            with zipfile.ZipFile(path) as file:
+                cells = _unpacked(file, "cells", np.uint16, (MAX_CELLS,))
+                return cls(cells, _unpacked(file, "weights", np.float32, (MAX_DEPTHS, NUM_WEIGHTS)))
+        except Exception as error:  # zipfile, zlib and NumPy raise all kinds of errors
             raise BundleError(
-                f"{path} holds no draft n-grams ({error}); make them again: medusa-export heads ngrams"
+                f"{path} holds no draft n-grams ({first_line(error)}); make them again: medusa-export heads ngrams"
             ) from error
 
     @classmethod
@@ -127,7 +131,7 @@ class NGrams:
         head_log_probs: FloatArray,
         num_nodes: int,
         max_depth: int,
-    ) -> Growth:
+    ) -> Guesses:
         """What may follow a root: all that can be among the likeliest `num_nodes`, the root included, and some more.
 
         Args:
@@ -139,7 +143,7 @@ class NGrams:
         """
         room, worst = num_nodes - 1, np.float32(-np.inf)
         contexts, above = np.array([last_ids], np.int64), np.zeros(1, np.float32)  # [F, 2] [F] of the nodes to grow from
-        levels, seen, num_before = [Growth(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
+        levels, seen, num_before = [Guesses(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
         hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)  # [K, M + 1] [K]
         for depth, ids in enumerate(head_ids[:max_depth], start=1):
             chances = self._log_probs(contexts, hashes[depth - 1], head_log_probs[depth - 1], rests[depth - 1], depth)  # [F, M]
@@ -150,14 +154,14 @@ class NGrams:
             if not len(chosen):
                 break
             parents, ranks = np.divmod(chosen, len(ids))
-            levels.append(Growth(ids[ranks], num_before + parents, np.full(len(chosen), depth), chances.ravel()[chosen]))
+            levels.append(Guesses(ids[ranks], num_before + parents, np.full(len(chosen), depth), chances.ravel()[chosen]))
             num_before += len(contexts)
             contexts, above = np.stack([contexts[parents, 1], ids[ranks]], axis=1), scores[chosen]
             seen = np.concatenate([seen, above])
             if len(seen) >= room:
                 seen = -np.partition(-seen, room - 1)[:room]
                 worst = seen[-1]
-        return Growth(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+        return Guesses(*(np.concatenate(column) for column in zip(*levels, strict=True)))
 
     def _ratios(self, contexts: IntArray, hashes: HashArray) -> FloatArray:
         """See `ratios`. hashes: of the tokens, from `_with_none`."""
@@ -182,6 +186,25 @@ class NGrams:
         logits -= np.log(np.exp(logits).sum(1, keepdims=True) + np.exp(others - most))
         found: FloatArray = np.minimum(logits, 0)
         return found
+
+
+def _unpacked(file: zipfile.ZipFile, name: str, dtype: type[np.generic], most: tuple[int, ...]) -> npt.NDArray[Any]:
+    """An array of an npz file. Refused if it is of another type, or larger than `most` along some axis.
+
+    A packed file may unpack to a thousand times its size, so the header is read first, and after it no more than it says.
+    """
+    with file.open(f"{name}.npy") as packed:
+        if np.lib.format.read_magic(packed) != (1, 0):  # later versions have headers of up to 4 GiB
+            raise ValueError(f"{name} has a header of another version")
+        shape, is_fortran, found = np.lib.format.read_array_header_1_0(packed)
+        if found != dtype:
+            raise ValueError(f"{name} holds {found}, not {np.dtype(dtype)}")
+        if len(shape) != len(most) or any(not 0 <= size <= limit for size, limit in zip(shape, most, strict=True)):
+            raise ValueError(f"{name} has the shape {list(shape)}, the most is {list(most)}")
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if len(data := packed.read(size + 1)) != size:
+            raise ValueError(f"{name} has more or fewer bytes than its header says")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def rest_log_prob(head_log_probs: FloatArray) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Drafts: which candidate tokens a step verifies, chosen for each sequence from what its heads and its prompt lookup say."""
+"""Proposals: the tokens that may follow a sequence's root, from its heads, its prompt lookup and its guide."""
 
 from __future__ import annotations
 
@@ -11,109 +11,148 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medusa_runtime.arrays import BoolArray, FloatArray, IntArray
-from medusa_runtime.drafting.draft import Draft
-from medusa_runtime.drafting.lookup import Continuation
-from medusa_runtime.drafting.ngrams import Growth, NGrams
+from medusa_runtime.arrays import BoolArray, FloatArray, IntArray, TokenBuffer
+from medusa_runtime.drafting.draft import Draft, depth_ends
+from medusa_runtime.drafting.guide import Guide
+from medusa_runtime.drafting.lookup import Continuation, PromptLookup
+from medusa_runtime.drafting.ngrams import Guesses, NGrams
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What a sequence's next draft may hold: the root, and tokens below it. Parents come before their children.
+class HeadGuesses(NamedTuple):
+    """The heads' candidates for what follows one sequence's root."""
 
-    No child is likelier than its parent.
+    token_ids: IntArray  # [K, M] best first
+    log_probs: FloatArray  # [K, M]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """All tokens that one sequence's next draft may hold."""
+
+    tree: Draft
+    num_nodes: int  # the largest draft that the sequence may have
+    is_forced: bool = False  # the sequence's guide alone says what the draft holds
+    lets_pass: Callable[[list[int]], bool] | None = None  # the guide's check of a path; None if there is no guide
+
+    @property
+    def chances(self) -> FloatArray:
+        """Probabilities of the drafts that the step budget weighs, likeliest first; none of them if the draft is forced."""
+        return self.tree.chances(1 if self.is_forced else self.num_nodes)
+
+    def draft(self, num_nodes: int) -> Draft:
+        """The draft that the next step verifies, of at most `num_nodes` nodes."""
+        return self.tree.likeliest(num_nodes, self.lets_pass)
+
+
+class Drafter:
+    """Makes the drafts of one sequence.
+
+    Args:
+        tokens: the sequence's.
+        candidates: where a tree of the heads' candidates has its nodes.
+        num_nodes: nodes of a draft at most.
+        looks_up: also draft what followed the same tokens before.
+        guide: restricts the sequence's tokens.
     """
 
-    tokens: IntArray  # [A]
-    parents: IntArray  # [A], the root's is -1
-    depths: IntArray  # [A]
-    scores: FloatArray  # [A] log-probability of being accepted
-    looked_up: BoolArray  # [A] whether a prompt lookup named it
+    def __init__(
+        self,
+        tokens: TokenBuffer,
+        candidates: CandidateSet,
+        *,
+        num_nodes: int,
+        looks_up: bool = False,
+        guide: Guide | None = None,
+    ) -> None:
+        self.candidates, self.num_nodes, self.guide = candidates, num_nodes, guide
+        self._tokens = tokens
+        self._lookup = PromptLookup(tokens) if looks_up else None
+        self._continuations: list[Continuation] = []  # of the tokens decided so far
 
-    @classmethod
-    def chain(cls, tokens: Sequence[int]) -> Candidates:
-        """The root, and tokens that follow it one after the other for certain."""
-        count = len(tokens)
-        certain, unnamed = np.zeros(count, np.float32), np.zeros(count, np.bool_)
-        return cls(np.array(tokens), np.arange(-1, count - 1), np.arange(count), certain, unnamed)
+    @property
+    def uses_heads(self) -> bool:
+        """Whether the heads' candidates can become drafts."""
+        return self.candidates.num_nodes > 1
 
-    def draft(self, num_nodes: int, lets_pass: Callable[[list[int]], bool] | None = None) -> Draft:
-        """The draft of the `num_nodes` likeliest of them, or of all, where there are fewer.
+    @property
+    def lookup_chances(self) -> FloatArray:
+        """Probabilities of the drafts that prompt lookup alone would give, likeliest first."""
+        chances = [np.cumprod(continuation.chances, dtype=np.float32) for continuation in self._continuations]
+        if not chances:
+            return np.empty(0, np.float32)
+        return np.sort(np.concatenate(chances))[::-1][: self.num_nodes - 1]
 
-        Equal scores keep their order, so what is chosen is a tree.
+    def follow(self, decided: Sequence[int], remaining: int) -> None:
+        """Look up what may follow the tokens that were just decided.
 
         Args:
-            num_nodes: at most so many.
-            lets_pass: whether a path of tokens below the root may be given out; all may where there is no such function.
+            decided: the last tokens of the sequence.
+            remaining: tokens that the answer may still have.
         """
-        if len(self.tokens) == 1:
-            return Draft(self.tokens, self.parents, self.depths, np.ones((1, 1), np.bool_), self.looked_up)
-        order = np.argsort(-self.scores, kind="stable")
-        chosen = np.sort(order[:num_nodes] if lets_pass is None else self._passing(order, num_nodes, lets_pass))
-        chosen = chosen[np.argsort(self.depths[chosen], kind="stable")]
-        place = np.full(len(self.tokens) + 1, -1)  # the last is the root's parent
-        place[chosen] = np.arange(len(chosen))
-        parents, depths = place[self.parents[chosen]], self.depths[chosen]
-        return Draft(self.tokens[chosen], parents, depths, _mask(parents, depths), self.looked_up[chosen])
+        if self._lookup is not None:
+            self._lookup.learn(decided)
+            self._continuations = self._lookup.continuations(min(remaining, self.num_nodes) - 1)
 
-    def _passing(self, order: IntArray, num_nodes: int, lets_pass: Callable[[list[int]], bool]) -> IntArray:
-        """The first candidates of an order that pass, each after its parent."""
-        paths: dict[int, list[int]] = {0: []}
-        for node in order[1:].tolist():
-            if len(paths) == num_nodes:
-                break
-            if (above := paths.get(int(self.parents[node]))) is not None:
-                path = [*above, int(self.tokens[node])]
-                if lets_pass(path):
-                    paths[node] = path
-        return np.array(list(paths), np.int64)
+    def propose(self, guesses: HeadGuesses | None, remaining: int) -> Proposals:
+        """What may follow the last token, which is the root.
+
+        Args:
+            guesses: the heads'; None if they were not asked.
+            remaining: tokens that the answer may still have.
+        """
+        ids = self._tokens.ids
+        if self.guide is not None and self.num_nodes > 1:
+            forced = self.guide.forced()[: min(remaining, self.num_nodes) - 1]
+            if forced:
+                return Proposals(Draft.chain([int(ids[-1]), *forced]), len(forced) + 1, is_forced=True)
+        tree = self.candidates.proposals(int(ids[-1]), guesses, remaining - 1, self._continuations, int(ids[-2:][0]))
+        return Proposals(tree, min(self.num_nodes, tree.num_nodes), lets_pass=self.guide.lets_pass if self.guide else None)
 
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """The places that a tree of the heads' candidates may be made of, by depth. Make one with `candidates_for`."""
+    """The nodes that a tree of the heads' candidates may have, by depth. Make one with `candidates_for`."""
 
     num_nodes: int  # the tree's size
     parents: IntArray  # [A]
     ranks: IntArray  # [A]
     depths: IntArray  # [A], ascending
     ends: tuple[int, ...]  # ends[d]: how many candidates are at most d deep
-    ngrams: NGrams | None = None  # with which the tree is made of what they find likeliest, not of these places
+    ngrams: NGrams | None = None  # if given, the tree has the nodes that they find likeliest, instead of these
 
-    def candidates(
+    def proposals(
         self,
         root_id: int,
-        head_ids: IntArray | None,
-        head_log_probs: FloatArray | None,
+        guesses: HeadGuesses | None,
         max_depth: int,
         continuations: Sequence[Continuation] = (),
         previous_id: int | None = None,
-    ) -> Candidates:
-        """What may follow a root by the heads and by prompt lookup.
+    ) -> Draft:
+        """The tokens that may follow a root by the heads and by prompt lookup.
 
-        A node's probability is the product along its path, as if heads and continuations were independent, but for what
-        n-grams say of the heads' candidates. Where both name a token, it has the larger of its probabilities.
+        A node's probability is the product along its path, as if heads and continuations were independent of each other;
+        n-grams correct the heads' candidates for the tokens before them. A token that both heads and lookup name has the
+        larger of its two probabilities.
 
         Args:
             root_id: the decided token.
-            head_ids: the heads' candidates, best first; none where the heads were not asked. [K, M]
-            head_log_probs: theirs. [K, M]
-            max_depth: leave out what is deeper.
+            guesses: the heads'; None if they were not asked.
+            max_depth: deeper tokens are left out.
             continuations: from `PromptLookup.continuations`.
             previous_id: the decided token before the root, for the n-grams.
         """
-        tokens, parents, depths, log_probs = self._guesses(root_id, previous_id, head_ids, head_log_probs, max_depth)
+        tokens, parents, depths, log_probs = self._guessed(root_id, previous_id, guesses, max_depth)
         looked_up = np.zeros(len(tokens), np.bool_)
         added = _merge(continuations, tokens, parents, log_probs, looked_up)
-        for start, end in itertools.pairwise(_ends(depths)):
+        for start, end in itertools.pairwise(depth_ends(depths)):
             log_probs[start:end] += log_probs[parents[start:end]]
         if not added:
-            return Candidates(tokens, parents, depths, log_probs, looked_up)
+            return Draft(tokens, parents, depths, log_probs, looked_up)
         scores = log_probs.tolist()
         for node in added:
             scores.append(scores[node.parent] + node.log_prob)
-        return Candidates(
+        return Draft(
             np.append(tokens, [node.token_id for node in added]),
             np.append(parents, [node.parent for node in added]),
             np.append(depths, [node.depth for node in added]),
@@ -121,29 +160,22 @@ class CandidateSet:
             np.append(looked_up, np.ones(len(added), np.bool_)),
         )
 
-    def _guesses(
-        self,
-        root_id: int,
-        previous_id: int | None,
-        head_ids: IntArray | None,
-        head_log_probs: FloatArray | None,
-        max_depth: int,
-    ) -> Growth:
-        """What the heads say, by depth."""
+    def _guessed(self, root_id: int, previous_id: int | None, guesses: HeadGuesses | None, max_depth: int) -> Guesses:
+        """The heads' candidates as nodes, by depth."""
         max_depth = min(max_depth, len(self.ends) - 1)
-        if head_ids is None or head_log_probs is None:
+        if guesses is None:
             max_depth = 0
         elif self.ngrams is not None:
             last_ids = (root_id if previous_id is None else previous_id, root_id)
-            return self.ngrams.grow(last_ids, head_ids, head_log_probs, self.num_nodes, max_depth)
+            return self.ngrams.grow(last_ids, *guesses, self.num_nodes, max_depth)
         count = self.ends[max_depth]
         tokens, log_probs = np.full(count, root_id, np.int64), np.zeros(count, np.float32)
-        if head_ids is not None and head_log_probs is not None:
+        if guesses is not None:
             places = self.depths[1:count] - 1, self.ranks[1:count]
-            tokens[1:] = head_ids[places]
+            tokens[1:] = guesses.token_ids[places]
             # at most 0, which a logarithm of a probability may miss by rounding: else a child could pass its parent
-            log_probs[1:] = np.minimum(head_log_probs[places], 0)
-        return Growth(tokens, self.parents[:count], self.depths[:count], log_probs)
+            log_probs[1:] = np.minimum(guesses.log_probs[places], 0)
+        return Guesses(tokens, self.parents[:count], self.depths[:count], log_probs)
 
 
 class _Added(NamedTuple):
@@ -158,7 +190,7 @@ class _Added(NamedTuple):
 def _merge(
     continuations: Sequence[Continuation], tokens: IntArray, parents: IntArray, log_probs: FloatArray, looked_up: BoolArray
 ) -> list[_Added]:
-    """Find the candidates that continuations name as well, and raise them. Returns what no candidate holds, to follow them."""
+    """Raise the candidates that continuations name as well. Returns the tokens that only continuations name, to be appended."""
     added: list[_Added] = []
     for continuation in continuations:
         node = 0
@@ -173,25 +205,13 @@ def _merge(
     return added
 
 
-def _mask(parents: IntArray, depths: IntArray) -> BoolArray:  # [N, N], for nodes ordered by depth
-    mask = np.eye(len(parents), dtype=np.bool_)
-    for start, end in itertools.pairwise(_ends(depths)):
-        mask[start:end] |= mask[parents[start:end]]
-    return mask
-
-
-def _ends(depths: IntArray) -> list[int]:
-    """How many nodes are at most 0, 1 … deep, of nodes ordered by depth."""
-    ends: list[int] = np.searchsorted(depths, np.arange(1, int(depths[-1]) + 2)).tolist()
-    return ends
-
-
 @lru_cache(maxsize=256)
 def candidates_for(tree: CandidateTree | DynamicTree, num_heads: int, top_k: int) -> CandidateSet:
-    """What a tree may be made of: a static tree's own nodes; for a dynamic one all that can be among its likeliest.
+    """The nodes that a tree may have: a static tree's own; for a dynamic tree, all that can be among the likeliest.
 
-    A candidate of ranks r1 … rd (counted from 1) can be among the N likeliest only if all that are surely at least as likely
-    fit as well: its prefixes, each with any smaller ranks, which are r1 + r1·r2 + … + r1·…·rd nodes, and the root.
+    A node is among the N likeliest only if every node that is certainly at least as likely also fits in N. For a node of
+    ranks r1 … rd, counted from 1, these are its prefixes, each with any smaller ranks: r1 + r1·r2 + … + r1·…·rd nodes,
+    and the root.
     """
     if isinstance(tree, DynamicTree):
         whole = CandidateTree.from_choices(_reachable(tree.num_nodes - 1, num_heads, top_k))

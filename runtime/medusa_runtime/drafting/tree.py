@@ -100,7 +100,7 @@ class CandidateTree:
     def from_file(cls, path: str | Path) -> CandidateTree:
         """Read `from_json`'s forms from a file."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise TreeError(f"cannot read the tree {path}: {error}") from error
         return cls.from_json(data)

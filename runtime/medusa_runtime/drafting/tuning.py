@@ -1,4 +1,4 @@
-"""What was measured of a bundle on a device: `tuning.json`, written by `medusa-export tune`, read when the bundle is opened."""
+"""The measurements of a bundle on devices: `tuning.json`. `medusa-export tune` writes it, and opening the bundle reads it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from medusa_runtime.bundle.files import write_whole
-from medusa_runtime.bundle.manifest import TUNING_NAME, Manifest, Provenance
+from medusa_runtime.bundle.manifest import TUNING_NAME, Manifest, Provenance, first_problem
 from medusa_runtime.drafting.costs import StepCosts
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.errors import BundleError, MedusaError
+from medusa_runtime.errors import BundleError, MedusaError, first_line
 
 Kind = Literal["plain", "static", "dynamic"]
 log = logging.getLogger(__name__)
@@ -23,19 +23,19 @@ class _Model(BaseModel):
 
 
 class TunedTree(_Model):
-    """A way to decode, and what it is expected to give."""
+    """One way to decode, and the speed that is expected of it."""
 
-    nodes: int = Field(ge=1, description="of a dynamic tree the most; 1 is plain decoding")
+    nodes: int = Field(ge=1, description="for a dynamic tree, the most it may have; 1 is plain decoding")
     tokens_per_step: float = Field(ge=0, description="bonus token included")
-    nodes_per_step: float = Field(ge=0, description="verified for each sequence")
-    step_seconds: float = Field(gt=0, description="heads and the host's work included")
+    nodes_per_step: float = Field(ge=0, description="nodes verified for each sequence")
+    step_seconds: float = Field(gt=0, description="with the heads and the host's work")
     tokens_per_second: float = Field(gt=0, description="of all sequences together")
-    tree: dict[str, list[int]] | None = Field(None, description="parents and ranks, where it is static")
-    acceptance: list[float] | None = Field(None, description="for each node of a static tree, how often it is accepted. [N]")
+    tree: dict[str, list[int]] | None = Field(None, description="parents and ranks of a static tree")
+    acceptance: list[float] | None = Field(None, description="how often each node of a static tree is accepted. [N]")
 
 
 class Check(_Model):
-    """A prediction and what decoding with the bundle then gave, on the same prompts."""
+    """A prediction, and the speed that was then measured by decoding the same prompts."""
 
     prompts: int
     steps: int
@@ -46,12 +46,12 @@ class Check(_Model):
 
     @property
     def error(self) -> float:
-        """How far the measurement is from the prediction, as a part of it."""
+        """How far the measurement is from the prediction, as a fraction of the prediction."""
         return self.measured_tokens_per_second / self.predicted_tokens_per_second - 1
 
 
 class TunedBatch(_Model):
-    """What is best where so many sequences decode at a time."""
+    """The best ways to decode with one batch size."""
 
     batch_size: int = Field(ge=1)
     best: Kind
@@ -59,7 +59,7 @@ class TunedBatch(_Model):
     static: TunedTree
     dynamic: TunedTree
     check: Check | None = None
-    as_predicted: bool | None = Field(None, description="whether the check came within tolerance; none: not checked")
+    as_predicted: bool | None = Field(None, description="whether the check was within tolerance; omitted: not checked")
 
     @model_validator(mode="after")
     def _whole(self) -> TunedBatch:
@@ -70,29 +70,29 @@ class TunedBatch(_Model):
 
 
 class LookupCheck(_Model):
-    """What decoding gave with prompt lookup and without, on the same prompts in turn."""
+    """The speed of decoding with prompt lookup and without it, on the same prompts in turn."""
 
-    prompts: int = Field(description="decoded each way; where there are few, the same ones again")
-    tokens_per_second: float = Field(description="with it")
+    prompts: int = Field(description="prompts decoded each way; a few prompts are decoded several times")
+    tokens_per_second: float = Field(description="with prompt lookup")
     tokens_per_second_without: float
-    ratio: float = Field(description="of the two: the median over prompts, or over groups of as many as decode at a time")
+    ratio: float = Field(description="of the two speeds: the median over prompts, or over groups of one batch size")
 
 
 class DeviceTuning(_Model):
-    """What was measured on one device."""
+    """The measurements on one device."""
 
     backend: str
     processor: str
-    threads: int = Field(description="of a CPU backend; 0 on a GPU")
+    threads: int = Field(description="of a CPU backend; 0 for a GPU")
     cores: int
     provenance: Provenance
     costs: StepCosts
-    acceptance_from: str = Field(description="where the acceptance is from")
-    accuracy: list[list[float]] = Field(description="[K][M]: how often the token of rank r of head k is the right one")
-    capacity: int = Field(gt=0, description="entries in use in the fullest slot, for which the trees were chosen")
+    acceptance_from: str = Field(description="the source of the acceptance rates")
+    accuracy: list[list[float]] = Field(description="[K][M]: how often the token of rank r of head k is right")
+    capacity: int = Field(gt=0, description="the entries in use in the fullest slot that the trees were chosen for")
     batches: list[TunedBatch] = Field(min_length=1, description="by batch size, ascending")
-    prompt_lookup: bool = Field(False, description="whether drafts copied from the prompt pay")
-    lookup_check: LookupCheck | None = Field(None, description="from which that is known; none: not tried")
+    prompt_lookup: bool = Field(False, description="whether drafts copied from the prompt make decoding faster")
+    lookup_check: LookupCheck | None = Field(None, description="the measurement that says so; omitted: not measured")
 
     @field_validator("costs")
     @classmethod
@@ -101,24 +101,23 @@ class DeviceTuning(_Model):
         return costs
 
     def batch(self, batch_size: int) -> TunedBatch:
-        """What was tuned for that batch size, or else for the next smaller one, or the smallest."""
+        """The tuning for that batch size; or else for the next smaller one, or for the smallest."""
         fitting = [batch for batch in self.batches if batch.batch_size <= batch_size]
         return fitting[-1] if fitting else self.batches[0]
 
     def choice(self, max_batch_size: int, lookup_nodes: int = 0) -> tuple[CandidateTree | DynamicTree, StepCosts | None]:
-        """The tree and the costs for an engine that decodes up to so many sequences at a time.
+        """The tree and the costs for an engine that decodes up to `max_batch_size` sequences at a time.
 
-        The batch changes from step to step, and with the costs a dynamic tree changes with it: so it is the largest that is
-        best at any of these batch sizes. A static tree is right for one batch size alone: it is taken, and verified whole,
-        where no other batch is possible and it was better.
+        A dynamic tree, with the costs, adapts to the batch of each step. So it may have as many nodes as are best at any of
+        the batch sizes. A static tree is best at one batch size only: it is used, and always verified whole, if the engine
+        decodes one sequence at a time and the static tree was faster.
 
-        A static tree has no room for what prompt lookup finds, and a tree as large as the heads are good for has little: with
-        lookup it is a dynamic one, and may grow larger. Where heads do not pay at all, they are not asked then either, and the
-        engine makes the room.
+        With prompt lookup, use a dynamic tree of at least `lookup_nodes`: drafts that are looked up need nodes of their own.
+        If the heads never pay, the tree has one node; the engine then makes room for lookup alone.
 
         Args:
-            max_batch_size: of the engine.
-            lookup_nodes: what a tree should have room for where the engine looks prompts up, 0 where it does not.
+            max_batch_size: the engine's.
+            lookup_nodes: nodes that the tree needs for prompt lookup; 0 without lookup.
         """
         if max_batch_size == 1 and self.batch(1).best == "static" and not lookup_nodes:
             return CandidateTree.from_json(self.batch(1).static.tree), None
@@ -136,7 +135,7 @@ class Tuning(_Model):
 
     @classmethod
     def load(cls, bundle: str | Path) -> Tuning | None:
-        """A bundle's tuning; none where there is none.
+        """A bundle's tuning; None if the bundle was not tuned.
 
         Raises:
             BundleError: it is damaged, or of another version.
@@ -147,24 +146,22 @@ class Tuning(_Model):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise BundleError(f"{path} is damaged or of another version ({field}: {first['msg']})") from error
+            raise BundleError(f"{path} is damaged or of another version ({first_problem(error)})") from error
         except (OSError, MedusaError, ArithmeticError, TypeError) as error:
-            raise BundleError(f"{path} cannot be read ({error})") from error
+            raise BundleError(f"{path} cannot be read ({first_line(error)})") from error
 
     def save(self, bundle: str | Path) -> None:
-        """Write it into a bundle, at once or not at all."""
+        """Write the tuning into a bundle, at once or not at all."""
         write_whole(Path(bundle) / TUNING_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 def tuned(bundle: str | Path, manifest: Manifest, device: str) -> DeviceTuning | None:
-    """What was tuned for a bundle on a device. Where there is a tuning that does not fit, one warning says why.
+    """The tuning of a bundle for a device. If the bundle has a tuning that does not fit, one warning says why.
 
     Args:
         bundle: the bundle's directory.
         manifest: the bundle's.
-        device: from `device_key`.
+        device: the device's name, from `device_key`.
     """
     try:
         tuning = Tuning.load(bundle)

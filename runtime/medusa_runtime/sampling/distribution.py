@@ -70,6 +70,18 @@ class Distribution:
         return float(self.weights[place]) if place < len(self.token_ids) and self.token_ids[place] == token_id else 0.0
 
 
+def largest(logits: FloatArray) -> float:
+    """The largest of a model's logits. NaN counts as larger than any number.
+
+    Raises:
+        BackendError: it is NaN or infinite, so that no token can be chosen by these logits.
+    """
+    best = float(logits.max())
+    if not np.isfinite(best):
+        raise BackendError(f"the model's largest logit is {best}: no token can be chosen; compare: medusa-export validate")
+    return best
+
+
 def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
     """What tokens are drawn from: temperature, then top-k, then top-p, then min-p, as the field applies them.
 
@@ -78,11 +90,9 @@ def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
         options: with a temperature above 0.
 
     Raises:
-        BackendError: the logits are not finite.
+        BackendError: the largest logit is NaN or infinite.
     """
-    best = logits.max()
-    if not np.isfinite(best):
-        raise BackendError(f"the model's largest logit is {best}; such numbers cannot be sampled from")
+    best = largest(logits)
     with np.errstate(over="ignore"):  # minus infinity is as good as a weight of 0
         weights = np.exp((logits - best) / max(np.float32(options.temperature), SMALLEST))  # [V], the best token's is 1
     if not (options.top_k or options.top_p < 1 or options.min_p):
@@ -119,9 +129,12 @@ def chosen_logprob(logits: FloatArray, token_id: int, count: int) -> tuple[float
         logits: as the model gave them. [V]
         token_id: the token that was given out.
         count: likely tokens, best first.
+
+    Raises:
+        BackendError: the largest logit is NaN or infinite.
     """
     logits = logits.astype(np.float32, copy=False)
-    best = float(logits.max())
+    best = largest(logits)
     total = best + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
     count = min(count, len(logits))
     top = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, np.int64)

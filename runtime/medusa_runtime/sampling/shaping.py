@@ -1,41 +1,25 @@
-"""From logits to tokens: what a request's options make of the model's distribution, and drawing from it."""
+"""Shaping logits: a request's penalties, biases, bans and grammar, applied before the temperature."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from medusa_runtime.arrays import FloatArray
+from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import DecodingOptions
-
-
-class Guide(Protocol):
-    """What says which tokens may follow, such as a grammar."""
-
-    def allowed(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """Which tokens may come after those of the answer so far. [V]"""
-        ...
-
-    def lets_pass(self, token_ids: Sequence[int], path: Sequence[int]) -> bool:
-        """Whether all tokens of a path may follow the answer so far, one after the other."""
-        ...
-
-    def forced(self, token_ids: Sequence[int]) -> list[int]:
-        """Tokens that must come next, where there is no choice."""
-        ...
+from medusa_runtime.sampling.distribution import largest
 
 
 class LogitsShaper:
-    """Penalties, biases, bans: everything that changes logits before a temperature does.
+    """Penalties, biases, bans: all changes of logits that come before the temperature.
 
     Args:
         options: the request's.
         prompt_ids: its prompt.
-        end_ids: the tokens that end the answer, banned before `min_new_tokens`.
+        end_ids: the tokens that end the answer. They are banned before `min_new_tokens`.
         guide: its grammar.
     """
 
@@ -48,31 +32,42 @@ class LogitsShaper:
         self._end_ids = np.array(sorted(end_ids), np.int64)
         self._bias_ids = np.array(list(options.logit_bias), np.int64)
         self._biases = np.array(list(options.logit_bias.values()), np.float32)
+        self._suppressed_ids = np.array(options.suppress_tokens, np.int64)
+        self._suppressed_first_ids = np.array(options.begin_suppress_tokens, np.int64)
 
     @property
     def is_identity(self) -> bool:
         """Whether it never changes anything."""
         options = self._options
-        return not (options.has_penalties or options.min_new_tokens or len(self._bias_ids) or self._guide)
+        banned = options.suppress_tokens or options.begin_suppress_tokens or options.min_new_tokens
+        return not (options.has_penalties or banned or len(self._bias_ids) or self._guide)
 
-    def shape(self, logits: FloatArray, token_ids: Sequence[int]) -> FloatArray:
-        """The logits [V] of what follows an answer's tokens, changed as the options want; the argument stays as it is.
+    def shape(self, logits: FloatArray, token_ids: Sequence[int], path: Sequence[int] = ()) -> FloatArray:
+        """The logits [V] of the token after an answer's tokens, changed by the options. The argument is not changed.
 
         Raises:
-            OptionError: nothing may follow.
+            OptionError: the options leave no token, or make a logit infinite.
+            BackendError: the model's largest logit is NaN or infinite.
         """
         if self.is_identity:
             return logits
+        largest(logits)
         options, shaped = self._options, logits.astype(np.float32)
         if options.has_penalties:
             self._penalize(shaped, token_ids)
         shaped[self._bias_ids] += self._biases
+        shaped[self._suppressed_ids] = -np.inf
+        if not token_ids:
+            shaped[self._suppressed_first_ids] = -np.inf
         if len(token_ids) < options.min_new_tokens:
             shaped[self._end_ids] = -np.inf
         if self._guide is not None:
-            shaped[~self._guide.allowed(token_ids)] = -np.inf
-        if shaped.max() == -np.inf:
+            shaped[~self._guide.allowed(path)] = -np.inf
+        best = shaped.max()
+        if best == -np.inf:
             raise OptionError("the options leave no token that may come next")
+        if not np.isfinite(best):
+            raise OptionError(f"the options make a logit {best}; choose a repetition_penalty nearer to 1")
         return shaped
 
     def _penalize(self, logits: FloatArray, token_ids: Sequence[int]) -> None:
@@ -81,5 +76,6 @@ class LogitsShaper:
         if options.repetition_penalty != 1.0:
             seen = np.union1d(self._prompt_ids, given)
             found = logits[seen]
-            logits[seen] = np.where(found > 0, found / options.repetition_penalty, found * options.repetition_penalty)
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `shape` looks at the result
+                logits[seen] = np.where(found > 0, found / options.repetition_penalty, found * options.repetition_penalty)
         logits[given] -= options.presence_penalty + options.frequency_penalty * counts

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
-from medusa_runtime.errors import MedusaError
-from medusa_runtime.service.answer import Answer, Request
+from medusa_runtime.decoding.checks import DecodingRequest
+from medusa_runtime.drafting.guide import Guide
+from medusa_runtime.errors import ClosedError, MedusaError, OptionError
+from medusa_runtime.service.answer import Answer
 from medusa_runtime.service.results import GenerationChunk, GenerationResult
 from medusa_runtime.text.codec import TextCodec
+
+
+@dataclass
+class Request:
+    """A request that was checked, ready to be decoded."""
+
+    decoding: DecodingRequest
+    guides: list[Guide | None]  # one an answer
+    stop: Sequence[str] = ()
+    special_stops: Mapping[int, str] = field(default_factory=dict)  # stop texts that are special tokens, by token
+    since: float = field(default_factory=time.perf_counter)  # when it was made
 
 
 class Job:
@@ -21,15 +38,25 @@ class Job:
 
     def __init__(self, request: Request, codec: TextCodec) -> None:
         self.request = request
-        self.answers = [Answer(index, codec, request.options) for index in range(request.options.n)]
+        self.answers = [
+            Answer(
+                index,
+                codec,
+                stop=request.stop,
+                special_stops=request.special_stops,
+                with_logprobs=request.decoding.options.logprobs is not None,
+            )
+            for index in range(len(request.guides))
+        ]
         self.chunks: deque[GenerationChunk] = deque()
         self.error: MedusaError | None = None
         self.is_done = False
         self.news = threading.Condition()
         self.wakes: set[Callable[[], object]] = set()  # of event loops that wait
+        self._process = os.getpid()
 
     def tell(self, chunk: GenerationChunk | None = None, error: MedusaError | None = None) -> None:
-        """Hand something out, and note where nothing more will come."""
+        """Hand something out, and note whether nothing more will come."""
         with self.news:
             if chunk is not None:
                 self.chunks.append(chunk)
@@ -41,16 +68,21 @@ class Job:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 wake()
 
+    def require_same_process(self) -> None:
+        """Refuse to wait in a process that was forked: the thread that decodes is not there."""
+        if os.getpid() != self._process:
+            raise ClosedError("this request was made before a fork, in another process; ask for its result there")
+
 
 class Handle:
     """A request that was submitted: its chunks as they come, its result, and the way to cancel it.
 
     Iterate over it, with `for` or with `async for`, or ask for the result; each chunk is given out once. A handle that is
-    dropped before its request is done cancels it. So does leaving its `with`.
+    dropped before its request is done cancels the request. So does leaving its `with` or `async with`.
     """
 
     def __init__(self, job: Job, cancel: Callable[[Job], None]) -> None:
-        self.owner: object = None  # what must live as long as this
+        self.owner: object = None  # must live as long as this
         self._job = job
         self._cancel = weakref.finalize(self, cancel, job)
         self._cancel.atexit = False
@@ -61,31 +93,41 @@ class Handle:
         return self._job.is_done
 
     def cancel(self) -> None:
-        """Have the request end before its next step; its result then is what there is. Nothing happens where it is done."""
+        """End the request before its next step; its result then is what there is. If it is done already, nothing happens."""
         self._cancel()
 
     def result(self, timeout: float | None = None) -> GenerationResult:
         """Wait until the request is done.
 
         Args:
-            timeout: seconds; none to wait as long as it takes.
+            timeout: seconds; None or infinity to wait as long as it takes.
 
         Raises:
             TimeoutError: it was not done in time. It goes on.
             RequestError: it failed.
             ClosedError: its service was closed.
+            OptionError: the timeout is no such number.
         """
-        with self._job.news:
-            if not self._job.news.wait_for(lambda: self._job.is_done, timeout):
+        seconds = _checked_timeout(timeout)
+        job = self._job
+        job.require_same_process()
+        with job.news:
+            if not job.news.wait_for(lambda: job.is_done, seconds):
                 raise TimeoutError(f"the request is not done after {timeout} s")
         return self._whole()
 
-    async def aresult(self) -> GenerationResult:
-        """As `result`, without a thread that waits. A task that is cancelled here cancels the request."""
+    async def aresult(self, *, cancels: bool = True) -> GenerationResult:
+        """As `result`, without a thread that waits.
+
+        Args:
+            cancels: whether a task that is cancelled here cancels the request. If not, it goes on, and `aresult` can be
+                called again.
+        """
         try:
             await self._wait(lambda: self._job.is_done)
         except asyncio.CancelledError:
-            self.cancel()
+            if cancels:
+                self.cancel()
             raise
         return self._whole()
 
@@ -94,6 +136,7 @@ class Handle:
 
     def __next__(self) -> GenerationChunk:
         job = self._job
+        job.require_same_process()
         with job.news:
             job.news.wait_for(lambda: job.chunks or job.is_done)
             if job.chunks:
@@ -121,7 +164,14 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.cancel()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
     async def _wait(self, ready: Callable[[], bool]) -> None:
+        self._job.require_same_process()
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -140,7 +190,17 @@ class Handle:
                 self._job.wakes.discard(wake)
 
     def _whole(self) -> GenerationResult:
-        if self._job.error is not None:
-            raise self._job.error.with_traceback(None)
-        with_logprobs = self._job.request.options.logprobs is not None
-        return GenerationResult([answer.choice(with_logprobs=with_logprobs) for answer in self._job.answers])
+        job = self._job
+        if job.error is not None:
+            raise job.error.with_traceback(None)
+        first = job.answers[0].sequence
+        scores = first.prompt_logprobs if first is not None and first.options.prompt_logprobs is not None else None
+        return GenerationResult([answer.choice() for answer in job.answers], list(job.request.decoding.prompt_ids), scores)
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
+    if timeout is None or timeout == math.inf:
+        return None
+    if not isinstance(timeout, int | float) or not timeout >= 0:
+        raise OptionError(f"the timeout is {timeout!r}; it must be a number of seconds of at least 0, or none")
+    return min(timeout, threading.TIMEOUT_MAX)

@@ -1,4 +1,4 @@
-"""What comes back: chunks of an answer, whole answers, and the state of a service."""
+"""Results: chunks of an answer, whole answers, and the state of a service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class GenerationChunk:
     num_accepted: int  # drafts accepted in this step
     finish_reason: FinishReason | None = None
     index: int = 0  # which of the request's answers
-    logprobs: list[TokenLogprob] | None = None  # one a token, where they were asked for
+    logprobs: list[TokenLogprob] | None = None  # one a token, if the request asked for them
+    stop_reason: str | int | None = None  # the stop text or stop token that ended the answer; None if the model ended it
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,21 @@ class Choice:
     """One whole answer."""
 
     text: str
-    token_ids: list[int]  # the end-of-sequence token included, where the answer ended by one
-    finish_reason: FinishReason  # "cancelled" for one that was cut short by `Handle.cancel`
+    token_ids: list[int]  # the token that ended the answer included, if one did; it is no part of the text
+    finish_reason: FinishReason  # "cancelled" if `Handle.cancel` cut it short
     stats: DecodingStats
     seed: int  # with it, and the same options, the same answer comes again
     logprobs: list[TokenLogprob] | None = None
+    stop_reason: str | int | None = None  # the stop text or stop token that ended it; None if the model ended it
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """All answers to a request; what is asked of it directly is the first one's."""
+    """All answers to a request. Its own properties are those of the first answer."""
 
     choices: list[Choice]
+    prompt_ids: list[int]
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens from the second on, if asked for
 
     @property
     def text(self) -> str:
@@ -65,22 +69,40 @@ class GenerationResult:
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """The first answer's, where they were asked for."""
+        """The first answer's, if the request asked for them."""
         return self.choices[0].logprobs
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop text or stop token that ended the first answer."""
+        return self.choices[0].stop_reason
 
 
 @dataclass(frozen=True)
 class ServiceStats:
-    """A service at one moment, and all it did since it was opened."""
+    """A service at one moment, and all it did since it was opened.
+
+    The three means are over the answers that have ended by themselves.
+    """
 
     num_waiting: int  # answers that have no slot yet
     num_active: int  # answers being decoded
     max_batch_size: int
     num_completed: int
     num_cancelled: int
+    num_overdue: int  # ended by `deadline_seconds`
     num_failed: int
-    num_refused: int  # for a full queue
-    queue_seconds: float  # means over the answers that have ended by themselves: from the request to the start of its prefill
-    first_token_seconds: float  # from the request to the first token
-    seconds_per_token: float  # after the first token
+    num_refused: int  # requests refused because the queue was full
+    queue_seconds: float  # mean time from the request to the start of its prefill
+    first_token_seconds: float  # mean time from the request to the first token
+    seconds_per_token: float  # mean time after the first token
     decoding: DecodingStats  # of all answers so far; its prefill, decode and engine seconds are the engine's own
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether a service takes requests."""
+
+    is_alive: bool
+    why_not: str | None  # None if it is alive
+    since: float  # when it was opened, or stopped being alive: seconds since 1970, as of `time.time`

@@ -1,34 +1,44 @@
-"""Many requests on one engine: a thread that decodes, and handles through which answers come back."""
+"""Many requests on one engine: a thread that decodes and hands out what it decided."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import secrets
+import logging
+import os
 import threading
+import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 from medusa_runtime.decoding.engine import DecodingEngine
-from medusa_runtime.decoding.sequence import RANDOM_SEEDS, Sequence
+from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason
 from medusa_runtime.decoding.stats import DecodingStats
-from medusa_runtime.errors import CapacityError, ClosedError, MedusaError, QueueFullError, RequestError, first_line
-from medusa_runtime.service.answer import Answer, Request
-from medusa_runtime.service.handle import Handle, Job
-from medusa_runtime.service.results import ServiceStats
+from medusa_runtime.errors import CapacityError, ClosedError, MedusaError, QueueFullError, RequestError, first_line, is_failure
+from medusa_runtime.service.answer import Answer
+from medusa_runtime.service.handle import Handle, Job, Request
+from medusa_runtime.service.results import Health, ServiceStats
 from medusa_runtime.text.codec import TextCodec
+
+Outcome = Literal["completed", "cancelled", "overdue", "failed"]
+OUTCOMES: dict[FinishReason, Outcome] = {"cancelled": "cancelled", "deadline": "overdue"}  # all others: completed
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Counts:
     completed: int = 0
     cancelled: int = 0
+    overdue: int = 0
     failed: int = 0
     refused: int = 0
     latency: DecodingStats = field(default_factory=DecodingStats)  # of the completed answers
 
 
 class Worker:
-    """The thread that decodes. It starts with the first request.
+    """The thread that decodes. It starts with the first request, and is stopped before the program ends.
 
     Args:
         engine: this object's alone from the first request on.
@@ -40,35 +50,46 @@ class Worker:
         self._engine, self._codec = engine, codec
         self._most = max_queue + engine.max_batch_size
         self._max_queue = max_queue
-        self._changed = threading.Condition()  # guards all below
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # guards all below
+        self._freed = threading.Condition(lock)  # an answer has ended
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
         self._under_way: dict[int, tuple[Job, Answer]] = {}  # by sequence
         self._num_open = 0  # answers that have not ended
         self._counts = _Counts()
         self._thread: threading.Thread | None = None
-        self._is_closed = False
+        self._closed: str | None = None  # why no further request is taken
+        self._since = time.time()  # when it was opened, or closed
+        self._process = os.getpid()
+        _open_workers.add(self)
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request, *, waits: bool = False) -> Handle:
         """Queue a request.
+
+        Args:
+            request: checked.
+            waits: whether to wait for room in the queue instead of raising `QueueFullError`.
 
         Raises:
             QueueFullError: there are too many.
             CapacityError: it asks for more answers than there is ever room for.
-            ClosedError: the worker is closed.
+            ClosedError: the worker is closed, has died, or belongs to another process.
         """
-        job, num_answers = Job(request, self._codec), request.options.n
+        self._require_same_process()
+        job, num_answers = Job(request, self._codec), len(request.guides)
+        if num_answers > self._most:
+            raise CapacityError(f"n is {num_answers}; there is never room for more than {self._most} answers")
         with self._changed:
-            if self._is_closed:
-                raise ClosedError("this model is closed")
-            if num_answers > self._most:
-                raise CapacityError(f"n is {num_answers}; there is never room for more than {self._most} answers")
-            if self._num_open + num_answers > self._most:
+            if waits:
+                self._freed.wait_for(lambda: self._why_closed() is not None or self._has_room(num_answers))
+            if (why := self._why_closed()) is not None:
+                raise ClosedError(why)
+            if not self._has_room(num_answers):
                 self._counts.refused += 1
                 raise QueueFullError(
-                    f"{self._num_open} answers are under way and {num_answers} more were asked for, "
-                    f"there is room for {self._most}: "
-                    f"max_batch_size {self._most - self._max_queue} and max_queue {self._max_queue}"
+                    f"the queue is full: {self._num_open} of {self._most} answers under way (max_batch_size "
+                    f"{self._most - self._max_queue} + max_queue {self._max_queue}), {num_answers} more requested; retry later"
                 )
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="medusa-runtime", daemon=True)
@@ -76,7 +97,7 @@ class Worker:
                 self._thread = thread
             self._num_open += num_answers
             self._inbox.append(job)
-            self._changed.notify()
+            self._changed.notify_all()
         return Handle(job, self._cancel)
 
     def stats(self) -> ServiceStats:
@@ -92,6 +113,7 @@ class Worker:
                 max_batch_size=self._engine.max_batch_size,
                 num_completed=counts.completed,
                 num_cancelled=counts.cancelled,
+                num_overdue=counts.overdue,
                 num_failed=counts.failed,
                 num_refused=counts.refused,
                 queue_seconds=latency.queue_seconds / completed,
@@ -100,22 +122,54 @@ class Worker:
                 decoding=decoding,
             )
 
-    def stop(self) -> None:
-        """Refuse further requests, and have those under way end with `ClosedError`. It does not wait."""
+    def health(self) -> Health:
+        """See `Health`."""
+        if os.getpid() != self._process:
+            return Health(is_alive=False, why_not=FORKED, since=self._since)
         with self._changed:
-            self._is_closed = True
-            self._changed.notify()
+            why = self._why_closed()
+            return Health(is_alive=why is None, why_not=why, since=self._since)
+
+    def stop(self) -> None:
+        """Refuse further requests, and have those under way end with `ClosedError`. It does not wait.
+
+        A finalizer may call it while this thread holds any lock.
+        """
+        if os.getpid() == self._process:
+            with self._changed:
+                self._close_for("this model is closed")
 
     def join(self) -> None:
         """Wait for the thread to end, after `stop`."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _why_closed(self) -> str | None:
+        """Why no request is taken any more; None if requests are taken."""
+        if self._closed is None and self._thread is not None and not self._thread.is_alive():
+            self._close_for("the thread that decodes has died; open the model again")
+        return self._closed
+
+    def _close_for(self, why: str) -> None:
+        if self._closed is None:
+            self._closed, self._since = why, time.time()
+        self._changed.notify_all()
+        self._freed.notify_all()
+
+    def _has_room(self, num_answers: int) -> bool:
+        return self._num_open + num_answers <= self._most
+
+    def _require_same_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ClosedError(FORKED)
+
     def _cancel(self, job: Job) -> None:
+        if os.getpid() != self._process:
+            return
         with self._changed:
             if not job.is_done:
                 self._cancelled.append(job)
-                self._changed.notify()
+                self._changed.notify_all()
 
     def _run(self) -> None:
         error: MedusaError = ClosedError("this model was closed while the request was under way")
@@ -123,10 +177,12 @@ class Worker:
             while self._take_in():
                 for sequence in self._engine.step():
                     self._hand_out(sequence)
-        except Exception as failure:  # noqa: BLE001 - of the engine itself: nothing can go on, and nobody may wait for ever
-            error = _told(failure)
+        except BaseException as failure:
+            error = as_request_error(failure)
+            log.exception("the thread that decodes has died; requests under way fail, and new ones are refused")
+            with self._changed:
+                self._close_for(f"the thread that decodes has died ({type(failure).__name__}: {first_line(failure)})")
         with self._changed:
-            self._is_closed = True
             jobs = [*(job for job, _ in self._under_way.values()), *self._inbox]
             self._inbox.clear()
         for job in {id(job): job for job in jobs}.values():
@@ -135,33 +191,31 @@ class Worker:
             job.tell(error=error)
 
     def _take_in(self) -> bool:
-        """Wait for work, and take what is new. Returns whether to go on."""
+        """Wait for work, and take new requests and cancellations. Returns whether to go on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._inbox or self._cancelled or not self._engine.is_idle)
+            self._changed.wait_for(lambda: self._closed or self._inbox or self._cancelled or not self._engine.is_idle)
             started, self._inbox = self._inbox, deque()
             cancelled, self._cancelled = self._cancelled, deque()
-            is_closed = self._is_closed  # now: what comes later is refused, so nothing is left in the inbox
+            is_closed = self._closed is not None  # a later request is refused, so nothing is left in the inbox
         for job in started:
             self._start(job)
         for job in cancelled:
             for sequence in [answer.sequence for answer in job.answers if answer.sequence is not None]:
-                self._engine.cancel(sequence)
+                self._engine.end(sequence)
                 self._hand_out(sequence)
         return not is_closed
 
     def _start(self, job: Job) -> None:
-        request, options = job.request, job.request.options
-        if options.seed is None:  # one for all of its answers, so that it repeats them
-            options = options.model_copy(update={"seed": secrets.randbelow(RANDOM_SEEDS)})
+        request = job.request
         try:
             for stream, (answer, guide) in enumerate(zip(job.answers, request.guides, strict=True)):
-                answer.sequence = self._engine.add(request.prompt_ids, options, guide=guide, stream=stream)
+                answer.sequence = self._engine.begin(request.decoding, guide=guide, stream=stream, since=request.since)
                 self._under_way[answer.sequence.id] = (job, answer)
         except Exception as error:  # noqa: BLE001 - the request's own; it was checked before, so this is rare
-            self._end(job, _told(error))
+            self._end(job, as_request_error(error))
 
-    def _hand_out(self, sequence: Sequence) -> None:
-        """Turn a sequence's steps into chunks. What goes wrong here is its request's alone."""
+    def _hand_out(self, sequence: DecodingSequence) -> None:
+        """Turn a sequence's steps into chunks. A failure in here ends this request and no other."""
         if (found := self._under_way.get(sequence.id)) is None:
             return
         job, answer = found
@@ -169,22 +223,28 @@ class Worker:
             for step in sequence.take_steps():
                 if step.finish_reason == "error":
                     raise sequence.error or RequestError("the request failed")
-                if (chunk := answer.push(step)) is not None:
-                    if chunk.finish_reason is not None:
-                        self._engine.cancel(sequence, chunk.finish_reason)  # where a stop string ended it
-                        self._close(answer, "cancelled" if chunk.finish_reason == "cancelled" else "completed")
-                    job.tell(chunk)
-        except Exception as error:  # noqa: BLE001 - such as a tokenizer that cannot decode
-            self._end(job, _told(error))
+                if (chunk := answer.push(step)) is None:
+                    continue
+                if chunk.finish_reason is not None:
+                    if chunk.finish_reason == "stop" and step.finish_reason != "stop":  # a stop text ended it
+                        self._engine.end(sequence, "stop", num_unused=len(step.token_ids) - len(chunk.token_ids))
+                    self._close(answer, OUTCOMES.get(chunk.finish_reason, "completed"))
+                job.tell(chunk)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._end(job, as_request_error(error))
 
     def _end(self, job: Job, error: MedusaError) -> None:
+        if not isinstance(error, ClosedError):
+            log.warning("a request failed: %s", error)
         for answer in job.answers:
             if answer.sequence is not None:
-                self._engine.cancel(answer.sequence)
+                self._engine.end(answer.sequence)
             self._close(answer, "failed")
         job.tell(error=error)
 
-    def _close(self, answer: Answer, outcome: str) -> None:
+    def _close(self, answer: Answer, outcome: Outcome) -> None:
         if answer.sequence is not None:
             self._under_way.pop(answer.sequence.id, None)
         with self._changed:
@@ -194,9 +254,24 @@ class Worker:
                 setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
                 if outcome == "completed" and answer.sequence is not None:
                     self._counts.latency.add(answer.sequence.stats)
+                self._freed.notify_all()
 
 
-def _told(error: Exception) -> MedusaError:
+FORKED = "this model was opened before a fork, in another process: threads do not survive that; open it in each process"
+_open_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop all threads before the interpreter ends: one that is still inside a forward pass would abort the process."""
+    workers = list(_open_workers)
+    for worker in workers:
+        worker.stop()
+    for worker in workers:
+        worker.join()
+
+
+def as_request_error(error: BaseException) -> MedusaError:
     """An error as a caller is to see it."""
     if isinstance(error, MedusaError):
         return error

@@ -1,129 +1,163 @@
-"""Text in, text out: the bundle's tokenizer, its chat template, and decoding as tokens stream in."""
+"""Text in, text out: the bundle's tokenizer with its chat templates. `TextCodec` is this room's door."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
-from typing_extensions import TypedDict  # pydantic reads it, and knows the one in typing from Python 3.12 on only
 
-from medusa_runtime.errors import BundleError, OptionError, first_line
-from medusa_runtime.text.template import GenerationTag, refuse
+from medusa_runtime.errors import BundleError, CapacityError, OptionError
+from medusa_runtime.text import byte_fallback
+from medusa_runtime.text.bounds import LengthBound
+from medusa_runtime.text.conversation import Conversation, Message, Prompt
+from medusa_runtime.text.plain import PlainContent
+from medusa_runtime.text.template import ChatTemplate
+
+__all__ = ["CHAT_NAME", "TOKENIZER_NAME", "Message", "Prompt", "TextCodec"]
 
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_NAME = "chat.json"
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-Prompt = str | Sequence[Message]
-
-
 class TextCodec:
-    """Turns prompts into token ids and token ids into text, as the bundle's checkpoint does.
+    """Turns prompts into token ids and token ids into text, as the bundle's checkpoint does. Any thread may use it.
 
     Raises:
-        BundleError: the tokenizer is missing or damaged.
+        BundleError: the tokenizer or the file of the chat templates is missing or damaged.
     """
 
     def __init__(self, bundle: str | Path) -> None:
-        self._bundle = Path(bundle)
+        path = Path(bundle) / TOKENIZER_NAME
         try:
-            self.tokenizer: Tokenizer = Tokenizer.from_file(str(self._bundle / TOKENIZER_NAME))
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise BundleError(f"{self._bundle / TOKENIZER_NAME} cannot be read ({error}); export it again") from error
+            raise BundleError(f"{path} cannot be read ({error}); export it again") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.chat = ChatTemplate.from_file(Path(bundle) / CHAT_NAME)
+        self._special = {
+            token.content: token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self._has_byte_fallback = byte_fallback.has_byte_fallback(self.tokenizer)
+        self._lock = Lock()
+        self._plain: PlainContent | None = None
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        plain_content: bool = False,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         """Token ids of a prompt.
 
         Args:
             prompt: messages, or one user message as text.
             raw: take the text as it is, without the chat template. So is done for a model that has none.
+            template: the name of the chat template; see `ChatTemplate.render`.
+            template_options: further variables of the template, such as `enable_thinking`.
+            tools: JSON schemas of functions that the model may call.
+            documents: texts that the model may use.
+            add_generation_prompt: end with what opens the assistant's turn. Omit it for yes, or for no if the final message
+                is continued.
+            continue_final_message: leave the final message open, so that the answer continues it.
+            plain_content: encode what users wrote as plain text, also if it is spelled like a special token.
+            max_tokens: refuse a text that is certainly longer before it is tokenised. A text that passes may still be longer.
 
         Raises:
-            OptionError: messages for a model without a chat template, or messages its template refuses.
+            OptionError: messages for a model without a chat template, or a value that cannot be used.
+            CapacityError: the prompt is certainly longer than `max_tokens`.
         """
-        if not isinstance(prompt, Sequence):
-            raise OptionError(f"the prompt is {prompt!r}; it must be text, or a list of messages")
-        if isinstance(prompt, str):
-            if raw or not self.has_chat_template:
-                return self._ids(prompt, add_special_tokens=True)
-            prompt = [{"role": "user", "content": prompt}]
-        elif raw:
+        chosen: dict[str, Any] = {
+            "template": template,
+            "template_options": template_options,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        if isinstance(prompt, str) and (raw or not self.has_chat_template):
+            if given := [name for name, value in chosen.items() if value]:
+                reason = "raw leaves the chat template out" if raw else "this model has no chat template"
+                raise OptionError(f"{given[0]} is given, but {reason}; leave one of them out")
+            self._check_text(prompt, max_tokens)
+            return self._plain_content.text_ids(prompt) if plain_content else self._raw_ids(prompt)
+        if raw:
             raise OptionError("raw takes text, not messages")
-        return self._ids(self.render(prompt), add_special_tokens=False)
-
-    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate, such as undecodable bytes of a command line become
-            raise OptionError("the prompt is not Unicode text") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        conversation = self._conversation(prompt, **chosen)
+        name = self.chat.chosen(conversation, template)
+        conversation = self.chat.prepared(name, conversation)
+        text = self.chat.rendered(name, conversation)
+        self._check_text(text, max_tokens)
+        if plain_content:
+            return self._plain_content.token_ids(text, self._plain_content.controls(self.chat, name, conversation, text))
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return str(self.tokenizer.decode(list(token_ids)))
+        """The text of token ids, special tokens left out. An incomplete character becomes one replacement character."""
+        text = str(self.tokenizer.decode(list(token_ids)))
+        if self._has_byte_fallback and byte_fallback.UNKNOWN in text:
+            return byte_fallback.decoded(self.tokenizer, token_ids)
+        return text
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled like this, which `decode` leaves out; None if there is none."""
+        return self._special.get(text)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint came with a chat template."""
-        return bool(self._chat.get("template"))
+        return bool(self.chat.sources)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The chat template's text for messages, up to where the assistant's answer starts.
+    def render(self, messages: Prompt, **chosen: Any) -> str:
+        """The chat template's text for messages. Further arguments are those of `encode` that are about templates."""
+        return self.chat.render(self._conversation(messages, **chosen), chosen.get("template"))
 
-        The template runs sandboxed: it comes with the checkpoint and is not trusted.
-        """
-        if not self.has_chat_template:
-            raise OptionError("this model has no chat template; give the prompt as text")
-        for message in messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise OptionError(f"a message is an object with role and content; found {message!r}")
+    @staticmethod
+    def _conversation(
+        messages: Prompt, template: str | None = None, template_options: Mapping[str, Any] | None = None, **chosen: Any
+    ) -> Conversation:
+        del template
+        return Conversation.of(messages, options=template_options, **chosen)
+
+    def _raw_ids(self, text: str) -> list[int]:
+        """Token ids of a text as it is. One that begins with the tokens that the tokenizer puts first gets no second ones."""
+        encoded = self.tokenizer.encode(text, add_special_tokens=True)
+        ids, is_added = list(encoded.ids), [*encoded.special_tokens_mask, 0]
+        num_first = is_added.index(0)
+        return ids[num_first:] if num_first and ids[num_first : 2 * num_first] == ids[:num_first] else ids
+
+    def _check_text(self, text: str, max_tokens: int | None) -> None:
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._chat["special_tokens"],
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError as error:  # a lone surrogate, such as undecodable bytes of a command line become
+            raise OptionError("the prompt is not Unicode text") from error
+        if max_tokens is None or num_bytes <= max_tokens:
+            return
+        if (least := self._bound.least_tokens(text)) > max_tokens:
+            raise CapacityError(
+                f"the prompt has {num_bytes} bytes, which are {least} tokens at least; "
+                f"there is room for {max_tokens}: shorten it"
             )
-        except Exception as error:  # the template is a program from elsewhere: it may fail in any way
-            raise OptionError(f"the chat template refuses these messages: {first_line(error)}") from error
 
     @cached_property
-    def _chat(self) -> dict[str, Any]:
-        path = self._bundle / CHAT_NAME
-        try:
-            chat: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
-        if not isinstance(chat, dict) or not isinstance(chat.get("special_tokens"), dict):
-            raise BundleError(f"{path} has no template and special tokens; export the bundle again")
-        return chat
+    def _bound(self) -> LengthBound:
+        return LengthBound(self.tokenizer)
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-        return environment.from_string(self._chat["template"])
+    @property
+    def _plain_content(self) -> PlainContent:
+        with self._lock:
+            if self._plain is None:
+                self._plain = PlainContent(self.tokenizer, self.chat.literals())
+            return self._plain

@@ -1,41 +1,55 @@
-"""Text of an answer while its tokens come."""
+"""The text of an answer while its tokens come."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from medusa_runtime.text.codec import TextCodec
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """Turns token ids into text, as `TextCodec` does."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
 
 
 class TextStream:
-    """Text of one answer as its tokens come: a piece is given out once no later token can change it.
+    """The text of one answer as its tokens come. Text is given out once no later token can change it.
 
-    A piece is what the tokens since the last piece add to the text of the piece before it: decoders join neighbours, and no
-    further back. While that ends in a replacement character, bytes of a character may be missing, and it is held back.
+    Decoding a token can change how the previous piece joins on, but nothing earlier. So we decode the tokens of the previous
+    piece and the new ones together and give out the difference. A replacement character at the end may stand for a character
+    whose last bytes have not come, so it is held back. All pieces together are the text of all tokens, whatever the steps.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: Decoder) -> None:
         self._codec = codec
-        self._window: list[int] = []  # tokens of the last piece, then those held back
-        self._num_given = 0  # of the window
+        self._window: list[int] = []  # tokens of the last piece, then those whose text is not complete
+        self._num_old_tokens = 0  # of the window: those of the last piece
+        self._num_given = 0  # characters of the window's text
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens, return the text they complete."""
         self._window.extend(token_ids)
-        piece = self._held()
-        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._window = self._window[self._num_given :]
-        self._num_given = len(self._window)
+        text = self._codec.decode(self._window)
+        if text.endswith(UNKNOWN):
+            piece = text[self._num_given : -1]
+            self._num_given += len(piece)
+            return piece
+        piece = text[self._num_given :]
+        self._num_given = len(text)
+        if piece:
+            self._window = self._window[self._num_old_tokens :]
+            self._num_old_tokens = len(self._window)
+            self._num_given = len(self._codec.decode(self._window))
         return piece
 
     def finish(self) -> str:
-        """Return what was held back, such as a character whose last bytes never came."""
-        return self._held()
-
-    def _held(self) -> str:
-        given = self._codec.decode(self._window[: self._num_given])
-        return self._codec.decode(self._window)[len(given) :]
+        """Return the text that was held back, such as a character whose last bytes never came."""
+        piece = self._codec.decode(self._window)[self._num_given :]
+        self._num_given += len(piece)
+        return piece
 
 
 class StopStrings:
@@ -49,16 +63,16 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Take a piece; return the text that is certain now, and whether a stop string follows it."""
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """Take a piece; return the text that is certain now, and the stop string that follows it, if one does."""
         text = self._held + piece
-        if found := [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]:
+        if found := [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]:
             self._held = ""
-            _, start = min(found)  # the one that is complete first, whatever the pieces
-            return text[:start], True
+            _, start, stop = min(found)  # the one that is complete first, however the text was cut into pieces
+            return text[:start], stop
         held = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+        return text[: len(text) - held], None
 
     def finish(self) -> str:
         """Return what was held back."""

@@ -77,7 +77,7 @@ def timed(decode: Decode) -> Callable[[list[int], int], dict[str, Any]]:
 def memory() -> dict[str, float]:
     """The peak memory of this process in MB, and its current memory if the system reports it."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         import resource  # noqa: PLC0415 - not on Windows
 
@@ -89,7 +89,7 @@ def memory() -> dict[str, float]:
 
 def _private_stdout() -> TextIO:
     """Reserve stdout for answers: anything that a library prints goes to stderr."""
-    private = os.fdopen(os.dup(STDOUT), "w")
+    private = os.fdopen(os.dup(STDOUT), "w", encoding="utf-8")
     os.dup2(STDERR, STDOUT)
     return private
 

@@ -27,7 +27,11 @@ def build(settings: dict[str, Any]) -> None:
             scratch,
         )
         done = subprocess.run(
-            [sys.executable, "-m", "onnxruntime_genai.models.builder", *words], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "onnxruntime_genai.models.builder", *words],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
     if done.returncode:
         raise SystemExit((done.stderr.strip().splitlines() or ["the model builder failed"])[-1])
@@ -37,7 +41,7 @@ def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[i
     """settings: model, threads."""
     import onnxruntime_genai as og  # noqa: PLC0415 - the builder does not need it
 
-    facts = json.loads((Path(settings["model"]) / "genai_config.json").read_text())["model"]
+    facts = json.loads((Path(settings["model"]) / "genai_config.json").read_text(encoding="utf-8"))["model"]
     config = og.Config(settings["model"])
     decoder = {"session_options": {"intra_op_num_threads": settings["threads"]}}
     # The only way to decode past an end-of-sequence token is to configure another token as end of sequence.

@@ -22,7 +22,7 @@ class _Heads:
     """The heads in a directory with config.json, heads.safetensors and possibly draft_vocabulary.json."""
 
     def __init__(self, directory: Path, lm_head: torch.Tensor, dtype: torch.dtype) -> None:
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tensors = {
             name: tensor.to(lm_head.device, dtype) for name, tensor in load_file(directory / "heads.safetensors").items()
         }
@@ -34,7 +34,7 @@ class _Heads:
             for block in range(config["num_layers"])
         ]
         vocabulary = directory / "draft_vocabulary.json"
-        self._draft_ids = torch.tensor(json.loads(vocabulary.read_text())) if vocabulary.is_file() else None
+        self._draft_ids = torch.tensor(json.loads(vocabulary.read_text(encoding="utf-8"))) if vocabulary.is_file() else None
         shared = [lm_head] * config["num_heads"]
         own = [tensors.get(f"heads.{head}.lm_head.weight", shared[head]) for head in range(config["num_heads"])]
         rows = own if self._draft_ids is None else [table[self._draft_ids] for table in own]

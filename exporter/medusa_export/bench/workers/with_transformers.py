@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -29,8 +29,7 @@ def load(settings: dict[str, Any]) -> Callable[[list[int], int, Callable[[list[i
     """settings: checkpoint, dtype, threads, and optionally lookup."""
     torch.set_num_threads(settings["threads"])
     model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=getattr(torch, settings["dtype"])).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model.generation_config = GenerationConfig(pad_token_id=0)  # plain greedy decoding without an end, as the others do it
     lookup = {"prompt_lookup_num_tokens": settings["lookup"]} if settings.get("lookup") else {}
 
     def decode(token_ids: list[int], max_new_tokens: int, emit: Callable[[list[int]], None]) -> None:

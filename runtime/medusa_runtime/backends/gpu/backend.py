@@ -1,6 +1,6 @@
-"""What all GPU backends share: cache and buffers on the GPU, one copy up, one copy down and one wait a step.
+"""The backend for GPUs: cache and buffers on the GPU; one copy up, one copy down and one wait for each step.
 
-How a graph runs is an `Executor`'s business: TensorRT's contexts, or ONNX Runtime's sessions.
+An `Executor` runs the graphs: with TensorRT's contexts, or with ONNX Runtime's sessions.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -17,26 +18,26 @@ from medusa_runtime.backends.gpu.cache import DeviceCache
 from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import ACCEPTED_HIDDEN, DTYPES, Executor, Shape, StepBuffers, Work
 from medusa_runtime.bundle.manifest import STEP, Manifest
-from medusa_runtime.errors import BackendError, CapacityError
+from medusa_runtime.errors import BackendError, CapacityError, ClosedError
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # verification steps are padded to these, so that few shapes occur
-COLD_RUNS = 2  # of a shape: engines compile in the first one, and the second one is captured
-MAX_WORKS = 64  # shapes of verification steps that are kept ready; then the one goes that was not used longest
+COLD_RUNS = 2  # the first runs of a shape: engines compile in the first one, and the second one is captured
+MAX_WORKS = 64  # shapes of verification steps that are kept ready; beyond them the least recently used one is dropped
 log = logging.getLogger(__name__)
 
 
 class GpuBackend:
     """A bundle's graphs on one GPU.
 
-    From the second step of a shape on, all that it queues is one CUDA graph, where the executor allows that. Where the step's
-    graph accepts greedily by itself, the heads follow it at once for those who announce that they will ask: then a whole
-    decoding step waits for the GPU once.
+    If the executor allows it, the work of a step is captured as one CUDA graph when its shape comes the second time, and
+    replayed from then on. If the step's graph accepts greedily by itself, a step with `propose_ahead` runs the heads right
+    after it, so that a whole decoding step waits for the GPU only once.
 
     Args:
-        manifest: of the bundle.
-        gpu: where it runs.
-        executor: what runs the graphs.
-        cuda_graphs: whether to capture what steps queue.
+        manifest: the bundle's.
+        gpu: the GPU to run on.
+        executor: runs the graphs.
+        cuda_graphs: whether to capture steps as CUDA graphs.
 
     Raises:
         CapacityError: the GPU has no memory for the buffers that the bundle's limits ask for.
@@ -45,7 +46,8 @@ class GpuBackend:
     def __init__(self, manifest: Manifest, gpu: Gpu, executor: Executor, *, cuda_graphs: bool = True) -> None:
         self.manifest = manifest
         self.gpu = gpu
-        self.num_bytes_down = 0  # that came back from the GPU so far
+        self.num_bytes_down = 0  # copied from the GPU so far
+        self._is_closed = False
         self._executor = executor
         self._captures = cuda_graphs and executor.can_be_captured
         self._accepts = ACCEPTED_HIDDEN in {tensor.name for tensor in manifest.graphs[STEP].outputs}
@@ -53,7 +55,7 @@ class GpuBackend:
         self._cache: DeviceCache | None = None
         self._works: OrderedDict[Shape, Work] = OrderedDict()
         self._num_rows = 0  # R of the last step
-        self._ahead: tuple[IntArray, IntArray, HeadOutput] | None = None  # rows, root tokens, and the heads' guesses there
+        self._ahead: tuple[IntArray, IntArray, HeadOutput] | None = None  # rows, root tokens, and the heads' output there
         self.gpu.make_current()
         self._reserve_limits(with_logits=False)
 
@@ -68,15 +70,16 @@ class GpuBackend:
         return self._cache.capacity if self._cache else 0
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the GPU's memory that are held here, by purpose."""
+        """Bytes of the GPU's memory that this backend holds, by purpose."""
         cache = self._cache.num_bytes if self._cache else 0
         return {"cache": cache, "buffers": self._buffers.num_bytes, **self._executor.memory()}
 
     def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
-        """See `Backend.resize`. The capacity of an engine was fixed when it was built, and is allocated whole.
+        """See `Backend.resize`. An engine's capacity was fixed when it was built, and all of it is allocated.
 
-        Where the size stays, so do all addresses, and what is ready for them.
+        If the size stays the same, all addresses stay too, and so do the contexts and CUDA graphs made for them.
         """
+        self._require_open()
         if (fixed := self.manifest.limits.capacity) is not None and capacity > fixed:
             raise CapacityError(
                 f"the engine was built for {fixed} cache entries a sequence, {capacity} are needed; "
@@ -109,6 +112,7 @@ class GpuBackend:
         propose_ahead: bool = False,
     ) -> StepOutput:
         """See `Backend.step`."""
+        self._require_open()
         (batch, rows), width = logit_rows.shape, input_ids.shape[1]
         require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, width, self.capacity)
@@ -127,9 +131,10 @@ class GpuBackend:
         return StepOutput(greedy_ids, self._buffers.logits(work, rows), is_warm=work.num_runs > COLD_RUNS)
 
     def propose(self, rows: IntArray, root_ids: IntArray) -> HeadOutput:
-        """See `Backend.propose`. Where the GPU accepted and decided the same by itself, the guesses are here already."""
-        if (guesses := self._guessed_ahead(rows, root_ids)) is not None:
-            return guesses
+        """See `Backend.propose`. If the GPU accepted these rows and roots by itself, the heads' output is here already."""
+        self._require_open()
+        if (known := self._proposed_ahead(rows, root_ids)) is not None:
+            return known
         self.gpu.make_current()
         work = self._buffers.heads_work(self._num_rows, rows, root_ids)
         self._run(work)
@@ -148,38 +153,57 @@ class GpuBackend:
         self._current_cache().swap(a, b, length)
 
     def clear(self, slot: int, start: int, stop: int) -> None:
-        """See `Backend.clear`. Behind what the caller knows of there may be padding, which goes too."""
+        """See `Backend.clear`. Also zeroes up to WIDTHS[-1] entries after `stop`: padding nodes may have written there."""
         self._current_cache().clear(slot, start, min(stop + WIDTHS[-1], self.capacity))
 
-    def close(self) -> None:
-        """Save what is worth keeping for the next process."""
+    def save(self) -> None:
+        """See `Backend.save`."""
+        self._require_open()
         self.gpu.make_current()
-        self._executor.close()
+        self._executor.save()
 
-    def _guessed_ahead(self, rows: IntArray, root_ids: IntArray) -> HeadOutput | None:
-        """What the heads guessed with the last step, where that was for these rows and, if it matters to them, these roots."""
+    def close(self) -> None:
+        """See `Backend.close`. The GPU's context stays: other libraries of this process may use it."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with suppress(BackendError):  # a GPU that has failed cannot be waited for
+            self.gpu.make_current()
+            self.gpu.synchronize()
+        self._forget()
+        self._executor.close()
+        self._cache = None
+        self._buffers.free()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("this backend is closed; open the bundle again")
+
+    def _proposed_ahead(self, rows: IntArray, root_ids: IntArray) -> HeadOutput | None:
+        """The heads' output that came with the last step, if it is for these rows and, if the heads read them, these roots."""
         if self._ahead is None:
             return None
-        known_rows, known_roots, guesses = self._ahead
+        known_rows, known_roots, output = self._ahead
         is_known = np.array_equal(known_rows, rows)
         if self.manifest.heads.reads_root:
             is_known = is_known and np.array_equal(known_roots, root_ids)
-        return guesses if is_known else None
+        return output if is_known else None
 
     def _current_cache(self) -> DeviceCache:
+        self._require_open()
         self.gpu.make_current()
         assert self._cache is not None
         return self._cache
 
     def _reserve_limits(self, *, with_logits: bool) -> None:
-        """Allocate all buffers now, where the bundle says how large a step can get."""
+        """Allocate all buffers now, if the bundle says how large a step can get."""
         limits = self.manifest.limits
         batch, nodes, chunk = limits.max_batch_size, limits.max_tree_nodes, limits.max_prefill_tokens
         if batch is not None and nodes is not None and chunk is not None:
             self._buffers.reserve(batch, max(nodes, chunk), nodes, with_logits=with_logits)
 
     def _require_limits(self, batch: int, width: int, rows: int) -> None:
-        """Refuse what no profile of an engine takes: TensorRT would have less to say."""
+        """Refuse a step that no profile of an engine takes: TensorRT's own error would say less."""
         limits = self.manifest.limits
         widest = max(limits.max_prefill_tokens or 0, limits.max_tree_nodes or 0) or None
         for what, value, most, option in (
@@ -191,18 +215,18 @@ class GpuBackend:
                 raise CapacityError(f"the step has {value} {what}, the engine takes {most}; rebuild it with {option} {value}")
 
     def _padded(self, width: int, length: int) -> int:
-        """How wide a verification step is made, where there is room behind the cache's entries for what pads it."""
+        """The width that a verification step is padded to; its own width if the cache has no room for the padding nodes."""
         most = self.manifest.limits.max_tree_nodes or WIDTHS[-1]
         padded = min(next((size for size in WIDTHS if size >= width), width), max(most, width))
         return padded if length + padded <= self.capacity else width
 
     def _work(self, shape: Shape) -> Work:
-        """What a step of that shape queues: prepared before, or made now."""
+        """The work of a step of that shape: prepared before, or made now."""
         if (work := self._works.get(shape)) is not None:
             self._works.move_to_end(shape)
             return work
         if shape.with_logits:
-            self._reserve_limits(with_logits=True)  # where logits come down: not needed before the first step that wants any
+            self._reserve_limits(with_logits=True)  # the host's room for logits: not needed before a step asks for them
         if self._buffers.reserve(shape.batch, shape.width, shape.rows, with_logits=shape.with_logits):
             self._forget()
         assert self._cache is not None
@@ -211,12 +235,12 @@ class GpuBackend:
             self._works[shape] = work
         if len(self._works) > MAX_WORKS:
             oldest = next(iter(self._works))
-            del self._works[oldest]  # its graph goes before what the graph was captured from
+            del self._works[oldest]  # first its CUDA graph, then the context that the graph was captured from
             self._executor.forget(oldest)
         return work
 
     def _run(self, work: Work) -> None:
-        """Queue all that a step is, and wait for it. The second time it is captured; from then on it is one launch."""
+        """Queue a step's work and wait for it. The second run of a shape captures it; later runs launch the CUDA graph."""
         if work.graph is None and self._captures and work.num_runs == 1 and work.shape.is_verification:
             self._capture(work)
         work.num_runs += 1
@@ -241,7 +265,7 @@ class GpuBackend:
         self._buffers.download(work)
 
     def _forget(self) -> None:
-        """Addresses have changed."""
+        """Drop everything that was made for addresses that are no longer valid."""
         self._works.clear()
         self._executor.forget()
         self._ahead = None

@@ -1,4 +1,4 @@
-"""What goes up to the GPU for a step and comes down after it: several small arrays, packed so that each way is one copy."""
+"""Packets: the small arrays that a step uploads or downloads, packed together so that each direction is one copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medusa_runtime.backends.gpu.driver import DeviceMemory, Gpu, PinnedMemory
 
-ALIGNMENT = 256  # bytes: what TensorRT asks of a tensor's address
+ALIGNMENT = 256  # bytes; TensorRT requires it of a tensor's address
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies in a packet."""
+    """The place of an array in a packet."""
 
     offset: int
     shape: tuple[int, ...]
@@ -33,14 +33,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Arrays one after another, each aligned."""
+    """The places of arrays that lie one after another, each aligned."""
 
     places: dict[str, Place]
     num_bytes: int
 
     @classmethod
     def of(cls, **arrays: tuple[tuple[int, ...], Any]) -> Layout:
-        """The layout of arrays given by name as shape and dtype."""
+        """The layout of some arrays. arrays: the shape and dtype of each, by name."""
         places, offset = {}, 0
         for name, (shape, kind) in arrays.items():
             dtype = np.dtype(kind)
@@ -50,11 +50,13 @@ class Layout:
 
 
 class Packet:
-    """The same bytes on the GPU and, where they are to go up or come down, on the host. It grows, but is best reserved once.
+    """Memory on the GPU and, if it is to be uploaded or downloaded, as much on the host.
+
+    It can grow, but growing changes its addresses: reserve the largest size at once if it is known.
 
     Args:
         gpu: the GPU.
-        what: what it is for, in messages.
+        what: its purpose, for messages.
     """
 
     def __init__(self, gpu: Gpu, what: str) -> None:
@@ -68,10 +70,10 @@ class Packet:
         return self._device.num_bytes if self._device else 0
 
     def reserve(self, num_bytes: int, *, on_host: bool = True) -> bool:
-        """Make room for so much; whether addresses changed. Nothing that is queued may use the packet."""
+        """Make room for this many bytes. No queued work may use the packet. Returns whether addresses changed."""
         changed = False
         if self._device is None or num_bytes > self._device.num_bytes:
-            self._device = None  # goes before the new one comes
+            self._device = None  # frees the old memory before more is taken
             self._device, changed = self._gpu.allocate(num_bytes, self._what), True
         if on_host and (self._host is None or num_bytes > self._host.num_bytes):
             self._host, changed = self._gpu.pinned(num_bytes), True
@@ -79,7 +81,7 @@ class Packet:
 
     @property
     def address(self) -> int:
-        """Where it begins on the GPU."""
+        """Its first address on the GPU."""
         assert self._device is not None
         return self._device.address
 
@@ -88,7 +90,7 @@ class Packet:
         return Tensor(self.address + place.offset, place.shape)
 
     def host(self, place: Place) -> npt.NDArray[Any]:
-        """The host's side of an array."""
+        """An array on the host."""
         assert self._host is not None
         return self._host.view(place.offset, place.shape, place.dtype)
 
@@ -102,7 +104,11 @@ class Packet:
         assert self._host is not None
         self._gpu.download(self._host, self.address, layout.num_bytes)
 
+    def free(self) -> None:
+        """Give the memory back. No queued work may use it."""
+        self._host = self._device = None
+
 
 def aligned(num_bytes: int) -> int:
-    """Up to the next multiple of the alignment."""
+    """The next multiple of the alignment."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,4 +1,4 @@
-"""The KV cache on a GPU: one preallocated piece of memory, of which steps read and write slots in place."""
+"""The KV cache on a GPU: one preallocated piece of memory. Steps read and write their slots in it, in place."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.gpu.driver import Block, Gpu
 from medusa_runtime.bundle.manifest import ModelFacts
 
-SWAP_ENTRIES = 64  # that are exchanged at a time, through a piece of memory for so many
+SWAP_ENTRIES = 64  # entries that are exchanged at a time, through spare memory of that size
 
 
 class DeviceCache:
     """Keys and values of all layers, [L, 2, slots, Hkv, S, D], in one allocation.
 
-    A layer's keys of some neighbouring slots are one tensor [B, Hkv, S, D]. What moves, moves for all layers and heads in one
-    copy, queued on the GPU's stream.
+    A layer's keys of some neighbouring slots are one tensor [B, Hkv, S, D]. Entries are moved in all layers and heads at once,
+    by one copy that is queued on the GPU's stream.
 
     Args:
-        gpu: where it lives.
+        gpu: the GPU that holds it.
         model: the model's shape.
         item_size: bytes of a number.
-        num_slots: sequences.
-        capacity: S, entries of each.
+        num_slots: sequences that it has room for.
+        capacity: S, entries of each slot.
 
     Raises:
         CapacityError: the GPU has no memory for it.
@@ -41,7 +41,7 @@ class DeviceCache:
         self._spare = gpu.allocate(spare, "exchanging slots")
 
     def address(self, layer: int, part: int, first_slot: int) -> int:
-        """Where a layer's keys (part 0) or values (part 1) begin, from a slot on."""
+        """The address of a layer's keys (part 0) or values (part 1) of a slot."""
         return self._memory.address + ((2 * layer + part) * self.num_slots + first_slot) * self._slot
 
     def move(self, slot: int, start: int, nodes: IntArray) -> None:
@@ -49,7 +49,7 @@ class DeviceCache:
         target = 0
         while target < len(nodes):
             source = int(nodes[target])
-            longest = max(1, source - target)  # more at once would overlap with their own places
+            longest = max(1, source - target)  # a longer copy would overlap itself
             count = 1
             while count < longest and target + count < len(nodes) and nodes[target + count] == source + count:
                 count += 1

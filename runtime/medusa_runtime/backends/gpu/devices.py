@@ -1,4 +1,4 @@
-"""Which GPUs there are, and what a user means by a device's name."""
+"""The GPUs of this machine, and the names by which users choose a device."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ class Gpus:
     """The GPUs of this machine, or why none can be used."""
 
     gpus: list[GpuFacts] = field(default_factory=list)
-    cuda_version: str | None = None  # the newest that the driver knows
+    cuda_version: str | None = None  # the newest that the driver supports
     why_none: str | None = None
 
 
 def find_gpus() -> Gpus:
-    """Look for GPUs, without touching one."""
+    """Look for GPUs, without using any of them."""
     try:
         driver = Driver()
         gpus = driver.gpus()
         return Gpus(gpus, driver.version, None if gpus else "the NVIDIA driver finds no GPU here")
     except MissingExtraError:
-        return Gpus(why_none="no GPU support is installed; there is one in: pip install 'medusa-export[cuda]'")
+        return Gpus(why_none="no GPU support is installed; install it with: pip install 'medusa-export[cuda]'")
     except BackendError as error:
         return Gpus(why_none=str(error))
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """What ``auto``, ``cpu``, ``cuda`` and ``cuda:1`` mean: a kind and an index.
+    """The kind and the index that a device's name means: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
         OptionError: it is something else.

@@ -1,7 +1,7 @@
-"""The calls of NVIDIA's driver that are made here, and one GPU behind them: memory, copies, one stream, captured graphs.
+"""One GPU by NVIDIA's driver: memory, copies, one stream, captured graphs.
 
-Everything but allocation is asynchronous: calls are queued on the GPU's one stream, in order, and done when `Gpu.synchronize`
-returns. The driver's functions are named in the CUDA Driver API reference.
+Everything except allocation is asynchronous: calls queue work on the GPU's one stream, in order, and the work is done when
+`Gpu.synchronize` returns. The CUDA Driver API reference describes the driver's functions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
 
-NON_BLOCKING = 1  # of a stream: it does not wait for the default one
-THREAD_LOCAL = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"  # other threads may do as they like while this one captures
+NON_BLOCKING = 1  # a stream with this flag does not wait for the default stream
+THREAD_LOCAL = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"  # a capture restricts only the thread that captures
 
 
 class NoGpuError(BackendError):
@@ -28,19 +28,19 @@ class NoGpuError(BackendError):
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What a GPU is."""
+    """A GPU's name and properties."""
 
     index: int
     name: str
     compute_capability: str  # such as "8.9"
-    memory: int  # bytes in all
+    memory: int  # bytes in total
 
 
 @dataclass(frozen=True)
 class Block:
-    """Where a block of entries lies: `depth` times `height` runs of `width` bytes.
+    """A block of entries in the GPU's memory: `depth` times `height` runs of `width` bytes.
 
-    Runs of one depth are `pitch` bytes apart, and the first runs of two depths are `rows` times that.
+    Two runs of one depth are `pitch` bytes apart. Two depths are `rows * pitch` bytes apart.
     """
 
     address: int
@@ -72,11 +72,11 @@ class Driver:
             raise NoGpuError(f"the NVIDIA driver finds no GPU here ({self._name(code)})")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the driver by name; what it returns besides its status.
+        """Call a function of the driver by name. Returns what the function returns besides its status.
 
         Raises:
             CapacityError: the GPU's memory is full.
-            BackendError: any other status than success.
+            BackendError: the status is any other failure.
         """
         code, *values = getattr(self.api, name)(*arguments)
         if code == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
@@ -87,16 +87,16 @@ class Driver:
 
     @property
     def version(self) -> str:
-        """The newest CUDA version that the driver knows, such as ``13.0``."""
+        """The newest CUDA version that the driver supports, such as ``13.0``."""
         number = int(self("cuDriverGetVersion"))
         return f"{number // 1000}.{number % 1000 // 10}"
 
     def gpus(self) -> list[GpuFacts]:
-        """All GPUs of this machine that are visible to this process."""
+        """The GPUs of this machine that this process can see."""
         return [self.facts(index) for index in range(int(self("cuDeviceGetCount")))]
 
     def facts(self, index: int) -> GpuFacts:
-        """What one GPU is."""
+        """The facts of one GPU."""
         device = self("cuDeviceGet", index)
         attribute = self.api.CUdevice_attribute
         major = self("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
@@ -109,10 +109,10 @@ class Driver:
 
 
 class Gpu:
-    """One GPU: its primary context, so that other libraries of the process share its memory, and one stream of our own.
+    """One GPU: its primary context, which other libraries of this process share, and one stream of our own.
 
     Args:
-        index: which of the visible GPUs.
+        index: its number among the visible GPUs.
 
     Raises:
         MissingExtraError, NoGpuError: see `Driver`.
@@ -128,15 +128,15 @@ class Gpu:
         self.make_current()
         self._stream = self._driver("cuStreamCreate", NON_BLOCKING)
         self._is_capturing = False
-        self._left: list[tuple[str, Any]] = []  # what was to be given back meanwhile
+        self._left: list[tuple[str, Any]] = []  # frees postponed until the capture ends
 
     @property
     def stream(self) -> int:
-        """The stream's handle, for libraries that queue their own work on it."""
+        """The stream's handle, for libraries that queue work on it too."""
         return int(self._stream)
 
     def make_current(self) -> None:
-        """Have this thread's calls go to this GPU."""
+        """Direct this thread's calls to this GPU."""
         self._driver("cuCtxSetCurrent", self._context)
 
     def free_memory(self) -> int:
@@ -145,14 +145,14 @@ class Gpu:
         return int(free)
 
     def allocate(self, num_bytes: int, what: str) -> DeviceMemory:
-        """Memory on the GPU, all zeros.
+        """Memory on the GPU, filled with zeros.
 
         Args:
-            num_bytes: how much.
-            what: what it is for, in messages.
+            num_bytes: its size.
+            what: its purpose, for messages.
 
         Raises:
-            CapacityError: there is not so much; it says what is needed and what there is.
+            CapacityError: there is not enough memory; the message says how much is needed and how much is free.
         """
         try:
             memory = DeviceMemory(self, int(self._driver("cuMemAlloc", max(num_bytes, 1))), num_bytes)
@@ -162,32 +162,35 @@ class Gpu:
         return memory
 
     def shortage(self, what: str, num_bytes: int) -> CapacityError:
-        """What to say where so much memory is not there. What is free is asked late: on Jetson the system may give more."""
+        """The error for memory that is not available. It is made only after the allocation failed: on Jetson, more than the
+        free memory can be allocated.
+        """
         return CapacityError(
-            f"{what} needs {_told(num_bytes)} of GPU memory, {_told(self.free_memory())} are free on {self.facts.name}; "
+            f"{what} needs {_in_words(num_bytes)} of GPU memory, {_in_words(self.free_memory())} are free "
+            f"on {self.facts.name}; "
             "lower max_batch_size, or export or build with shorter sequences (--max-seq-len)"
         )
 
     def give_back(self, function: str, handle: Any) -> None:
-        """Free something by that function of the driver, once nothing queued can use it."""
-        if self._is_capturing:  # nothing may be freed then
+        """Free something by that function of the driver, once no queued work can use it."""
+        if self._is_capturing:  # the driver allows no frees now
             self._left.append((function, handle))
             return
-        with suppress(BackendError):  # the process ends, and the driver has gone before us
+        with suppress(BackendError):  # at the end of the process, the driver may be gone already
             self.make_current()
             self.synchronize()
             self._driver(function, handle)
 
     def pinned(self, num_bytes: int) -> PinnedMemory:
-        """Memory of the host that the GPU reads and writes by itself.
+        """Memory of the host that the GPU can read and write.
 
         Raises:
-            CapacityError: there is not so much.
+            CapacityError: there is not enough memory.
         """
         try:
             return PinnedMemory(self, int(self._driver("cuMemHostAlloc", max(num_bytes, 1), 0)), max(num_bytes, 1))
         except CapacityError as error:
-            raise CapacityError(f"this machine has no {_told(num_bytes)} of memory left that a GPU can reach") from error
+            raise CapacityError(f"this machine has no {_in_words(num_bytes)} of memory left that a GPU can use") from error
 
     def upload(self, target: int, source: PinnedMemory, num_bytes: int) -> None:
         """Queue a copy from the host to the GPU."""
@@ -198,11 +201,11 @@ class Gpu:
         self._driver("cuMemcpyDtoHAsync", target.address, source, num_bytes, self._stream)
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
-        """Queue a copy within the GPU; the two places do not overlap."""
+        """Queue a copy within the GPU. Source and target must not overlap."""
         self._driver("cuMemcpyDtoDAsync", target, source, num_bytes, self._stream)
 
     def copy_block(self, target: Block, source: Block) -> None:
-        """Queue a copy of a block within the GPU, in one call; the two do not overlap, and have the same size."""
+        """Queue a copy of a block within the GPU, in one call. The blocks must have one size and must not overlap."""
         assert (target.width, target.height, target.depth) == (source.width, source.height, source.depth)
         device = self._driver.api.CUmemorytype.CU_MEMORYTYPE_DEVICE
         order = self._driver.api.CUDA_MEMCPY3D()
@@ -222,7 +225,7 @@ class Gpu:
         self._driver("cuMemcpy3DAsync", order, self._stream)
 
     def clear_block(self, block: Block) -> None:
-        """Queue zeros for a block."""
+        """Queue filling a block with zeros."""
         height, depth = block.height, block.depth
         if height == block.rows:  # no gap between two depths
             height, depth = height * depth, 1
@@ -231,14 +234,14 @@ class Gpu:
             self._driver("cuMemsetD2D8Async", address, block.pitch, 0, block.width, height, self._stream)
 
     def synchronize(self) -> None:
-        """Wait until all that is queued is done."""
+        """Wait until all queued work is done."""
         self._driver("cuStreamSynchronize", self._stream)
 
     def capture(self, queue: Callable[[], None]) -> CudaGraph:
-        """Record what a function queues, without doing it, as a graph that is launched by one call.
+        """Record the work that a function queues, without doing it, as a graph that one call launches.
 
         Raises:
-            BackendError: something that it calls cannot be captured.
+            BackendError: the function makes a call that cannot be captured.
         """
         driver, mode = self._driver, getattr(self._driver.api.CUstreamCaptureMode, THREAD_LOCAL)
         driver("cuStreamBeginCapture", self._stream, mode)
@@ -246,7 +249,7 @@ class Gpu:
         try:
             queue()
         except BaseException:
-            driver.api.cuStreamEndCapture(self._stream)  # whatever it says: the stream is usable again
+            driver.api.cuStreamEndCapture(self._stream)  # its status does not matter: the stream is usable again
             raise
         else:
             graph = driver("cuStreamEndCapture", self._stream)
@@ -260,12 +263,12 @@ class Gpu:
             driver("cuGraphDestroy", graph)
 
     def launch(self, graph: CudaGraph) -> None:
-        """Queue all that a graph holds."""
+        """Queue the work of a graph."""
         self._driver("cuGraphLaunch", graph.handle, self._stream)
 
 
 class CudaGraph:
-    """Work that was captured. It goes when nobody holds it any more."""
+    """Captured work. It is destroyed when no reference to it is left."""
 
     def __init__(self, gpu: Gpu, handle: Any) -> None:
         self._gpu = gpu
@@ -276,7 +279,7 @@ class CudaGraph:
 
 
 class DeviceMemory:
-    """A piece of the GPU's memory. It goes back when nobody holds it any more."""
+    """A piece of the GPU's memory. It is freed when no reference to it is left."""
 
     def __init__(self, gpu: Gpu, address: int, num_bytes: int) -> None:
         self._gpu = gpu
@@ -288,7 +291,7 @@ class DeviceMemory:
 
 
 class PinnedMemory:
-    """A piece of the host's memory that the GPU can reach. It goes when neither it nor an array within it is held any more."""
+    """A piece of the host's memory that the GPU can use. It is freed when no reference to it, or to an array in it, is left."""
 
     def __init__(self, gpu: Gpu, address: int, num_bytes: int) -> None:
         self._gpu = gpu
@@ -297,11 +300,11 @@ class PinnedMemory:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """NumPy's protocol, by which an array keeps what it is made of: see "The array interface protocol" in its manual."""
+        """NumPy's array interface, by which arrays keep this object alive: see "The array interface protocol" in its manual."""
         return {"version": 3, "typestr": "|u1", "shape": (self.num_bytes,), "data": (self.address, False)}
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array within it, at `offset` bytes."""
+        """An array in it, `offset` bytes from its beginning."""
         size = math.prod(shape) * dtype.itemsize
         return np.asarray(self)[offset : offset + size].view(dtype).reshape(shape)
 
@@ -309,5 +312,5 @@ class PinnedMemory:
         self._gpu.give_back("cuMemFreeHost", self.address)
 
 
-def _told(num_bytes: int) -> str:
+def _in_words(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} KB"

@@ -30,20 +30,20 @@ def open_ort_cuda(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
     Args:
         bundle: the bundle's directory.
         manifest: the bundle's.
-        gpu: where it runs.
-        cuda_graphs: have ONNX Runtime capture verification steps. It refuses graphs of which it keeps nodes on the CPU.
+        gpu: the GPU to run on.
+        cuda_graphs: have ONNX Runtime capture verification steps. It refuses graphs if it keeps some of their nodes on the CPU.
 
     Raises:
         BackendError: this ONNX Runtime has no CUDA provider, or it cannot open a graph with it.
-        CapacityError: the GPU's memory does not suffice.
+        CapacityError: the GPU has too little memory.
     """
     if PROVIDER not in ort.get_available_providers():
         raise BackendError(
-            "the ONNX Runtime that is installed is for the CPU alone; replace it with: "
+            "the installed ONNX Runtime is for the CPU alone; replace it with: "
             "pip uninstall onnxruntime && pip install 'medusa-export[gpu]'"
         )
-    with redirect_stdout(sys.stderr):  # on which it says what it does not find
-        ort.preload_dlls()  # CUDA's and cuDNN's libraries, where they are packages of this Python
+    with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries, if they are packages of this Python
     gpu.make_current()
     return GpuBackend(manifest, gpu, OrtCudaExecutor(Path(bundle), manifest, gpu, cuda_graphs=cuda_graphs))
 
@@ -54,11 +54,11 @@ class OrtCudaExecutor:
     Args:
         bundle: the bundle's directory.
         manifest: the bundle's.
-        gpu: where it runs; sessions queue their work on its stream.
+        gpu: the GPU to run on; sessions queue their work on its stream.
         cuda_graphs: see `open_ort_cuda`.
     """
 
-    can_be_captured = False  # ONNX Runtime allocates while it runs; it has a way of its own to capture
+    can_be_captured = False  # ONNX Runtime allocates while it runs; it captures in a way of its own
 
     def __init__(self, bundle: Path, manifest: Manifest, gpu: Gpu, *, cuda_graphs: bool = False) -> None:
         self._gpu = gpu
@@ -88,11 +88,16 @@ class OrtCudaExecutor:
                 del kept[place]
 
     def memory(self) -> dict[str, int]:
-        """See `Executor.memory`: ONNX Runtime does not tell."""
+        """See `Executor.memory`: ONNX Runtime does not say."""
         return {}
 
+    def save(self) -> None:
+        """See `Executor.save`: there is nothing to keep."""
+
     def close(self) -> None:
-        """See `Executor.close`: there is nothing."""
+        """See `Executor.close`."""
+        self.forget()
+        self._sessions.clear()
 
     def _binding(self, call: Call) -> ort.IOBinding:
         place = (call.graph, call.key)
@@ -119,20 +124,20 @@ class OrtCudaExecutor:
 
     def _open(self, path: Path) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.log_severity_level = 2  # warnings stay on: they tell of copies of the cache
+        options.log_severity_level = 2  # warnings stay on: ONNX Runtime warns if it copies the cache
         settings: dict[str, Any] = {
             "device_id": str(self._gpu.facts.index),
             "user_compute_stream": str(self._gpu.stream),
-            "use_tf32": "0",  # products in fp32 are what they are called
+            "use_tf32": "0",  # products in fp32 keep all bits of fp32
             "enable_cuda_graph": str(int(self._cuda_graphs)),
         }
         try:
             session = ort.InferenceSession(path, options, providers=[(PROVIDER, settings), "CPUExecutionProvider"])
         except Exception as error:  # as for running
             raise BackendError(f"ONNX Runtime cannot open {path} on {self._gpu.facts.name}: {first_line(error)}") from error
-        if PROVIDER not in session.get_providers():  # it has said why, and gone on without
+        if PROVIDER not in session.get_providers():  # it has logged why, and gone on without it
             raise BackendError(
                 f"ONNX Runtime cannot use {self._gpu.facts.name}: its CUDA provider does not load; "
-                "CUDA and cuDNN of the versions that this ONNX Runtime was made for must be installed"
+                "install CUDA and cuDNN in the versions that this ONNX Runtime was made for"
             )
         return session

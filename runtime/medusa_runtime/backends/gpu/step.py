@@ -1,4 +1,4 @@
-"""A step on a GPU: where its inputs and results lie, and the calls it is made of."""
+"""A step on a GPU: the memory of its inputs and results, and the graph calls it consists of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACCEPTED_ROWS, ACCEPTED_IDS, ACCEPTED_HIDDEN = "accepted_rows", "accepted_ids", 
 
 @dataclass(frozen=True)
 class Shape:
-    """What distinguishes one step from another, but for the numbers in it."""
+    """Everything that distinguishes one step from another except the numbers in its inputs."""
 
     first_slot: int
     batch: int
@@ -33,17 +33,17 @@ class Shape:
 
     @property
     def is_verification(self) -> bool:
-        """Whether all rows are evaluated. Such a shape comes again and again; a prompt's rarely does."""
+        """Whether all rows are evaluated. Such shapes come again and again; those of prompts rarely do."""
         return self.rows == self.width
 
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a graph, with all that is bound for it."""
+    """One run of a graph, with the tensors that are bound for it."""
 
     graph: str  # STEP or HEADS
     profile: str  # PREFILL, VERIFY or HEADS
-    key: Shape | None  # of a verification step, of which something may be kept for the next one; of others there is none
+    key: Shape | None  # of a verification step, for which an executor may keep things until the shape's next run
     tensors: dict[str, Tensor]
 
 
@@ -53,25 +53,33 @@ class Executor(Protocol):
     can_be_captured: bool  # whether what `run` queues can be part of a CUDA graph
 
     def run(self, call: Call) -> None:
-        """Queue a graph. Raises a BackendError where it cannot be."""
+        """Queue a graph.
+
+        Raises:
+            BackendError: the graph cannot be run.
+        """
         ...
 
     def forget(self, key: Shape | None = None) -> None:
-        """Drop what is kept for the calls of that key, or of all."""
+        """Drop what is kept for calls with that key, or for all calls if no key is given."""
         ...
 
     def memory(self) -> dict[str, int]:
         """Bytes of the GPU's memory that it holds, by purpose."""
         ...
 
+    def save(self) -> None:
+        """Keep on disk what lets the next process start faster. Runs are still possible afterwards."""
+        ...
+
     def close(self) -> None:
-        """Save what is worth keeping for the next process."""
+        """Free the graphs and everything made for them. No run is possible afterwards, but closing again does nothing."""
         ...
 
 
 @dataclass
 class Work:
-    """A step of some shape, ready to be queued any number of times."""
+    """A step of one shape, ready to be queued any number of times."""
 
     shape: Shape
     calls: list[Call]
@@ -83,33 +91,40 @@ class Work:
 
 
 class StepBuffers:
-    """Memory for the inputs and results of steps. Hidden rows and logits stay on the GPU; ids and a few numbers come back.
+    """Memory for the inputs and results of steps.
+
+    Hidden rows stay on the GPU, and so do logits unless a step asks for them. Token ids and a few numbers are downloaded.
 
     Args:
-        gpu: where they lie.
-        manifest: of the bundle.
+        gpu: the GPU that holds them.
+        manifest: the bundle's.
         accepts: whether the step's graph accepts greedily by itself.
     """
 
     def __init__(self, gpu: Gpu, manifest: Manifest, *, accepts: bool) -> None:
         self._gpu, self._manifest, self._accepts = gpu, manifest, accepts
         self._dtype = np.dtype(DTYPES[manifest.precision])
-        self._fetches_all = manifest.kind == "tensorrt"  # an engine writes all its outputs, wanted or not
+        self._fetches_all = manifest.kind == "tensorrt"  # an engine writes all its outputs, needed or not
         self._up, self._down = Packet(gpu, "a step's inputs"), Packet(gpu, "a step's results")
         self._logits = Packet(gpu, "logits")
         self._hidden = Packet(gpu, "hidden states")  # [B, R, C] of the last step
         self._heads_input = Packet(gpu, "the heads' input")  # [B, C]
-        self._roots = Packet(gpu, "root tokens")  # [B]; at one address, wherever they come from
+        self._roots = Packet(gpu, "root tokens")  # [B]; at one address, whether the step's graph writes them or the host
+        self._packets = (self._up, self._down, self._logits, self._hidden, self._heads_input, self._roots)
         self._tells_roots = ACCEPTED_IDS in {tensor.name for tensor in manifest.graphs[STEP].outputs}
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the GPU."""
-        packets = (self._up, self._down, self._logits, self._hidden, self._heads_input, self._roots)
-        return sum(packet.num_bytes for packet in packets)
+        return sum(packet.num_bytes for packet in self._packets)
+
+    def free(self) -> None:
+        """Give all memory back. No queued work may use it."""
+        for packet in self._packets:
+            packet.free()
 
     def reserve(self, batch: int, width: int, rows: int, *, with_logits: bool) -> bool:
-        """Make room for a step of such a size; whether addresses changed. Nothing may be queued that uses them."""
+        """Make room for a step of this size. No queued work may use the buffers. Returns whether addresses changed."""
         hidden = batch * self._manifest.model.hidden_size * self._dtype.itemsize
         changed = [
             self._up.reserve(self._up_layout(batch, width, rows).num_bytes),
@@ -123,7 +138,7 @@ class StepBuffers:
         return any(changed)
 
     def work(self, shape: Shape, cache: DeviceCache) -> Work:
-        """What a step of that shape consists of."""
+        """The work of a step of that shape."""
         up = self._up_layout(shape.batch, shape.width, shape.rows)
         down = self._down_layout(shape.batch, shape.rows, with_heads=shape.propose_ahead)
         logits = self._logits_layout(shape.batch, shape.rows)
@@ -133,12 +148,12 @@ class StepBuffers:
         return Work(shape, calls, up, down, logits if shape.with_logits else None)
 
     def heads_work(self, num_rows: int, rows: IntArray, root_ids: IntArray) -> Work:
-        """The heads alone, at one of the last step's rows for each sequence: what they read is put in place now.
+        """The heads alone, at one of the last step's rows for each sequence. Queues the copies of their inputs now.
 
         Args:
-            num_rows: that the last step evaluated.
-            rows: which of them. [B]
-            root_ids: what was decided after them. [B]
+            num_rows: how many rows the last step evaluated.
+            rows: the row that the heads read, of each sequence. [B]
+            root_ids: the token that was decided after that row. [B]
         """
         batch = len(rows)
         size = self._manifest.model.hidden_size * self._dtype.itemsize
@@ -162,7 +177,10 @@ class StepBuffers:
         cache_lengths: IntArray,
         logit_rows: IntArray,
     ) -> None:
-        """Write a step's inputs where they go up from. What pads them sees itself alone, and nobody sees it."""
+        """Copy a step's inputs into the upload buffer.
+
+        Padding nodes attend to themselves and the cache, and no node attends to them.
+        """
         places, width, rows = work.up.places, input_ids.shape[1], logit_rows.shape[1]
         ids, positions = self._up.host(places["input_ids"]), self._up.host(places["position_ids"])
         mask, evaluated = self._up.host(places["tree_mask"]), self._up.host(places["logit_rows"])
@@ -174,31 +192,31 @@ class StepBuffers:
         self._up.host(places["cache_lengths"])[:] = cache_lengths
 
     def upload(self, work: Work) -> None:
-        """Queue the inputs' way to the GPU."""
+        """Queue the copy of the inputs to the GPU."""
         if work.up.places:
             self._up.upload(work.up)
 
     def download(self, work: Work) -> None:
-        """Queue the results' way to the host."""
+        """Queue the copy of the results to the host."""
         self._down.download(work.down)
         if work.logits is not None:
             self._logits.download(work.logits)
 
     def greedy_ids(self, work: Work, rows: int) -> IntArray:
-        """The results that came back. [B, rows]."""
+        """The most likely next tokens that were downloaded. [B, rows]"""
         return self._down.host(work.down.places["greedy_ids"])[:, :rows].copy()
 
     def accepted_rows(self, work: Work) -> IntArray:
-        """The rows that the graph accepted by itself, of which the heads then were asked. [B]."""
+        """The rows that the step's graph accepted by itself; the heads have read these. [B]"""
         return self._down.host(work.down.places[ACCEPTED_ROWS]).copy()
 
     def heads(self, work: Work) -> HeadOutput:
-        """The heads' guesses that came back."""
+        """The heads' candidates that were downloaded."""
         token_ids, log_probs = (self._down.host(work.down.places[name]).copy() for name in ("head_ids", "head_log_probs"))
         return HeadOutput(token_ids, log_probs)
 
     def logits(self, work: Work, rows: int) -> npt.NDArray[np.floating[Any]] | None:
-        """The logits that came back, where they were asked for; the next step overwrites them. [B, rows, V]."""
+        """The downloaded logits; None if the step did not ask for them. The next step overwrites them. [B, rows, V]"""
         if work.logits is None:
             return None
         logits = self._logits.host(work.logits.places["logits"])[:, :rows]
@@ -244,7 +262,7 @@ class StepBuffers:
         )
 
     def _down_layout(self, batch: int, rows: int, *, with_heads: bool) -> Layout:
-        heads = self._heads_arrays(batch) if with_heads else {}  # first: their addresses do not depend on the rows then
+        heads = self._heads_arrays(batch) if with_heads else {}  # first, so that their addresses do not depend on the rows
         accepted = {ACCEPTED_ROWS: ((batch,), np.int64)} if self._accepts else {}
         return Layout.of(**heads, **accepted, greedy_ids=((batch, rows), np.int64))
 

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: engines on a GPU, through the small part of their API that decoding needs."""
+"""TensorRT and TensorRT-RTX: engines on a GPU, by the small part of their API that decoding needs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
     Args:
         bundle: the engine bundle's directory.
         manifest: the bundle's.
-        gpu: where it runs.
-        cuda_graphs: replay a step as one CUDA graph. TensorRT-RTX captures by itself, as its kernels may change while it runs.
+        gpu: the GPU to run on.
+        cuda_graphs: replay a step as one CUDA graph. TensorRT-RTX captures by itself, because its kernels may change while it
+            runs.
 
     Raises:
         MissingExtraError: the flavour's package is not installed.
         BundleError, BackendError: the engines are of another version, flavour or GPU, or damaged.
-        CapacityError: the GPU's memory does not suffice.
+        CapacityError: the GPU has too little memory.
     """
     assert manifest.engine is not None
     package, extra = PACKAGES[manifest.engine.flavor]
@@ -58,31 +59,31 @@ def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
 
 @dataclass
 class _Bound:
-    """An execution context, and what it is bound to."""
+    """An execution context, and the tensors it is bound to."""
 
     context: Any
-    call: Call | None = None  # whose tensors these are, once all of them are bound
+    call: Call | None = None  # the call that the tensors belong to, once all of them are bound
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TensorRTExecutor:
     """Runs the step's and the heads' engine.
 
-    All contexts use the same memory for what lies between their layers, since they run one after another on one stream. A
-    CUDA graph keeps what its context was bound to, so each shape that is captured has a context of its own.
+    All contexts share one memory for activations, because they run one after another on one stream. A CUDA graph keeps the
+    addresses that its context was bound to, so each captured shape has a context of its own.
 
     Args:
         api: the module `tensorrt` or `tensorrt_rtx`.
         bundle: the engine bundle's directory.
         manifest: the bundle's.
-        gpu: where it runs.
+        gpu: the GPU to run on.
         cuda_graphs: see `open_tensorrt`.
     """
 
     def __init__(self, api: Any, bundle: Path, manifest: Manifest, gpu: Gpu, *, cuda_graphs: bool) -> None:
         assert manifest.engine is not None
-        # They go in this order: what was made of others before those.
-        self._contexts: dict[tuple[str, str, Shape | None], _Bound] = {}  # by graph, profile and, where it is captured, shape
+        # In the order in which they must be freed: contexts before the engines that they were made of.
+        self._contexts: dict[tuple[str, str, Shape | None], _Bound] = {}  # by graph, profile and, if it is captured, shape
         self._runtime_cache: Any = None
         self._configs: list[Any] = []
         self._engines: dict[str, Any] = {}
@@ -94,13 +95,13 @@ class TensorRTExecutor:
         self._log = error_log(api)
         self._runtime = api.Runtime(self._log)
         if manifest.engine.lean_runtime:
-            self._runtime.engine_host_code_allowed = True  # the plans bring the code along that runs them
+            self._runtime.engine_host_code_allowed = True  # the plans contain code that runs them
         for graph in (STEP, HEADS):
             self._engines[graph] = self._engine(bundle, graph)
         self._cache_file = bundle / RUNTIME_CACHE.format(gpu.facts.compute_capability.replace(".", ""))
         if self._is_rtx:
             self._runtime_cache = self._load_runtime_cache()
-        self._scratch = self._allocate_scratch()
+        self._scratch: DeviceMemory | None = self._allocate_scratch()
 
     def run(self, call: Call) -> None:
         """See `Executor.run`."""
@@ -116,7 +117,7 @@ class TensorRTExecutor:
             raise self._failure(f"cannot run the {call.graph} engine")
 
     def forget(self, key: Shape | None = None) -> None:
-        """See `Executor.forget`. Contexts of no certain shape stay: they are bound to what they are given."""
+        """See `Executor.forget`. Contexts without a shape of their own stay: every run binds them anew."""
         for place in [place for place in self._contexts if place[2] is not None and key in (None, place[2])]:
             del self._contexts[place]
 
@@ -124,15 +125,23 @@ class TensorRTExecutor:
         """See `Executor.memory`."""
         stat = self._api.EngineStat.TOTAL_WEIGHTS_SIZE
         weights = sum(int(engine.get_engine_stat(stat)) for engine in self._engines.values())
-        return {"weights": weights, "activations": self._scratch.num_bytes}
+        return {"weights": weights, "activations": self._scratch.num_bytes if self._scratch else 0}
 
     def close(self) -> None:
-        """Keep what TensorRT-RTX has compiled for this GPU: the next process then starts in a fraction of the time."""
+        """See `Executor.close`."""
+        self._contexts.clear()
+        self._scratch = self._runtime_cache = None
+        self._configs.clear()
+        self._engines.clear()
+        self._runtime = None
+
+    def save(self) -> None:
+        """See `Executor.save`. Keeps the kernels that TensorRT-RTX compiled for this GPU: the next start is much faster."""
         if self._runtime_cache is None:
             return
         compiled = self._runtime_cache.serialize()
         if compiled is None:
-            log.warning("%s does not tell what it compiled: the next start compiles again", self._name)
+            log.warning("%s does not give out what it compiled: the next start compiles again", self._name)
             return
         try:
             with replacing(self._cache_file) as temporary:
@@ -154,7 +163,7 @@ class TensorRTExecutor:
         return engine
 
     def _require_contract(self, engine: Any, graph: str, path: Path) -> None:
-        """Refuse an engine that is not what the manifest says, or that would not update the cache in place."""
+        """Refuse an engine that differs from the manifest, or that would not update the cache in place."""
         facts, aliases = self._manifest.graphs[graph], self._manifest.engine.aliases if self._manifest.engine else {}
         found = {
             name: [int(size) for size in engine.get_tensor_shape(name)]
@@ -178,10 +187,10 @@ class TensorRTExecutor:
 
     def _allocate_scratch(self) -> DeviceMemory:
         size = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
-        return self._gpu.allocate(size, "what lies between the engine's layers")
+        return self._gpu.allocate(size, "the memory for the engine's activations")
 
     def _bind(self, bound: _Bound, call: Call) -> None:
-        """Bind a context to a call's tensors, as far as they are others than before."""
+        """Bind a context to a call's tensors, except those it is bound to already."""
         inputs = {tensor.name for tensor in self._manifest.graphs[call.graph].inputs}
         bound.call = None
         for name, tensor in call.tensors.items():
@@ -208,6 +217,7 @@ class TensorRTExecutor:
             context = engine.create_execution_context(strategy)
         if context is None:
             raise self._failure(f"cannot make a context of the {call.graph} engine")
+        assert self._scratch is not None
         context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
         assert self._manifest.engine is not None
         profiles = [name for name in self._manifest.engine.profiles if (name == HEADS) == (call.graph == HEADS)]
@@ -216,13 +226,13 @@ class TensorRTExecutor:
         return context
 
     def _config(self, engine: Any) -> Any:
-        """A runtime configuration, which lives as long as what is made with it may need it."""
+        """A runtime configuration. It is kept as long as contexts made with it may need it."""
         config = engine.create_runtime_config()
         self._configs.append(config)
         return config
 
     def _captures(self, call: Call) -> bool:
-        """Whether TensorRT-RTX should capture: shapes of prompts come too rarely again."""
+        """Whether TensorRT-RTX should capture. Shapes of prompts come again too rarely to be worth it."""
         return self._cuda_graphs and (call.graph == HEADS or call.key is not None)
 
     def _load_runtime_cache(self) -> Any:
@@ -245,11 +255,11 @@ class TensorRTExecutor:
 
 
 def error_log(api: Any, tell: Callable[[str], None] | None = None) -> Any:
-    """A logger for TensorRT that keeps errors, in order: the first is the cause.
+    """A logger for TensorRT that keeps errors in order: the first one is the cause.
 
     Args:
         api: the module `tensorrt` or `tensorrt_rtx`.
-        tell: is told all that is logged.
+        tell: called with each line that is logged.
     """
 
     class ErrorLog(api.ILogger):  # type: ignore[misc]  # a class of a module that is known only now

@@ -1,0 +1,203 @@
+"""ONNX Runtime sessions of a bundle on the CPU: how a graph is opened and checked, and which of two step graphs is open.
+
+Of a step there may be a graph for one sequence, which is faster, and one for any number. Each session holds all weights, so one
+is open at a time: the graph for one, until there is a step of several sequences. The other one is then opened beside it in the
+background if the memory allows, and several sequences are run one after the other until it is ready. If the memory does not
+allow two, the first is closed before the second is opened, and that step waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import onnxruntime as ort
+
+from medusa_runtime.bundle.cpu import available_memory, has_exact_products, num_cores
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
+from medusa_runtime.errors import BackendError, first_line
+
+RETRY_SECONDS = 30.0  # after a graph could not be opened: a passing failure passes
+MEMORY_MARGIN = 1.3  # a session takes more than its weights while it is opened
+log = logging.getLogger(__name__)
+
+
+class StepSessions:
+    """The step's session: of the graph for one sequence, or of the graph for any number.
+
+    Args:
+        bundle: the bundle's directory, as an absolute path.
+        manifest: the bundle's.
+        num_threads: threads of each matrix product; 0 for one a core.
+        forget: drops all that refers to the open session, so that its memory is freed.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int, forget: Callable[[], None]) -> None:
+        self._bundle, self._manifest, self._num_threads, self._forget = bundle, manifest, num_threads, forget
+        self._for_several = manifest.graph(STEP, ORT_CPU)
+        self._for_one = manifest.graphs.get(f"{STEP}.{ORT_CPU_SINGLE}", self._for_several)
+        self._identity = self._files()
+        self._graph = self._for_one
+        self._session: ort.InferenceSession | None = self._opened(self._graph)
+        self._executor = ThreadPoolExecutor(1, "medusa-runtime-open")
+        self._opening: Future[ort.InferenceSession] | None = None  # of the graph for any number
+        self._failed_at: float | None = None
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The session that is open.
+
+        Raises:
+            BackendError: none is, and it cannot be opened.
+        """
+        if self._session is None:
+            self._session = self._opened(self._graph)
+        return self._session
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether the other graph is being opened in the background: steps take longer meanwhile."""
+        return self._opening is not None
+
+    @property
+    def runs_several(self) -> bool:
+        """Whether the open session runs several sequences in one step."""
+        return self._graph == self._for_several
+
+    def want_several(self) -> None:
+        """Have steps of several sequences run on their own graph as soon as it is open."""
+        if not self.runs_several and self._opening is None:
+            self._begin_opening()
+        if self._opening is not None and self._opening.done():
+            self._finish_opening(self._opening)
+
+    def want_one(self) -> None:
+        """Go back to the graph for one sequence, if there is one."""
+        if self._graph != self._for_one:
+            self._change(self._for_one)
+
+    def close(self) -> None:
+        """Close what is open, and wait for what is being opened."""
+        if self._opening is not None:
+            with contextlib.suppress(BackendError):
+                self._opening.result()
+        self._executor.shutdown()
+        self._opening = self._session = None
+
+    def _begin_opening(self) -> None:
+        """Open the graph for several sequences: in the background, or at once if the memory does not allow two sessions."""
+        if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_SECONDS:
+            return
+        if self._files() != self._identity:  # a session of other weights would go on with this one's cache
+            self._note_failure("its files have changed since it was opened")
+        elif available_memory() < MEMORY_MARGIN * self._manifest.files[WEIGHTS_NAME].size:
+            self._change(self._for_several)
+        else:
+            log.info("two sequences overlap: the graph for several is opened in the background")
+            self._opening = self._executor.submit(self._opened, self._for_several)
+
+    def _finish_opening(self, opening: Future[ort.InferenceSession]) -> None:
+        self._opening = None
+        try:
+            session = opening.result()
+        except BackendError as error:
+            self._note_failure(str(error))
+            return
+        self._forget()
+        self._session, self._graph, self._failed_at = session, self._for_several, None
+        trim_memory()
+        log.info("steps now run on the graph for several sequences")
+
+    def _change(self, graph: GraphFacts) -> None:
+        """Close the session and open the other one, so that the memory holds the weights once."""
+        log.info("steps change to %s, which is opened now", graph.file)
+        before, self._session = self._graph, None
+        self._forget()
+        trim_memory()
+        try:
+            self._session, self._graph = self._opened(graph), graph
+        except BackendError as error:
+            self._note_failure(str(error))
+            self._session = self._opened(before)
+
+    def _note_failure(self, why: str) -> None:
+        self._failed_at = time.monotonic()
+        log.warning(
+            "the step graph for several sequences of %s cannot be opened (%s); sequences are run one after the other, "
+            "and it is tried again after %.0f s",
+            self._bundle,
+            why,
+            RETRY_SECONDS,
+        )
+
+    def _opened(self, graph: GraphFacts) -> ort.InferenceSession:
+        return open_graph(self._bundle, self._manifest, STEP, graph, self._num_threads)
+
+    def _files(self) -> list[tuple[int, ...]]:
+        """What tells the files of both graphs from others in their places."""
+        found = []
+        for name in {self._for_one.file, self._for_several.file, WEIGHTS_NAME}:
+            with contextlib.suppress(OSError):  # a file that is gone is a difference as well
+                stat = (self._bundle / name).stat()
+                found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        return sorted(found)
+
+
+def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, num_threads: int) -> ort.InferenceSession:
+    """Open one graph of a bundle, and compare it with the manifest.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: the bundle's.
+        name: ``step`` or ``heads``.
+        graph: the graph's facts.
+        num_threads: threads of each matrix product; 0 for one a core.
+
+    Raises:
+        BackendError: ONNX Runtime cannot open it, or it is not the graph that the manifest describes.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads or num_cores()
+    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 86 ms
+    # where they now take 46 (docs/decisions/0002-threads-of-two-sessions.md).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # 4-bit weights: products in int8
+    if not has_exact_products():  # uint8 times int8 saturates; the exact kernels take twice as long
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 2  # warnings stay on: TensorScatter says so if it had to copy the cache
+    try:
+        session = ort.InferenceSession(bundle / graph.file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no common base but this
+        raise BackendError(f"ONNX Runtime cannot open {bundle / graph.file}: {first_line(error)}") from error
+    _require_contract(session, manifest, name, graph)
+    return session
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, which glibc otherwise keeps: a closed session's weights stay resident with it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has this
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str, facts: GraphFacts) -> None:
+    """Refuse a graph that is not the one the manifest describes, or whose cache is not the model's."""
+    model = manifest.model
+    found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
+    cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]
+    expected = [(tensor.name, tensor.shape) for tensor in facts.inputs if not tensor.name.startswith("past.")]
+    if name == STEP:
+        expected += [(f"past.{layer}.{part}", cache) for layer in range(model.num_layers) for part in ("key", "value")]
+    for have, want in itertools.zip_longest(found, expected):
+        if have != want:
+            raise BackendError(f"{facts.file} has the input {have}, the manifest says {want}; export the bundle again")
+    if missing := {tensor.name for tensor in facts.outputs} - {tensor.name for tensor in session.get_outputs()}:
+        raise BackendError(f"{facts.file} lacks the output {min(missing)}; export the bundle again")

@@ -1,0 +1,65 @@
+"""Decoding some prompts to their end in a plain loop: for tests, tuning and benchmarks. Services use `service.worker`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from medusa_runtime.decoding.sequence import SequenceStep
+from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.errors import OptionError
+from medusa_runtime.options import DecodingOptions
+
+if TYPE_CHECKING:
+    from medusa_runtime.decoding.engine import DecodingEngine
+
+
+def generate(
+    engine: DecodingEngine, prompts: Sequence[Sequence[int]], options: DecodingOptions, stats: DecodingStats | None = None
+) -> Iterator[list[SequenceStep]]:
+    """Decode prompts side by side and yield, after each step, what it decided for them. `sequence` counts the prompts.
+
+    Args:
+        engine: nobody else may use it meanwhile.
+        prompts: lists of token ids.
+        options: how they are decoded.
+        stats: an object to count into.
+
+    Raises:
+        OptionError, CapacityError, TreeError: at the call, before any work; see `checks.check_request`.
+    """
+    if not prompts:
+        raise OptionError("there is no prompt")
+    for prompt in prompts:
+        engine.check(prompt, options)
+    return _steps(engine, prompts, options, stats if stats is not None else DecodingStats())
+
+
+def _steps(
+    engine: DecodingEngine, prompts: Sequence[Sequence[int]], options: DecodingOptions, stats: DecodingStats
+) -> Iterator[list[SequenceStep]]:
+    sequences = [engine.add(prompt, options) for prompt in prompts]
+    clock = _seconds(engine.stats)
+    try:
+        while not all(sequence.is_finished for sequence in sequences):
+            engine.step()
+            if steps := [
+                dataclasses.replace(step, sequence=index)
+                for index, sequence in enumerate(sequences)
+                for step in sequence.take_steps()
+            ]:
+                yield steps
+            for sequence in sequences:
+                if sequence.error is not None:
+                    raise sequence.error
+    finally:
+        for sequence in sequences:
+            engine.end(sequence)
+            stats.add(dataclasses.replace(sequence.stats, prefill_seconds=0.0, decode_seconds=0.0, engine_seconds=0.0))
+        for name, seconds in _seconds(engine.stats).items():  # of the batch, not the sum of what each sequence waited
+            setattr(stats, name, getattr(stats, name) + seconds - clock[name])
+
+
+def _seconds(stats: DecodingStats) -> dict[str, float]:
+    return {name: getattr(stats, name) for name in ("prefill_seconds", "decode_seconds", "engine_seconds")}

@@ -1,0 +1,257 @@
+"""Reading prompts: whose turn it is, how large a chunk of each is, and which prompts are read in one pass.
+
+A prompt that has not had a turn yet comes first; then prompts take turns, a chunk each. So a short prompt waits for one chunk
+of a long one, never for all of it. Prompts in neighbouring slots are read in one pass if that is cheaper than apart.
+
+While other sequences decode, the time of a pass is limited: they wait for it between two of their tokens. What a pass costs
+is learned from the passes made. If nobody decodes, a pass takes as many tokens as the bundle allows, up to `CHUNK`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from medusa_runtime.arrays import IntArray
+from medusa_runtime.backends.base import Backend, StepOutput, not_finite
+from medusa_runtime.decoding.sequence import DecodingSequence, token_logprob
+from medusa_runtime.decoding.slots import Slot, SlotPool
+from medusa_runtime.drafting.costs import Costs, LearnedCosts
+from medusa_runtime.errors import CapacityError
+
+CHUNK = 512  # prompt tokens of a pass if nobody decodes
+FIRST_SHARED_CHUNK = 64  # and beside sequences that decode, as long as no pass was timed
+LEAST_CHUNK = 16  # a pass costs a pass over the weights however short it is
+SCORED_CHUNK = 64  # of a prompt whose log-probabilities are asked for: each of its tokens gives a row of logits
+DEFAULT_GAP_SECONDS = 0.05
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Pass:
+    """One forward pass over chunks of some prompts."""
+
+    sequences: list[DecodingSequence]  # [B]
+    num_tokens: int  # padding included
+    output: StepOutput
+    last_rows: IntArray  # [B] which of the output's R rows follows each chunk
+    complete: list[int] = field(default_factory=list)  # the sequences whose prompts are read to their end
+
+
+class PromptReader:
+    """Admits waiting sequences to slots, and reads their prompts.
+
+    Args:
+        backend: runs the passes.
+        slots: where the entries go.
+        blame: ends a sequence with an error.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        slots: SlotPool,
+        *,
+        blame: Callable[[DecodingSequence, BaseException], None],
+    ) -> None:
+        self._backend, self._slots, self._blame = backend, slots, blame
+        self._waiting: deque[DecodingSequence] = deque()
+        self._new: deque[DecodingSequence] = deque()  # have a slot, and had no turn yet
+        self._begun: deque[DecodingSequence] = deque()  # had a turn, in the order of their next ones
+        self.costs: Costs = LearnedCosts()  # of passes
+        self.has_memory = True  # False after a sequence was put back, until one ends
+
+    @property
+    def waiting(self) -> list[DecodingSequence]:
+        """The sequences that have no slot yet."""
+        return list(self._waiting)
+
+    def add(self, sequence: DecodingSequence) -> None:
+        """Let a sequence wait for a slot."""
+        self._waiting.append(sequence)
+
+    def put_back(self, sequence: DecodingSequence) -> None:
+        """Let a sequence that lost its slot for want of memory wait again, before all others, until some sequence ends."""
+        self.remove(sequence)
+        self._waiting.appendleft(sequence)
+        self.has_memory = False
+
+    def remove(self, sequence: DecodingSequence) -> None:
+        """Forget a sequence that has ended."""
+        for queue in (self._waiting, self._new, self._begun):
+            if sequence in queue:
+                queue.remove(sequence)
+
+    def admit(self) -> list[tuple[DecodingSequence, int]]:
+        """Give free slots to waiting sequences, the oldest first. Returns those that got one, with their cached tokens.
+
+        A sequence waits on if a prompt that is being read begins like its own: it will start from that prompt's entries.
+        """
+        admitted: list[tuple[DecodingSequence, int]] = []
+        for sequence in list(self._waiting):
+            if not self.has_memory or len(self._slots.active) >= self._slots.num_slots:
+                break
+            if self._slots.should_wait(sequence):
+                continue
+            try:
+                num_cached = self._slots.admit(sequence, is_long=sequence.num_to_read > FIRST_SHARED_CHUNK)
+            except CapacityError as error:
+                if self._slots.active:  # one of them will make room
+                    log.info("sequence %d waits for memory: %s", sequence.id, error)
+                    break
+                self._waiting.remove(sequence)
+                self._blame(sequence, error)
+                continue
+            self._waiting.remove(sequence)
+            self._new.append(sequence)
+            if sequence.is_scored:
+                sequence.prompt_logprobs.clear()
+            admitted.append((sequence, num_cached))
+        return admitted
+
+    def read(self, room: int, seconds: float | None) -> Pass | None:
+        """Read a chunk of the prompt whose turn it is, and of its neighbours if one pass for all is cheaper.
+
+        If the pass fails, the sequences on it end with the error.
+
+        Args:
+            room: tokens of the pass at most, padding included.
+            seconds: the longest time that the pass may take; None for any time.
+
+        Returns:
+            The pass, or None if there was no prompt to read or the pass failed.
+        """
+        if (head := next(itertools.chain(self._new, self._begun), None)) is None:
+            return None
+        place = self._slots.place(head)
+        assert place is not None
+        chunks = self._chunks(place, room, seconds)
+        sequences = [sequence for place in sorted(chunks) if (sequence := self._slots[place].sequence) is not None]
+        for sequence in sequences:
+            self.remove(sequence)
+            self._begun.append(sequence)
+        try:
+            done = self._run(sequences, chunks)
+        except Exception as error:  # noqa: BLE001 - a pass that fails ends the sequences on it, and the engine goes on
+            for sequence in sequences:
+                self._blame(sequence, error)
+            return None
+        for row, (sequence, place) in enumerate(zip(sequences, sorted(chunks), strict=True)):
+            self._slots[place].length += chunks[place]
+            if not done.output.is_row_finite(row, int(done.last_rows[row])):
+                self._blame(sequence, not_finite())
+            elif self._slots[place].length == sequence.num_to_read:
+                self._begun.remove(sequence)
+                done.complete.append(row)
+        return done
+
+    def _chunks(self, place: int, room: int, seconds: float | None) -> dict[int, int]:
+        """The slots of a pass, and how many tokens of each it reads: the slot `place`, and neighbours that join it."""
+        chunks = {place: self._chunk(place, room, seconds, batch=1)}
+        for behind in range(place + 1, len(self._slots)):
+            if not self._join(behind, chunks, room, seconds):
+                break
+        for before in range(place - 1, self._slots.num_decoding - 1, -1):
+            if not self._join(before, chunks, room, seconds):
+                break
+        return chunks
+
+    def _chunk(self, place: int, room: int, seconds: float | None, batch: int) -> int:
+        """Tokens of a prompt that a pass reads."""
+        slot = self._slots[place]
+        assert slot.sequence is not None
+        limits = self._backend.manifest.limits
+        most = min(max(room // batch, 1), slot.sequence.num_to_read - slot.length, limits.max_prefill_tokens or CHUNK)
+        if slot.sequence.is_scored:
+            most = min(most, SCORED_CHUNK, limits.max_tree_nodes or SCORED_CHUNK)
+        if seconds is None or most <= LEAST_CHUNK:
+            return most
+        if not self.costs.is_warm:
+            return min(most, FIRST_SHARED_CHUNK)
+        affordable = int(np.searchsorted(self.costs.steps(batch, slot.length + most, most), seconds, side="right"))
+        return max(affordable, LEAST_CHUNK)
+
+    def _join(self, place: int, chunks: dict[int, int], room: int, seconds: float | None) -> bool:
+        """Add a neighbour to a pass if that is cheaper than a pass of its own. Returns whether it was added."""
+        slot, batch, width = self._slots[place], len(chunks) + 1, max(chunks.values())
+        if (
+            slot.sequence is None
+            or slot.sequence.is_finished
+            or self._is_scored(place)
+            or any(self._is_scored(member) for member in chunks)
+        ):
+            return False
+        chunk = self._chunk(place, room, seconds, batch)
+        wider, longest = max(width, chunk), max(self._slots[member].length for member in [*chunks, place])
+        fixed = self._backend.manifest.limits.capacity
+        if batch * wider > room or (fixed is not None and longest + wider > fixed):  # padding has entries too
+            return False
+        together = self._cost(batch, wider, longest)
+        apart = self._cost(batch - 1, width, longest) + self._cost(1, chunk, slot.length)
+        if together >= apart or (seconds is not None and together > seconds):
+            return False
+        chunks[place] = chunk
+        return True
+
+    def _is_scored(self, place: int) -> bool:
+        sequence = self._slots[place].sequence
+        return sequence is not None and sequence.is_scored
+
+    def _cost(self, batch: int, width: int, length: int) -> float:
+        return float(self.costs.steps(batch, length + width, width)[-1])
+
+    def _run(self, sequences: list[DecodingSequence], chunks: dict[int, int]) -> Pass:
+        """Run one pass. A chunk smaller than the largest is padded: padding attends to itself and the cache."""
+        first, batch, width = min(chunks), len(chunks), max(chunks.values())
+        slots, counts = [self._slots[place] for place in sorted(chunks)], [chunks[place] for place in sorted(chunks)]
+        starts = np.array([slot.length for slot in slots])
+        self._slots.reserve(first, batch, width)
+        ids, positions = np.zeros((batch, width), np.int64), np.repeat(starts[:, None], width, axis=1)
+        mask = np.repeat(np.eye(width, dtype=np.bool_)[None], batch, axis=0)
+        for row, (sequence, start, count) in enumerate(zip(sequences, starts.tolist(), counts, strict=True)):
+            ids[row, :count] = sequence.tokens.ids[start : start + count]
+            positions[row, :count] += np.arange(count)
+            mask[row, :count, :count] = np.tri(count, dtype=np.bool_)
+        ends = zip(sequences, starts.tolist(), counts, strict=True)
+        finishing = [sequence for sequence, start, count in ends if start + count == sequence.num_to_read]
+        scored, last_rows = self._is_scored(first), np.array(counts) - 1
+        started = time.perf_counter()
+        output = self._backend.step(
+            ids,
+            positions,
+            mask,
+            starts,
+            np.arange(width)[None] if scored else last_rows[:, None],
+            first_slot=first,
+            with_logits=scored or any(sequence.needs_logits for sequence in finishing),
+            propose_ahead=bool(finishing) and asks_ahead(self._backend, finishing),
+        )
+        if output.is_warm:
+            self.costs.observe(batch, width, int(starts.max()) + width, time.perf_counter() - started)
+        if scored:
+            self._score(slots[0], output)
+        return Pass(sequences, batch * width, output, last_rows if scored else np.zeros(batch, np.int64))
+
+    def _score(self, slot: Slot, output: StepOutput) -> None:
+        """Keep the log-probabilities of the tokens that follow a chunk's tokens in its prompt."""
+        sequence, logits = slot.sequence, output.logits
+        assert sequence is not None
+        assert logits is not None
+        following = sequence.tokens.ids[slot.length + 1 : slot.length + 1 + logits.shape[1]].tolist()
+        sequence.prompt_logprobs += [
+            token_logprob(row, token, sequence.options.prompt_logprobs or 0)
+            for row, token in zip(logits[0], following, strict=False)
+        ]
+
+
+def asks_ahead(backend: Backend, sequences: list[DecodingSequence]) -> bool:
+    """Whether the heads will be asked for what greedy decoding accepts, as far as can be told before it is verified."""
+    if backend.manifest.heads.reads_root and any(sequence.options.is_sampled for sequence in sequences):
+        return False  # most often another root is drawn for one of them
+    return any(sequence.drafter.uses_heads for sequence in sequences)

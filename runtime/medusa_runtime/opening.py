@@ -1,0 +1,106 @@
+"""Opening a bundle: manifest → placement → tuning → tree and costs → engine. Arguments are checked first."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from medusa_runtime.backends.choosing import AUTO, Placement, choose_backend, open_placement
+from medusa_runtime.bundle.cpu import device_key
+from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.decoding.checks import check_tree, checked_batch_size
+from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
+from medusa_runtime.drafting.costs import Costs, LearnedCosts, StepCosts, fitting_nodes
+from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
+from medusa_runtime.drafting.tuning import DeviceTuning, tuned
+from medusa_runtime.errors import BundleError, OptionError
+
+Tree = CandidateTree | DynamicTree
+CostsChoice = Costs | Literal["auto", "learn", "measure"] | None
+log = logging.getLogger(__name__)
+
+
+def open_engine(
+    path: str | Path,
+    backend: str = AUTO,
+    *,
+    tree: Tree | None = None,
+    max_batch_size: int | None = None,
+    costs: CostsChoice = "auto",
+    reuse_prefixes: bool = True,
+    prompt_lookup: bool | None = None,
+    max_gap_seconds: float,
+    max_cache_bytes: int | None = None,
+    device: str = "auto",
+    num_threads: int = 0,
+    cuda_graphs: bool | None = None,
+    verify_files: bool = True,
+    allow_failed: bool = False,
+) -> DecodingEngine:
+    """Open a bundle, and an engine on it. Arguments and errors are those of `MedusaLM.from_bundle`."""
+    path = Path(path).resolve()  # a later change of the working directory does not matter
+    manifest = Manifest.load(path)
+    if manifest.validation.status == "failed" and not allow_failed:
+        raise BundleError(
+            f"{path} failed its validation ({manifest.validation.report}); export it again, "
+            "or allow it on purpose (allow_failed=True, --allow-failed)"
+        )
+    max_batch_size = checked_batch_size(manifest, max_batch_size)
+    if isinstance(costs, str) and costs not in ("auto", "learn", "measure"):
+        raise OptionError(f"costs is {costs!r}; it must be 'auto', 'learn', 'measure', a table of costs or None")
+    if tree is not None:
+        check_tree(manifest, tree)
+    placement = choose_backend(manifest, backend, device)
+    known: Costs | None = None
+    if costs == "auto":
+        key = device_key(placement.backend, num_threads=num_threads, processor=placement.processor)
+        found = tuned(path, manifest, key)
+        tree, known, prompt_lookup = _tuned_choice(found, manifest, max_batch_size, tree, prompt_lookup)
+    elif costs == "learn":
+        known = LearnedCosts()
+    elif costs is not None and not isinstance(costs, str):
+        known = costs
+    tree = tree or DynamicTree(len(manifest.tree["parents"]))
+    ngrams = NGrams.of_bundle(path, manifest)
+    if verify_files:
+        manifest.require_intact(path)
+    _tell(placement, backend)
+    runner = open_placement(path, manifest, placement, num_threads=num_threads, cuda_graphs=cuda_graphs)
+    if costs == "measure":
+        known = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
+    return DecodingEngine(
+        runner,
+        tree,
+        max_batch_size=max_batch_size,
+        costs=known,
+        reuse_prefixes=reuse_prefixes,
+        prompt_lookup=bool(prompt_lookup),
+        ngrams=ngrams,
+        max_gap_seconds=max_gap_seconds,
+        max_cache_bytes=max_cache_bytes,
+    )
+
+
+def _tell(placement: Placement, asked: str) -> None:
+    """Log where a bundle runs; with a warning if that is not the best device of the machine."""
+    level = logging.WARNING if asked == AUTO and placement.is_fallback else logging.INFO
+    log.log(level, "the bundle runs with %s", placement)
+
+
+def _tuned_choice(
+    found: DeviceTuning | None,
+    manifest: Manifest,
+    max_batch_size: int,
+    tree: Tree | None,
+    prompt_lookup: bool | None,
+) -> tuple[Tree | None, Costs | None, bool | None]:
+    """Tree, costs and prompt lookup from a device's tuning, if there is one. Values that the caller gave come first."""
+    if found is None:
+        return tree, LearnedCosts(), prompt_lookup
+    prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
+    if tree is not None:
+        return tree, found.costs, prompt_lookup
+    lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
+    return *found.choice(max_batch_size, lookup_nodes), prompt_lookup
