@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from medusa_export.bundles import is_bundle
 from medusa_export.chat import chat_templates
 from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.default_tree import tree_for
 from medusa_export.generation import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention
 from medusa_export.trace.program import reads_lm_head_rows, trace_heads, trace_step
-from medusa_export.trees import tree_for
 from medusa_export.write import write_graphs
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
@@ -130,7 +130,7 @@ def _is_onnx_bundle(path: Path) -> bool:
 
 
 def _generation(backbone: Backbone) -> GenerationFacts | None:
-    """What the checkpoint's generation settings ask for. Tells what the runtime makes of them."""
+    """The checkpoint's generation settings. A note says which of them the runtime follows."""
     if outside := sorted({*backbone.eos_token_ids} - {*backbone.facts.eos_token_ids}):
         note(
             f"{backbone.source} names end-of-sequence tokens outside the vocabulary of {backbone.facts.vocab_size}: "

@@ -164,7 +164,7 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
     get_bundle: GetBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = get_bundle("fp16")
-    with pytest.raises(OptionError, match=r"'8\.6'; TensorRT .* builds only for 8\.9"):
+    with pytest.raises(OptionError, match=r"'8\.6', but TensorRT .* builds only for 8\.9"):
         build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt", compute_capabilities=("8.6",)))
     manifest = build_engines(options(bundle, tmp_path / "engine", flavor="tensorrt"))
     assert manifest.graphs[STEP].target == "tensorrt"
@@ -185,8 +185,8 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
         ({"max_batch_size": 0}, "--max-batch-size is 0; it must be 1 or more"),
         ({"max_tree_nodes": 8}, r"--max-tree-nodes is 8; it must be 16 \(the bundle's default tree\) to 1024"),
         ({"max_prefill_tokens": 0}, "--max-prefill-tokens is 0; it must be 1 or more"),
-        ({"flavor": "lite"}, "--flavor is 'lite'; there are: rtx, tensorrt"),
-        ({"compute_capabilities": ("9.0",)}, r"--compute-capability is '9\.0'; TensorRT-RTX .* builds only for .*8\.9"),
+        ({"flavor": "lite"}, "--flavor is 'lite'; use one of: rtx, tensorrt"),
+        ({"compute_capabilities": ("9.0",)}, r"--compute-capability is '9\.0', but TensorRT-RTX .* builds only for .*8\.9"),
         ({"compute_capabilities": ("SM89",)}, "--compute-capability is 'SM89'"),
         ({"workspace": 0}, "--workspace is 0; it must be 1 or more"),
         ({"opt_level": 6}, "--opt-level is 6; it must be 0 to 5"),
@@ -202,11 +202,11 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
         ({"strip_weights": True, "weights": "int8"}, "--strip-weights does not work with --weights int8"),
         (
             {"weights": "fp8", "compute_capabilities": ("8.9", "8.6")},
-            r"fp8 needs compute capability 8\.9, .* has 8\.6; use",
+            r"fp8 needs compute capability 8\.9, but you build for 8\.6; use",
         ),
         (
             {"weights": "int4", "compute_capabilities": ("7.5",)},
-            r"int4 needs compute capability 8\.0, .* has 7\.5",
+            r"int4 needs compute capability 8\.0, but you build for 7\.5",
         ),
     ],
 )

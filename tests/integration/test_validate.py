@@ -174,7 +174,7 @@ def test_a_bundle_that_does_not_run_fails(
 
 
 def test_a_reference_of_another_shape_is_refused(bundle: Path, make_model: Make) -> None:
-    with pytest.raises(OptionError, match="architecture Qwen2ForCausalLM, the bundle LlamaForCausalLM"):
+    with pytest.raises(OptionError, match="architecture Qwen2ForCausalLM, but the bundle has LlamaForCausalLM"):
         validate_and_record(bundle, str(make_model("qwen2")), prompts=PROMPTS)
     assert Manifest.load(bundle).validation.status == "not run"
 

@@ -87,7 +87,7 @@ class _LazyCommands(click.Group):
 
 @contextmanager
 def _quiet_about_broken_pipes() -> Iterator[None]:
-    """End without a word if nobody reads the output any more, as with `| head -1`."""
+    """End without an error if the reader of the output has closed it, as with `| head -1`."""
     try:
         yield
     except BrokenPipeError as error:

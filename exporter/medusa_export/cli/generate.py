@@ -44,7 +44,7 @@ LEFT_OUT = ("tools", "documents", "template_options")  # fields that no command-
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object with text, token ids and statistics; numbers that JSON lacks are null.",
+    help="Print one JSON object with text, token ids and statistics; NaN and infinity become null.",
 )
 @click.option("--allow-failed", is_flag=True, help="Run a bundle even though its validation failed.")
 @decodes_a_bundle

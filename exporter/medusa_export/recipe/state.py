@@ -76,10 +76,8 @@ def fingerprint(place: str) -> str:
 def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for names in (
-        (ANSWERS_NAME,),
-        native.FILES,
-    ):  # training data or heads: other files in these directories only describe their run
+    # Training data or heads: other files in these directories only describe their run.
+    for names in ((ANSWERS_NAME,), native.FILES):
         if all((path / name).is_file() for name in names):
             return [path / name for name in (*names, native.EVALUATION_NAME) if (path / name).is_file()]
     return [part for part in path.iterdir() if part.is_file()]

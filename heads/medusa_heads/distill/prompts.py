@@ -38,7 +38,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may contain other separators
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may contain other separators
     except UnicodeDecodeError as error:
         raise OptionError(f"{path} is not UTF-8 text") from error
     except OSError as error:

@@ -108,9 +108,8 @@ def fit(
         scheduler.step()
         done = step + 1
         loss = meter.end_step()
-        if not math.isfinite(loss) or (
-            accelerator.scaler is None and not torch.isfinite(norm)
-        ):  # a gradient scaler skips such steps
+        # a gradient scaler skips steps with infinite gradients by itself
+        if not math.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):
             raise MedusaError(_not_finite(stage.name, done, loss, work))
         tell(News(stage.name, done, num_steps, meter.tokens_here, loss))
         if done % settings.log_every == 0 or done == num_steps:

@@ -39,9 +39,8 @@ def _kind(weight: ir.Value | None) -> str | None:
     if source is None:
         is_matrix = weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2
         return "float" if is_matrix and not weight.is_graph_input() else None
-    if not all(
-        value is not None and value.is_initializer() for value in source.inputs
-    ):  # such as an embedding that is transposed first
+    # not so for an embedding that is transposed first, for example
+    if not all(value is not None and value.is_initializer() for value in source.inputs):
         return None
     if is_int8_weight(source):
         return "channels"
