@@ -88,14 +88,14 @@ def opened(name: str, checkout: Path, bundle: Path) -> WorkerProcess:
 def commit_of(checkout: Path) -> str:
     """What is checked out, and whether it was changed since."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
 def processor_seconds(pid: int) -> tuple[float, float]:
     """What all programs have used so far, and what one of them has. Zeros where the system does not tell."""
     try:
-        every = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        every = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+        own = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return 0.0, 0.0
     idle = every[3:5]
