@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from medusa_runtime.arrays import BoolArray, FloatArray, TokenBuffer
+from medusa_runtime.arrays import TokenBuffer
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
 from medusa_runtime.decoding.checks import DecodingRequest, check_limits, check_request, check_tree, checked_batch_size
 from medusa_runtime.decoding.loop import generate
-from medusa_runtime.decoding.prefill import CHUNK, DEFAULT_GAP_SECONDS, Pass, PromptReader, asks_ahead
+from medusa_runtime.decoding.prefill import CHUNK, DEFAULT_GAP_SECONDS, Pass, PromptReader
+from medusa_runtime.decoding.proposer import Proposer
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
 from medusa_runtime.decoding.slots import SlotPool
 from medusa_runtime.decoding.stats import DecodingStats
-from medusa_runtime.drafting.budget import DraftBudget, StepPlan
 from medusa_runtime.drafting.costs import Costs
 from medusa_runtime.drafting.draft import Draft, DraftBatch
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.ngrams import NGrams
-from medusa_runtime.drafting.proposals import Drafter, HeadGuesses, Proposals, candidates_for
+from medusa_runtime.drafting.proposals import Drafter, candidates_for
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import CapacityError, OptionError, QueueTimeoutError, is_failure
 from medusa_runtime.options import DecodingOptions
@@ -86,12 +86,11 @@ class DecodingEngine:
         self.stats = DecodingStats()  # of all sequences there were; its seconds are the engine's own, not their sum
         num_slots = checked_batch_size(backend.manifest, max_batch_size)
         self._slots = SlotPool(backend, num_slots, reuse_prefixes=reuse_prefixes, max_bytes=max_cache_bytes)
-        self._reader = PromptReader(backend, self._slots, blame=self._blame)
+        self._proposer = Proposer(backend, costs, self._blaming)
+        self._reader = PromptReader(backend, self._slots, self._proposer.asks_ahead, self._blame)
         self._max_gap_seconds = max_gap_seconds
-        self._budget = DraftBudget(costs) if costs is not None else None
         self._numbers = itertools.count()
         self._news: dict[int, DecodingSequence] = {}  # sequences that the current step changed
-        self._heads_are_sound = True
 
     @property
     def max_batch_size(self) -> int:
@@ -225,13 +224,11 @@ class DecodingEngine:
 
     def _verify(self, sequences: list[DecodingSequence]) -> None:
         """Propose, verify, accept, commit."""
-        proposals = [self._proposals(sequence) for sequence in sequences]
-        plan = self._plan(sequences, proposals)
-        drafts = [self._draft(sequence, found, plan) for sequence, found in zip(sequences, proposals, strict=True)]
-        batch = DraftBatch.of(drafts)
+        lengths = np.array([slot.length for slot in self._slots.decoding])
+        step = self._proposer.choose(sequences, int(lengths.max()))
+        batch = DraftBatch.of(step.drafts)
         if not self._make_room(batch.width):
             return
-        lengths = np.array([slot.length for slot in self._slots.decoding])
         last_position = self.backend.manifest.limits.max_seq_len - 1  # deeper nodes belong to drafts that cannot be given out
         started = time.perf_counter()
         output = self.backend.step(
@@ -241,7 +238,7 @@ class DecodingEngine:
             lengths,
             np.tile(np.arange(batch.width), (len(sequences), 1)),
             with_logits=any(sequence.needs_logits for sequence in sequences),
-            propose_ahead=asks_ahead(self.backend, sequences),
+            propose_ahead=self._proposer.asks_ahead(sequences),
         )
         seconds = time.perf_counter() - started
         if self.costs is not None and output.is_warm:
@@ -251,43 +248,10 @@ class DecodingEngine:
         for row, sequence in enumerate(sequences):
             with self._blaming(sequence):
                 if not sequence.is_finished:
-                    accepted[row] = self._accept(row, sequence, drafts[row], accepted[row], output)
-        if self._wants_heads(sequences, proposals, batch.width, accepted, plan):
-            rows, root_ids = [one.nodes[-1] for one in accepted], [one.bonus_id for one in accepted]
-            seconds += self._propose(sequences, rows, root_ids)
-        else:
-            for sequence in sequences:
-                sequence.guesses = None
+                    accepted[row] = self._accept(row, sequence, step.drafts[row], accepted[row], output)
+        seconds += self._proposer.go_on(sequences, step, batch.width, accepted)
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
-
-    def _proposals(self, sequence: DecodingSequence) -> Proposals:
-        """What may follow a sequence's root; nothing if its guide fails."""
-        with self._blaming(sequence):
-            return sequence.drafter.propose(sequence.guesses, sequence.remaining)
-        return Proposals(Draft.chain([int(sequence.tokens.ids[-1])]), 1)
-
-    def _plan(self, sequences: list[DecodingSequence], proposals: list[Proposals]) -> StepPlan | None:
-        """How wide the step is made; None if all drafts have their full size."""
-        if self._budget is None:
-            return None
-        fixed = [found.num_nodes for one, found in zip(sequences, proposals, strict=True) if _is_fixed(one, found)]
-        return self._budget.plan(
-            [found.chances for found in proposals],
-            least=max(fixed, default=1),
-            capacity=max(slot.length for slot in self._slots.decoding),  # what is allocated is little more
-            looked_up=_lookup_chances(sequences, proposals),
-            with_heads=any(sequence.guesses is not None for sequence in sequences),
-        )
-
-    def _draft(self, sequence: DecodingSequence, proposals: Proposals, plan: StepPlan | None) -> Draft:
-        """What the step verifies of a sequence; its root alone if its guide fails."""
-        size = proposals.num_nodes
-        if plan is not None and not _is_fixed(sequence, proposals):
-            size = min(size, plan.width)
-        with self._blaming(sequence):
-            return proposals.draft(size)
-        return Draft.chain([int(sequence.tokens.ids[-1])])
 
     def _make_room(self, width: int) -> bool:
         """Reserve the step's entries. If there is no memory for them, make one sequence wait. Returns whether there is room."""
@@ -322,42 +286,6 @@ class DecodingEngine:
             stats.count_step(np.bincount(draft.depths)[1:].tolist(), step.num_accepted, len(step.token_ids), num_looked_up)
         sequence.stats.decode_seconds += sequence.lap()
         return accepted
-
-    def _wants_heads(
-        self,
-        sequences: list[DecodingSequence],
-        proposals: list[Proposals],
-        width: int,
-        accepted: list[Accepted],
-        plan: StepPlan | None,
-    ) -> bool:
-        """Whether the heads' guesses are worth their time, or somebody's answer depends on them."""
-        if self._budget is None or plan is None:
-            return True
-        chosen = zip(proposals, accepted, strict=True)
-        self._budget.learn(plan, width, sum(len(one.nodes) - 1 for found, one in chosen if not found.is_forced))
-        pays = self._budget.wants_heads(len(sequences), _lookup_chances(sequences, proposals))
-        asked = pays or any(_is_fixed(one, found) for one, found in zip(sequences, proposals, strict=True))
-        self._budget.note_heads(asked=asked)
-        return asked
-
-    def _propose(self, sequences: list[DecodingSequence], rows: list[int], root_ids: list[int]) -> float:
-        """Have the heads guess what follows each sequence's root, if somebody wants to know. Returns the seconds it took."""
-        if all(sequence.is_finished or not sequence.drafter.uses_heads for sequence in sequences):
-            return 0.0
-        started = time.perf_counter()
-        output = self.backend.propose(np.array(rows), np.array(root_ids))
-        are_sound: BoolArray = ~np.isnan(output.log_probs.sum(axis=(1, 2)))  # [B]
-        for row, sequence in enumerate(sequences):
-            guesses = HeadGuesses(output.token_ids[row], output.log_probs[row])
-            sequence.guesses = guesses if are_sound[row] else None
-        if self._heads_are_sound and not are_sound.all():
-            self._heads_are_sound = False
-            log.warning("the heads gave probabilities that are no numbers (NaN): such steps are decoded without their drafts")
-        seconds = time.perf_counter() - started
-        if self.costs is not None:
-            self.costs.observe_heads(len(sequences), seconds)
-        return seconds
 
     def _read_prompts(self) -> None:
         """Read as much of the prompts as may delay the sequences that decode."""
@@ -399,7 +327,7 @@ class DecodingEngine:
                 root_ids[row] = int(sequence.tokens.ids[-1])
             if not sequence.is_finished:
                 self._slots.start_decoding(sequence)
-        self._propose(done.sequences, done.last_rows.tolist(), root_ids)  # of those not complete, the guesses are not used
+        self._proposer.ask(done.sequences, done.last_rows.tolist(), root_ids)  # of those not complete, the guesses are not used
 
     def _take_first(self, sequence: DecodingSequence, row: int, done: Pass) -> None:
         """Give out the token that follows a prompt."""
@@ -457,14 +385,3 @@ class DecodingEngine:
         self._reader.remove(sequence)
         self._slots.release(sequence, keep=sequence.error is None)
         self._reader.has_memory = True
-
-
-def _is_fixed(sequence: DecodingSequence, proposals: Proposals) -> bool:
-    """Whether the load may not change the size of a sequence's draft."""
-    return proposals.is_forced or sequence.has_fixed_tree
-
-
-def _lookup_chances(sequences: list[DecodingSequence], proposals: list[Proposals]) -> list[FloatArray]:
-    """Probabilities of the drafts that each sequence would have without heads; none if its guide forces its draft."""
-    pairs = zip(sequences, proposals, strict=True)
-    return [np.empty(0, np.float32) if found.is_forced else one.drafter.lookup_chances for one, found in pairs]

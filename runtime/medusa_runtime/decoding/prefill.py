@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +50,7 @@ class PromptReader:
     Args:
         backend: runs the passes.
         slots: where the entries go.
+        asks_ahead: whether the heads will be asked about some sequences after a pass.
         blame: ends a sequence with an error.
     """
 
@@ -57,10 +58,10 @@ class PromptReader:
         self,
         backend: Backend,
         slots: SlotPool,
-        *,
+        asks_ahead: Callable[[Sequence[DecodingSequence]], bool],
         blame: Callable[[DecodingSequence, BaseException], None],
     ) -> None:
-        self._backend, self._slots, self._blame = backend, slots, blame
+        self._backend, self._slots, self._asks_ahead, self._blame = backend, slots, asks_ahead, blame
         self._waiting: deque[DecodingSequence] = deque()
         self._new: deque[DecodingSequence] = deque()  # have a slot, and had no turn yet
         self._begun: deque[DecodingSequence] = deque()  # had a turn, in the order of their next ones
@@ -230,7 +231,7 @@ class PromptReader:
             np.arange(width)[None] if scored else last_rows[:, None],
             first_slot=first,
             with_logits=scored or any(sequence.needs_logits for sequence in finishing),
-            propose_ahead=bool(finishing) and asks_ahead(self._backend, finishing),
+            propose_ahead=bool(finishing) and self._asks_ahead(finishing),
         )
         if output.is_warm:
             self.costs.observe(batch, width, int(starts.max()) + width, time.perf_counter() - started)
@@ -248,10 +249,3 @@ class PromptReader:
             token_logprob(row, token, sequence.options.prompt_logprobs or 0)
             for row, token in zip(logits[0], following, strict=False)
         ]
-
-
-def asks_ahead(backend: Backend, sequences: list[DecodingSequence]) -> bool:
-    """Whether the heads will be asked for what greedy decoding accepts, as far as can be told before it is verified."""
-    if backend.manifest.heads.reads_root and any(sequence.options.is_sampled for sequence in sequences):
-        return False  # most often another root is drawn for one of them
-    return any(sequence.drafter.uses_heads for sequence in sequences)

@@ -83,7 +83,7 @@ class DecodingSequence:
         self.stats = DecodingStats()
         self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens from the second on, as far as they are read
         self.since = time.perf_counter() if since is None else since
-        self._uniforms = Uniforms(request.seed, stream)
+        self._stream, self._uniforms = stream, Uniforms(request.seed, stream)
         self._steps: list[SequenceStep] = []
         self._last_step = (0, 0)  # tokens given out and drafts accepted in the last verification step
         self._lap_start = self.since  # when the current phase began: waiting, prefill, decoding
@@ -120,8 +120,8 @@ class DecodingSequence:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for, so that all of it must be read."""
-        return self.options.prompt_logprobs is not None and not self.num_tokens
+        """Whether all of the prompt must be read, for its log-probabilities. One of a request's answers is enough for that."""
+        return self.options.prompt_logprobs is not None and self._stream == 0 and not self.num_tokens
 
     @property
     def needs_logits(self) -> bool:

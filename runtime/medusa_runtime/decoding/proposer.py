@@ -1,0 +1,153 @@
+"""What each step verifies of each sequence, and when the heads are asked for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from medusa_runtime.arrays import BoolArray, FloatArray
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.decoding.sequence import DecodingSequence
+from medusa_runtime.drafting.budget import DraftBudget, StepPlan
+from medusa_runtime.drafting.costs import Costs
+from medusa_runtime.drafting.draft import Draft
+from medusa_runtime.drafting.proposals import HeadGuesses, Proposals
+from medusa_runtime.sampling.acceptance import Accepted
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepDrafts:
+    """The drafts of one step, and how they were chosen."""
+
+    proposals: list[Proposals]  # [B]
+    drafts: list[Draft]  # [B]
+    plan: StepPlan | None  # None if all drafts have their full size
+
+
+class Proposer:
+    """Chooses the drafts of each step, and asks the heads for the next one if that pays.
+
+    Args:
+        backend: runs the heads.
+        costs: what steps cost here; None for drafts of full size at any load.
+        blaming: a context in which a failure ends one sequence.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        costs: Costs | None,
+        blaming: Callable[[DecodingSequence], AbstractContextManager[None]],
+    ) -> None:
+        self._backend, self._costs, self._blaming = backend, costs, blaming
+        self._budget = DraftBudget(costs) if costs is not None else None
+        self._heads_are_sound = True
+
+    def choose(self, sequences: Sequence[DecodingSequence], capacity: int) -> StepDrafts:
+        """The drafts of the next step.
+
+        Args:
+            sequences: those that decode.
+            capacity: entries in use in the fullest slot.
+        """
+        proposals = [self._proposals(sequence) for sequence in sequences]
+        plan = self._plan(sequences, proposals, capacity)
+        pairs = zip(sequences, proposals, strict=True)
+        return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan)
+
+    def go_on(self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]) -> float:
+        """Learn from a step, and ask the heads what follows each new root if that pays. Returns the seconds of the heads."""
+        if self._wants_heads(sequences, step, width, accepted):
+            return self.ask(sequences, [one.nodes[-1] for one in accepted], [one.bonus_id for one in accepted])
+        for sequence in sequences:
+            sequence.guesses = None
+        return 0.0
+
+    def ask(self, sequences: Sequence[DecodingSequence], rows: list[int], root_ids: list[int]) -> float:
+        """Have the heads guess what follows each sequence's root, if somebody needs it. Returns the seconds it took.
+
+        Args:
+            sequences: those of the last step. [B]
+            rows: which of its rows the heads read. [B]
+            root_ids: the tokens decided after these rows. [B]
+        """
+        if all(sequence.is_finished or not sequence.drafter.uses_heads for sequence in sequences):
+            return 0.0
+        started = time.perf_counter()
+        output = self._backend.propose(np.array(rows), np.array(root_ids))
+        are_sound: BoolArray = ~np.isnan(output.log_probs.sum(axis=(1, 2)))  # [B]
+        for row, sequence in enumerate(sequences):
+            guesses = HeadGuesses(output.token_ids[row], output.log_probs[row])
+            sequence.guesses = guesses if are_sound[row] else None
+        if self._heads_are_sound and not are_sound.all():
+            self._heads_are_sound = False
+            log.warning("the heads gave probabilities that are no numbers (NaN): such steps are decoded without their drafts")
+        seconds = time.perf_counter() - started
+        if self._costs is not None:
+            self._costs.observe_heads(len(sequences), seconds)
+        return seconds
+
+    def asks_ahead(self, sequences: Sequence[DecodingSequence]) -> bool:
+        """Whether the heads will be asked for what greedy decoding accepts, as far as can be told before it is verified."""
+        if self._backend.manifest.heads.reads_root and any(sequence.options.is_sampled for sequence in sequences):
+            return False  # most often another root is drawn for one of them
+        return any(sequence.drafter.uses_heads for sequence in sequences)
+
+    def _proposals(self, sequence: DecodingSequence) -> Proposals:
+        """What may follow a sequence's root; nothing if its guide fails."""
+        with self._blaming(sequence):
+            return sequence.drafter.propose(sequence.guesses, sequence.remaining)
+        return Proposals(Draft.chain([int(sequence.tokens.ids[-1])]), 1)
+
+    def _plan(self, sequences: Sequence[DecodingSequence], proposals: list[Proposals], capacity: int) -> StepPlan | None:
+        """How wide the step is made; None if all drafts have their full size."""
+        if self._budget is None:
+            return None
+        fixed = [found.num_nodes for one, found in zip(sequences, proposals, strict=True) if _is_fixed(one, found)]
+        return self._budget.plan(
+            [found.chances for found in proposals],
+            least=max(fixed, default=1),
+            capacity=capacity,  # what is allocated is little more
+            looked_up=_lookup_chances(sequences, proposals),
+            with_heads=any(sequence.guesses is not None for sequence in sequences),
+        )
+
+    def _draft(self, sequence: DecodingSequence, proposals: Proposals, plan: StepPlan | None) -> Draft:
+        """What the step verifies of a sequence; its root alone if its guide fails."""
+        size = proposals.num_nodes
+        if plan is not None and not _is_fixed(sequence, proposals):
+            size = min(size, plan.width)
+        with self._blaming(sequence):
+            return proposals.draft(size)
+        return Draft.chain([int(sequence.tokens.ids[-1])])
+
+    def _wants_heads(
+        self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]
+    ) -> bool:
+        """Whether the heads' guesses are worth their time, or somebody's answer depends on them."""
+        if self._budget is None or step.plan is None:
+            return True
+        chosen = zip(step.proposals, accepted, strict=True)
+        self._budget.learn(step.plan, width, sum(len(one.nodes) - 1 for found, one in chosen if not found.is_forced))
+        pays = self._budget.wants_heads(len(sequences), _lookup_chances(sequences, step.proposals))
+        asked = pays or any(_is_fixed(one, found) for one, found in zip(sequences, step.proposals, strict=True))
+        self._budget.note_heads(asked=asked)
+        return asked
+
+
+def _is_fixed(sequence: DecodingSequence, proposals: Proposals) -> bool:
+    """Whether the load may not change the size of a sequence's draft."""
+    return proposals.is_forced or sequence.has_fixed_tree
+
+
+def _lookup_chances(sequences: Sequence[DecodingSequence], proposals: list[Proposals]) -> list[FloatArray]:
+    """Probabilities of the drafts that each sequence would have without heads; none if its guide forces its draft."""
+    pairs = zip(sequences, proposals, strict=True)
+    return [np.empty(0, np.float32) if found.is_forced else one.drafter.lookup_chances for one, found in pairs]
