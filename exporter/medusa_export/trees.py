@@ -52,3 +52,18 @@ def prior_tree(num_heads: int, top_k: int, num_nodes: int = 16) -> CandidateTree
     head = 0.45 * 0.6 ** np.arange(num_heads, dtype=np.float32)  # [K]
     rank = 0.4 ** np.arange(top_k, dtype=np.float32)  # [M]
     return most_likely_tree((head[:, None] * rank[None, :]).astype(np.float32), num_nodes)
+
+
+def paths(tree: CandidateTree) -> list[list[int]]:
+    """The nodes from the root to each leaf, the root included."""
+    inner = set(tree.parents)
+    return [np.flatnonzero(tree.mask[leaf]).tolist() for leaf in range(tree.num_nodes) if leaf not in inner]
+
+
+def pruned(tree: CandidateTree, max_depth: int) -> CandidateTree:
+    """The part of a tree that is at most `max_depth` deep; the tree itself if nothing is deeper."""
+    if max_depth >= tree.depth:
+        return tree
+    kept = [node for node in range(tree.num_nodes) if tree.depths[node] <= max_depth]
+    index = {node: position for position, node in enumerate(kept)} | {-1: -1}
+    return CandidateTree(tuple(index[tree.parents[node]] for node in kept), tuple(tree.ranks[node] for node in kept))

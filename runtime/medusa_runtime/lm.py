@@ -274,7 +274,7 @@ class MedusaLM:
         """What restricts each of a request's answers."""
         if not options.structure:
             return [None] * options.n
-        guide = self._grammars.compile(options.structure, min_new_tokens=options.min_new_tokens)
+        guide = self._grammars.compile(options.structure)
         return [guide, *(guide.copy() for _ in range(options.n - 1))]
 
 

@@ -28,7 +28,7 @@ from medusa_runtime import (
     OptionError,
     RequestError,
 )
-from medusa_runtime.decoding.sequence import Sequence as Answer
+from medusa_runtime.decoding.proposer import Proposer
 from medusa_runtime.text.grammar import MAX_COMPILED, GrammarCompiler
 from tests.support.fake_backend import VOCAB_SIZE, FakeBackend, logits_after
 
@@ -276,9 +276,6 @@ MALFORMED: list[dict[str, Any]] = [
     {"json_schema": {"type": "number", "minimum": float("nan")}},
     {"json_schema": {"const": {1, 2}}},
     {"json_schema": {"type": "array", "uniqueItems": True}},  # not followed, so not accepted
-    {"json_schema": {"name": "person", "schema": PERSON}},  # OpenAI's wrapper: as a schema, it restricts nothing
-    {"json_schema": {"name": "person", "description": "who", "strict": True, "schema": PERSON}},
-    {"json_schema": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}},
     {"json_schema": {"propertys": {"a": {"type": "string"}}}},
 ]
 
@@ -307,7 +304,7 @@ def test_a_malformed_structure_is_refused_in_one_line_before_any_work(lm: Medusa
         ({"json_schema": {"type": "strange"}}, "Invalid type: strange"),
         (
             {"json_schema": {"name": "person", "schema": PERSON}},
-            "a wrapper around a schema (name, schema); give the schema itself",
+            "json_schema holds the schema under 'schema', as in OpenAI's API; pass the inner schema",
         ),
         ({"json_schema": {"propertys": {}}}, "it restricts nothing: propertys are no keywords of JSON Schema"),
     ],
@@ -365,7 +362,7 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model(lm: MedusaLM) -> None:
     assert max(lm.codec.encode(text, raw=True)) >= 300
     guide = compiler.compile({"choice": [text]})
     assert guide.allowed([]).shape == (300,)
-    forced = guide.forced([])
+    forced = guide.forced()
     assert lm.codec.decode(forced) == text
     assert max(forced) < 300
     assert np.flatnonzero(guide.allowed(forced)).tolist() == [EOS]
@@ -373,7 +370,7 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model(lm: MedusaLM) -> None:
 
 def test_choices_that_are_too_short_for_the_answer_are_refused_before_any_work(lm: MedusaLM) -> None:
     line = refusal(lm, choice=["yes", "né"], min_new_tokens=4)
-    assert line == "min_new_tokens is 4, but the longest choice has 3 bytes, which are at most as many tokens"
+    assert line == "min_new_tokens is 4; the longest text of choice has at most 3 tokens"
     assert lm.generate(PROMPT, choice=["yes", "no"], min_new_tokens=1).text in ("yes", "no")
 
 
@@ -474,11 +471,11 @@ def test_requests_that_come_at_once_make_the_compiler_once(lm: MedusaLM, made) -
 def test_an_equal_structure_is_compiled_once(lm: MedusaLM, made) -> None:
     compiler = GrammarCompiler(lm.codec, 320, [EOS])
     first = compiler.compile({"json_schema": PERSON})
-    consumed = first.forced([])
-    first.allowed(consumed)
+    consumed = first.forced()
+    first.advance(consumed)
     second = compiler.compile({"json_schema": dict(PERSON)})
     assert made["LLMatcher"] == 1
-    assert second.forced([]) == consumed  # at its beginning, wherever the first is
+    assert second.forced() == consumed  # at its beginning, wherever the first is
     compiler.compile({"json_schema": {**PERSON, "properties": dict(reversed(PERSON["properties"].items()))}})
     assert made["LLMatcher"] == 2  # their order is the answer's
 
@@ -518,11 +515,13 @@ def test_what_is_forced_may_follow(lm: MedusaLM, compiler: GrammarCompiler) -> N
     guide = compiler.compile({"choice": ["green fields", "green hills"]})
     forced = guide.forced([])
     assert lm.codec.decode(forced) == "green "
-    assert guide.lets_pass([], forced)
-    assert guide.forced(forced) == []  # f or h
-    after = [*forced, *lm.codec.encode("h", raw=True)]
-    assert lm.codec.decode(guide.forced(after)) == "ills"
-    assert guide.forced([]) == forced
+    assert guide.lets_pass(forced)
+    guide.allowed(forced)  # which leaves it where it is
+    assert guide.forced() == forced
+    guide.advance(forced)
+    assert guide.forced() == []  # f or h
+    guide.advance(lm.codec.encode("h", raw=True))
+    assert lm.codec.decode(guide.forced()) == "ills"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -536,10 +535,14 @@ def test_a_guide_says_the_same_wherever_it_has_been(compiler: GrammarCompiler, p
             break
     for visit in visits:
         before = answer[: min(visit, len(answer) - 1)]
-        fresh = compiler.compile({"json_schema": PERSON})
-        assert (guide.allowed(before) == fresh.allowed(before)).all()
-        assert guide.forced(before) == fresh.forced(before)
-        assert guide.lets_pass(before, answer[len(before) :])
+        fresh, copied = compiler.compile({"json_schema": PERSON}), guide.copy()
+        fresh.advance(before)
+        for token in before:
+            copied.advance([token])
+        assert (guide.allowed(before) == fresh.allowed([])).all()
+        assert (copied.allowed([]) == fresh.allowed([])).all()
+        assert copied.forced() == fresh.forced()
+        assert copied.lets_pass(answer[len(before) :])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -551,7 +554,8 @@ def test_a_path_passes_where_each_of_its_tokens_may_follow(lm: MedusaLM, compile
     may_follow = True
     for place, token in enumerate(tokens):
         may_follow = may_follow and bool(walked.allowed([*before, *tokens[:place]])[token])
-    assert guide.lets_pass(before, tokens) == may_follow
+    guide.advance(before)
+    assert guide.lets_pass(tokens) == may_follow
 
 
 # Drafts
@@ -561,14 +565,26 @@ def test_a_path_passes_where_each_of_its_tokens_may_follow(lm: MedusaLM, compile
 def verified(monkeypatch) -> list[tuple[list[int], list[int]]]:
     """What is verified: the answer so far, and a path of drafts below its last token."""
     found: list[tuple[list[int], list[int]]] = []
-    draft_of = Answer.draft
+    draft_of = Proposer._draft
 
-    def draft(self, *arguments):
-        made = draft_of(self, *arguments)
-        found.extend((list(self.token_ids), made.tokens[row][1:].tolist()) for row in made.mask[1:])
+    def draft(self, sequence, *arguments):
+        made = draft_of(self, sequence, *arguments)
+        found.extend((sequence.token_ids, made.tokens[row][1:].tolist()) for row in made.mask[1:])
         return made
 
-    monkeypatch.setattr(Answer, "draft", draft)
+    monkeypatch.setattr(Proposer, "_draft", draft)
+    return found
+
+
+def passes(guide: Any, answer: list[int], path: list[int]) -> bool:
+    """Whether a guide at its beginning lets a path pass after an answer."""
+    guide = guide.copy()
+    guide.advance(answer)
+    return guide.lets_pass(path)
+
+
+@pytest.fixture
+def verified_(verified) -> None:
     return found
 
 
@@ -578,10 +594,10 @@ def test_drafts_that_the_grammar_forbids_are_never_verified(lm: MedusaLM, compil
     lm.generate(PROMPT, json_schema=PERSON, max_new_tokens=150, tree=TREES[tree], **KINDS[kind])
     guide = compiler.compile({"json_schema": PERSON})
     assert len(verified) > 20
-    assert all(guide.lets_pass(answer, path) for answer, path in verified)
+    assert all(passes(guide, answer, path) for answer, path in verified)
     assert max(len(path) for _, path in verified) > 3  # deeper than the heads: what is forced
     lm.generate(PROMPT, max_new_tokens=30, tree=TREES[tree], **KINDS[kind])
-    assert not all(guide.lets_pass([], path) for _, path in verified)  # drafts of an unguided request would not pass
+    assert not all(passes(guide, [], path) for _, path in verified)  # drafts of an unguided request would not pass
 
 
 def test_forced_tokens_are_drafted_and_accepted(lm: MedusaLM) -> None:
@@ -612,8 +628,16 @@ class Rising:
 
     def __init__(self, *, forces: bool = False) -> None:
         self.forces = forces
+        self.token_ids: list[int] = []
 
-    def allowed(self, token_ids: Sequence[int]) -> np.ndarray:
+    def copy(self) -> Rising:
+        return Rising(forces=self.forces)
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        self.token_ids += token_ids
+
+    def allowed(self, path: Sequence[int]) -> np.ndarray:
+        token_ids = [*self.token_ids, *path]
         last = token_ids[-1] if token_ids else 0
         allowed = np.zeros(VOCAB_SIZE, np.bool_)
         allowed[last + 1 : last + 11] = True
@@ -623,11 +647,11 @@ class Rising:
             allowed[min(last + 1, VOCAB_SIZE - 1)] = True
         return allowed
 
-    def lets_pass(self, token_ids: Sequence[int], path: Sequence[int]) -> bool:
-        return all(self.allowed([*token_ids, *path[:place]])[token] for place, token in enumerate(path))
+    def lets_pass(self, path: Sequence[int]) -> bool:
+        return all(self.allowed(path[:place])[token] for place, token in enumerate(path))
 
-    def forced(self, token_ids: Sequence[int]) -> list[int]:
-        return [token_ids[-1] + 1] if self.forces and token_ids and token_ids[-1] % 2 == 0 else []
+    def forced(self) -> list[int]:
+        return [self.token_ids[-1] + 1] if self.forces and self.token_ids and self.token_ids[-1] % 2 == 0 else []
 
 
 @pytest.mark.parametrize("forces", [False, True])
@@ -647,7 +671,7 @@ def test_the_engine_follows_any_guide(verified, tree, forces) -> None:
         engine.step()
     assert (answer.token_ids, answer.finish_reason) == (expected, "stop")
     guided = [(before, path) for before, path in verified if before == expected[: len(before)]]
-    assert all(Rising(forces=forces).lets_pass(before, path) for before, path in guided)
+    assert all(passes(Rising(forces=forces), before, path) for before, path in guided)
     assert beside.token_ids != answer.token_ids
     if forces:
         assert answer.stats.num_accepted_tokens > 0
@@ -655,7 +679,7 @@ def test_the_engine_follows_any_guide(verified, tree, forces) -> None:
 
 def test_a_guide_that_fails_ends_its_own_answer_alone() -> None:
     class Broken(Rising):
-        def lets_pass(self, token_ids: Sequence[int], path: Sequence[int]) -> bool:
+        def lets_pass(self, path: Sequence[int]) -> bool:
             raise RuntimeError("the guide is lost")
 
     engine = DecodingEngine(FakeBackend("always"))

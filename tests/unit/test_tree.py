@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.trees import most_likely_tree, prior_tree
+from medusa_export.trees import most_likely_tree, prior_tree, pruned
 from medusa_runtime import CandidateTree, TreeError
 
 paths = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=12)
@@ -53,7 +53,7 @@ def test_json_gives_back_the_same_tree(choices) -> None:
 def test_pruning_keeps_what_is_shallow_enough(choices, max_depth) -> None:
     tree = CandidateTree.from_choices(choices)
     shallow = CandidateTree.from_choices([choice[:max_depth] for choice in choices if choice[:max_depth]])
-    assert tree.pruned(max_depth) == shallow
+    assert pruned(tree, max_depth) == shallow
 
 
 def test_children_without_ranks_take_them_in_order() -> None:

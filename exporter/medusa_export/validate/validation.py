@@ -15,6 +15,7 @@ from medusa_export.generation import shown, switched_off
 from medusa_export.placement import AUTO, place, require_usable
 from medusa_export.progress import console, note, stage
 from medusa_export.provenance import provenance
+from medusa_export.trees import paths, pruned
 from medusa_export.validate.compare import divergences, first_divergence, logits_difference
 from medusa_export.validate.prompts import PROMPTS
 from medusa_export.validate.report import (
@@ -152,7 +153,7 @@ def _compare(
     torch_side: ReferenceSide,
     heads: MedusaHeads | None,
 ) -> None:
-    tree = CandidateTree.from_json(side.backend.manifest.tree).pruned(new_tokens - 1)
+    tree = pruned(CandidateTree.from_json(side.backend.manifest.tree), new_tokens - 1)
     reference: Reference = torch_side if report.quantization is None else side
     for text, prompt_ids in prompts.items():
         _compare_logits(report, text, prompt_ids, side, reference, tree)
@@ -201,9 +202,9 @@ def _compare_logits(
         logits_difference(f"{text} in chunks", side.prompt_logits(prompt_ids, chunk), reference, side.target),
     ]
     tokens, found = side.tree_logits(prompt_ids, tree)
-    paths = tree.paths()
-    references = reference_side.path_logits(prompt_ids, [tokens[path].tolist() for path in paths])
-    for path, rows in zip(paths, references, strict=True):
+    tree_paths = paths(tree)
+    references = reference_side.path_logits(prompt_ids, [tokens[path].tolist() for path in tree_paths])
+    for path, rows in zip(tree_paths, references, strict=True):
         report.tree_logits.append(logits_difference(f"{text} + nodes {path}", found[path], rows, side.target))
 
 

@@ -140,19 +140,6 @@ class CandidateTree:
             mask[node] |= mask[parent]
         return mask
 
-    def paths(self) -> list[list[int]]:
-        """The nodes from the root to each leaf, the root included."""
-        inner = set(self.parents)
-        return [np.flatnonzero(self.mask[leaf]).tolist() for leaf in range(self.num_nodes) if leaf not in inner]
-
-    def pruned(self, max_depth: int) -> CandidateTree:
-        """The part of the tree that is at most `max_depth` deep; this tree itself where nothing is deeper."""
-        if max_depth >= self.depth:
-            return self
-        kept = [node for node in range(self.num_nodes) if self.depths[node] <= max_depth]
-        index = {node: position for position, node in enumerate(kept)} | {-1: -1}
-        return CandidateTree(tuple(index[self.parents[node]] for node in kept), tuple(self.ranks[node] for node in kept))
-
     def check_fits(self, num_heads: int, top_k: int) -> None:
         """Raise a `TreeError` where the tree asks for more than the heads give."""
         if self.depth > num_heads:

@@ -61,20 +61,17 @@ class GrammarCompiler:
         self._using = Lock()
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()  # the one used last is at the end
 
-    def compile(self, structure: Mapping[str, Any], *, min_new_tokens: int = 0) -> GrammarGuide:
+    def compile(self, structure: Mapping[str, Any]) -> GrammarGuide:
         """A guide for one answer.
 
         Args:
             structure: as `GenerationOptions.structure`: one of json_schema, regex, choice and grammar, with its value.
-            min_new_tokens: tokens that the answer has to have. Of choices alone it is known how many tokens they can have.
 
         Raises:
-            OptionError: the structure is malformed, asks for what cannot be guided, or is too short for `min_new_tokens`.
+            OptionError: the structure is malformed, or asks for something that cannot be guided.
             MissingExtraError: llguidance is not installed.
         """
         [(name, value)] = structure.items()
-        if name == "choice":
-            _check_length(value, min_new_tokens)
         try:
             grammar = _grammar(name, value)
         except (ValueError, TypeError, RecursionError) as error:
@@ -186,25 +183,8 @@ def _grammar(name: str, value: Any) -> str:
 def _check_schema(schema: Mapping[str, Any]) -> None:
     """Refuse a schema that restricts nothing though something was meant: unknown keywords say nothing to anybody."""
     stray = [str(key) for key in schema if key not in ANNOTATIONS | RESTRICTIONS]
-    if isinstance(schema.get("json_schema"), Mapping) or (isinstance(schema.get("schema"), Mapping) and _says_nothing(schema)):
-        inside = "json_schema" if "json_schema" in schema else "schema"
-        raise ValueError(
-            f"it is a wrapper around a schema ({', '.join(map(str, schema))}); give the schema itself, from its {inside}"
-        )
-    if stray and _says_nothing(schema):
+    if stray and RESTRICTIONS.isdisjoint(schema):
         raise ValueError(f"it restricts nothing: {', '.join(stray)} are no keywords of JSON Schema; {{}} allows any JSON")
-
-
-def _says_nothing(schema: Mapping[str, Any]) -> bool:
-    return RESTRICTIONS.isdisjoint(schema)
-
-
-def _check_length(choices: Sequence[str], min_new_tokens: int) -> None:
-    longest = max((len(choice.encode()) for choice in choices), default=0)  # a token is one byte at least
-    if longest < min_new_tokens:
-        raise OptionError(
-            f"min_new_tokens is {min_new_tokens}, but the longest choice has {longest} bytes, which are at most as many tokens"
-        )
 
 
 class _Words:
