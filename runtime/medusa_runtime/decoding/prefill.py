@@ -105,7 +105,9 @@ class PromptReader:
                 if self._slots.active:  # one of them will make room
                     log.info("sequence %d waits for memory: %s", sequence.id, error)
                     break
-                self._waiting.remove(sequence)
+                self._blame(sequence, error)
+                continue
+            except Exception as error:  # noqa: BLE001 - the device's own; it ends this sequence, and the engine goes on
                 self._blame(sequence, error)
                 continue
             self._waiting.remove(sequence)

@@ -1,0 +1,60 @@
+"""Caches that memory or `max_cache_bytes` keeps small, and devices that fail beside a step."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from medusa_runtime import CapacityError, DecodingEngine
+from medusa_runtime.backends.base import bucket, cache_entry_bytes
+from medusa_runtime.drafting.costs import StepCosts
+from medusa_runtime.options import DecodingOptions
+from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
+
+MANIFEST = fake_manifest(max_seq_len=2000)
+PASSES_ARE_DEAR = StepCosts([1, 8], [1, 512], [64], [[[10.0, 10.1], [10.0, 10.1]]], [0.1, 0.1])
+
+
+class BucketBackend(FakeBackend):
+    """Rounds capacities up as a real backend does."""
+
+    def resize(self, num_slots, capacity, lengths=()):
+        super().resize(num_slots, bucket(capacity), lengths)
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(50) for _ in range(length)]
+
+
+def engine_with_entries(num_entries: int, **settings) -> DecodingEngine:
+    """An engine whose cache may have so many entries, all slots together."""
+    most = num_entries * cache_entry_bytes(MANIFEST)
+    return DecodingEngine(BucketBackend("never", MANIFEST), max_cache_bytes=most, **settings)
+
+
+def finish(engine: DecodingEngine) -> None:
+    while not engine.is_idle:
+        engine.step()
+
+
+@pytest.mark.parametrize("call", ["propose", "clear"])
+def test_a_device_that_fails_beside_a_step_ends_one_sequence_and_no_other(call, monkeypatch) -> None:
+    backend = FakeBackend("sometimes")
+    engine = DecodingEngine(backend, max_batch_size=2)
+    working, calls = getattr(backend, call), []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("the device is gone")
+        return working(*arguments)
+
+    monkeypatch.setattr(backend, call, fail_once)
+    first = engine.add([1, 2, 3], DecodingOptions(max_new_tokens=9))
+    engine.step()
+    second = engine.add([4, 5], DecodingOptions(max_new_tokens=9))
+    finish(engine)
+    assert (first.finish_reason, str(first.error)) == ("error", "the device is gone")
+    assert (second.finish_reason, second.token_ids) == ("length", greedy([4, 5], 9))
