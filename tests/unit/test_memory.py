@@ -39,6 +39,19 @@ def finish(engine: DecodingEngine) -> None:
         engine.step()
 
 
+@pytest.mark.parametrize("max_batch_size", [2, 4])
+def test_prompts_are_not_read_together_if_only_their_padding_does_not_fit(max_batch_size) -> None:
+    engine = engine_with_entries(2 * 576, max_batch_size=max_batch_size)
+    engine._reader.costs = PASSES_ARE_DEAR
+    prompts = [prompt_of(576, seed=1), prompt_of(80, seed=2)]  # 512 are read of the first: 512 + 80 entries are too many
+    long = engine.add(prompts[0], DecodingOptions(max_new_tokens=1))
+    engine.step()
+    short = engine.add(prompts[1], DecodingOptions(max_new_tokens=4))
+    finish(engine)
+    assert (long.error, short.error) == (None, None)
+    assert (long.token_ids, short.token_ids) == (greedy(prompts[0], 1), greedy(prompts[1], 4))
+
+
 @pytest.mark.parametrize("call", ["propose", "clear"])
 def test_a_device_that_fails_beside_a_step_ends_one_sequence_and_no_other(call, monkeypatch) -> None:
     backend = FakeBackend("sometimes")

@@ -191,8 +191,7 @@ class PromptReader:
             return False
         chunk = self._chunk(place, room, seconds, batch)
         wider, longest = max(width, chunk), max(self._slots[member].length for member in [*chunks, place])
-        fixed = self._backend.manifest.limits.capacity
-        if batch * wider > room or (fixed is not None and longest + wider > fixed):  # padding has entries too
+        if batch * wider > room or longest + wider > self._backend.capacity:  # padding has entries too; no cache grows for it
             return False
         together = self._cost(batch, wider, longest)
         apart = self._cost(batch - 1, width, longest) + self._cost(1, chunk, slot.length)
