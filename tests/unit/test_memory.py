@@ -52,6 +52,27 @@ def test_prompts_are_not_read_together_if_only_their_padding_does_not_fit(max_ba
     assert (long.token_ids, short.token_ids) == (greedy(prompts[0], 1), greedy(prompts[1], 4))
 
 
+def test_after_a_long_sequence_short_ones_share_the_memory() -> None:
+    engine = engine_with_entries(1024, max_batch_size=4)
+    engine.add(prompt_of(1000, seed=0), DecodingOptions(max_new_tokens=5))
+    finish(engine)  # the whole memory is one slot now
+    prompts = [prompt_of(280, seed) for seed in range(1, 7)]
+    sequences = [engine.add(prompt, DecodingOptions(max_new_tokens=20)) for prompt in prompts]
+    engine.step()
+    assert engine.num_active == 3  # 3 times 320 entries
+    finish(engine)
+    assert [sequence.token_ids for sequence in sequences] == [greedy(prompt, 20) for prompt in prompts]
+
+
+def test_a_sequence_that_no_memory_is_enough_for_ends_alone() -> None:
+    engine = engine_with_entries(256, max_batch_size=3)
+    large, small = prompt_of(300, seed=1), prompt_of(30, seed=2)
+    sequences = [engine.add(prompt, DecodingOptions(max_new_tokens=5)) for prompt in (large, small)]
+    finish(engine)
+    assert isinstance(sequences[0].error, CapacityError)
+    assert sequences[1].token_ids == greedy(small, 5)
+
+
 @pytest.mark.parametrize("call", ["propose", "clear"])
 def test_a_device_that_fails_beside_a_step_ends_one_sequence_and_no_other(call, monkeypatch) -> None:
     backend = FakeBackend("sometimes")
