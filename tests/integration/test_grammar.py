@@ -583,11 +583,6 @@ def passes(guide: Any, answer: list[int], path: list[int]) -> bool:
     return guide.lets_pass(path)
 
 
-@pytest.fixture
-def verified_(verified) -> None:
-    return found
-
-
 @kinds
 @pytest.mark.parametrize("tree", ["static", "wide", "dynamic"])
 def test_drafts_that_the_grammar_forbids_are_never_verified(lm: MedusaLM, compiler, verified, kind, tree) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -53,6 +54,12 @@ def until_several(backend: OrtCpuBackend) -> list[np.ndarray]:
         found.append(step(backend, 2))
         time.sleep(0.01)
     return found
+
+
+def wait_until_opened(backend: OrtCpuBackend) -> None:
+    assert backend._steps._opening is not None
+    with contextlib.suppress(BackendError):
+        backend._steps._opening.result(30)
 
 
 def test_several_sequences_run_one_after_the_other_until_their_graph_is_open(backend) -> None:
@@ -145,7 +152,40 @@ def test_a_bundle_that_was_replaced_is_never_mixed_with_the_old_one(backend, bun
             time.sleep(0.05)
     assert not backend._steps.runs_several
     assert [record.levelname for record in records] == ["WARNING"]
-    assert "its files have changed since it was opened" in records[0].getMessage()
+    assert "the bundle's files have changed since it was opened" in records[0].getMessage()
+
+
+def test_a_bundle_that_was_replaced_is_not_opened_when_one_slot_is_left(backend, bundle, tmp_path) -> None:
+    until_several(backend)
+    alone = step(backend, 1)
+    (bundle / "weights.bin").rename(tmp_path / "old.bin")  # other weights take its place
+    (np.fromfile(tmp_path / "old.bin", np.float32) * np.float32(1.5)).tofile(bundle / "weights.bin")
+    backend.resize(1, 64)
+    np.testing.assert_allclose(step(backend, 1), alone, atol=1e-5)
+
+
+def test_a_bundle_that_is_replaced_while_its_graph_is_opened_is_refused(backend, bundle, tmp_path, monkeypatch) -> None:
+    alone, whole = step(backend, 1), ort_sessions.open_graph
+
+    def replace_and_open(*args):
+        (bundle / "weights.bin").rename(tmp_path / "old.bin")
+        (np.fromfile(tmp_path / "old.bin", np.float32) * np.float32(1.5)).tofile(bundle / "weights.bin")
+        return whole(*args)
+
+    monkeypatch.setattr(ort_sessions, "open_graph", replace_and_open)
+    step(backend, 2)
+    wait_until_opened(backend)
+    np.testing.assert_allclose(step(backend, 2), np.repeat(alone, 2, axis=0), atol=1e-5)
+    assert not backend._steps.runs_several
+
+
+def test_a_graph_that_was_opened_is_taken_up_by_a_step_of_one_sequence(backend) -> None:
+    """Else both sessions hold the weights, and no step counts as warm, until two sequences overlap again."""
+    step(backend, 2)
+    wait_until_opened(backend)
+    step(backend, 1)
+    assert not backend._steps.is_changing
+    assert backend._steps.runs_several
 
 
 def test_a_change_of_the_working_directory_does_not_matter(bundle, monkeypatch) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingStats, OptionError, TreeError
+from medusa_runtime import CandidateTree, CapacityError, DecodingEngine, DecodingOptions, DecodingStats, OptionError, TreeError
+from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -153,3 +155,18 @@ def test_statistics_add_up() -> None:
     assert stats.num_accepted_tokens <= stats.num_draft_tokens
     assert 0 <= stats.engine_seconds <= stats.decode_seconds
     assert np.isclose(stats.tokens_per_step, 32 / stats.num_steps)
+
+
+def test_tokens_that_are_taken_back_count_nowhere() -> None:
+    """A stop text may end inside a step: what came after it was not given out."""
+    prompt = [7, 8, 9] * 6
+    with patch.object(fake_backend, "next_token", lambda context: {7: 8, 8: 9, 9: 7}[context[-1]]):
+        engine = DecodingEngine(FakeBackend("never"), prompt_lookup=True)
+        sequence = engine.add(prompt, DecodingOptions(max_new_tokens=50))
+        while sequence.stats.num_looked_up_tokens < 3:
+            before = sequence.num_tokens
+            engine.step()
+        engine.end(sequence, "stop", num_unused=sequence.num_tokens - before - 1)
+    for stats in (sequence.stats, engine.stats):
+        assert stats.num_generated_tokens == len(sequence.token_ids) == before + 1
+        assert stats.num_looked_up_tokens == stats.num_accepted_tokens == sum(stats.accepted_by_depth) == 1

@@ -98,8 +98,7 @@ class OrtCpuBackend:
         require_slots(first_slot, batch, self.num_slots)
         require_room(cache_lengths, input_ids.shape[1], self.capacity)
         ran_several = steps.runs_several
-        if batch > 1:
-            steps.want_several()
+        steps.prepare(batch)
         inputs: Inputs = {
             "input_ids": input_ids,
             "position_ids": position_ids,

@@ -25,6 +25,7 @@ from medusa_runtime.errors import BackendError, first_line
 
 RETRY_SECONDS = 30.0  # after a graph could not be opened: a passing failure passes
 MEMORY_MARGIN = 1.3  # a session takes more than its weights while it is opened
+CHANGED = "the bundle's files have changed since it was opened"
 log = logging.getLogger(__name__)
 
 
@@ -73,16 +74,21 @@ class StepSessions:
         """Whether the open session runs several sequences in one step."""
         return self._graph == self._for_several
 
-    def want_several(self) -> None:
-        """Have steps of several sequences run on their own graph as soon as it is open."""
-        if not self.runs_several and self._opening is None:
+    def prepare(self, batch: int) -> None:
+        """Have steps of several sequences run on their own graph as soon as it is open. Call it before every step."""
+        if batch > 1 and not self.runs_several and self._opening is None:
             self._begin_opening()
         if self._opening is not None and self._opening.done():
             self._finish_opening(self._opening)
 
     def want_one(self) -> None:
         """Go back to the graph for one sequence, if there is one."""
-        if self._graph != self._for_one:
+        self._opening = None
+        if self._graph == self._for_one:
+            return
+        if self._files() != self._identity:
+            self._note_failure(self._for_one, CHANGED)
+        else:
             self._change(self._for_one)
 
     def close(self) -> None:
@@ -97,8 +103,8 @@ class StepSessions:
         """Open the graph for several sequences: in the background, or at once if the memory does not allow two sessions."""
         if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_SECONDS:
             return
-        if self._files() != self._identity:  # a session of other weights would go on with this one's cache
-            self._note_failure("its files have changed since it was opened")
+        if self._files() != self._identity:
+            self._note_failure(self._for_several, CHANGED)
         elif available_memory() < MEMORY_MARGIN * self._manifest.files[WEIGHTS_NAME].size:
             self._change(self._for_several)
         else:
@@ -110,7 +116,7 @@ class StepSessions:
         try:
             session = opening.result()
         except BackendError as error:
-            self._note_failure(str(error))
+            self._note_failure(self._for_several, str(error))
             return
         self._forget()
         self._session, self._graph, self._failed_at = session, self._for_several, None
@@ -126,21 +132,26 @@ class StepSessions:
         try:
             self._session, self._graph = self._opened(graph), graph
         except BackendError as error:
-            self._note_failure(str(error))
+            self._note_failure(graph, str(error))
             self._session = self._opened(before)
 
-    def _note_failure(self, why: str) -> None:
+    def _note_failure(self, graph: GraphFacts, why: str) -> None:
         self._failed_at = time.monotonic()
         log.warning(
-            "the step graph for several sequences of %s cannot be opened (%s); sequences are run one after the other, "
+            "the step graph %s of %s cannot be opened (%s); steps go on with the other graph, which is slower, "
             "and it is tried again after %.0f s",
+            graph.file,
             self._bundle,
             why,
             RETRY_SECONDS,
         )
 
     def _opened(self, graph: GraphFacts) -> ort.InferenceSession:
-        return open_graph(self._bundle, self._manifest, STEP, graph, self._num_threads)
+        """Open a graph. A session of other weights would go on with the cache of these, so it is refused."""
+        session = open_graph(self._bundle, self._manifest, STEP, graph, self._num_threads)
+        if self._files() != self._identity:
+            raise BackendError(f"{self._bundle / graph.file} cannot be opened: {CHANGED}; open the bundle again")
+        return session
 
     def _files(self) -> list[tuple[int, ...]]:
         """What tells the files of both graphs from others in their places."""

@@ -325,9 +325,13 @@ class DecodingEngine:
                 if not sequence.num_tokens:  # else it had begun to decode before it had to wait for memory
                     self._take_first(sequence, row, done)
                 root_ids[row] = int(sequence.tokens.ids[-1])
-            if not sequence.is_finished:
-                self._slots.start_decoding(sequence)
-        self._proposer.ask(done.sequences, done.last_rows.tolist(), root_ids)  # of those not complete, the guesses are not used
+                if not sequence.is_finished:
+                    self._slots.start_decoding(sequence)
+        try:
+            self._proposer.ask(done.sequences, done.last_rows.tolist(), root_ids)  # incomplete ones do not use their guesses
+        except Exception as error:  # noqa: BLE001 - as for a step that fails
+            for row in done.complete:
+                self._blame(done.sequences[row], error)
 
     def _take_first(self, sequence: DecodingSequence, row: int, done: Pass) -> None:
         """Give out the token that follows a prompt."""

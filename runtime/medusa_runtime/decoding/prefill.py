@@ -106,7 +106,9 @@ class PromptReader:
                 if self._slots.active:  # one of them will make room
                     log.info("sequence %d waits for memory: %s", sequence.id, error)
                     break
-                self._waiting.remove(sequence)
+                self._blame(sequence, error)
+                continue
+            except Exception as error:  # noqa: BLE001 - the device's own; it ends this sequence, and the engine goes on
                 self._blame(sequence, error)
                 continue
             self._waiting.remove(sequence)
@@ -190,8 +192,7 @@ class PromptReader:
             return False
         chunk = self._chunk(place, room, seconds, batch)
         wider, longest = max(width, chunk), max(self._slots[member].length for member in [*chunks, place])
-        fixed = self._backend.manifest.limits.capacity
-        if batch * wider > room or (fixed is not None and longest + wider > fixed):  # padding has entries too
+        if batch * wider > room or longest + wider > self._backend.capacity:  # padding has entries too; no cache grows for it
             return False
         together = self._cost(batch, wider, longest)
         apart = self._cost(batch - 1, width, longest) + self._cost(1, chunk, slot.length)

@@ -10,6 +10,7 @@ which outlives the sequence there.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ class SlotPool:
         num_wanted = len(self.active) + num_more
         if needed > capacity or self._backend.num_slots < max(num_wanted, len(self._slots)):
             self._num_small = 0
-            self._grow(max(needed, capacity), num_wanted)
+            self._grow(needed, num_wanted)
         elif self._num_small >= PATIENCE:
             self._num_small = 0
             try:
@@ -201,15 +202,22 @@ class SlotPool:
             except CapacityError as error:  # there was room in the cache as it is, so it stays
                 log.info("the cache of %d times %d entries was not made smaller: %s", len(self._slots), capacity, error)
 
-    def _grow(self, capacity: int, num_wanted: int) -> None:
-        """Grow the cache. If there is no memory for all slots, do without free ones."""
-        try:
-            self._resize(self._num_slots, capacity)
-        except CapacityError:
-            if num_wanted >= self._num_slots:
-                raise
+    def _grow(self, needed: int, num_wanted: int) -> None:
+        """Grow the cache. If the memory does not suffice, do without free slots, and then without entries nobody needs."""
+        most, fewest = self._num_slots, max(num_wanted, 1)
+        largest = max(needed, self._backend.capacity)
+        *before, last = dict.fromkeys([(most, largest), (fewest, largest), (fewest, needed)])
+        for num_slots, capacity in before:
+            with contextlib.suppress(CapacityError):
+                self._shape(num_slots, capacity)
+                return
+        self._shape(*last)
+
+    def _shape(self, num_slots: int, capacity: int) -> None:
+        """Change the cache's size. If there will be fewer slots, sequences move to the first ones."""
+        if num_slots < len(self._slots):
             self._pack()
-            self._resize(max(num_wanted, 1), capacity)
+        self._resize(num_slots, capacity)
 
     def _pack(self) -> None:
         """Move the sequences whose prompts are being read up to those that decode, so that the last slots are free."""

@@ -85,16 +85,18 @@ class DecodingStats:
             self.drafted_by_depth[depth] += count
             self.accepted_by_depth[depth] += depth < num_accepted
 
-    def take_back(self, num_given: int, num_accepted: int, num_kept: int) -> None:
+    def take_back(self, num_given: int, num_accepted: int, num_kept: int, num_looked_up: int) -> None:
         """Take back the last tokens of the last step: a stop text inside the step ended the answer before them.
 
         Args:
             num_given: tokens that are not given out after all.
             num_accepted: drafts that the step accepted.
             num_kept: drafts among them that are still given out.
+            num_looked_up: drafts among the others that prompt lookup named.
         """
         self.num_generated_tokens -= num_given
         self.num_decoded_tokens -= num_given
         self.num_accepted_tokens -= num_accepted - num_kept
+        self.num_looked_up_tokens -= num_looked_up
         for depth in range(num_kept, num_accepted):
             self.accepted_by_depth[depth] -= 1
