@@ -429,6 +429,9 @@ class TestGuide:
             assert session["second"].stats.num_cached_tokens > 10
             assert session["answer"].finish_reason in {"cancelled", "length", "stop"}
             assert session["stats"].num_cancelled >= 1
+            assert len(session["scored"].prompt_logprobs) == len(session["text"]) - 1
+            assert (session["scored"].token_ids, session["hurried"].finish_reason) == ([], "length")
+            assert session["health"].is_alive
         assert "there is no option max_tokens; did you mean max_new_tokens?" in capsys.readouterr().out
 
     def test_its_table_has_every_option(self) -> None:
@@ -441,6 +444,19 @@ class TestGuide:
         ]
         rows = GUIDE.read_text().split("| option | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
         assert rows == asked
+
+    def test_its_table_has_every_logger(self) -> None:
+        rows = GUIDE.read_text().split("| logger | level | message |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+        told = {row.split("`")[1] for row in rows}
+        sources = ROOT / "runtime" / "medusa_runtime"
+        loggers = {
+            ".".join(path.relative_to(sources.parent).with_suffix("").parts)
+            for path in sources.rglob("*.py")
+            if "getLogger(__name__)" in path.read_text()
+        }
+        groups = tuple(name.removesuffix("…") for name in told if name.endswith("…"))
+        assert {name for name in told if not name.endswith("…")} <= loggers
+        assert {name for name in loggers - told if not name.startswith(groups)} == set()
 
     def test_its_table_has_every_error(self) -> None:
         rows = GUIDE.read_text().split("| error | when |")[1].split("\n\n")[0]
