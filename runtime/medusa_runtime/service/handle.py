@@ -93,7 +93,7 @@ class Handle:
         return self._job.is_done
 
     def cancel(self) -> None:
-        """End the request before its next step. Its result is then the answer so far. If it is done already, nothing happens."""
+        """End the request before its next step. Its result is the answer so far. If it is done already, nothing happens."""
         self._cancel()
 
     def result(self, timeout: float | None = None) -> GenerationResult:
