@@ -3,6 +3,7 @@
 MEDUSA_BUNDLE=build/smollm2-135m-instruct-fp32 uvicorn --app-dir examples fastapi_service:app
 curl localhost:8000/generate --json '{"prompt": "Why is the sky blue?", "max_new_tokens": 64}'
 curl -N localhost:8000/stream --json '{"messages": [{"role": "user", "content": "Hello!"}], "temperature": 0.7}'
+curl localhost:8000/health
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
@@ -23,22 +24,32 @@ from medusa_runtime import (
     GenerationChunk,
     GenerationResult,
     Handle,
+    Health,
     MedusaError,
     MedusaLM,
     Message,
     OptionError,
     QueueFullError,
+    QueueTimeoutError,
     ServiceStats,
     TreeError,
 )
 
-STATUS = {OptionError: 422, TreeError: 422, CapacityError: 413, QueueFullError: 429, ClosedError: 503}
+STATUS = {
+    OptionError: 422,
+    TreeError: 422,
+    CapacityError: 413,
+    QueueFullError: 429,
+    QueueTimeoutError: 503,
+    ClosedError: 503,
+}
+RETRIED_LATER = (QueueFullError, QueueTimeoutError)
 CHUNK = TypeAdapter(GenerationChunk)
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    with MedusaLM.from_bundle(os.environ["MEDUSA_BUNDLE"]) as app.state.lm:
+    async with MedusaLM.from_bundle(os.environ["MEDUSA_BUNDLE"]) as app.state.lm:
         yield
 
 
@@ -48,7 +59,7 @@ app = FastAPI(title="medusa", lifespan=lifespan)
 @app.exception_handler(MedusaError)
 async def refuse(_: Request, error: MedusaError) -> JSONResponse:
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
-    return JSONResponse({"error": str(error)}, status, {"Retry-After": "1"} if status == 429 else None)
+    return JSONResponse({"error": str(error)}, status, {"Retry-After": "1"} if isinstance(error, RETRIED_LATER) else None)
 
 
 def loaded(request: Request) -> MedusaLM:
@@ -67,32 +78,40 @@ class Asked(BaseModel):
     prompt: str | None = None
     messages: list[Message] | None = None
 
-    def submit(self, lm: MedusaLM) -> Handle:
+    async def submit(self, lm: MedusaLM) -> Handle:
         given = [one for one in (self.prompt, self.messages) if one is not None]
         if len(given) != 1:
             raise OptionError("a request must have either a prompt or messages")
-        return lm.submit(given[0], **(self.model_extra or {}))
+        return await lm.asubmit(given[0], **(self.model_extra or {}))  # the event loop goes on while the prompt is tokenised
 
 
 @app.post("/generate")
 async def generate(asked: Asked, lm: Model) -> GenerationResult:
-    return await asked.submit(lm).aresult()
+    return await (await asked.submit(lm)).aresult()
 
 
 @app.post("/stream")
 async def stream(asked: Asked, lm: Model) -> StreamingResponse:
     """JSON lines with the fields of GenerationChunk, one line per step."""
-    handle = asked.submit(lm)  # raises here if the request is refused, while the status code can still be set
+    handle = await asked.submit(lm)  # raises here if the request is refused, while the status code can still be set
     return StreamingResponse(lines(handle), media_type="application/x-ndjson")
 
 
 async def lines(handle: Handle) -> AsyncIterator[bytes]:
-    with handle:  # if the client disconnects, this generator ends and cancels the request
+    async with handle:  # if the client disconnects, this generator ends and cancels the request
         try:
             async for chunk in handle:
                 yield CHUNK.dump_json(chunk) + b"\n"
         except MedusaError as error:  # too late for a status code
             yield json.dumps({"error": str(error)}).encode() + b"\n"
+
+
+@app.get("/health")
+async def health(lm: Model, response: Response) -> Health:
+    """Status 200 if requests are taken; else 503, and the process should be replaced."""
+    found = lm.health()
+    response.status_code = 200 if found.is_alive else 503
+    return found
 
 
 @app.get("/stats")

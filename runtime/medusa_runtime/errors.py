@@ -23,23 +23,23 @@ class MissingExtraError(MedusaError):
 
 
 class BundleError(MedusaError):
-    """A bundle is missing, damaged, or of a kind this version cannot read."""
+    """A bundle is missing, damaged, or of a kind that this version cannot read."""
 
 
 class CapacityError(MedusaError):
-    """A request needs more cache than the bundle or the engine allows."""
+    """A request needs more cache than the bundle, the engine or the memory allows."""
 
 
 class QueueFullError(MedusaError):
-    """A service has as many requests as it may hold. Try again later, or on another one."""
+    """A service has as many requests as it may hold. Try again later, or on another service."""
 
 
 class QueueTimeoutError(MedusaError):
-    """A request waited for a slot longer than it wanted to. Try again later, or on another service."""
+    """A request waited for a slot longer than its `max_queue_seconds`. Try again later, or on another service."""
 
 
 class ClosedError(MedusaError):
-    """A request was made of a service that is closed, or was under way when it closed."""
+    """A service was closed before a request was made, or while it was under way."""
 
 
 class RequestError(MedusaError):
@@ -57,13 +57,13 @@ class BackendError(MedusaError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """The first line of an error's message; its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error is a failure of the work at hand, and no wish to leave the program, such as Ctrl-C.
+    """Whether an error is a failure of the work at hand, and not a request to end the program, such as Ctrl-C.
 
-    A panic of a library written in Rust is a failure, though its class is no `Exception`.
+    A panic of a library written in Rust is a failure, though its class is not an `Exception`.
     """
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"

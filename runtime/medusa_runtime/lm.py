@@ -1,4 +1,4 @@
-"""`MedusaLM`: what a service embeds. Text or messages in, text out, decoded several tokens a step, many requests at once."""
+"""`MedusaLM`, which a service embeds: text in, text out, several tokens per step, many requests at once."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class MedusaLM:
     alone. Close it, or use it in a `with` or `async with`. It also closes once neither it nor a handle of it is used any more.
 
     Args:
-        engine: this object's alone.
-        codec: the bundle's text.
+        engine: must be used by this object alone.
+        codec: the bundle's tokenizer and chat templates.
         max_queue: answers that may wait for a slot; further requests are refused at once.
     """
 
@@ -72,32 +72,32 @@ class MedusaLM:
 
         Args:
             path: the bundle's directory.
-            backend: one of `medusa_runtime.BACKENDS`; auto takes the best there is here, see `medusa_runtime.choose_backend`.
-            tree: which continuations are verified. None for the tree that was tuned for this device; if there is none, for
-                one as large as the bundle's own, made anew at each step.
+            backend: one of `medusa_runtime.BACKENDS`; auto takes the best one, see `medusa_runtime.choose_backend`.
+            tree: which continuations are verified. None for the tree that was tuned for this device; without a tuning, for a
+                tree that is made again for each step and is as large as the bundle's own.
             max_batch_size: answers decoded at a time; None for 8, or as many as the bundle takes.
             max_queue: answers that may wait for a slot.
-            costs: what steps cost here, so that trees shrink if they do not pay. "learn" learns it from the steps that are
-                made anyway, "measure" measures it now, which takes some seconds, and a table is one from an earlier
-                measurement. "auto" takes the table that `medusa-export tune` left in the bundle for this device; if there is
-                none, it learns. With None, trees always have their full size. Costs change no answer, except under typical
-                acceptance, where the tree does.
-            reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
-            prompt_lookup: also draft what came after the same tokens before, if a request does not say. None for what was
-                tuned for this device with costs "auto", and for no otherwise.
+            costs: the costs of steps on this machine. With them, trees shrink if they do not pay. "learn" learns the costs
+                from the steps that are made anyway. "measure" measures them now, which takes some seconds. A table is one
+                from an earlier measurement. "auto" takes the table that `medusa-export tune` left in the bundle for this
+                device; without one, it learns. With None, trees always have their full size. Costs change no answer, except
+                under typical acceptance, which depends on the tree.
+            reuse_prefixes: start a prompt from the cache entries of an earlier one that begins alike.
+            prompt_lookup: for requests that do not say: also draft the tokens that followed the same tokens earlier. None
+                for the choice that was tuned for this device if costs is "auto", else for False.
             max_gap_seconds: the longest time that reading prompts may take between two steps of answers that are decoded.
                 A small value keeps streams steady; a large one gives the first token of new requests sooner.
             max_cache_bytes: the largest KV cache. If the answers under way need more, the youngest wait until others have
                 ended. None if only the memory limits it.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            num_threads: for a CPU backend; 0 for one a core.
+            num_threads: for a CPU backend; 0 for one per core.
             cuda_graphs: on a GPU, whether steps are captured and replayed; see `medusa_runtime.open_backend`.
-            verify_files: compare every file with the manifest's digest first (about a second a gigabyte).
+            verify_files: compare every file with the manifest's digest first (about a second per gigabyte).
             allow_failed: load even a bundle whose validation failed.
 
         Raises:
-            BundleError: it is no bundle, it does not match its manifest, or its validation failed.
-            BackendError, MissingExtraError: the backend cannot run it here.
+            BundleError: the path holds no bundle, or one that does not match its manifest or failed its validation.
+            BackendError, MissingExtraError: the backend cannot run the bundle on this machine.
             TreeError: the tree does not fit the bundle's heads.
             OptionError, CapacityError: another argument is out of range.
         """
@@ -130,7 +130,7 @@ class MedusaLM:
 
         Args:
             prompt: messages, one user message as text, or token ids, which are taken as they are.
-            options: how it is answered.
+            options: how the prompt is answered.
             **fields: fields of `GenerationOptions`, instead of those in `options`.
 
         Returns:
@@ -138,7 +138,7 @@ class MedusaLM:
             dropped cancels it too.
 
         Raises:
-            OptionError, CapacityError, TreeError: the request can never be answered; told before any work.
+            OptionError, CapacityError, TreeError: the request can never be answered. This is found before any work.
             QueueFullError: there are too many requests.
             ClosedError: this object is closed.
             MissingExtraError: a structure is asked for, and the package for it is not installed.
@@ -146,7 +146,7 @@ class MedusaLM:
         return self._submit(self._request(prompt, GenerationOptions.of(options, **fields)))
 
     async def asubmit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
-        """`submit` for asyncio: the prompt is tokenised, and a structure compiled, beside the event loop."""
+        """`submit` for asyncio: another thread tokenises the prompt and compiles a structure, so the event loop goes on."""
         checked = GenerationOptions.of(options, **fields)
         return self._submit(await asyncio.to_thread(self._request, prompt, checked))
 
@@ -201,14 +201,14 @@ class MedusaLM:
 
         Args:
             batch_sizes: how many answers are decoded side by side.
-            max_new_tokens: tokens of each.
+            max_new_tokens: tokens of each answer.
         """
         options = GenerationOptions(max_new_tokens=max_new_tokens, ignore_eos=True)
         for size in batch_sizes:
             self.generate_batch([[number % self.manifest.model.vocab_size] * 16 for number in range(size)], options)
 
     def stats(self) -> ServiceStats:
-        """The answers under way now, and all that was done since this object was made."""
+        """The answers under way now, and counts since this object was made."""
         return self._worker.stats()
 
     def health(self) -> Health:
@@ -271,7 +271,7 @@ class MedusaLM:
         return [text for text in stop if text not in special.values()], special
 
     def _guides(self, options: GenerationOptions) -> list[Guide | None]:
-        """What restricts each of a request's answers."""
+        """The guide of each of a request's answers; None if nothing restricts them."""
         if not options.structure:
             return [None] * options.n
         guide = self._grammars.compile(options.structure)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -135,7 +136,9 @@ class TestService:
             handle = served.submit("x", n=128, max_new_tokens=1)
             refused = client.post("/generate", json={"prompt": "x", "n": 9, "max_new_tokens": 1})
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-            assert "128 answers are under way and 9 more were asked for" in refused.json()["error"]
+            assert (
+                "128 of 136 answers under way (max_batch_size 8 + max_queue 128), 9 more requested" in refused.json()["error"]
+            )
         handle.cancel()
         handle.result(PATIENCE)
         assert client.post("/generate", json={"prompt": "x", "n": 9, "max_new_tokens": 1}).status_code == 200
@@ -161,6 +164,53 @@ class TestService:
             assert client.post("/generate", json={"prompt": "x", "max_new_tokens": 1}).status_code == 200
         answer = client.post("/generate", json={"prompt": "x"})
         assert (answer.status_code, answer.json()) == (503, {"error": "this model is closed"})
+
+    def test_a_request_that_waits_too_long_is_told_so(self, client: TestClient, service: ModuleType) -> None:
+        served = service.app.state.lm
+        with held(served) as allow:
+            handle = served.submit("x", n=8, max_new_tokens=100, ignore_eos=True)
+            allow(1)  # all slots are taken
+            wait_until(lambda: served.stats().num_active == 8)
+            with futures.ThreadPoolExecutor(1) as pool:
+                asked = {"prompt": "x", "max_new_tokens": 1, "max_queue_seconds": 0}
+                answer = pool.submit(client.post, "/generate", json=asked)
+                wait_until(lambda: served.stats().num_waiting == 1)
+                allow(2)  # the step that had begun, and one that knows of the new request
+                refused = answer.result(PATIENCE)
+            handle.cancel()
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json() == {"error": "the request waited 0 s for a slot (max_queue_seconds)"}
+
+    def test_health(self, service: ModuleType) -> None:
+        started = time.time()
+        with TestClient(service.app) as client:
+            answer = client.get("/health")
+            assert (answer.status_code, answer.json()["is_alive"], answer.json()["why_not"]) == (200, True, None)
+            assert started <= answer.json()["since"] <= time.time()
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["is_alive"]) == (503, False)
+        assert answer.json()["why_not"] == "this model is closed"
+
+    def test_the_event_loop_goes_on_while_a_prompt_is_tokenised(
+        self, client: TestClient, service: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        codec, begun, allowed = service.app.state.lm.codec, threading.Event(), threading.Event()
+        encode = codec.encode
+
+        def slow(*args: Any, **kwargs: Any) -> list[int]:
+            begun.set()
+            assert allowed.wait(PATIENCE)
+            return encode(*args, **kwargs)
+
+        monkeypatch.setattr(codec, "encode", slow)
+        with futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.post, "/generate", json={"prompt": "x", "max_new_tokens": 1})
+            assert begun.wait(PATIENCE)
+            try:
+                assert page(client, "/stats")["num_completed"] == 0
+            finally:
+                allowed.set()
+            assert answer.result(PATIENCE).status_code == 200
 
     def test_statistics(self, client: TestClient) -> None:
         before = client.get("/stats").json()
@@ -224,6 +274,16 @@ class TestService:
             allow(1)
             wait_until(lambda: served.stats().num_cancelled)
         assert served.stats().num_active == 0
+
+
+def page(client: TestClient, path: str) -> Any:
+    """A page, asked for in a thread of its own, so that a service that hangs fails the test instead of stopping it."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(client.get(path).json()), daemon=True)
+    thread.start()
+    thread.join(PATIENCE / 4)
+    assert found, "the event loop stands still"
+    return found[0]
 
 
 @contextmanager
@@ -369,6 +429,9 @@ class TestGuide:
             assert session["second"].stats.num_cached_tokens > 10
             assert session["answer"].finish_reason in {"cancelled", "length", "stop"}
             assert session["stats"].num_cancelled >= 1
+            assert len(session["scored"].prompt_logprobs) == len(session["text"]) - 1
+            assert (session["scored"].token_ids, session["hurried"].finish_reason) == ([], "length")
+            assert session["health"].is_alive
         assert "there is no option max_tokens; did you mean max_new_tokens?" in capsys.readouterr().out
 
     def test_its_table_has_every_option(self) -> None:
@@ -381,6 +444,19 @@ class TestGuide:
         ]
         rows = GUIDE.read_text().split("| option | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
         assert rows == asked
+
+    def test_its_table_has_every_logger(self) -> None:
+        rows = GUIDE.read_text().split("| logger | level | message |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+        told = {row.split("`")[1] for row in rows}
+        sources = ROOT / "runtime" / "medusa_runtime"
+        loggers = {
+            ".".join(path.relative_to(sources.parent).with_suffix("").parts)
+            for path in sources.rglob("*.py")
+            if "getLogger(__name__)" in path.read_text()
+        }
+        groups = tuple(name.removesuffix("…") for name in told if name.endswith("…"))
+        assert {name for name in told if not name.endswith("…")} <= loggers
+        assert {name for name in loggers - told if not name.startswith(groups)} == set()
 
     def test_its_table_has_every_error(self) -> None:
         rows = GUIDE.read_text().split("| error | when |")[1].split("\n\n")[0]

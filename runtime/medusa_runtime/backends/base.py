@@ -1,4 +1,4 @@
-"""What the decoding loop asks of a device: run the two graphs, own the KV cache, move entries within it."""
+"""The protocol of backends: they run the two graphs on a device, own the KV cache, and move its entries."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CAPACITY_BUCKET = 64  # entries a cache grows by at least
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one forward pass tells about the rows that were asked for."""
+    """The results of one forward pass for the rows that were asked for."""
 
     greedy_ids: IntArray  # [B, R] the most likely next token
-    logits: npt.NDArray[np.floating] | None = None  # [B, R, V], only on request; the next step may overwrite it
+    logits: npt.NDArray[np.floating] | None = None  # [B, R, V], if asked for; the next step may overwrite them
     is_warm: bool = True  # False while the device still compiles or captures this shape; such timings must not be learned from
     finite: BoolArray | None = None  # [B, R] whether the model's numbers are finite; None if the device does not tell
 
@@ -32,7 +32,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """The heads' candidates, best first."""
+    """The heads' candidates, the likeliest first."""
 
     token_ids: IntArray  # [B, K, M]
     log_probs: FloatArray  # [B, K, M]
@@ -41,9 +41,9 @@ class HeadOutput:
 class Backend(Protocol):
     """Runs a bundle's graphs on one device. The cache, and the last step's hidden rows, stay there.
 
-    The cache has a fixed number of *slots*, one for a sequence, each with room for S *entries*, one a token. A step runs
-    on B neighbouring slots. The other letters are those of docs/onnx-contract.md: T new tokens, R rows to evaluate, K heads,
-    M candidates a head.
+    The cache has *slots*, one per sequence. Each has room for S *entries*, one per token. A step runs on B neighbouring
+    slots. The other letters are those of docs/onnx-contract.md: T new tokens, R rows to evaluate, K heads, M candidates per
+    head.
     """
 
     @property
@@ -53,21 +53,21 @@ class Backend(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """Sequences the cache has room for now."""
+        """How many sequences the cache has room for now."""
         ...
 
     @property
     def capacity(self) -> int:
-        """Entries a slot has room for now."""
+        """How many entries a slot has room for now."""
         ...
 
     def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
-        """Make the cache so large, or a little larger; smaller than before is possible where the device allows it.
+        """Change the size of the cache, to at least the size asked for. Some devices cannot make it smaller.
 
         Args:
             num_slots: sequences.
-            capacity: entries of each.
-            lengths: slot i keeps its first ``lengths[i]`` entries; all else is zero afterwards.
+            capacity: entries of each slot.
+            lengths: slot i keeps its first ``lengths[i]`` entries. All other entries are zero afterwards.
 
         Raises:
             CapacityError: the bundle's limits, or the memory, do not allow it. The cache is as it was before.
@@ -86,13 +86,13 @@ class Backend(Protocol):
         with_logits: bool = False,
         propose_ahead: bool = False,
     ) -> StepOutput:
-        """One forward pass on the slots from `first_slot` on: attend, write T new entries at each length, evaluate R rows.
+        """One forward pass on the slots from `first_slot` on. It writes T new entries after each length and evaluates R rows.
 
-        With `propose_ahead`, `propose` will be asked next, as far as is known, for the rows that greedy decoding accepts and
-        the tokens it decides there: a device that knows them may run the heads at once.
+        `propose_ahead` says that `propose` will probably be called next, for the rows that greedy decoding accepts and the
+        tokens that it decides there. A device that finds these by itself may run the heads at once.
 
         Raises:
-            CapacityError: the new entries would pass the capacity, or there are not so many slots.
+            CapacityError: the new entries would pass the capacity, or the cache has fewer slots.
         """
         ...
 
@@ -100,7 +100,7 @@ class Backend(Protocol):
         """Evaluate the heads for each of the last step's sequences.
 
         Args:
-            rows: which of its R rows they read. [B]
+            rows: for each sequence, the one of its R rows that the heads read. [B]
             root_ids: the token that was decided after that row. [B]
         """
         ...
@@ -120,27 +120,28 @@ class Backend(Protocol):
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zero a slot's entries from `start` to `stop`.
 
-        Attention gives entries beyond a sequence's length no weight, but no weight times the NaN of an earlier request is NaN.
+        Entries after a sequence's length have the weight 0 in attention. But 0 times NaN is NaN, so a NaN that an earlier
+        request left there would spread.
         """
         ...
 
     def save(self) -> None:
-        """Keep on disk what lets the next process start faster. Steps are still possible afterwards."""
+        """Write to disk what makes the next start faster, such as compiled code. The backend can still be used afterwards."""
         ...
 
     def close(self) -> None:
-        """Free the memory of graphs and cache. No other call is possible afterwards, but closing again does nothing."""
+        """Free the memory of graphs and cache. Afterwards only `close` may be called, and does nothing."""
         ...
 
 
 def require_room(cache_lengths: IntArray, new_tokens: int, capacity: int) -> None:
-    """Refuse a step that would write past the capacity: some engines drop such writes without a word."""
+    """Refuse a step that would write past the capacity. Some engines ignore such writes silently."""
     if (needed := int(cache_lengths.max()) + new_tokens) > capacity:
         raise CapacityError(f"the step needs {needed} cache entries a slot, the cache has {capacity}")
 
 
 def require_slots(first_slot: int, batch_size: int, num_slots: int) -> None:
-    """Refuse a step on slots that are not there."""
+    """Refuse a step on slots that the cache does not have."""
     if not 0 <= first_slot <= first_slot + batch_size <= num_slots:
         raise CapacityError(
             f"the step needs the slots {first_slot} to {first_slot + batch_size - 1}, the cache has {num_slots}"
@@ -163,7 +164,7 @@ def cache_entry_bytes(manifest: Manifest) -> int:
 
 
 def bucket(capacity: int) -> int:
-    """The capacity to allocate: up to the next multiple of 64 entries, or of an eighth of the largest power of two within.
+    """The capacity to allocate: the next multiple of 64, or of an eighth of the largest power of two that is not above it.
 
     So at most an eighth is unused, and growing copies little beside the steps between (docs/decisions/0008-cache-growth.md).
     """

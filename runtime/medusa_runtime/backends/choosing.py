@@ -1,4 +1,4 @@
-"""Backends: where a bundle's graphs run."""
+"""Choosing the backend and the device on which a bundle runs, and opening it there."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["BACKENDS", "Backend", "HeadOutput", "Placement", "StepOutput", "choo
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a bundle runs."""
+    """The backend and the device on which a bundle runs."""
 
-    backend: str  # one of `BACKENDS`, but for auto
+    backend: str  # one of `BACKENDS`, except auto
     device: str  # "cpu" or "cuda:N"
     why: str
     is_fallback: bool = False  # there is a better device here, but something for it is missing
 
     @property
     def processor(self) -> str | None:
-        """The GPU's name; none for the CPU, and where no GPU can be asked."""
+        """The GPU's name. None for the CPU, and if the driver cannot be asked."""
         kind, index = parse_device(self.device)
         return next((gpu.name for gpu in find_gpus().gpus if kind == "cuda" and gpu.index == index), None)
 
@@ -38,7 +38,7 @@ class Placement:
 
 
 def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) -> Placement:
-    """What a backend's and a device's name mean for a bundle, and why.
+    """The backend and the device that two names mean for a bundle, and why.
 
     Args:
         manifest: the bundle's.
@@ -61,7 +61,7 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
         raise OptionError(f"the backend {backend} does not run on the device {device}")
     if manifest.quantization is not None and (backend == ORT_CUDA or kind == "cuda"):
         raise BackendError(
-            f"this bundle is quantised for CPUs ({manifest.quantization.scheme}); take the float bundle that it was made from, "
+            f"this bundle is quantised for CPUs ({manifest.quantization.scheme}); use the float bundle that it was made from, "
             "or engines with rounded weights (medusa-export trt --weights)"
         )
     if backend == ORT_CPU or kind == "cpu":
@@ -80,22 +80,22 @@ def open_backend(
     num_threads: int = 0,
     cuda_graphs: bool | None = None,
 ) -> Backend:
-    """Open a bundle on a backend; `auto` takes the best there is for the bundle here, see `choose_backend`.
+    """Open a bundle on a backend. `auto` takes the best one for the bundle on this machine, see `choose_backend`.
 
     Args:
         bundle: the bundle's directory.
         manifest: the bundle's.
         backend: one of `BACKENDS`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        num_threads: for a CPU backend; 0 for one a core.
-        cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed; none for yes with TensorRT, no with ONNX
-            Runtime, which can do it only for some graphs.
+        num_threads: for a CPU backend; 0 for one per core.
+        cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed. None means yes with TensorRT, and no
+            with ONNX Runtime, which can capture only some graphs.
 
     Raises:
         OptionError: a name is unknown, or they contradict each other.
-        BackendError: that backend does not run this bundle, or not here.
+        BackendError: that backend does not run this bundle, or not on this machine.
         MissingExtraError: the backend's package is not installed.
-        CapacityError: a GPU's memory does not suffice.
+        CapacityError: the GPU has too little memory.
     """
     return open_placement(
         bundle, manifest, choose_backend(manifest, backend, device), num_threads=num_threads, cuda_graphs=cuda_graphs
@@ -110,7 +110,7 @@ def open_placement(
     num_threads: int = 0,
     cuda_graphs: bool | None = None,
 ) -> Backend:
-    """Open a bundle at a chosen place. Arguments and errors as for `open_backend`."""
+    """Open a bundle with a placement from `choose_backend`. Other arguments and errors as for `open_backend`."""
     if placement.backend == ORT_CPU:
         from medusa_runtime.backends.ort_cpu import OrtCpuBackend  # noqa: PLC0415 - needs an extra, as those below
 
@@ -128,7 +128,7 @@ def open_placement(
 
 
 def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
-    """An engine bundle runs on the flavour that built it, on a GPU."""
+    """The placement of an engine bundle: the TensorRT flavour that its engines were built for, on a GPU."""
     if backend not in (AUTO, own):
         raise BackendError(f"this bundle's engines are for {own}, not {backend}; leave the backend out, or build them again")
     if kind == "cpu":
@@ -137,7 +137,7 @@ def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
 
 
 def _choose_onnx(manifest: Manifest) -> Placement:
-    """An ONNX bundle runs on a GPU where there is one, with an ONNX Runtime that can use it."""
+    """The placement of an ONNX bundle: a GPU if there is one and ONNX Runtime can use it, else the CPU."""
     if manifest.quantization is not None:
         return Placement(ORT_CPU, "cpu", "the bundle is quantised for CPUs")
     found = find_gpus()

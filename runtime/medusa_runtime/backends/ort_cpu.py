@@ -33,8 +33,8 @@ class OrtCpuBackend:
 
     Args:
         bundle: the bundle's directory.
-        manifest: the bundle's.
-        num_threads: threads of each matrix product; 0 for one a core.
+        manifest: the bundle's manifest.
+        num_threads: threads of each matrix product; 0 for one per core.
 
     Raises:
         OptionError: num_threads is out of range.
@@ -138,7 +138,7 @@ class OrtCpuBackend:
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:
         """See `Backend.commit`."""
-        first = int(np.argmax(nodes != np.arange(len(nodes))))  # entries that stand in place already are not moved
+        first = int(np.argmax(nodes != np.arange(len(nodes))))  # entries that are in place already are not moved
         if nodes[first] == first:
             return
         entries = self._cache[:, :, slot]  # [L, 2, Hkv, S, D]
@@ -195,7 +195,7 @@ class OrtCpuBackend:
         shape = (model.num_layers, 2, num_slots, model.num_kv_heads, capacity, model.head_dim)
         size = math.prod(shape) * self._dtype.itemsize
         try:
-            # Zeros. Pages are taken as they are written to; NumPy's own would be huge ones, taken as soon as a slot begins.
+            # Zeros that take memory only as they are written to. NumPy would take huge pages, as soon as a slot is begun.
             memory = mmap.mmap(-1, max(size, 1), **PRIVATE)
         except (OSError, OverflowError) as error:
             raise CapacityError(f"no memory for a cache of {num_slots} times {capacity} entries") from error
@@ -204,7 +204,7 @@ class OrtCpuBackend:
     def _binding(self, session: ort.InferenceSession, first_slot: int, batch: int, *, with_logits: bool) -> ort.IOBinding:
         """The cache of some neighbouring slots, bound as input and output: the graph writes into the array itself.
 
-        A binding keeps all that was bound to it, so one with logits is another one than one without.
+        A binding keeps everything that was bound to it, so steps with logits and steps without need two bindings.
         """
         key = (first_slot, batch, with_logits)
         if key not in self._bindings:

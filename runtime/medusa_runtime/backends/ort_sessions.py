@@ -1,9 +1,9 @@
 """ONNX Runtime sessions of a bundle on the CPU: how a graph is opened and checked, and which of two step graphs is open.
 
-Of a step there may be a graph for one sequence, which is faster, and one for any number. Each session holds all weights, so one
-is open at a time: the graph for one, until there is a step of several sequences. The other one is then opened beside it in the
-background if the memory allows, and several sequences are run one after the other until it is ready. If the memory does not
-allow two, the first is closed before the second is opened, and that step waits.
+A bundle may have a step graph for one sequence, which is faster, beside the one for any number. Each session holds all weights,
+so only one is open: the graph for one, until a step has several sequences. Then the other is opened in the background, if the
+memory allows, and the sequences of a step run one after the other until it is ready. If the memory does not allow two
+sessions, the first is closed before the second is opened, and that step waits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from medusa_runtime.bundle.cpu import available_memory, has_exact_products, num_
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
 from medusa_runtime.errors import BackendError, first_line
 
-RETRY_SECONDS = 30.0  # after a graph could not be opened: a passing failure passes
+RETRY_SECONDS = 30.0  # the wait before a graph that could not be opened is tried again
 MEMORY_MARGIN = 1.3  # a session takes more than its weights while it is opened
 CHANGED = "the bundle's files have changed since it was opened"
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class StepSessions:
         bundle: the bundle's directory, as an absolute path.
         manifest: the bundle's.
         num_threads: threads of each matrix product; 0 for one a core.
-        forget: drops all that refers to the open session, so that its memory is freed.
+        forget: drops all references to the open session, so that its memory is freed.
 
     Raises:
         BackendError: ONNX Runtime refuses the graph.
@@ -58,7 +58,7 @@ class StepSessions:
         """The session that is open.
 
         Raises:
-            BackendError: none is, and it cannot be opened.
+            BackendError: no session is open, and none can be opened.
         """
         if self._session is None:
             self._session = self._opened(self._graph)
@@ -92,7 +92,7 @@ class StepSessions:
             self._change(self._for_one)
 
     def close(self) -> None:
-        """Close what is open, and wait for what is being opened."""
+        """Close the open session, and one that is still being opened."""
         if self._opening is not None:
             with contextlib.suppress(BackendError):
                 self._opening.result()
@@ -154,10 +154,10 @@ class StepSessions:
         return session
 
     def _files(self) -> list[tuple[int, ...]]:
-        """What tells the files of both graphs from others in their places."""
+        """Identities of the files of both graphs, by which replaced files are noticed."""
         found = []
         for name in {self._for_one.file, self._for_several.file, WEIGHTS_NAME}:
-            with contextlib.suppress(OSError):  # a file that is gone is a difference as well
+            with contextlib.suppress(OSError):  # a missing file is noticed as well
                 stat = (self._bundle / name).stat()
                 found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
         return sorted(found)
@@ -178,8 +178,8 @@ def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, n
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads or num_cores()
-    # The idle threads of one session otherwise spin on the cores that the other one needs: a step and its heads took 86 ms
-    # where they now take 46 (docs/decisions/0002-threads-of-two-sessions.md).
+    # Without this, idle threads of one session spin on the cores that the other one needs: a step and its heads took 86 ms
+    # instead of 46 (docs/decisions/0002-threads-of-two-sessions.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # 4-bit weights: products in int8
     if not has_exact_products():  # uint8 times int8 saturates; the exact kernels take twice as long
@@ -194,13 +194,13 @@ def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, n
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system, which glibc otherwise keeps: a closed session's weights stay resident with it."""
+    """Give freed memory back to the system. glibc otherwise keeps it, and a closed session's weights stay resident."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has this
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str, facts: GraphFacts) -> None:
-    """Refuse a graph that is not the one the manifest describes, or whose cache is not the model's."""
+    """Refuse a graph that differs from the manifest, or whose cache has another shape than the model's."""
     model = manifest.model
     found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
     cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]

@@ -1,4 +1,4 @@
-"""What a bundle can decode: requests, trees and batch sizes are checked here, once, before any work."""
+"""Checks of requests, trees and batch sizes against a bundle, once, before any work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medusa_runtime.errors import CapacityError, OptionError
 from medusa_runtime.options import DecodingOptions
 
 DEFAULT_NEW_TOKENS, DEFAULT_BATCH_SIZE = 256, 8
-RANDOM_SEEDS = 1 << 53  # so that every JSON reader can hold them
+RANDOM_SEEDS = 1 << 53  # JSON readers with floating-point numbers keep all smaller integers exactly
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DecodingRequest:
 
 
 def check_request(manifest: Manifest, prompt_ids: Sequence[int], options: DecodingOptions) -> DecodingRequest:
-    """Refuse a request that cannot be decoded to its end, and fill in what it leaves open.
+    """Refuse a request that cannot be decoded to its end, and fill in its number of tokens and its seed.
 
     Raises:
         OptionError: the prompt is empty, or the prompt or an option names an id outside the vocabulary.

@@ -50,7 +50,7 @@ class DecodingEngine:
             probabilities make it pay. Without it, or if a request brings a tree, trees always have their full size.
         reuse_prefixes: start a prompt from what an earlier one that begins alike left in the cache.
         prompt_lookup: also draft what came after the same tokens before, in the prompt or in the answer, if a request does
-            not say. Such drafts compete with the heads' for the nodes of the tree; without Medusa, they have it for themselves.
+            not say. Such drafts compete with the heads' for the nodes of the tree; without Medusa, they have all of them.
             A request that brings its own tree gets none unless it asks for them.
         ngrams: correct the heads' guesses in trees that are made anew at each step.
         max_gap_seconds: the longest time that reading prompts may take between two steps of sequences that decode. A small
@@ -83,7 +83,7 @@ class DecodingEngine:
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         check_tree(backend.manifest, self.tree)
         self.prompt_lookup, self.ngrams, self.costs = prompt_lookup, ngrams, costs
-        self.stats = DecodingStats()  # of all sequences there were; its seconds are the engine's own, not their sum
+        self.stats = DecodingStats()  # of all sequences so far; its seconds are the engine's own, not the sequences' sum
         num_slots = checked_batch_size(backend.manifest, max_batch_size)
         self._slots = SlotPool(backend, num_slots, reuse_prefixes=reuse_prefixes, max_bytes=max_cache_bytes)
         self._proposer = Proposer(backend, costs, self._blaming)
@@ -119,13 +119,13 @@ class DecodingEngine:
     def add(
         self, prompt_ids: Sequence[int], options: DecodingOptions | None = None, *, guide: Guide | None = None, stream: int = 0
     ) -> DecodingSequence:
-        """Check a prompt and queue it. `DecodingSequence.take_steps` tells what is decided for it, after each `step`.
+        """Check a prompt and queue it. After each `step`, `DecodingSequence.take_steps` gives the tokens decided for it.
 
         Args:
             prompt_ids: token ids.
             options: how it is decoded.
             guide: restricts its tokens.
-            stream: which of several answers to one request it is: each has random numbers of its own.
+            stream: the number of the answer, if a request has several: each has random numbers of its own.
 
         Raises:
             OptionError, CapacityError, TreeError: at once; see `check_request`.
@@ -165,12 +165,12 @@ class DecodingEngine:
         return sequence
 
     def end(self, sequence: DecodingSequence, reason: FinishReason = "cancelled", *, num_unused: int = 0) -> None:
-        """End a sequence between two steps. Nothing happens if it has ended already, but for a stop text found in its end.
+        """End a sequence between two steps. If it has ended already, only its `num_unused` last tokens are taken back.
 
         Args:
-            sequence: of this engine.
+            sequence: a sequence of this engine.
             reason: why it ends.
-            num_unused: with the reason "stop": tokens at the end of its last step that are not given out.
+            num_unused: tokens after a stop text, at the end of its last step. They are not given out.
         """
         if num_unused:
             accepted = sequence.drop_last(num_unused)
@@ -181,9 +181,9 @@ class DecodingEngine:
             self._drop(sequence)
 
     def step(self) -> list[DecodingSequence]:
-        """Verify a draft of every sequence that decodes, then read a chunk of the prompts. Returns the sequences with news.
+        """Verify a draft of every sequence that decodes, then read a chunk of the prompts. Returns the sequences that changed.
 
-        A failure that concerns one sequence ends it with finish reason "error", and no other.
+        A failure that concerns one sequence ends that sequence alone, with the finish reason "error".
         """
         self._end_overdue()
         self._decode()
@@ -288,7 +288,7 @@ class DecodingEngine:
         return accepted
 
     def _read_prompts(self) -> None:
-        """Read as much of the prompts as may delay the sequences that decode."""
+        """Read prompts for as long as the sequences that decode may be held up."""
         started = time.perf_counter()
         room = self.backend.manifest.limits.max_prefill_tokens or CHUNK
         gap = self._max_gap_seconds if self._slots.num_decoding else None
@@ -296,7 +296,7 @@ class DecodingEngine:
             for sequence, num_cached in self._reader.admit():
                 self._count_prompt(sequence, num_cached)
             elapsed = time.perf_counter() - started
-            if gap is not None and elapsed > gap / 2:  # another pass would pass the gap
+            if gap is not None and elapsed > gap / 2:  # another pass would exceed the gap
                 break
             if (done := self._reader.read(room, None if gap is None else gap - elapsed)) is None:
                 break
@@ -308,7 +308,7 @@ class DecodingEngine:
         self.stats.prefill_seconds += time.perf_counter() - started
 
     def _lookup_nodes(self, options: DecodingOptions) -> int:
-        """How many nodes a draft has at most if prompt lookup may fill it."""
+        """The most nodes of a draft that prompt lookup may fill."""
         if options.tree is not None:
             return options.tree.num_nodes
         if self.tree.num_nodes > 1:
@@ -322,7 +322,7 @@ class DecodingEngine:
             sequence = done.sequences[row]
             self._news[sequence.id] = sequence
             with self._blaming(sequence):
-                if not sequence.num_tokens:  # else it had begun to decode before it had to wait for memory
+                if not sequence.num_tokens:  # it has tokens if it decoded before it had to wait for memory
                     self._take_first(sequence, row, done)
                 root_ids[row] = int(sequence.tokens.ids[-1])
                 if not sequence.is_finished:
@@ -354,7 +354,7 @@ class DecodingEngine:
             stats.queue_seconds += waited
 
     def _end_overdue(self) -> None:
-        """End the sequences whose time is over: for their answers, or for their wait in the queue."""
+        """End the sequences that have passed their deadline, or their longest wait in the queue."""
         now = time.perf_counter()
         for sequence in [*self._reader.waiting, *self._slots.active]:
             deadline = sequence.options.deadline_seconds

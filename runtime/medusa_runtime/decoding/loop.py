@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def generate(
     engine: DecodingEngine, prompts: Sequence[Sequence[int]], options: DecodingOptions, stats: DecodingStats | None = None
 ) -> Iterator[list[SequenceStep]]:
-    """Decode prompts side by side and yield, after each step, what it decided for them. `sequence` counts the prompts.
+    """Decode prompts side by side, and yield after each step the tokens decided. `SequenceStep.sequence` is a prompt's index.
 
     Args:
-        engine: nobody else may use it meanwhile.
+        engine: must not be used by anything else meanwhile.
         prompts: lists of token ids.
-        options: how they are decoded.
-        stats: an object to count into.
+        options: how the prompts are decoded.
+        stats: an object that the counts are added to.
 
     Raises:
         OptionError, CapacityError, TreeError: at the call, before any work; see `checks.check_request`.
@@ -57,7 +57,7 @@ def _steps(
         for sequence in sequences:
             engine.end(sequence)
             stats.add(dataclasses.replace(sequence.stats, prefill_seconds=0.0, decode_seconds=0.0, engine_seconds=0.0))
-        for name, seconds in _seconds(engine.stats).items():  # of the batch, not the sum of what each sequence waited
+        for name, seconds in _seconds(engine.stats).items():  # seconds of the batch, not the sum over its sequences
             setattr(stats, name, getattr(stats, name) + seconds - clock[name])
 
 

@@ -1,10 +1,10 @@
-"""Reading prompts: whose turn it is, how large a chunk of each is, and which prompts are read in one pass.
+"""Reading prompts: whose turn it is, how large each chunk is, and which prompts are read in one pass.
 
 A prompt that has not had a turn yet comes first; then prompts take turns, a chunk each. So a short prompt waits for one chunk
 of a long one, never for all of it. Prompts in neighbouring slots are read in one pass if that is cheaper than apart.
 
-While other sequences decode, the time of a pass is limited: they wait for it between two of their tokens. What a pass costs
-is learned from the passes made. If nobody decodes, a pass takes as many tokens as the bundle allows, up to `CHUNK`.
+While other sequences decode, the time of a pass is limited, because they wait for it between two of their tokens. The costs of
+passes are learned from the passes made. If no sequence decodes, a pass has as many tokens as the bundle allows, up to `CHUNK`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from medusa_runtime.decoding.slots import Slot, SlotPool
 from medusa_runtime.drafting.costs import Costs, LearnedCosts
 from medusa_runtime.errors import CapacityError
 
-CHUNK = 512  # prompt tokens of a pass if nobody decodes
-FIRST_SHARED_CHUNK = 64  # and beside sequences that decode, as long as no pass was timed
-LEAST_CHUNK = 16  # a pass costs a pass over the weights however short it is
-SCORED_CHUNK = 64  # of a prompt whose log-probabilities are asked for: each of its tokens gives a row of logits
+CHUNK = 512  # prompt tokens of a pass if no sequence decodes
+FIRST_SHARED_CHUNK = 64  # prompt tokens of a pass beside sequences that decode, until a pass was timed
+LEAST_CHUNK = 16  # a shorter pass is hardly cheaper: it reads all weights, too
+SCORED_CHUNK = 64  # prompt tokens if their log-probabilities are asked for: each token gives a row of logits
 DEFAULT_GAP_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class Pass:
     sequences: list[DecodingSequence]  # [B]
     num_tokens: int  # padding included
     output: StepOutput
-    last_rows: IntArray  # [B] which of the output's R rows follows each chunk
-    complete: list[int] = field(default_factory=list)  # the sequences whose prompts are read to their end
+    last_rows: IntArray  # [B] the output row of each chunk's last token, among R rows
+    complete: list[int] = field(default_factory=list)  # indices of the sequences whose prompts are read to their end
 
 
 class PromptReader:
@@ -63,10 +63,10 @@ class PromptReader:
     ) -> None:
         self._backend, self._slots, self._asks_ahead, self._blame = backend, slots, asks_ahead, blame
         self._waiting: deque[DecodingSequence] = deque()
-        self._new: deque[DecodingSequence] = deque()  # have a slot, and had no turn yet
-        self._begun: deque[DecodingSequence] = deque()  # had a turn, in the order of their next ones
+        self._new: deque[DecodingSequence] = deque()  # with a slot, but without a turn yet
+        self._begun: deque[DecodingSequence] = deque()  # with a turn behind them, in the order of their next turns
         self.costs: Costs = LearnedCosts()  # of passes
-        self.has_memory = True  # False after a sequence was put back, until one ends
+        self.has_memory = True  # False after `put_back`, until a sequence ends
 
     @property
     def waiting(self) -> list[DecodingSequence]:
@@ -78,7 +78,7 @@ class PromptReader:
         self._waiting.append(sequence)
 
     def put_back(self, sequence: DecodingSequence) -> None:
-        """Let a sequence that lost its slot for want of memory wait again, before all others, until some sequence ends."""
+        """Let a sequence wait again, before all others, because there is no memory for it until another sequence ends."""
         self.remove(sequence)
         self._waiting.appendleft(sequence)
         self.has_memory = False
@@ -92,7 +92,7 @@ class PromptReader:
     def admit(self) -> list[tuple[DecodingSequence, int]]:
         """Give free slots to waiting sequences, the oldest first. Returns those that got one, with their cached tokens.
 
-        A sequence waits on if a prompt that is being read begins like its own: it will start from that prompt's entries.
+        A sequence keeps waiting if a prompt that is being read begins alike: it will then start from that prompt's entries.
         """
         admitted: list[tuple[DecodingSequence, int]] = []
         for sequence in list(self._waiting):
@@ -124,8 +124,8 @@ class PromptReader:
         If the pass fails, the sequences on it end with the error.
 
         Args:
-            room: tokens of the pass at most, padding included.
-            seconds: the longest time that the pass may take; None for any time.
+            room: the most tokens of the pass, padding included.
+            seconds: the longest time that the pass may take; None for no limit.
 
         Returns:
             The pass, or None if there was no prompt to read or the pass failed.
@@ -192,7 +192,7 @@ class PromptReader:
             return False
         chunk = self._chunk(place, room, seconds, batch)
         wider, longest = max(width, chunk), max(self._slots[member].length for member in [*chunks, place])
-        if batch * wider > room or longest + wider > self._backend.capacity:  # padding has entries too; no cache grows for it
+        if batch * wider > room or longest + wider > self._backend.capacity:  # padding is written to the cache, too
             return False
         together = self._cost(batch, wider, longest)
         apart = self._cost(batch - 1, width, longest) + self._cost(1, chunk, slot.length)

@@ -1,4 +1,4 @@
-"""What each step verifies of each sequence, and when the heads are asked for it."""
+"""Chooses the draft of each sequence for the next step, and whether the heads are asked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Proposer:
         return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan)
 
     def go_on(self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]) -> float:
-        """Learn from a step, and ask the heads what follows each new root if that pays. Returns the seconds of the heads."""
+        """Learn from a step, and have the heads guess what follows each new root if that pays. Returns the heads' seconds."""
         if self._wants_heads(sequences, step, width, accepted):
             return self.ask(sequences, [one.nodes[-1] for one in accepted], [one.bonus_id for one in accepted])
         for sequence in sequences:
@@ -71,7 +71,7 @@ class Proposer:
         return 0.0
 
     def ask(self, sequences: Sequence[DecodingSequence], rows: list[int], root_ids: list[int]) -> float:
-        """Have the heads guess what follows each sequence's root, if somebody needs it. Returns the seconds it took.
+        """Have the heads guess the tokens after each sequence's root, if a sequence uses them. Returns the seconds it took.
 
         Args:
             sequences: those of the last step. [B]
@@ -95,32 +95,32 @@ class Proposer:
         return seconds
 
     def asks_ahead(self, sequences: Sequence[DecodingSequence]) -> bool:
-        """Whether the heads will be asked for what greedy decoding accepts, as far as can be told before it is verified."""
+        """Whether the heads will probably be asked about the path that greedy decoding accepts. Known before verification."""
         if self._backend.manifest.heads.reads_root and any(sequence.options.is_sampled for sequence in sequences):
-            return False  # most often another root is drawn for one of them
+            return False  # a root that is drawn is most often not the greedy one
         return any(sequence.drafter.uses_heads for sequence in sequences)
 
     def _proposals(self, sequence: DecodingSequence) -> Proposals:
-        """What may follow a sequence's root; nothing if its guide fails."""
+        """The tokens that may follow a sequence's root; none if its guide fails."""
         with self._blaming(sequence):
             return sequence.drafter.propose(sequence.guesses, sequence.remaining)
         return Proposals(Draft.chain([int(sequence.tokens.ids[-1])]), 1)
 
     def _plan(self, sequences: Sequence[DecodingSequence], proposals: list[Proposals], capacity: int) -> StepPlan | None:
-        """How wide the step is made; None if all drafts have their full size."""
+        """The width of the step; None if all drafts have their full size."""
         if self._budget is None:
             return None
         fixed = [found.num_nodes for one, found in zip(sequences, proposals, strict=True) if _is_fixed(one, found)]
         return self._budget.plan(
             [found.chances for found in proposals],
             least=max(fixed, default=1),
-            capacity=capacity,  # what is allocated is little more
+            capacity=capacity,  # little more is allocated
             looked_up=_lookup_chances(sequences, proposals),
             with_heads=any(sequence.guesses is not None for sequence in sequences),
         )
 
     def _draft(self, sequence: DecodingSequence, proposals: Proposals, plan: StepPlan | None) -> Draft:
-        """What the step verifies of a sequence; its root alone if its guide fails."""
+        """The draft of a sequence for this step; its root alone if its guide fails."""
         size = proposals.num_nodes
         if plan is not None and not _is_fixed(sequence, proposals):
             size = min(size, plan.width)
@@ -131,7 +131,7 @@ class Proposer:
     def _wants_heads(
         self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]
     ) -> bool:
-        """Whether the heads' guesses are worth their time, or somebody's answer depends on them."""
+        """Whether the heads' guesses are worth their time, or a sequence needs its whole tree."""
         if self._budget is None or step.plan is None:
             return True
         chosen = zip(step.proposals, accepted, strict=True)

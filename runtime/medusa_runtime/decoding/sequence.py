@@ -35,7 +35,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class SequenceStep:
-    """What one step decided for one sequence."""
+    """The tokens that one step decided for one sequence."""
 
     sequence: int
     token_ids: list[int]  # in order; tokens after an end-of-sequence token or the limit are left out
@@ -45,18 +45,18 @@ class SequenceStep:
 
 
 class DecodingSequence:
-    """One answer: what was asked and what has been decided. Make one with `DecodingEngine.add`.
+    """One answer: the request and the tokens decided so far. Make one with `DecodingEngine.add`.
 
     The last token of `tokens` is decided but not cached: it is the root of the next step's draft.
 
     Args:
         id: unique within its engine.
-        request: what is asked.
+        request: the checked request.
         tokens: the prompt, to which the answer is appended.
         end_ids: tokens that end the answer.
         drafter: makes its drafts.
         guide: restricts its tokens.
-        stream: which of several answers to one request it is, for the random numbers.
+        stream: the number of the answer, if a request has several; the random numbers depend on it.
         since: when the request was made, by `time.perf_counter`.
     """
 
@@ -135,7 +135,7 @@ class DecodingSequence:
         return self.options.tree is not None or (self.options.is_sampled and self.options.acceptance == "typical")
 
     def take_steps(self) -> list[SequenceStep]:
-        """What was decided since the last call."""
+        """The steps that were decided since the last call."""
         steps, self._steps = self._steps, []
         return steps
 
@@ -162,7 +162,7 @@ class DecodingSequence:
         return accept(draft, _Target(self, draft, logits), self.options)
 
     def take(self, draft: Draft, accepted: Accepted, logits: Rows | None) -> SequenceStep:
-        """Give out what was accepted, as far as the answer goes. logits: [N, V], if the request asks for log-probabilities."""
+        """Give out the accepted tokens, up to the answer's end. logits: [N, V], if the request asks for log-probabilities."""
         tokens = [*draft.tokens[accepted.nodes[1:]].tolist(), accepted.bonus_id]
         kept = tokens[: self.remaining]
         end = next((place for place, token in enumerate(kept) if token in self.end_ids), None)
@@ -208,11 +208,11 @@ class DecodingSequence:
 
 
 class _Target:
-    """What the model says after the nodes of a draft; see `acceptance.Target`.
+    """The model's results after the nodes of a draft; see `acceptance.Target`.
 
     Args:
-        sequence: the draft's.
-        draft: what was verified.
+        sequence: the draft's sequence.
+        draft: the draft that was verified.
         rows: the model's logits after each node. [N, V]
     """
 

@@ -1,11 +1,11 @@
-"""The cache's slots: which sequence has which, what is still cached of earlier ones, and how large the cache is.
+"""The cache's slots: which sequence has which slot, which entries of earlier sequences are left, and the cache's size.
 
 Sequences that decode have the first slots, without gaps, so that one step runs on all of them. Sequences whose prompts are
-being read have slots behind those. The others are free, and keep what their last sequence left: a later prompt that begins
-alike starts from there.
+being read have slots behind those. The other slots are free. They keep the entries of their last sequence: a later prompt that
+begins alike starts from there.
 
-A slot knows how many entries are valid and which sequence has it. The entries' token ids are in the sequence's `TokenBuffer`,
-which outlives the sequence there.
+A slot knows its sequence and how many of its entries are valid. The entries' token ids are in the sequence's `TokenBuffer`,
+which the slot keeps after the sequence has ended.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Slot:
 
     tokens: TokenBuffer | None = None  # the first `length` of these have entries here
     length: int = 0  # valid entries
-    written: int = 0  # entries that may hold anything but zero
+    written: int = 0  # the first entries, which may be other than zero
     sequence: DecodingSequence | None = None
     last_used: int = 0
 
     @property
     def needed(self) -> int:
-        """Entries that its sequence needs at least."""
+        """The fewest entries that its sequence needs."""
         return 0 if self.sequence is None else max(self.length, self.sequence.num_to_read)
 
 
@@ -97,7 +97,7 @@ class SlotPool:
         return next((place for place, slot in enumerate(self._slots) if slot.sequence is sequence), None)
 
     def should_wait(self, sequence: DecodingSequence) -> bool:
-        """Whether a prompt that is being read begins like this one, so far that waiting for its entries saves work."""
+        """Whether a prompt that is being read begins like this one for so long that waiting for its entries saves work."""
         if not self._reuse_prefixes or sequence.is_scored:
             return False
         _, cached = self._longest_prefix(sequence)
@@ -123,11 +123,11 @@ class SlotPool:
         place = free[-1] if is_long else free[0]
         target = self._oldest_free() if self._reuse_prefixes else place
         if self._slots[source].sequence is None and 2 * common >= self._slots[source].length:
-            target = source  # most of what is cached there is of use: take it where it is
+            target = source  # most entries there can be used, so they are not copied
         if target != source and common:
             self._backend.copy(source, target, common)
         if is_long and common:
-            place = target  # moving what is cached would cost more than it saves
+            place = target  # moving the cached entries would cost more than it saves
         slot = self._slots[target]
         slot.tokens, slot.length, slot.written = sequence.tokens, common, max(slot.written, common)
         self._swap(target, place)
@@ -165,11 +165,11 @@ class SlotPool:
 
         Args:
             first: the first of the slots.
-            count: how many.
+            count: how many slots.
             new_tokens: entries that a step will write to each.
 
         Raises:
-            CapacityError: there is no memory for so many.
+            CapacityError: there is no memory for them.
         """
         slots = self._slots[first : first + count]
         self._fit(max(slot.length for slot in slots) + new_tokens)
@@ -245,7 +245,7 @@ class SlotPool:
             slot.length = slot.written = min(slot.length, capacity)
 
     def _longest_prefix(self, sequence: DecodingSequence) -> tuple[int, int]:
-        """The slot that holds most of a sequence's beginning, and how much; at least one token is left to be read."""
+        """The slot with the longest cached beginning of a sequence, and its length. At least one token is left to be read."""
         if not self._reuse_prefixes or sequence.is_scored:
             return 0, 0
         most = sequence.num_to_read - 1

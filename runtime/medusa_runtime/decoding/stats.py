@@ -1,4 +1,4 @@
-"""What decoding counts, for one request and for all of an engine's."""
+"""Counts and seconds of decoding: of one answer, or of all answers of an engine."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from dataclasses import dataclass, field
 class DecodingStats:
     """Counts and seconds of one generation, over all its sequences.
 
-    A draft at depth d is a guess of head d, so what is counted by depth is counted by head; prompt lookup guesses at any depth.
+    A draft at depth d is a guess of head d, so counts by depth are counts by head. Prompt lookup guesses at any depth.
     """
 
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt: found in the cache, where an earlier request had left them
-    num_generated_tokens: int = 0  # all that was given out, the prefill's first tokens included
-    num_decoded_tokens: int = 0  # those that verification steps gave
+    num_cached_tokens: int = 0  # prompt tokens that an earlier request had left in the cache
+    num_generated_tokens: int = 0  # tokens given out, those that prefill gives included
+    num_decoded_tokens: int = 0  # tokens that verification steps gave
     num_steps: int = 0  # verification steps, counted for each sequence that took part
     num_draft_tokens: int = 0  # drafts verified
     num_accepted_tokens: int = 0  # drafts accepted and given out
-    num_looked_up_tokens: int = 0  # those among them that prompt lookup named, whether or not the heads did as well
+    num_looked_up_tokens: int = 0  # accepted drafts that prompt lookup proposed, alone or with the heads
     drafted_by_depth: list[int] = field(default_factory=list)  # drafts verified at depth 1, 2 …
     accepted_by_depth: list[int] = field(default_factory=list)  # drafts accepted at depth 1, 2 …
     queue_seconds: float = 0.0  # from the request, as its caller made it, to the start of its prefill
-    prefill_seconds: float = 0.0  # from there to the first token
-    decode_seconds: float = 0.0  # from there to the last
+    prefill_seconds: float = 0.0  # from the start of the prefill to the first token
+    decode_seconds: float = 0.0  # from the first token to the last
     engine_seconds: float = 0.0  # the part of decode_seconds spent in the backend's step and heads
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens a verification step gave a sequence on average: the acceptance length, bonus token included."""
+        """Mean tokens per verification step and sequence: the acceptance length, bonus token included."""
         return self.num_decoded_tokens / self.num_steps if self.num_steps else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens over decoding time, prefill and the token it gives left out."""
+        """Decoded tokens per second of decoding. Prefill and the token that it gives do not count."""
         return self.num_decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def first_token_seconds(self) -> float:
-        """Time to first token: from the request on, its wait included."""
+        """Time to first token, from the request on, with its wait in the queue."""
         return self.queue_seconds + self.prefill_seconds
 
     @property
@@ -51,11 +51,11 @@ class DecodingStats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """How often a step's accepted path reached depth 1, 2 …: each head's share of the speed."""
+        """Fraction of steps whose accepted path reached depth 1, 2 …: each head's share of the speed."""
         return [accepted / self.num_steps for accepted in self.accepted_by_depth] if self.num_steps else []
 
     def add(self, other: DecodingStats) -> None:
-        """Add another's counts and seconds to these."""
+        """Add the counts and seconds of another object to these."""
         for name in (entry.name for entry in dataclasses.fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(mine, list):

@@ -1,4 +1,4 @@
-"""How many drafts a step should verify: their expected gain against what the step costs on this machine."""
+"""How many drafts a step should verify: their expected gain against the step's cost on this machine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy.typing as npt
 from medusa_runtime.arrays import FloatArray
 from medusa_runtime.drafting.costs import Costs, moving_average
 
-ACCEPTANCE_DECAY = 0.98  # the weight of what earlier steps showed of the heads, after one more step
+ACCEPTANCE_DECAY = 0.98  # the weight of the heads' earlier results after one more step
 PAUSE = 16  # steps that the heads rest before they are tried again
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The width of one step, and what is expected of it. `DraftBudget.learn` compares that with what the step gave."""
+    """The width of one step, and its expected results. `DraftBudget.learn` compares them with the step's real results."""
 
     width: int  # nodes to verify for each sequence at most
     expected: float = 0.0  # accepted drafts that the heads' probabilities promise
     speedup: float | None = None  # expected tokens a second over those without drafts; None if no drafts were weighed
-    situation: tuple[int, bool] = (1, False)  # batch size, and whether lookups find much: what the heads' worth depends on
+    situation: tuple[int, bool] = (1, False)  # batch size, and whether lookups find much: the heads' worth depends on both
     heads_worth: float | None = None  # gain of asking the heads, in units of the time that it takes; None if they rested
 
 
@@ -35,7 +35,7 @@ class DraftBudget:
     the heads' time is worth, they rest, and are tried again now and then. They gain less if prompt lookup finds something.
 
     Args:
-        costs: what steps cost here.
+        costs: the costs of steps on this machine.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -57,10 +57,10 @@ class DraftBudget:
         """Choose the width of the next step. Nothing is learned here.
 
         Args:
-            probabilities: for each sequence those of its drafts, likeliest first; empty if its guide forces them.
-            least: the smallest width that some sequence needs.
+            probabilities: those of each sequence's drafts, likeliest first; empty if its guide forces the draft.
+            least: the smallest width allowed, because a sequence needs it.
             capacity: entries in use in the fullest slot.
-            looked_up: for each sequence the probabilities of the drafts it would have without heads, likeliest first.
+            looked_up: as `probabilities`, of the drafts that each sequence would have without heads.
             with_heads: whether the heads were asked.
         """
         batch, longest = len(probabilities), max(len(chances) for chances in probabilities)
@@ -88,7 +88,7 @@ class DraftBudget:
         Args:
             plan: the step's.
             width: nodes that it verified for each sequence at most.
-            num_accepted: accepted drafts of all sequences, those that guides forced left out.
+            num_accepted: accepted drafts of all sequences, except drafts that guides forced.
         """
         if plan.heads_worth is not None:
             before = self._worth.get(plan.situation, plan.heads_worth)

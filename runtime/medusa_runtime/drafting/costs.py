@@ -1,4 +1,4 @@
-"""What a step costs here, in seconds: measured in advance, or learned from the steps that are made anyway."""
+"""The costs of steps on this machine, in seconds: measured in advance, or learned from the steps that are made anyway."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class Costs(Protocol):
         ...
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
-        """Take note of a step that took so many seconds."""
+        """Learn from the seconds that a step took."""
         ...
 
     def observe_heads(self, batch: int, seconds: float) -> None:
-        """Take note of an evaluation of the heads that took so many seconds."""
+        """Learn from the seconds that the heads took."""
         ...
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a step on one machine, measured at a grid of points; between them costs are taken as linear.
+    """Seconds of a step on one machine, measured at the points of a grid. Between the points, costs are linear.
 
     Args:
         batch_sizes: ascending.
@@ -65,7 +65,7 @@ class StepCosts:
         capacities: entries a slot, ascending.
         step_seconds: nested lists. [capacities, batch_sizes, widths]
         head_seconds: of one evaluation of the heads. [batch_sizes]
-        host_seconds: what a step takes besides: drafts, acceptance, bookkeeping. Empty: not measured. [batch_sizes]
+        host_seconds: the rest of a step: drafts, acceptance, bookkeeping. Empty if not measured. [batch_sizes]
     """
 
     batch_sizes: list[int]
@@ -84,13 +84,13 @@ class StepCosts:
         max_nodes: int = 16,
         capacities: Sequence[int] = (256, 1024),
     ) -> StepCosts:
-        """Measure a backend, which takes some seconds for a small model. What its cache held is lost.
+        """Measure a backend. This takes some seconds for a small model. The cache's entries are lost.
 
         Args:
-            backend: nobody else may use it meanwhile.
+            backend: must not be used by anything else meanwhile.
             max_batch_size: the largest batch to be decoded.
             max_nodes: the largest tree.
-            capacities: how large the cache may be; the bundle's limits cut them.
+            capacities: sizes of the cache to measure at, in entries per slot; the bundle's limits bound them.
         """
         batch_sizes, widths = _grid(max_batch_size), _grid(fitting_nodes(backend.manifest.limits, max_nodes))
         fitting = fitting_capacities(backend.manifest.limits, capacities, widths[-1])
@@ -112,7 +112,7 @@ class StepCosts:
         return costs
 
     def check(self) -> None:
-        """Raise a ValueError or TypeError where the table is not one."""
+        """Raise a ValueError or TypeError if the table is malformed."""
         axes = [np.array(axis, np.float64) for axis in (self.capacities, self.batch_sizes, self.widths)]
         tables = [np.array(table, np.float64) for table in (self.step_seconds, self.head_seconds)]
         host = np.array(self.host_seconds, np.float64)
@@ -122,7 +122,7 @@ class StepCosts:
         if [table.shape for table in tables] != [tuple(map(len, axes)), batches] or host.shape not in {(0,), batches}:
             raise ValueError("its tables are not as large as it says")
         if not all((table > 0).all() for table in tables) or not (host >= 0).all():
-            raise ValueError("a step that takes no time")
+            raise ValueError("a step takes no time")
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
@@ -140,7 +140,7 @@ class StepCosts:
         by_width = _along(by_batch, self.batch_sizes, batch)
         widths = np.arange(1, max_width + 1)
         inside = np.interp(widths, self.widths, by_width)
-        if len(self.widths) > 1:  # beyond the grid, as steep as at its end
+        if len(self.widths) > 1:  # beyond the grid, with the slope at its end
             slope = (by_width[-1] - by_width[-2]) / (self.widths[-1] - self.widths[-2])
             inside += np.maximum(widths - self.widths[-1], 0) * slope
         if self.host_seconds:
@@ -161,9 +161,9 @@ class StepCosts:
 class LearnedCosts:
     """Costs that are learned from the steps that are made anyway. They start from a guess.
 
-    A step of B sequences with T tokens each on a cache of S entries is modelled to cost ``a + b·B·T + c·B·T·S``. A Kalman
-    filter estimates the three coefficients. It starts from values seen on a CPU, takes a step's time to be right within a
-    tenth, and forgets slowly.
+    The model: a step of B sequences with T tokens each on a cache of S entries costs ``a + b·B·T + c·B·T·S``. A Kalman filter
+    estimates the three coefficients. It starts from values seen on a CPU, assumes that a timing has an error of a tenth, and
+    forgets slowly.
     """
 
     def __init__(self) -> None:
@@ -217,19 +217,19 @@ def moving_average(average: float, value: float) -> float:
 
 
 def fitting_nodes(limits: Limits, max_nodes: int) -> int:
-    """The largest tree of at most so many nodes that a bundle takes."""
+    """The nodes of the largest tree that a bundle takes, at most `max_nodes`."""
     return min(max_nodes, limits.max_tree_nodes or max_nodes, limits.max_seq_len)
 
 
 def fitting_capacities(limits: Limits, capacities: Sequence[int], max_nodes: int) -> list[int]:
-    """Those of some capacities that a bundle can have and that hold a tree of so many nodes, ascending."""
+    """Some capacities, changed so that the bundle can have them and a tree of `max_nodes` fits. Ascending."""
     if limits.capacity:
         return [limits.capacity]
     return sorted({max(min(size, limits.max_seq_len), max_nodes) for size in capacities})
 
 
 def _grid(largest: int) -> list[int]:
-    """1, 4, 16 … and the largest: what lies between is close to linear."""
+    """1, 4, 16 … and the largest: costs between these are close to linear."""
     sizes = [4**power for power in range(largest.bit_length()) if 4**power < largest]
     return [*sizes, largest]
 

@@ -35,12 +35,12 @@ class Draft:
 
     @property
     def num_nodes(self) -> int:
-        """The root included."""
+        """The number of nodes, the root included."""
         return len(self.tokens)
 
     @cached_property
     def mask(self) -> BoolArray:
-        """``mask[i, j]``: node i sees node j, that is, j is i or an ancestor of i. The nodes are ordered by depth. [N, N]"""
+        """``mask[i, j]``: node i attends to node j, because j is i or an ancestor. The nodes are ordered by depth. [N, N]"""
         mask = np.eye(self.num_nodes, dtype=np.bool_)
         for start, end in itertools.pairwise(depth_ends(self.depths)):
             mask[start:end] |= mask[self.parents[start:end]]

@@ -1,4 +1,4 @@
-"""What restricts an answer's tokens, such as a grammar."""
+"""The protocol of restrictions on an answer's tokens, such as a grammar."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from medusa_runtime.arrays import BoolArray
 
 
 class Guide(Protocol):
-    """Says which tokens may follow. It stands after the last token of the answer so far; paths start there."""
+    """Says which tokens may follow the answer so far. A path of tokens begins after the answer's last token."""
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Move on by tokens that were decided.
+        """Take in tokens that were decided.
 
         Raises:
-            RequestError: they cannot follow.
+            RequestError: the restriction does not allow them.
         """
         ...
 
@@ -28,5 +28,5 @@ class Guide(Protocol):
         ...
 
     def forced(self) -> list[int]:
-        """The tokens that must follow, as far as there is no choice."""
+        """The tokens that must follow; none as soon as several are allowed."""
         ...

@@ -1,10 +1,10 @@
-"""Prompt lookup: drafts from what followed the same words earlier, in the prompt or in the answer so far.
+"""Prompt lookup: drafts of the tokens that followed the same tokens earlier, in the prompt or in the answer so far.
 
 Summaries, edits and quotations repeat their source. If the last tokens of a sequence occurred before, the tokens that came
 after them then are a guess at the next ones. Such a guess can have any length and costs next to no time.
 
 Source: Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference with Reference: Lossless Acceleration of Large Language
-Models", 2023. Ours is that the probability of a guess is learned as the answer grows, so that it competes with other drafts.
+Models", 2023. Our addition: the probability of a guess is learned as the answer grows, so that it competes with other drafts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Continuation:
 
 
 class PromptLookup:
-    """Finds earlier places where the last tokens of one sequence occurred, and what followed them there.
+    """Finds earlier places where the last tokens of one sequence occurred, and the tokens that followed there.
 
     The probability of a continuation depends on how many tokens before it matched, and is learned for each such length. Each
     decided token shows whether the continuation was right so far; if it was, the match is one token longer.
@@ -42,7 +42,7 @@ class PromptLookup:
     Finding matches takes one comparison over all tokens and a few over the places that it leaves, so no index is kept.
 
     Args:
-        tokens: the sequence's. It grows; nothing is copied from it.
+        tokens: the sequence's tokens, which grow; no copy is kept.
     """
 
     def __init__(self, tokens: TokenBuffer) -> None:
@@ -52,7 +52,7 @@ class PromptLookup:
         self._asked: list[tuple[int, Continuation]] = []  # the last continuations, each with the length of its match
 
     def learn(self, decided: Sequence[int]) -> None:
-        """Learn from the tokens that were decided since the last call what the last continuations were worth."""
+        """Compare the last continuations with the tokens that were decided since then, and learn their rates."""
         if self._asked and decided:
             self._count(decided)
         self._asked = []
@@ -61,7 +61,7 @@ class PromptLookup:
         """Tokens that may come next, best first: from the latest of the longest matches, each with another first token.
 
         Args:
-            depth: tokens of each.
+            depth: the number of tokens of each.
         """
         self._asked, left = [], 1.0
         rates = [rate.value for rate in self._rates]

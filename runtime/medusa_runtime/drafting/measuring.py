@@ -1,4 +1,7 @@
-"""What steps and heads cost on a backend: the points of a grid, measured in turn, so that a slow minute hits all alike."""
+"""Measuring what steps and heads cost on a backend.
+
+The points of the grid take turns, so that a slow minute of the machine affects all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 
 CHUNK = 128  # tokens a step while the cache is filled
-MARGIN = 1.5  # times dearer than could ever pay: there, wider steps are not measured
+MARGIN = 1.5  # skip widths that cost MARGIN times what they could ever save
 
 
 def measure_grid(
@@ -25,19 +28,21 @@ def measure_grid(
     rounds: int,
     tell: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[list[list[float]]], list[float]]:
-    """Seconds of steps and of the heads: medians over rounds, after one that does not count. What the cache held is lost.
+    """Seconds of steps and of the heads: medians over rounds, after one that does not count. The cache's entries are lost.
 
-    A cache of S entries is used but for the last ones, which the widest step needs: so a backend that pays for what is used
-    and one that pays for what is allocated are both measured at about S. A step of T nodes gives a sequence K + 1 tokens at
-    most; where T nodes cost much more than K + 1 steps of one, wider steps are not measured but taken to grow on as steeply.
+    Of a cache of S entries, all are in use but the last ones, which the widest step needs. So backends whose time depends on
+    the entries in use and those whose time depends on the allocated entries are both measured at about S.
+
+    A step gives a sequence at most K + 1 tokens. If T nodes cost much more than K + 1 steps of one node, wider steps are not
+    measured: their costs are extrapolated with the last slope.
 
     Args:
-        backend: nobody else may use it meanwhile.
+        backend: must not be used by anything else during the measurement.
         batch_sizes: B, ascending.
         widths: T, ascending.
         capacities: S, ascending, each at least the largest width.
-        rounds: how often each point is measured.
-        tell: told how many rounds are done, the first one included.
+        rounds: measurements of each point.
+        tell: called with the number of rounds that are done, the first one included.
 
     Returns:
         Seconds of a step, [capacities, batch_sizes, widths], and of the heads, [batch_sizes].
@@ -45,7 +50,7 @@ def measure_grid(
     Raises:
         CapacityError: there is no memory for the cache.
     """
-    apart = int(batch_sizes[0] == 1)  # one sequence, for which there may be another graph
+    apart = int(batch_sizes[0] == 1)  # there may be a graph of its own for one sequence
     step_seconds: list[list[list[float]]] = [[] for _ in capacities]
     head_seconds: list[float] = []
     groups = [group for group in (batch_sizes[:apart], batch_sizes[apart:]) if group]
@@ -56,7 +61,7 @@ def measure_grid(
             rows = [np.median(steps[capacity, batch], axis=0).tolist() for batch in group]
             step_seconds[place] += [_extended(row, widths) for row in rows]
         head_seconds += [median(heads[batch]) for batch in group]
-    backend.resize(1, capacities[0])  # and ready for one again
+    backend.resize(1, capacities[0])  # so that the graph for one sequence is open again
     return step_seconds, head_seconds
 
 
@@ -69,7 +74,7 @@ def _measure(
     rounds: int,
     tell: Callable[[int], None],
 ) -> tuple[dict[tuple[int, int], list[list[float]]], dict[int, list[float]]]:
-    """Seconds of each round: of steps by capacity and batch, a row of widths a round, and of the heads by batch."""
+    """Seconds of steps by capacity and batch, with one row of widths per round; and of the heads by batch, one per round."""
     useful: dict[tuple[int, int], Sequence[int]] = {}  # by capacity and batch: widths that are measured
     steps: dict[tuple[int, int], list[list[float]]] = defaultdict(list)
     heads: dict[int, list[float]] = defaultdict(list)
@@ -82,7 +87,7 @@ def _measure(
                 if number == 0:
                     useful[point] = _useful(backend, batch, widths, num_filled)
                     continue
-                _step(backend, batch, 1, num_filled)()  # the first one after another batch finds nothing ready
+                _step(backend, batch, 1, num_filled)()  # the first step after a change of batch takes longer
                 steps[point].append([_seconds(_step(backend, batch, width, num_filled)) for width in useful[point]])
                 first = np.zeros(batch, np.int64)
                 heads[batch].append(_seconds(partial(backend.propose, first, first)))
@@ -91,7 +96,7 @@ def _measure(
 
 
 def _useful(backend: Backend, batch: int, widths: Sequence[int], length: int) -> Sequence[int]:
-    """The widths up to the first that costs more than it could ever give. A step that was slow once is tried again."""
+    """The widths up to the first that costs more than it could ever save. A step that was slow is timed a second time."""
     first = 0.0
     for number, width in enumerate(widths, start=1):
         step = _step(backend, batch, width, length)
@@ -104,7 +109,7 @@ def _useful(backend: Backend, batch: int, widths: Sequence[int], length: int) ->
 
 
 def _extended(seconds: list[float], widths: Sequence[int]) -> list[float]:
-    """Seconds of all widths from those of the first ones, going on as steeply."""
+    """Seconds of all widths, extrapolated from the first ones with their last slope."""
     known = len(seconds)
     if known == len(widths):
         return seconds
@@ -113,7 +118,7 @@ def _extended(seconds: list[float], widths: Sequence[int]) -> list[float]:
 
 
 def _fill(backend: Backend, num_slots: int, capacity: int, length: int, num_filled: int) -> int:
-    """Have all slots hold `length` entries, of which there may be some already: zeros would be read faster than real ones."""
+    """Fill all slots with `length` entries; `num_filled` are there already. Zeros would be read faster than real entries."""
     kept = min(length, num_filled)
     backend.resize(num_slots, capacity, [kept] * num_slots if kept else ())
     chunk = min(CHUNK, backend.manifest.limits.max_prefill_tokens or CHUNK)
@@ -133,7 +138,7 @@ def _step(backend: Backend, batch: int, width: int, length: int, num_rows: int |
 
 
 def _seconds(run: Callable[[], StepOutput | HeadOutput]) -> float:
-    """What a run takes, once the backend has prepared itself for its shape."""
+    """Seconds of a run, after the backend has compiled or captured its shape."""
     while True:
         started = time.perf_counter()
         output = run()

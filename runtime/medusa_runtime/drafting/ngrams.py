@@ -1,7 +1,7 @@
-"""Draft n-grams: which tokens follow which in the model's own answers, to correct what heads guess each for itself.
+"""Draft n-grams: which tokens follow which in the model's own answers. They correct the heads' guesses.
 
 A head guesses the token some places ahead without knowing which candidates stand before it. In the answers that the heads
-were trained on, a token is likelier or less likely after a pair of tokens than on its own; that ratio corrects the guess.
+were trained on, a token is likelier or less likely after a pair of tokens than on its own. That ratio corrects the guess.
 
 Source: absolute discounting, which n-grams are smoothed with, is Ney, Essen and Kneser, "On structuring probabilistic
 dependences in stochastic language modelling", 1994. That a tree of independent guesses gains from such a ratio, and the
@@ -25,10 +25,10 @@ from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.errors import BundleError, first_line
 
 NGRAMS_NAME = "draft_ngrams.npz"
-MAX_CELLS, MAX_DEPTHS = 1 << 24, 64  # of a file that is read: 32 MiB of cells; `medusa-export` makes at most a sixteenth
-RATIO_STEP = 0.1  # of a stored logarithm, in nats
+MAX_CELLS, MAX_DEPTHS = 1 << 24, 64  # the most that is read: 32 MiB of cells; `medusa-export` writes at most a sixteenth
+RATIO_STEP = 0.1  # nats; stored logarithms are whole multiples of it
 NUM_WEIGHTS = 5
-NO_TOKEN = -1  # as the last of an n-gram: what holds for all tokens that make no known n-gram with those before
+NO_TOKEN = -1  # as the last of an n-gram, it stands for all tokens that make no known n-gram with the tokens before
 HashArray = npt.NDArray[np.uint64]
 LAST, BITS_TOLD, MASK_TOLD = np.uint64(1 << 63), np.uint64(8), np.uint64(255)
 GAMMA, FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0x94D049BB133111EB)
@@ -40,52 +40,52 @@ class Guesses(NamedTuple):
     tokens: IntArray  # [A], the root first
     parents: IntArray  # [A], the root's is -1
     depths: IntArray  # [A]
-    log_probs: FloatArray  # [A] of being accepted if the parent is; the root's is 0
+    log_probs: FloatArray  # [A] of a node's acceptance if its parent is accepted; the root's is 0
 
 
 @dataclass(frozen=True, eq=False)
 class NGrams:
-    """Pairs and triples of tokens, each with how much likelier its last token is after the others.
+    """Pairs and triples of tokens, and how much likelier the last token of each is after the others.
 
-    They stand in a table of cells: the upper bits of an n-gram's code say which cell is its own, the lower eight tell it from
-    others that have the same one. A few are mistaken for others, or have no cell: that costs a draft, never a token.
+    A hash table without chaining: the upper bits of an n-gram's code index a cell, the lower eight are a tag. A collision
+    with an equal tag, or an n-gram that found its cell taken, costs a draft, never a token.
     """
 
-    cells: npt.NDArray[np.uint16]  # [2**n] of each the lower bits of a code, and a logarithm in units of `RATIO_STEP`
-    weights: FloatArray  # [D, 5] for each depth: of the head's log-probability, the two ratios, all other tokens, and 1
+    cells: npt.NDArray[np.uint16]  # [2**n] a tag in the upper byte, a signed logarithm in units of `RATIO_STEP` in the lower
+    weights: FloatArray  # [D, 5] per depth: weights of the head's log-probability, the two ratios, all other tokens, and 1
 
     def __post_init__(self) -> None:
-        """Raise a ValueError where the arrays are not what they should be."""
+        """Raise a ValueError if the arrays have another type or shape."""
         size = len(self.cells)
         if self.cells.dtype != np.uint16 or self.cells.ndim != 1 or size < 2 or size & (size - 1):
-            raise ValueError("the cells are no table of 16 bits each")
+            raise ValueError("the cells are not 16 bits each, or their number is not a power of two")
         if self.weights.dtype != np.float32 or self.weights.ndim != 2 or self.weights.shape[1] != NUM_WEIGHTS:
             raise ValueError(f"the weights are not {NUM_WEIGHTS} numbers a depth")
         if not len(self.weights) or not np.isfinite(self.weights).all():
-            raise ValueError("weights are missing")
+            raise ValueError("weights are missing or not finite")
 
     @classmethod
     def load(cls, path: str | Path) -> NGrams:
-        """Read a file that `save` wrote. Nothing is unpacked before its header says that it is an array of the right kind.
+        """Read a file that `save` wrote. An array is unpacked only if its header has the right type and shape.
 
         Raises:
-            BundleError: it is no such file.
+            BundleError: the file is missing, damaged, or holds something else.
         """
         try:
             with zipfile.ZipFile(path) as file:
                 cells = _unpacked(file, "cells", np.uint16, (MAX_CELLS,))
                 return cls(cells, _unpacked(file, "weights", np.float32, (MAX_DEPTHS, NUM_WEIGHTS)))
-        except Exception as error:  # zipfile, zlib and NumPy raise all kinds of errors
+        except Exception as error:  # zipfile, zlib and NumPy raise errors of many classes
             raise BundleError(
                 f"{path} holds no draft n-grams ({first_line(error)}); make them again: medusa-export heads ngrams"
             ) from error
 
     @classmethod
     def of_bundle(cls, bundle: str | Path, manifest: Manifest) -> NGrams | None:
-        """Those a bundle has.
+        """The n-grams of a bundle; None if it has none.
 
         Raises:
-            BundleError: its file is damaged.
+            BundleError: their file is damaged.
         """
         return cls.load(Path(bundle) / NGRAMS_NAME) if NGRAMS_NAME in manifest.files else None
 
@@ -99,11 +99,11 @@ class NGrams:
         return dataclasses.replace(self, weights=np.asarray(weights, np.float32))
 
     def ratios(self, contexts: IntArray, token_ids: IntArray) -> FloatArray:
-        """How much likelier tokens are after one and after two others, as logarithms in nats.
+        """How much likelier tokens are after one and after two other tokens, as logarithms in nats.
 
         Args:
             contexts: the two tokens before. [F, 2]
-            token_ids: [M], or [F, M] where each context has its own.
+            token_ids: [M], or [F, M] if each context has tokens of its own.
 
         Returns:
             log p(c | b) - log p(c) and log p(c | a, b) - log p(c | b). [2, F, M]
@@ -111,12 +111,12 @@ class NGrams:
         return self._ratios(contexts, _with_none(token_ids))
 
     def log_probs(self, contexts: IntArray, token_ids: IntArray, head_log_probs: FloatArray, depth: int) -> FloatArray:
-        """How likely a head's candidates are after each of some paths: at most 0, and they and all other tokens make 1.
+        """Log-probabilities of a head's candidates after each of some paths. With all other tokens, probabilities sum to 1.
 
         Args:
             contexts: the last two tokens of each path. [F, 2]
             token_ids: the head's candidates. [M]
-            head_log_probs: theirs. [M]
+            head_log_probs: the candidates' log-probabilities by the head. [M]
             depth: of the candidates, from 1.
 
         Returns:
@@ -132,17 +132,17 @@ class NGrams:
         num_nodes: int,
         max_depth: int,
     ) -> Guesses:
-        """What may follow a root: all that can be among the likeliest `num_nodes`, the root included, and some more.
+        """The nodes that may follow a root: all that can be among the likeliest `num_nodes`, the root included, and some more.
 
         Args:
             last_ids: the last two decided tokens; the second is the root.
             head_ids: the heads' candidates, best first. [K, M]
-            head_log_probs: theirs. [K, M]
-            num_nodes: how many nodes a draft has at most.
-            max_depth: leave out what is deeper.
+            head_log_probs: the candidates' log-probabilities. [K, M]
+            num_nodes: the most nodes of a draft.
+            max_depth: the depth of the deepest node.
         """
         room, worst = num_nodes - 1, np.float32(-np.inf)
-        contexts, above = np.array([last_ids], np.int64), np.zeros(1, np.float32)  # [F, 2] [F] of the nodes to grow from
+        contexts, above = np.array([last_ids], np.int64), np.zeros(1, np.float32)  # [F, 2] [F] of the nodes that get children
         levels, seen, num_before = [Guesses(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
         hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)  # [K, M + 1] [K]
         for depth, ids in enumerate(head_ids[:max_depth], start=1):
@@ -189,9 +189,9 @@ class NGrams:
 
 
 def _unpacked(file: zipfile.ZipFile, name: str, dtype: type[np.generic], most: tuple[int, ...]) -> npt.NDArray[Any]:
-    """An array of an npz file. Refused if it is of another type, or larger than `most` along some axis.
+    """An array of an npz file. It is refused if it has another type, or is larger than `most` along an axis.
 
-    A packed file may unpack to a thousand times its size, so the header is read first, and after it no more than it says.
+    A packed file may unpack to a thousand times its size. So the header is read first, and then no more bytes than it says.
     """
     with file.open(f"{name}.npy") as packed:
         if np.lib.format.read_magic(packed) != (1, 0):  # later versions have headers of up to 4 GiB
@@ -214,7 +214,7 @@ def rest_log_prob(head_log_probs: FloatArray) -> FloatArray:
 
 
 def ngram_codes(contexts: IntArray, token_ids: IntArray, num_cells: int) -> HashArray:
-    """Codes of the pairs and triples that tokens make with those before them: above the lower eight bits, which cell is theirs.
+    """Codes of the pairs and triples that tokens make with the tokens before them: a cell's number, then a tag of eight bits.
 
     Args:
         contexts: the two tokens before. [F, 2]
@@ -237,12 +237,12 @@ def _codes(contexts: IntArray, hashes: HashArray, num_cells: int) -> HashArray:
 
 
 def _hashes(token_ids: IntArray) -> HashArray:
-    """Of tokens as the last of an n-gram, which are others than those of tokens before."""
+    """Hashes of tokens as the last of an n-gram. As earlier ones, the same tokens have other hashes."""
     return _mixed(token_ids.astype(np.uint64) ^ LAST)
 
 
 def _with_none(token_ids: IntArray) -> HashArray:
-    """Hashes of tokens and, after them, of none. [..., M] -> [..., M + 1]"""
+    """Hashes of tokens, with that of `NO_TOKEN` after them. [..., M] -> [..., M + 1]"""
     return _hashes(np.concatenate([token_ids, np.full_like(token_ids[..., :1], NO_TOKEN)], axis=-1))
 
 

@@ -1,4 +1,4 @@
-"""Proposals: the tokens that may follow a sequence's root, from its heads, its prompt lookup and its guide."""
+"""Proposals: the tokens that may follow a sequence's root, by its heads, prompt lookup and guide."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Drafter:
     """Makes the drafts of one sequence.
 
     Args:
-        tokens: the sequence's.
-        candidates: where a tree of the heads' candidates has its nodes.
-        num_nodes: nodes of a draft at most.
+        tokens: the sequence's tokens.
+        candidates: the nodes that a tree of the heads' candidates may have.
+        num_nodes: the most nodes of a draft.
         looks_up: also draft what followed the same tokens before.
         guide: restricts the sequence's tokens.
     """
@@ -95,10 +95,10 @@ class Drafter:
             self._continuations = self._lookup.continuations(min(remaining, self.num_nodes) - 1)
 
     def propose(self, guesses: HeadGuesses | None, remaining: int) -> Proposals:
-        """What may follow the last token, which is the root.
+        """The tokens that may follow the last token, which is the root.
 
         Args:
-            guesses: the heads'; None if they were not asked.
+            guesses: the heads' guesses; None if they were not asked.
             remaining: tokens that the answer may still have.
         """
         ids = self._tokens.ids
@@ -136,9 +136,9 @@ class CandidateSet:
         larger of its two probabilities.
 
         Args:
-            root_id: the decided token.
-            guesses: the heads'; None if they were not asked.
-            max_depth: deeper tokens are left out.
+            root_id: the last decided token.
+            guesses: the heads' guesses; None if they were not asked.
+            max_depth: the depth of the deepest token.
             continuations: from `PromptLookup.continuations`.
             previous_id: the decided token before the root, for the n-grams.
         """
@@ -173,7 +173,7 @@ class CandidateSet:
         if guesses is not None:
             places = self.depths[1:count] - 1, self.ranks[1:count]
             tokens[1:] = guesses.token_ids[places]
-            # at most 0, which a logarithm of a probability may miss by rounding: else a child could pass its parent
+            # rounding may give a log-probability above 0, and then a child would be likelier than its parent
             log_probs[1:] = np.minimum(guesses.log_probs[places], 0)
         return Guesses(tokens, self.parents[:count], self.depths[:count], log_probs)
 

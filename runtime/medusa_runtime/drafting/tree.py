@@ -1,7 +1,7 @@
 """Candidate trees: which continuations are verified in one step, as data.
 
-Node 0 is the *root*: the token already decided that the cache does not hold yet. Every other node is a draft: the
-node at depth d with rank r is the r-th best token of head d (heads are counted from 1 here, as depths are).
+Node 0 is the *root*: the last decided token, which is not in the cache yet. Every other node is a draft. The node at depth
+d with rank r holds the token of rank r of head d; heads are counted from 1 here, as depths are, and ranks from 0.
 Parents come before their children.
 
 Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads", section 2.1.2.
@@ -30,8 +30,8 @@ class CandidateTree:
     """A tree of N nodes, the root included.
 
     Args:
-        parents: for each node the index of its parent, -1 for the root, which is node 0.
-        ranks: for each node which of its head's tokens it holds, 0 for the most likely; the root's is 0.
+        parents: the index of each node's parent; -1 for the root, which is node 0.
+        ranks: the rank of each node's token among its head's tokens, 0 for the likeliest; the root's is 0.
 
     Raises:
         TreeError: the parents do not form a tree rooted at node 0 with parents first, or two siblings share a rank.
@@ -42,11 +42,13 @@ class CandidateTree:
 
     def __post_init__(self) -> None:
         if any(type(number) is not int for number in (*self.parents, *self.ranks)):
-            raise TreeError("parents and ranks are whole numbers")
+            raise TreeError("parents and ranks must be whole numbers")
         if not self.parents or self.parents[0] != -1:
-            raise TreeError("a tree starts with its root: the first parent must be -1")
+            raise TreeError("a tree begins with its root, so the first parent must be -1")
         if len(self.ranks) != len(self.parents):
-            raise TreeError(f"a tree needs one rank a node: {len(self.parents)} parents, {len(self.ranks)} ranks")
+            raise TreeError(
+                f"each node needs one parent and one rank; found {len(self.parents)} parents, {len(self.ranks)} ranks"
+            )
         for node, parent in enumerate(self.parents[1:], start=1):
             if not 0 <= parent < node:
                 raise TreeError(f"node {node} has parent {parent}; a parent must be an earlier node")
@@ -62,7 +64,7 @@ class CandidateTree:
 
     @classmethod
     def from_parents(cls, parents: Sequence[int], ranks: Sequence[int] | None = None) -> CandidateTree:
-        """A tree from parents alone: the children of a node take ranks 0, 1, 2 … in their order."""
+        """A tree from parents. Without ranks, the children of a node take the ranks 0, 1, 2 … in their order."""
         if ranks is None:
             seen: dict[int, itertools.count[int]] = {}
             ranks = [next(seen.setdefault(parent, itertools.count())) for parent in parents]
@@ -70,9 +72,9 @@ class CandidateTree:
 
     @classmethod
     def from_choices(cls, choices: Iterable[Sequence[int]]) -> CandidateTree:
-        """A tree from paths of ranks, the form published Medusa trees have: ``[[0], [1], [0, 0], [0, 1]]``.
+        """A tree from paths of ranks, as Medusa trees are published: ``[[0], [1], [0, 0], [0, 1]]``.
 
-        Missing inner nodes are added; order and repetitions do not matter.
+        Missing inner nodes are added. Order and repetitions do not matter.
         """
         paths = {tuple(choice[:depth]) for choice in choices for depth in range(1, len(choice) + 1)}
         ordered = [(), *sorted(paths, key=lambda path: (len(path), path))]
@@ -84,7 +86,7 @@ class CandidateTree:
 
     @classmethod
     def from_json(cls, data: Any) -> CandidateTree:
-        """A tree from parsed JSON: a list of choices, or an object with ``choices``, or with ``parents`` (and ``ranks``)."""
+        """A tree from parsed JSON: a list of choices, an object with ``choices``, or one with ``parents`` (and ``ranks``)."""
         choices = data if isinstance(data, list) else data.get("choices") if isinstance(data, dict) else None
         try:
             if choices is not None:
@@ -92,13 +94,13 @@ class CandidateTree:
             return cls.from_parents(data["parents"], data.get("ranks"))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise TreeError(
-                'this is no tree: one is a list of choices such as [[0], [0, 0], [1]], or {"choices": …}, '
+                'this JSON is not a tree; a tree is a list of choices such as [[0], [0, 0], [1]], or {"choices": …}, '
                 'or {"parents": …, "ranks": …}'
             ) from error
 
     @classmethod
     def from_file(cls, path: str | Path) -> CandidateTree:
-        """Read `from_json`'s forms from a file."""
+        """Read a tree from a file with one of the forms of `from_json`."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -106,12 +108,12 @@ class CandidateTree:
         return cls.from_json(data)
 
     def to_json(self) -> dict[str, list[int]]:
-        """The form that `from_json` reads back to an equal tree."""
+        """Parents and ranks, from which `from_json` makes an equal tree."""
         return {"parents": list(self.parents), "ranks": list(self.ranks)}
 
     @property
     def num_nodes(self) -> int:
-        """How many tokens a step verifies, the root included."""
+        """How many nodes a step verifies, the root included."""
         return len(self.parents)
 
     @property
@@ -121,7 +123,7 @@ class CandidateTree:
 
     @property
     def top_k(self) -> int:
-        """How many tokens of each head the tree uses at most."""
+        """How many candidates per head the tree needs."""
         return max(self.ranks) + 1
 
     @cached_property
@@ -134,14 +136,14 @@ class CandidateTree:
 
     @cached_property
     def mask(self) -> BoolArray:
-        """``mask[i, j]``: node i sees node j, that is, j is i or an ancestor of i. [N, N]"""
+        """``mask[i, j]``: node i attends to node j, because j is i or an ancestor of i. [N, N]"""
         mask = np.eye(self.num_nodes, dtype=np.bool_)
         for node, parent in enumerate(self.parents[1:], start=1):
             mask[node] |= mask[parent]
         return mask
 
     def check_fits(self, num_heads: int, top_k: int) -> None:
-        """Raise a `TreeError` where the tree asks for more than the heads give."""
+        """Raise a `TreeError` if the tree needs more heads, or more candidates per head, than there are."""
         if self.depth > num_heads:
             raise TreeError(f"the tree is {self.depth} deep, the bundle has {num_heads} heads; use a shallower tree")
         if self.top_k > top_k:
@@ -153,10 +155,10 @@ class CandidateTree:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """A tree made anew at each step: the nodes that the heads' own probabilities make likeliest.
+    """A tree that is made again for each step, of the nodes that are likeliest by the heads' own probabilities.
 
     Args:
-        num_nodes: the root included.
+        num_nodes: nodes of the tree, the root included.
 
     Raises:
         TreeError: not between 1 and 1,024 nodes.

@@ -1,4 +1,4 @@
-"""From shaped logits to tokens: temperature and truncation, and drawing with one random number a token."""
+"""From shaped logits to tokens: temperature, truncation, and a draw with one random number per token."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from medusa_runtime.errors import BackendError
 from medusa_runtime.options import DecodingOptions
 
 SMALLEST = np.finfo(np.float32).tiny
-
-
-BLOCK = 256  # tokens summed together before a draw looks into one block
+BLOCK = 256  # tokens; a draw first finds the block by the blocks' sums, then the token in it
 
 
 class Uniforms:
     """One number in [0, 1) for each token of an answer, by a counter-based generator.
 
-    The i-th token's number depends on the seed and on i alone. A step that is done in another tree, in another batch, or
-    over again draws the same token from the same distribution.
+    The number of the i-th token depends only on the seed and on i. So a step draws the same token from the same distribution
+    if it is repeated, has another tree, or is done in another batch.
 
     Args:
         seed: 64 bits.
@@ -42,7 +40,7 @@ class Distribution:
     """Weights of tokens, in the order of their ids; they need not sum to 1."""
 
     weights: FloatArray  # [S]
-    token_ids: IntArray | None = None  # [S]; none where S is the vocabulary
+    token_ids: IntArray | None = None  # [S], ascending; None if S is the whole vocabulary
 
     def draw(self, uniform: float) -> int:
         """The token in which the cumulative probability passes `uniform`: inversion, for a number in [0, 1)."""
@@ -53,17 +51,17 @@ class Distribution:
         start = block * BLOCK
         inner = np.cumsum(self.weights[start : start + BLOCK], dtype=np.float64) + (ends[block] - sums[block])
         place = start + min(int(np.searchsorted(inner, target, side="right")), len(inner) - 1)
-        while self.weights[place] == 0:  # rounding may end beyond the last token that can be
+        while self.weights[place] == 0:  # rounding may pass the last token that has a weight
             place -= 1
         return place if self.token_ids is None else int(self.token_ids[place])
 
     def probabilities(self) -> FloatArray:
-        """The weights, normalised. [S]"""
+        """The weights, normalised so that they sum to 1. [S]"""
         normalised: FloatArray = (self.weights / self.weights.sum(dtype=np.float64)).astype(np.float32)
         return normalised
 
     def weight(self, token_id: int) -> float:
-        """Of one token; 0 where the options leave it out."""
+        """The weight of one token; 0 if the options leave it out."""
         if self.token_ids is None:
             return float(self.weights[token_id])
         place = int(np.searchsorted(self.token_ids, token_id))
@@ -74,7 +72,7 @@ def largest(logits: FloatArray) -> float:
     """The largest of a model's logits. NaN counts as larger than any number.
 
     Raises:
-        BackendError: it is NaN or infinite, so that no token can be chosen by these logits.
+        BackendError: it is NaN or infinite, so no token can be chosen.
     """
     best = float(logits.max())
     if not np.isfinite(best):
@@ -83,7 +81,7 @@ def largest(logits: FloatArray) -> float:
 
 
 def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
-    """What tokens are drawn from: temperature, then top-k, then top-p, then min-p, as the field applies them.
+    """The distribution that a token is drawn from: temperature, then top-k, top-p and min-p, in the usual order.
 
     Args:
         logits: shaped. [V]
@@ -93,8 +91,8 @@ def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
         BackendError: the largest logit is NaN or infinite.
     """
     best = largest(logits)
-    with np.errstate(over="ignore"):  # minus infinity is as good as a weight of 0
-        weights = np.exp((logits - best) / max(np.float32(options.temperature), SMALLEST))  # [V], the best token's is 1
+    with np.errstate(over="ignore"):  # an overflow gives minus infinity, whose weight is 0
+        weights = np.exp((logits - best) / max(np.float32(options.temperature), SMALLEST))  # [V], 1 for the best token
     if not (options.top_k or options.top_p < 1 or options.min_p):
         return Distribution(weights)
     kept: IntArray | slice = slice(None)
@@ -110,10 +108,10 @@ def distribution(logits: FloatArray, options: DecodingOptions) -> Distribution:
 
 
 def _nucleus(weights: FloatArray, top_p: float) -> IntArray:
-    """The fewest places that hold `top_p` of the weights together, ascending.
+    """The fewest places that together have `top_p` of all weight, ascending.
 
-    Places with less than (1 - top_p) of the mean hold less than 1 - top_p together, so none of them is needed: only the
-    others, usually few, are sorted.
+    Places with less than (1 - top_p) of the mean weight have less than 1 - top_p of all weight together, so none of them is
+    needed. Only the other places, usually few, are sorted.
     """
     total = float(weights.sum(dtype=np.float64))
     needed = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
@@ -128,7 +126,7 @@ def chosen_logprob(logits: FloatArray, token_id: int, count: int) -> tuple[float
     Args:
         logits: as the model gave them. [V]
         token_id: the token that was given out.
-        count: likely tokens, best first.
+        count: how many likely tokens to return, best first.
 
     Raises:
         BackendError: the largest logit is NaN or infinite.

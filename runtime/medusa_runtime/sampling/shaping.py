@@ -14,13 +14,13 @@ from medusa_runtime.sampling.distribution import largest
 
 
 class LogitsShaper:
-    """Penalties, biases, bans: all changes of logits that come before the temperature.
+    """Penalties, biases and bans: the changes of logits that come before the temperature.
 
     Args:
-        options: the request's.
-        prompt_ids: its prompt.
+        options: the request's options.
+        prompt_ids: the prompt's token ids.
         end_ids: the tokens that end the answer. They are banned before `min_new_tokens`.
-        guide: its grammar.
+        guide: the request's grammar.
     """
 
     def __init__(
@@ -37,13 +37,18 @@ class LogitsShaper:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it never changes anything."""
+        """Whether it never changes any logit."""
         options = self._options
         banned = options.suppress_tokens or options.begin_suppress_tokens or options.min_new_tokens
         return not (options.has_penalties or banned or len(self._bias_ids) or self._guide)
 
     def shape(self, logits: FloatArray, token_ids: Sequence[int], path: Sequence[int] = ()) -> FloatArray:
-        """The logits [V] of the token after an answer's tokens, changed by the options. The argument is not changed.
+        """The logits of the next token, changed by the options. The argument is not changed.
+
+        Args:
+            logits: the model's. [V]
+            token_ids: the answer's tokens before the next one, those of `path` included.
+            path: the last of these tokens that are drafts; the guide stands before them.
 
         Raises:
             OptionError: the options leave no token, or make a logit infinite.
@@ -76,6 +81,6 @@ class LogitsShaper:
         if options.repetition_penalty != 1.0:
             seen = np.union1d(self._prompt_ids, given)
             found = logits[seen]
-            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `shape` looks at the result
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `shape` checks the result
                 logits[seen] = np.where(found > 0, found / options.repetition_penalty, found * options.repetition_penalty)
         logits[given] -= options.presence_penalty + options.frequency_penalty * counts

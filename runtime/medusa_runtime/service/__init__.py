@@ -1,1 +1,1 @@
-"""Requests of many callers on one engine: a thread that decodes, handles through which answers come back."""
+"""Requests of many callers on one engine: a thread that decodes, and handles that give the answers."""

@@ -17,7 +17,7 @@ class Answer:
         index: which of the request's answers.
         codec: turns tokens into text.
         stop: texts that end it.
-        special_stops: tokens that end it and the stop texts that they are spelled as: no such text comes out of decoding.
+        special_stops: special tokens that end it, each with its stop text. Decoding leaves special tokens out of the text.
         with_logprobs: whether the request asked for log-probabilities.
     """
 
@@ -94,7 +94,7 @@ class Answer:
         )
 
     def _stop_token(self, token_id: int) -> str | int | None:
-        """What the request named to end at this token: a stop text, a stop token, or nothing if the model ended by itself."""
+        """The request's stop text or stop token that this token is; None if the model ended the answer by itself."""
         if token_id in self._special_stops:
             return self._special_stops[token_id]
         assert self.sequence is not None

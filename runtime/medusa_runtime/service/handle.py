@@ -1,4 +1,4 @@
-"""What a caller holds of a request: its chunks as they come, its result, and the way to cancel it."""
+"""The handle of a request: it gives the chunks as they come, or the result, and cancels the request."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Request:
     """A request that was checked, ready to be decoded."""
 
     decoding: DecodingRequest
-    guides: list[Guide | None]  # one an answer
+    guides: list[Guide | None]  # one per answer
     stop: Sequence[str] = ()
     special_stops: Mapping[int, str] = field(default_factory=dict)  # stop texts that are special tokens, by token
-    since: float = field(default_factory=time.perf_counter)  # when it was made
+    since: float = field(default_factory=time.perf_counter)  # when the request was made
 
 
 class Job:
@@ -52,11 +52,11 @@ class Job:
         self.error: MedusaError | None = None
         self.is_done = False
         self.news = threading.Condition()
-        self.wakes: set[Callable[[], object]] = set()  # of event loops that wait
+        self.wakes: set[Callable[[], object]] = set()  # they wake the event loops that wait
         self._process = os.getpid()
 
     def tell(self, chunk: GenerationChunk | None = None, error: MedusaError | None = None) -> None:
-        """Hand something out, and note whether nothing more will come."""
+        """Hand out a chunk or an error, and note whether it is the last."""
         with self.news:
             if chunk is not None:
                 self.chunks.append(chunk)
@@ -65,48 +65,48 @@ class Job:
             self.news.notify_all()
             wakes = list(self.wakes)
         for wake in wakes:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so it no longer waits
                 wake()
 
     def require_same_process(self) -> None:
-        """Refuse to wait in a process that was forked: the thread that decodes is not there."""
+        """Refuse to wait in a forked process, which lacks the thread that decodes."""
         if os.getpid() != self._process:
             raise ClosedError("this request was made before a fork, in another process; ask for its result there")
 
 
 class Handle:
-    """A request that was submitted: its chunks as they come, its result, and the way to cancel it.
+    """A request that was submitted.
 
-    Iterate over it, with `for` or with `async for`, or ask for the result; each chunk is given out once. A handle that is
-    dropped before its request is done cancels the request. So does leaving its `with` or `async with`.
+    Iterate over it with `for` or `async for` to get the chunks as they come, each once; or ask for the result. A handle that
+    is dropped before its request is done cancels the request. So does leaving its `with` or `async with`.
     """
 
     def __init__(self, job: Job, cancel: Callable[[Job], None]) -> None:
-        self.owner: object = None  # must live as long as this
+        self.owner: object = None  # kept alive as long as this handle
         self._job = job
         self._cancel = weakref.finalize(self, cancel, job)
         self._cancel.atexit = False
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more will be decided."""
+        """Whether the request has ended."""
         return self._job.is_done
 
     def cancel(self) -> None:
-        """End the request before its next step; its result then is what there is. If it is done already, nothing happens."""
+        """End the request before its next step. Its result is the answer so far. If it is done already, nothing happens."""
         self._cancel()
 
     def result(self, timeout: float | None = None) -> GenerationResult:
         """Wait until the request is done.
 
         Args:
-            timeout: seconds; None or infinity to wait as long as it takes.
+            timeout: the longest wait in seconds; None or infinity for no limit.
 
         Raises:
             TimeoutError: it was not done in time. It goes on.
             RequestError: it failed.
             ClosedError: its service was closed.
-            OptionError: the timeout is no such number.
+            OptionError: the timeout is not a number of at least 0.
         """
         seconds = _checked_timeout(timeout)
         job = self._job
@@ -117,11 +117,11 @@ class Handle:
         return self._whole()
 
     async def aresult(self, *, cancels: bool = True) -> GenerationResult:
-        """As `result`, without a thread that waits.
+        """As `result`, for asyncio.
 
         Args:
-            cancels: whether a task that is cancelled here cancels the request. If not, it goes on, and `aresult` can be
-                called again.
+            cancels: whether the request is cancelled if the task is cancelled while it waits here. If not, the request goes
+                on, and `aresult` can be called again.
         """
         try:
             await self._wait(lambda: self._job.is_done)
@@ -202,5 +202,5 @@ def _checked_timeout(timeout: float | None) -> float | None:
     if timeout is None or timeout == math.inf:
         return None
     if not isinstance(timeout, int | float) or not timeout >= 0:
-        raise OptionError(f"the timeout is {timeout!r}; it must be a number of seconds of at least 0, or none")
+        raise OptionError(f"the timeout is {timeout!r}; it must be a number of seconds of at least 0, or None")
     return min(timeout, threading.TIMEOUT_MAX)

@@ -10,14 +10,14 @@ from medusa_runtime.decoding.stats import DecodingStats
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """What one step added to an answer."""
+    """The part of an answer that one step added."""
 
     text: str  # may be empty while a character, or a stop string, is incomplete
     token_ids: list[int]
     num_accepted: int  # drafts accepted in this step
     finish_reason: FinishReason | None = None
     index: int = 0  # which of the request's answers
-    logprobs: list[TokenLogprob] | None = None  # one a token, if the request asked for them
+    logprobs: list[TokenLogprob] | None = None  # one per token, if the request asked for them
     stop_reason: str | int | None = None  # the stop text or stop token that ended the answer; None if the model ended it
 
 
@@ -26,10 +26,10 @@ class Choice:
     """One whole answer."""
 
     text: str
-    token_ids: list[int]  # the token that ended the answer included, if one did; it is no part of the text
+    token_ids: list[int]  # with the token that ended the answer, if one did, though it is not part of the text
     finish_reason: FinishReason  # "cancelled" if `Handle.cancel` cut it short
     stats: DecodingStats
-    seed: int  # with it, and the same options, the same answer comes again
+    seed: int  # the same seed and options give the same answer again
     logprobs: list[TokenLogprob] | None = None
     stop_reason: str | int | None = None  # the stop text or stop token that ended it; None if the model ended it
 
@@ -64,12 +64,12 @@ class GenerationResult:
 
     @property
     def seed(self) -> int:
-        """The request's."""
+        """The seed of the request."""
         return self.choices[0].seed
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """The first answer's, if the request asked for them."""
+        """The log-probabilities of the first answer's tokens, if the request asked for them."""
         return self.choices[0].logprobs
 
     @property
@@ -80,9 +80,9 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class ServiceStats:
-    """A service at one moment, and all it did since it was opened.
+    """The state of a service now, and its counts since it was opened.
 
-    The three means are over the answers that have ended by themselves.
+    The three means are over the completed answers: those that were not cancelled, overdue or failed.
     """
 
     num_waiting: int  # answers that have no slot yet

@@ -1,4 +1,4 @@
-"""Many requests on one engine: a thread that decodes and hands out what it decided."""
+"""Many requests on one engine: a thread that decodes and hands out the answers."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Worker:
         self._most = max_queue + engine.max_batch_size
         self._max_queue = max_queue
         lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # guards all below
+        self._changed = threading.Condition(lock)  # its lock guards all attributes below
         self._freed = threading.Condition(lock)  # an answer has ended
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
         self._under_way: dict[int, tuple[Job, Answer]] = {}  # by sequence
-        self._num_open = 0  # answers that have not ended
+        self._num_open = 0  # answers that have not ended yet
         self._counts = _Counts()
         self._thread: threading.Thread | None = None
         self._closed: str | None = None  # why no further request is taken
@@ -68,12 +68,12 @@ class Worker:
         """Queue a request.
 
         Args:
-            request: checked.
+            request: a checked request.
             waits: whether to wait for room in the queue instead of raising `QueueFullError`.
 
         Raises:
-            QueueFullError: there are too many.
-            CapacityError: it asks for more answers than there is ever room for.
+            QueueFullError: there are too many requests.
+            CapacityError: the request has more answers than there is ever room for.
             ClosedError: the worker is closed, has died, or belongs to another process.
         """
         self._require_same_process()
@@ -272,7 +272,7 @@ def _stop_all() -> None:
 
 
 def as_request_error(error: BaseException) -> MedusaError:
-    """An error as a caller is to see it."""
+    """The error that callers get: a `MedusaError` as it is, any other one as the cause of a `RequestError`."""
     if isinstance(error, MedusaError):
         return error
     told = RequestError(f"the request failed: {type(error).__name__}: {first_line(error)}")
