@@ -42,9 +42,8 @@ def decode(bundle: str, prompts: list[list[int]], max_new_tokens: int, max_batch
     manifest.require_intact(bundle)
     engine = DecodingEngine(open_backend(bundle, manifest), max_batch_size=max_batch_size)
     options = DecodingOptions.of(max_new_tokens=max_new_tokens)
-    sequences = [
-        engine.add(prompt_ids, options) for prompt_ids in prompts
-    ]  # the prompts are checked here and decoded by the steps
+    # the prompts are checked here and decoded by the steps
+    sequences = [engine.add(prompt_ids, options) for prompt_ids in prompts]
 
     while not engine.is_idle:
         for sequence in engine.step():  # the sequences with new tokens

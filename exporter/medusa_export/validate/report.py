@@ -80,9 +80,8 @@ class GreedyComparison(_Model):
 
     prompt: str
     num_tokens: int
-    plain_vs_reference: list[
-        Divergence
-    ]  # each token of plain decoding that is not the reference's choice after the same prefix
+    # each token of plain decoding that is not the reference's choice after the same prefix
+    plain_vs_reference: list[Divergence]
     medusa_vs_plain: Divergence | None  # the first difference, if there is one
     tokens_per_step: float
 
