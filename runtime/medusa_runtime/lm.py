@@ -259,7 +259,7 @@ class MedusaLM:
             template_options=options.template_options or None,
             tools=options.tools or None,
             documents=options.documents or None,
-            add_generation_prompt=options.begins_message,
+            add_generation_prompt=None if options.begins_message else False,  # None: if there is a template
             continue_final_message=options.continue_final_message,
             plain_content=options.plain_content,
             max_tokens=self.manifest.limits.max_seq_len,

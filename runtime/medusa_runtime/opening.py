@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from medusa_runtime.backends.choosing import AUTO, Placement, choose_backend, open_placement
-from medusa_runtime.bundle.cpu import device_key
+from medusa_runtime.bundle.cpu import check_num_threads, device_key
 from medusa_runtime.bundle.manifest import Manifest
-from medusa_runtime.decoding.checks import check_tree, checked_batch_size
+from medusa_runtime.decoding.checks import check_limits, check_tree, checked_batch_size
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
 from medusa_runtime.drafting.costs import Costs, LearnedCosts, StepCosts, fitting_nodes
 from medusa_runtime.drafting.ngrams import NGrams
@@ -47,7 +47,8 @@ def open_engine(
             f"{path} failed its validation ({manifest.validation.report}); export it again, "
             "or allow it on purpose (allow_failed=True, --allow-failed)"
         )
-    max_batch_size = checked_batch_size(manifest, max_batch_size)
+    max_batch_size, num_threads = checked_batch_size(manifest, max_batch_size), check_num_threads(num_threads)
+    check_limits(max_gap_seconds, max_cache_bytes)
     if isinstance(costs, str) and costs not in ("auto", "learn", "measure"):
         raise OptionError(f"costs is {costs!r}; it must be 'auto', 'learn', 'measure', a table of costs or None")
     if tree is not None:

@@ -34,7 +34,7 @@ def _is_forgotten(call: ast.Call) -> bool:
     if "encoding" in keywords or (owner_name, name) in BINARY:
         return False
     if name in ("read_text", "write_text"):
-        return True
+        return len(call.args) == (name == "write_text")  # the encoding may come by position
     if name in ("run", "Popen", "check_output"):
         return "text" in keywords or "universal_newlines" in keywords
     if name in ("open", "fdopen", "TextIOWrapper", "NamedTemporaryFile", "FileHandler"):
@@ -58,6 +58,7 @@ def programs() -> Iterator[Path]:
         "path.read_text()",
         "path.write_text(text)",
         "path.read_text(errors='replace')",
+        "path.write_text(text, newline='')",
         "open(path)",
         "path.open('a')",
         "os.fdopen(1, 'w')",
@@ -69,7 +70,15 @@ def test_a_call_without_an_encoding_is_found(call: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["path.read_text(encoding='utf-8')", "path.open('rb')", "open(path, mode='wb')", "os.open(path, os.O_RDONLY)"]
+    "call",
+    [
+        "path.read_text(encoding='utf-8')",
+        "path.read_text('utf-8')",
+        "path.write_text(text, 'utf-8')",
+        "path.open('rb')",
+        "open(path, mode='wb')",
+        "os.open(path, os.O_RDONLY)",
+    ],
 )
 def test_bytes_and_named_encodings_are_fine(call: str) -> None:
     assert forgotten(call) == []

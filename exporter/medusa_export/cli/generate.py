@@ -159,7 +159,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _read(path: Path, what: str) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"cannot read the {what} {path}: {error}") from error
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if _is_special(path):
         yield path
         return
-    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.partial-{os.urandom(8).hex()}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
         _sweep(path, temporary)

@@ -88,3 +88,15 @@ def checked_batch_size(manifest: Manifest, max_batch_size: int | None) -> int:
     if largest is not None and max_batch_size > largest:
         raise CapacityError(f"max_batch_size is {max_batch_size}, the bundle takes {largest}")
     return max_batch_size
+
+
+def check_limits(max_gap_seconds: float, max_cache_bytes: int | None) -> None:
+    """Refuse limits of an engine that are out of range.
+
+    Raises:
+        OptionError: one of them is.
+    """
+    if not isinstance(max_gap_seconds, int | float) or not max_gap_seconds > 0:
+        raise OptionError(f"max_gap_seconds is {max_gap_seconds!r}; it must be a number of seconds above 0")
+    if max_cache_bytes is not None and (type(max_cache_bytes) is not int or max_cache_bytes < 1):
+        raise OptionError(f"max_cache_bytes is {max_cache_bytes!r}; it must be a whole number of bytes, or none for no limit")

@@ -14,7 +14,7 @@ import numpy as np
 
 from medusa_runtime.arrays import BoolArray, FloatArray, TokenBuffer
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
-from medusa_runtime.decoding.checks import DecodingRequest, check_request, check_tree, checked_batch_size
+from medusa_runtime.decoding.checks import DecodingRequest, check_limits, check_request, check_tree, checked_batch_size
 from medusa_runtime.decoding.loop import generate
 from medusa_runtime.decoding.prefill import CHUNK, DEFAULT_GAP_SECONDS, Pass, PromptReader, asks_ahead
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
@@ -78,8 +78,7 @@ class DecodingEngine:
     ) -> None:
         if costs is not None and not hasattr(costs, "observe_heads"):
             raise OptionError(f"costs is {costs!r}; it must be StepCosts, LearnedCosts or none")
-        if not max_gap_seconds > 0:
-            raise OptionError(f"max_gap_seconds is {max_gap_seconds}; it must be more than 0")
+        check_limits(max_gap_seconds, max_cache_bytes)
         self.backend = backend
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
         check_tree(backend.manifest, self.tree)
