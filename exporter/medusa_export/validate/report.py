@@ -202,7 +202,7 @@ class ValidationReport(_Model):
         if self.quantization:
             skipped = "the heads are quantised as well"
         elif self.head_log_probs:
-            skipped = "these graphs use the heads graph compared above"
+            skipped = "the heads graph is that of ort-cpu"
         return self._logits(rows) if rows else (True, f"skipped: {skipped}")
 
     def _logits(self, rows: list[LogitsDifference]) -> Verdict:
