@@ -68,8 +68,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """Fill a temporary directory next to `path` and, if nothing fails, rename it to `path`. Arguments as for `require_new`.
 
-    All files are on the disk before that. With `force`, the directory that stood there is moved away last, and put back if
-    that fails. Leftovers of killed runs are removed.
+    All files are on the disk before the renaming. With `force`, the earlier output is moved away at the very end, and put back
+    if the renaming fails. Leftovers of killed runs are removed.
 
     Raises:
         OptionError: see `require_new`; also if the output appears during the work.
@@ -157,10 +157,10 @@ def _sweep(target: Path) -> None:
 
 
 def _lock(directory: Path, *, wait: bool = False) -> int | None:
-    """Hold a directory as long as this process lives.
+    """Lock a directory as long as this process lives.
 
     Returns:
-        An open descriptor, which is the lock; none if another process holds it, or if the file system has no locks.
+        An open descriptor, which holds the lock. None if another process holds it, or if the file system has no locks.
     """
     if sys.platform == "win32":  # no such locks; leftovers are not removed
         return None

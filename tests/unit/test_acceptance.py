@@ -350,7 +350,7 @@ def test_others_that_join_and_leave_change_no_token(asked, skill, max_batch_size
             if request["joins"] == number:
                 answers[index] = engine.add(request["prompt"], options_of(request), stream=request["stream"])
             if index in answers and request["leaves"] == number:
-                engine.cancel(answers[index])
+                engine.end(answers[index])
         if engine.is_idle and len(answers) == len(asked):
             break
         engine.step()

@@ -210,7 +210,8 @@ def test_only_steps_of_a_full_batch_are_timed() -> None:
     prompts = [[*prompt, *range(1, 49), *range(1, 49)] for prompt in PROMPTS]  # a slot that is free stays so for a step
     steps = full_steps(engine, prompts, DecodingOptions(max_new_tokens=20))
     assert engine.is_idle
-    assert 5 < len(steps) == [batch for batch, _ in backend.steps].count(3) < engine.stats.num_steps / 3
+    verified = [batch for batch, tokens in backend.steps if tokens <= 4]  # the other steps read prompts
+    assert 5 < len(steps) == verified.count(3) < engine.stats.num_steps / 3
     assert backend.steps[-1][0] == 3  # and nothing is decoded once no step can be full any more
     assert all(step.tokens >= 3 for step in steps)
     assert all(0 < step.engine_seconds < step.seconds for step in steps)

@@ -11,7 +11,7 @@ from medusa_runtime.bundle.cpu import cpu_name, num_cores
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, system, and the GPUs if there are any."""
+    """Processor, cores, system and GPUs."""
     found = find_gpus()
     gpus = {"gpus": [asdict(gpu) for gpu in found.gpus], "cuda": found.cuda_version} if found.gpus else {}
     return {"cpu": cpu_name(), "cores": num_cores(), "system": platform.system()} | gpus

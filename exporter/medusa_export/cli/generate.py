@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from medusa_runtime import Choice, MedusaLM
 
 BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags need parsing of their own
-LEFT_OUT = ("tools", "documents", "template_options")  # fields that a command line cannot hold
+LEFT_OUT = ("tools", "documents", "template_options")  # fields that no command-line flag can hold
 
 
 @click.command("generate")
@@ -29,8 +29,10 @@ LEFT_OUT = ("tools", "documents", "template_options")  # fields that a command l
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
 @options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
-@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema for the answer.")
-@click.option("--grammar", type=click.Path(path_type=Path), help="File with a grammar for the answer, in Lark or EBNF.")
+@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
+@click.option(
+    "--grammar", type=click.Path(path_type=Path), help="File with a grammar, in Lark or EBNF, that the answer must match."
+)
 @click.option(
     "--tree", "tree_file", type=click.Path(path_type=Path), help="File with a candidate tree as JSON: choices or parents."
 )

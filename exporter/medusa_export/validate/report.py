@@ -104,7 +104,7 @@ class ValidationReport(_Model):
     quantization: Scheme | None = None
     tolerance: Tolerance
     allowed_kl: float | None = None  # mean nats from PyTorch to a quantised bundle
-    generation: dict[str, Any] = {}  # the bundle's defaults from generation_config.json, with which greedy decoding is compared
+    generation: dict[str, Any] = {}  # the bundle's defaults from generation_config.json; the greedy comparison uses them
     generation_mismatch: str | None = None  # how these defaults differ from the checkpoint's
     switched_off: dict[str, Any] = {}  # settings of generation_config.json that were left out of the comparison
     file_mismatches: list[str] = []

@@ -104,7 +104,7 @@ def validate(
                     side = BundleSide(runnable, variant, placement, target, num_threads=threads, cuda_graphs=cuda_graphs)
                     _compare(report, encoded, new_tokens, side, torch_side, given)
                     side.backend.save()
-                    side.backend.close()  # frees its weights before the next one's are read
+                    side.backend.close()  # free its weights before the next one's are loaded
         except MedusaError as error:  # a bundle that does not run fails its validation
             if isinstance(error, OptionError) or (on_gpu and not report.prompt_logits):  # the prompts or the GPU are the cause
                 raise
@@ -231,8 +231,8 @@ def _compare_greedy(
 ) -> GreedyComparison:
     """Compare greedy decoding with Medusa, without Medusa, and the reference's choice after every prefix.
 
-    One forward pass over prompt and answer gives the reference's logits at each place, and Transformers' logits processors
-    its choice there. If all are equal, its `generate` gives the same answer, token by token.
+    One forward pass over prompt and answer gives the reference's logits at each position, and Transformers' logits processors
+    give its choice there. If all choices are equal to the answer, the reference's own `generate` gives the same answer.
     """
     engine, stats, generation = DecodingEngine(side.backend), DecodingStats(), side.backend.manifest.generation
     options = with_defaults(DecodingOptions.of(max_new_tokens=new_tokens), generation)
