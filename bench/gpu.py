@@ -187,9 +187,8 @@ def main(
         if checkpoint and heads
     }
     publish(environment() | {"prompts": len(asked), "max_new_tokens": max_new_tokens, "runs": runs, "pytorch": pytorch}, output)
-    sys.exit(
-        1 if any(all("failed" in run for run in ways.values()) for ways in runs.values()) else 0
-    )  # some bundles cannot be captured as CUDA graphs
+    # some bundles cannot be captured as CUDA graphs
+    sys.exit(1 if any(all("failed" in run for run in ways.values()) for ways in runs.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ def main(bundle: Path, model: str, prompts: Path | None, num_prompts: int, max_n
         started = time.perf_counter()
         with torch.no_grad():
             tokens = torch.tensor([prompt_ids])
-            mask = torch.ones_like(
-                tokens
-            )  # otherwise generate takes the prompt's end-of-turn tokens for padding and masks them
+            # otherwise generate takes the prompt's end-of-turn tokens for padding and masks them
+            mask = torch.ones_like(tokens)
             whole = reference.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)[0]
         theirs, seconds = whole[len(prompt_ids) :].tolist(), time.perf_counter() - started
         ours = lm.generate(prompt, max_new_tokens=max_new_tokens, ignore_eos=True)

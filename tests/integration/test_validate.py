@@ -87,6 +87,7 @@ def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_
     for rows in (kept["prompt_logits"], kept["tree_logits"]):
         assert {row["target"] for row in rows} == {"ort-cpu-single", "ort-cpu", "portable"}
     assert {row["target"] for row in kept["head_log_probs"]} == {"ort-cpu", "portable"}
+    assert report.verdicts()["head candidates (ort-cpu-single)"] == (True, "skipped: the heads graph is that of ort-cpu")
     assert len(kept["greedy"]) == 1
     assert kept["greedy"][0]["num_tokens"] == manifest.validation.summary["greedy_tokens"] > 0
     MedusaLM.from_bundle(bundle)
@@ -135,6 +136,7 @@ def test_a_bundle_of_portable_graphs_alone_has_one_row_a_check(make_bundle: Make
     report = validate(make_bundle("llama", precision="fp16"), str(make_model()), prompts=PROMPTS)
     assert report.targets == ["portable"]
     assert "logits of tree paths" in report.verdicts()
+    assert report.verdicts()["head candidates"] == (True, "skipped: no heads were given; use --heads")
     assert not any("(" in name for name in report.verdicts())
 
 

@@ -23,10 +23,8 @@ from medusa_runtime.text.codec import TextCodec
 from medusa_runtime.text.stream import TextStream
 
 PARTS = ("step", "propose", "commit")
-FIELDS: dict[str, dict[str, Any]] = {
-    "plain": {"medusa": False},
-    "lookup": {"prompt_lookup": True},
-}  # fields of a request, by mode
+# fields of a request, by mode
+FIELDS: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "lookup": {"prompt_lookup": True}}
 
 
 class Clock:

@@ -195,9 +195,8 @@ def _train(job: Job) -> Step:
             return "no evaluation: no answers were held out"
         found = Evaluation.model_validate_json(place.read_text(encoding="utf-8"))
         right = ", ".join(f"{100 * found.top(head, 1):.1f}%" for head in range(len(found.accuracy)))
-        trees = {
-            tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees
-        }  # with few answers there are fewer sizes
+        # with few answers there are fewer sizes
+        trees = {tree.nodes: f"{tree.tokens_per_step:.2f} with {tree.nodes}" for tree in found.trees}
         return (
             f"top-1 accuracy of the heads on held-out answers: {right}; tokens/step by tree nodes: {', '.join(trees.values())}"
         )

@@ -219,9 +219,8 @@ class _Run:
         ways = {"plain": plain}
         if found.best != "plain":
             ways[found.best] = DecodingOptions(max_new_tokens=self.new_tokens, tree=tree)
-        full_steps(
-            engine, [self.prompts[answer] for answer in answers[:batch]], plain, 1
-        )  # warm up: the first run may include preparation
+        # warm up: the first run may include preparation
+        full_steps(engine, [self.prompts[answer] for answer in answers[:batch]], plain, 1)
         steps: dict[str, list[TimedStep]] = {way: [] for way in ways}
         for start in range(0, count, batch):
             group = [self.prompts[answer] for answer in answers[start : start + batch]]

@@ -80,9 +80,8 @@ class GreedyComparison(_Model):
 
     prompt: str
     num_tokens: int
-    plain_vs_reference: list[
-        Divergence
-    ]  # each token of plain decoding that is not the reference's choice after the same prefix
+    # each token of plain decoding that is not the reference's choice after the same prefix
+    plain_vs_reference: list[Divergence]
     medusa_vs_plain: Divergence | None  # the first difference, if there is one
     tokens_per_step: float
 
@@ -203,7 +202,7 @@ class ValidationReport(_Model):
         if self.quantization:
             skipped = "the heads are quantised as well"
         elif self.head_log_probs:
-            skipped = "these graphs use the heads graph compared above"
+            skipped = "the heads graph is that of ort-cpu"
         return self._logits(rows) if rows else (True, f"skipped: {skipped}")
 
     def _logits(self, rows: list[LogitsDifference]) -> Verdict:

@@ -264,9 +264,8 @@ def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: Referenc
             logits[..., unknown] = -torch.inf
         reference = logits.log_softmax(-1).numpy()[0]
     best = np.sort(reference, axis=-1)[:, ::-1][:, : found.token_ids.shape[-1]]  # [K, M]
-    named = np.take_along_axis(
-        reference, found.token_ids[0], axis=-1
-    )  # a wrong candidate has a lower log-probability than the best
+    # a wrong candidate has a lower log-probability than the best
+    named = np.take_along_axis(reference, found.token_ids[0], axis=-1)
     difference = logits_difference("heads", found.log_probs[0], best, side.target)
     other = logits_difference("heads", named, best, side.target)
     return difference if difference.max_abs >= other.max_abs else other

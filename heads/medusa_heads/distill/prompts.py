@@ -22,9 +22,8 @@ class Conversation:
     """One conversation for the model to answer. Answers in the file are ignored, as the model gives its own."""
 
     key: str  # unique within a run, and the same in every run
-    turns: tuple[
-        tuple[Message, ...], ...
-    ]  # the messages before each of the model's answers; empty: the model writes the prompt
+    # the messages before each of the model's answers; empty: the model writes the prompt
+    turns: tuple[tuple[Message, ...], ...]
     source: str = ""
 
 

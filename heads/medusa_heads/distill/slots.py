@@ -237,9 +237,8 @@ class SlotDecoder:
         for index in warm:
             slot = self.slots[index]
             assert slot is not None
-            below = (
-                logits[index].double() - logits[index].max()
-            )  # at most 0, so that dividing by a very low temperature cannot overflow
+            # at most 0, so that dividing by a very low temperature cannot overflow
+            below = logits[index].double() - logits[index].max()
             cumulative = torch.softmax(below / slot.request.temperature, -1).cumsum(-1)
             point = torch.tensor(slot.uniform.random(), dtype=torch.float64, device=self.device) * cumulative[-1]
             chosen[index] = int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))

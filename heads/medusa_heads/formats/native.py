@@ -74,9 +74,8 @@ def save(
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "medusa-export"})
         except SafetensorError as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
-        shutil.copymode(
-            directory / CONFIG_NAME, directory / WEIGHTS_NAME
-        )  # safetensors makes its file readable only by the owner
+        # safetensors makes its file readable only by the owner
+        shutil.copymode(directory / CONFIG_NAME, directory / WEIGHTS_NAME)
         beside(directory)
 
 

@@ -35,9 +35,8 @@ def sequence_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch
     A longer sequence is a batch by itself.
     """
     generator = np.random.default_rng([seed, epoch])
-    noisy = np.asarray(lengths) * generator.uniform(
-        0.9, 1.1, len(lengths)
-    )  # so that sequences have other neighbours in each epoch
+    # so that sequences have other neighbours in each epoch
+    noisy = np.asarray(lengths) * generator.uniform(0.9, 1.1, len(lengths))
     batches: list[list[int]] = [[]]
     longest = 0
     for place in np.argsort(noisy):
