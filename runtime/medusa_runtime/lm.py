@@ -88,7 +88,7 @@ class MedusaLM:
             max_gap_seconds: the longest time that reading prompts may take between two steps of answers that are decoded.
                 A small value keeps streams steady; a large one gives the first token of new requests sooner.
             max_cache_bytes: the largest KV cache. If the answers under way need more, the youngest wait until others have
-                ended. None if only the memory limits it.
+                ended. None for all the memory there is: on a CPU, the machine's or its container's.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             num_threads: for a CPU backend; 0 for one per core.
             cuda_graphs: on a GPU, whether steps are captured and replayed; see `medusa_runtime.open_backend`.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from medusa_runtime.backends.choosing import AUTO, Placement, choose_backend, open_placement
-from medusa_runtime.bundle.cpu import check_num_threads, device_key
-from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.bundle.cpu import check_num_threads, device_key, memory_limit
+from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.decoding.checks import check_limits, check_tree, checked_batch_size
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
 from medusa_runtime.drafting.costs import Costs, LearnedCosts, StepCosts, fitting_nodes
@@ -68,6 +68,8 @@ def open_engine(
     if verify_files:
         manifest.require_intact(path)
     _tell(placement, backend)
+    if max_cache_bytes is None and placement.backend == ORT_CPU:
+        max_cache_bytes = memory_limit()  # of the machine, or of its container
     runner = open_placement(path, manifest, placement, num_threads=num_threads, cuda_graphs=cuda_graphs)
     if costs == "measure":
         known = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)

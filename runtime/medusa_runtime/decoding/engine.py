@@ -215,14 +215,14 @@ class DecodingEngine:
         if not sequences:
             return
         try:
-            self._verify(sequences)
+            self._decode_once(sequences)
         except Exception as error:  # noqa: BLE001 - a step that fails ends the sequences on it, and the engine goes on
             for sequence in sequences:
                 self._blame(sequence, error)
         self._news |= {sequence.id: sequence for sequence in sequences}
         self.stats.decode_seconds += time.perf_counter() - started
 
-    def _verify(self, sequences: list[DecodingSequence]) -> None:
+    def _decode_once(self, sequences: list[DecodingSequence]) -> None:
         """Propose, verify, accept, commit."""
         lengths = np.array([slot.length for slot in self._slots.decoding])
         step = self._proposer.choose(sequences, int(lengths.max()))

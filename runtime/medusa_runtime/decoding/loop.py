@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from medusa_runtime.decoding.checks import DecodingRequest
 from medusa_runtime.decoding.sequence import SequenceStep
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.errors import OptionError
@@ -31,16 +32,13 @@ def generate(
     """
     if not prompts:
         raise OptionError("there is no prompt")
-    for prompt in prompts:
-        engine.check(prompt, options)
-    return _steps(engine, prompts, options, stats if stats is not None else DecodingStats())
+    requests = [engine.check(prompt, options) for prompt in prompts]
+    return _steps(engine, requests, stats if stats is not None else DecodingStats())
 
 
-def _steps(
-    engine: DecodingEngine, prompts: Sequence[Sequence[int]], options: DecodingOptions, stats: DecodingStats
-) -> Iterator[list[SequenceStep]]:
-    sequences = [engine.add(prompt, options) for prompt in prompts]
-    clock = _seconds(engine.stats)
+def _steps(engine: DecodingEngine, requests: Sequence[DecodingRequest], stats: DecodingStats) -> Iterator[list[SequenceStep]]:
+    sequences = [engine.begin(request) for request in requests]
+    clock = _phases(engine.stats)
     try:
         while not all(sequence.is_finished for sequence in sequences):
             engine.step()
@@ -57,9 +55,9 @@ def _steps(
         for sequence in sequences:
             engine.end(sequence)
             stats.add(dataclasses.replace(sequence.stats, prefill_seconds=0.0, decode_seconds=0.0, engine_seconds=0.0))
-        for name, seconds in _seconds(engine.stats).items():  # seconds of the batch, not the sum over its sequences
+        for name, seconds in _phases(engine.stats).items():  # seconds of the batch, not the sum over its sequences
             setattr(stats, name, getattr(stats, name) + seconds - clock[name])
 
 
-def _seconds(stats: DecodingStats) -> dict[str, float]:
+def _phases(stats: DecodingStats) -> dict[str, float]:
     return {name: getattr(stats, name) for name in ("prefill_seconds", "decode_seconds", "engine_seconds")}
