@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -43,6 +44,7 @@ class MedusaLM:
         self.engine = engine
         self.codec = codec
         self._worker = Worker(engine, codec, max_queue)
+        self._closing = threading.Lock()
         model = engine.backend.manifest.model
         self._grammars = GrammarCompiler(codec, model.vocab_size, model.eos_token_ids)
         # stop() does not wait: a finalizer may run while this thread holds any lock, so it must not join
@@ -218,9 +220,10 @@ class MedusaLM:
     def close(self) -> None:
         """End all requests under way with `ClosedError`, refuse new ones, and free the memory of the model."""
         self._worker.stop()
-        self._worker.join()
-        self.engine.backend.save()
-        self.engine.backend.close()
+        with self._closing:
+            self._worker.join()
+            self.engine.backend.save()
+            self.engine.backend.close()
 
     def __enter__(self) -> Self:
         return self

@@ -78,6 +78,12 @@ def test_several_sequences_run_one_after_the_other_until_their_graph_is_open(bac
     assert not backend._steps.runs_several  # one slot: back to the faster graph
 
 
+def test_steps_go_on_while_the_interpreter_ends(backend) -> None:
+    alone = step(backend, 1)
+    backend._steps._executor.shutdown()  # as `concurrent.futures` does before other exit handlers run
+    np.testing.assert_allclose(step(backend, 2), np.repeat(alone, 2, axis=0), atol=1e-5)
+
+
 def test_what_is_cached_stays_when_the_graph_changes(backend) -> None:
     step(backend, 2)
     before = step(backend, 2, length=4)

@@ -829,3 +829,20 @@ def test_a_wait_that_is_cancelled_can_leave_the_request_running() -> None:
         return result.text
 
     assert asyncio.run(run()) == text_of("abc", 200)
+
+
+def test_closing_from_two_threads_closes_the_backend_in_turn() -> None:
+    backend, inside, most = FakeBackend(), [], []
+
+    def close() -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+
+    backend.close = close
+    lm = service(backend=backend)
+    with ThreadPoolExecutor(3) as threads:
+        for closing in [threads.submit(lm.close) for _ in range(3)]:
+            closing.result()
+    assert max(most) == 1

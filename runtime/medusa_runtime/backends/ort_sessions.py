@@ -109,7 +109,8 @@ class StepSessions:
             self._change(self._for_several)
         else:
             log.info("two sequences overlap: the graph for several is opened in the background")
-            self._opening = self._executor.submit(self._opened, self._for_several)
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending, so no thread begins any more
+                self._opening = self._executor.submit(self._opened, self._for_several)
 
     def _finish_opening(self, opening: Future[ort.InferenceSession]) -> None:
         self._opening = None

@@ -114,27 +114,39 @@ class SlotPool:
         move a long one away from the slot behind those that decode.
 
         Raises:
-            CapacityError: there is no memory for its prompt. Nothing has changed.
+            CapacityError: there is no memory for its prompt. No sequence has lost its slot.
         """
         self._num_small += 1
         self._fit(sequence.num_to_read, num_more=1)
         free = [place for place, slot in enumerate(self._slots) if slot.sequence is None]
-        source, common = self._longest_prefix(sequence)
         place = free[-1] if is_long else free[0]
-        target = self._oldest_free() if self._reuse_prefixes else place
-        if self._slots[source].sequence is None and 2 * common >= self._slots[source].length:
-            target = source  # most entries there can be used, so they are not copied
-        if target != source and common:
-            self._backend.copy(source, target, common)
+        filled, common = self._filled_slot(sequence, place)
         if is_long and common:
-            place = target  # moving the cached entries would cost more than it saves
-        slot = self._slots[target]
+            place = filled  # moving the cached entries would cost more than it saves
+        slot = self._slots[filled]
         slot.tokens, slot.length, slot.written = sequence.tokens, common, max(slot.written, common)
-        self._swap(target, place)
+        self._swap(filled, place)
         self._backend.clear(place, common, slot.written)
         slot.written = common
         slot.sequence = sequence
         return common
+
+    def _filled_slot(self, sequence: DecodingSequence, place: int) -> tuple[int, int]:
+        """A free slot that holds as much of a sequence's beginning as is cached anywhere, and how many tokens that is.
+
+        Args:
+            sequence: without a slot.
+            place: the slot if prefixes are not used again.
+        """
+        if not self._reuse_prefixes:
+            return place, 0
+        source, common = self._longest_prefix(sequence)
+        if self._slots[source].sequence is None and 2 * common >= self._slots[source].length:
+            return source, common  # most entries there can be used, so they are not copied
+        target = self._oldest_free()
+        if common and target != source:
+            self._backend.copy(source, target, common)
+        return target, common
 
     def start_decoding(self, sequence: DecodingSequence) -> None:
         """A sequence's prompt is read: it decodes from now on."""

@@ -19,7 +19,7 @@ from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.errors import CapacityError, ClosedError, MedusaError, QueueFullError, RequestError, first_line, is_failure
 from medusa_runtime.service.answer import Answer
 from medusa_runtime.service.handle import Handle, Job, Request
-from medusa_runtime.service.results import Health, ServiceStats
+from medusa_runtime.service.results import GenerationChunk, Health, ServiceStats
 from medusa_runtime.text.codec import TextCodec
 
 Outcome = Literal["completed", "cancelled", "overdue", "failed"]
@@ -56,6 +56,7 @@ class Worker:
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
         self._under_way: dict[int, tuple[Job, Answer]] = {}  # by sequence
+        self._jobs: set[Job] = set()  # that are not done
         self._num_open = 0  # answers that have not ended yet
         self._counts = _Counts()
         self._thread: threading.Thread | None = None
@@ -96,12 +97,18 @@ class Worker:
                 thread.start()
                 self._thread = thread
             self._num_open += num_answers
+            self._jobs.add(job)
             self._inbox.append(job)
             self._changed.notify_all()
         return Handle(job, self._cancel)
 
     def stats(self) -> ServiceStats:
-        """See `ServiceStats`."""
+        """See `ServiceStats`.
+
+        Raises:
+            ClosedError: the worker belongs to another process.
+        """
+        self._require_same_process()
         with self._changed:
             counts, decoding = self._counts, DecodingStats()
             latency, completed = counts.latency, max(counts.completed, 1)
@@ -183,9 +190,9 @@ class Worker:
             with self._changed:
                 self._close_for(f"the thread that decodes has died ({type(failure).__name__}: {first_line(failure)})")
         with self._changed:
-            jobs = [*(job for job, _ in self._under_way.values()), *self._inbox]
+            jobs = list(self._jobs)
             self._inbox.clear()
-        for job in {id(job): job for job in jobs}.values():
+        for job in jobs:
             with contextlib.suppress(Exception):  # an engine that failed may fail again
                 self._end(job, error)
             job.tell(error=error)
@@ -229,7 +236,7 @@ class Worker:
                     if chunk.finish_reason == "stop" and step.finish_reason != "stop":  # a stop text ended it
                         self._engine.end(sequence, "stop", num_unused=len(step.token_ids) - len(chunk.token_ids))
                     self._close(answer, OUTCOMES.get(chunk.finish_reason, "completed"))
-                job.tell(chunk)
+                self._tell(job, chunk)
         except BaseException as error:
             if not is_failure(error):
                 raise
@@ -242,7 +249,13 @@ class Worker:
             if answer.sequence is not None:
                 self._engine.end(answer.sequence)
             self._close(answer, "failed")
-        job.tell(error=error)
+        self._tell(job, error=error)
+
+    def _tell(self, job: Job, chunk: GenerationChunk | None = None, error: MedusaError | None = None) -> None:
+        job.tell(chunk, error)
+        if job.is_done:
+            with self._changed:
+                self._jobs.discard(job)
 
     def _close(self, answer: Answer, outcome: Outcome) -> None:
         if answer.sequence is not None:
