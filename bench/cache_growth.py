@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
 from medusa_runtime import MedusaLM
-from medusa_runtime.backends.choosing import ort_cpu
+from medusa_runtime.backends import ort_cpu
+from medusa_runtime.backends.base import bucket
 
 POLICIES: dict[str, Callable[[int], int]] = {
-    "64 slots, or an eighth": ort_cpu.bucket,
+    "64 slots, or an eighth": bucket,
     "64 slots": lambda capacity: -(-capacity // 64) * 64,
     "256 slots": lambda capacity: -(-capacity // 256) * 256,
     "doubling from 256": lambda capacity: max(256, 1 << (capacity - 1).bit_length()),

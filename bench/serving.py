@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
+from medusa_export.bench.own import Clock
 from medusa_runtime import DynamicTree, Manifest, MedusaLM, StepCosts, open_backend
 
 PROMPTS = (
@@ -43,27 +44,6 @@ PROMPTS = (
 )
 CONCURRENCY = (1, 2, 4, 8, 16)
 REQUESTS_PER_CALLER, LEAST_REQUESTS, ROUNDS = 2, 4, 3
-
-
-class Clock:
-    """A backend that adds up the time of its forward passes."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend, self.seconds = backend, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._backend, name)
-        if name not in {"step", "propose"}:
-            return found
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return found(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - started
-
-        return timed
 
 
 def load(lm: MedusaLM, prompts: Sequence[str], callers: int, max_new_tokens: int, **fields: Any) -> dict[str, float]:
@@ -86,9 +66,14 @@ def load(lm: MedusaLM, prompts: Sequence[str], callers: int, max_new_tokens: int
 
 def overhead(lm: MedusaLM, clock: Clock, prompts: Sequence[str], batch: int, **fields: Any) -> float:
     """The part of the time spent outside forward passes, from the request to the last answer."""
-    before, started = clock.seconds, time.perf_counter()
+    before, started = passes(clock), time.perf_counter()
     lm.generate_batch((list(prompts) * batch)[:batch], max_new_tokens=64, ignore_eos=True, **fields)
-    return 1 - (clock.seconds - before) / (time.perf_counter() - started)
+    return 1 - (passes(clock) - before) / (time.perf_counter() - started)
+
+
+def passes(clock: Clock) -> float:
+    """Seconds of all forward passes so far."""
+    return clock.seconds["step"] + clock.seconds["propose"]
 
 
 Modes = dict[str, tuple[MedusaLM, dict[str, Any]]]
@@ -115,7 +100,6 @@ def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[
 def overheads(lm: MedusaLM, texts: Sequence[str]) -> dict[str, float]:
     """Medians of `overhead` by mode and batch size."""
     clock = Clock(lm.engine.backend)
-    lm.engine.backend = clock
     kinds = {"plain": {"medusa": False}, "medusa": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
     return {
         f"{name}, batch {batch}": round(

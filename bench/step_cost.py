@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -23,10 +25,10 @@ from environment import environment, publish
 from medusa_runtime import DecodingStats, Manifest, MedusaLM
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import open_backend
-from medusa_runtime.bundle.cpu import num_cores
 
 REPEATS = 15
 FIRST = (np.zeros(1, np.int64), np.zeros(1, np.int64))  # row and root of one sequence
+OWN_SETTING = "session.force_spinning_stop"  # of the backend
 PROMPT = "Explain in three sentences why the sky is blue."
 
 
@@ -50,6 +52,18 @@ def step(backend: Backend, tokens: int, cached: int) -> Callable[[], Any]:
         np.arange(tokens)[None],
     )
     return lambda: backend.step(*inputs)
+
+
+class ThreadOptions(ort.SessionOptions):  # type: ignore[misc]
+    """Options of a session with one setting for its idle threads, instead of the backend's own."""
+
+    def __init__(self, key: str, value: str) -> None:
+        super().__init__()
+        super().add_session_config_entry(key, value)
+
+    def add_session_config_entry(self, key: str, value: str) -> None:
+        if key != OWN_SETTING:
+            super().add_session_config_entry(key, value)
 
 
 @click.command()
@@ -95,20 +109,13 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
     """Times of step and heads with three ways for the idle threads of a session to wait."""
     found = {}
     settings = {
-        "spin until the session's run ends": ("session.force_spinning_stop", "1"),
-        "spin on": ("session.force_spinning_stop", "0"),
+        "spin until the session's run ends": (OWN_SETTING, "1"),
+        "spin on": (OWN_SETTING, "0"),
         "never spin": ("session.intra_op.allow_spinning", "0"),
     }
     for name, setting in settings.items():
-        backend: Any = open_backend(bundle, manifest)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_cores()
-        options.add_session_config_entry(*setting)
-        for session in ("step", "heads"):
-            path = bundle / manifest.graphs[session].file
-            opened = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            setattr(backend, f"_{session}_session", opened)
-        backend._binding = backend._step_session.io_binding()
+        with mock.patch.object(ort, "SessionOptions", partial(ThreadOptions, *setting)):
+            backend = open_backend(bundle, manifest)
         backend.resize(1, 256)
         run = step(backend, 16, 128)
         found[name] = medians(step=run, heads=lambda backend=backend: backend.propose(*FIRST))

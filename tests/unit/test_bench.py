@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ import pytest
 from medusa_export.bench import peers, process
 from medusa_export.bench.contest import Answer, Contestant, rotated
 from medusa_export.bench.options import Sources
+from medusa_export.bench.own import Clock
 from medusa_export.bench.peers import PEERS, choose_peers
 from medusa_export.bench.process import WorkerError, WorkerProcess
 from medusa_export.bench.prompts import BenchPrompt, of_length, spread
 from medusa_export.bench.result import slower_than_plain
 from medusa_export.bench.summary import agreement, bootstrap, by_category, first_divergence, ratio, summarize
 from medusa_export.bench.workers.serve import timed
+from medusa_runtime import DecodingEngine
 from medusa_runtime.errors import OptionError
+from tests.support.fake_backend import FakeBackend
 
 
 def answer(prompt: int, sizes: list[int], seconds: list[float], number: int = 0, **parts: float) -> Answer:
@@ -287,3 +291,29 @@ def test_a_built_model_is_kept_until_its_source_changes(tmp_path: Path, monkeypa
     with pytest.raises(peers.MedusaError, match=r"^fake-q8: its model cannot be built: cannot read it$"):
         model()
     assert len(list(models.iterdir())) == 2
+
+
+# --- our own decoding ------------------------------------------------------------------------------------------------
+
+
+def test_the_clock_counts_the_calls_of_an_engine_that_was_there_before() -> None:
+    class SlowBackend(FakeBackend):
+        num_proposals = 0
+
+        def step(self, *args, **kwargs):
+            time.sleep(0.002)
+            return super().step(*args, **kwargs)
+
+        def propose(self, *args):
+            self.num_proposals += 1
+            time.sleep(0.001)
+            return super().propose(*args)
+
+    backend = SlowBackend()
+    engine = DecodingEngine(backend, reuse_prefixes=False)
+    clock = Clock(backend)
+    list(engine.generate([[1, 2, 3]], 30))
+    assert backend.num_proposals >= engine.stats.num_steps > 5
+    assert clock.seconds["step"] >= 0.002 * len(backend.steps)
+    assert clock.seconds["propose"] >= 0.001 * backend.num_proposals
+    assert clock.seconds["commit"] > 0

@@ -28,16 +28,15 @@ FIELDS: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "lookup": {"pro
 
 
 class Clock:
-    """A backend that adds up the seconds of its calls."""
+    """Adds up the seconds of a backend's calls.
+
+    It replaces methods of the backend itself, since the parts of an engine that is already there hold the backend, too.
+    """
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
         self.seconds = dict.fromkeys(PARTS, 0.0)
         for name in PARTS:
-            setattr(self, name, partial(self._timed, name, getattr(backend, name)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+            setattr(backend, name, partial(self._timed, name, getattr(backend, name)))
 
     def _timed(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
@@ -60,13 +59,12 @@ class OwnDecoding:
             num_threads=threads,
             cuda_graphs=cuda_graphs,
         )
-        self._lm, self._codec = lm, lm.codec
-        clock: Any = Clock(lm.engine.backend)
-        self._clock, lm.engine.backend = clock, clock
+        self._lm, self._codec, self._backend = lm, lm.codec, lm.engine.backend
+        self._clock = Clock(self._backend)
         tree = CandidateTree.from_json(lm.manifest.tree)
         trees: dict[str, CandidateTree | DynamicTree] = {"plain": tree, "static": tree, "dynamic": DynamicTree(tree.num_nodes)}
         self._engines = {
-            mode: DecodingEngine(clock, chosen, max_batch_size=1, reuse_prefixes=False, ngrams=lm.engine.ngrams)
+            mode: DecodingEngine(self._backend, chosen, max_batch_size=1, reuse_prefixes=False, ngrams=lm.engine.ngrams)
             for mode, chosen in trees.items()
         } | {"tuned": lm.engine, "lookup": lm.engine}
 
@@ -100,7 +98,7 @@ class OwnDecoding:
             capacity: entries of the cache.
             repeats: number of steps of each width.
         """
-        backend: Backend = self._clock
+        backend = self._backend
         _fill(backend, token_ids, capacity)
         times = defaultdict(list)
         heads, first = [], np.zeros(1, np.int64)
