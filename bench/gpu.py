@@ -58,7 +58,7 @@ def measured(bundle: Path, prompts: list[BenchPrompt], max_new_tokens: int, *, c
     started = time.perf_counter()
     own = OwnDecoding(str(bundle), 0, place.backend, place.device, cuda_graphs=cuda_graphs)
     opened = time.perf_counter() - started
-    backend = own._clock._backend
+    backend = own.backend
     assert isinstance(backend, GpuBackend)
     cached = min(CONTEXT, manifest.limits.max_seq_len // 2)
     widths = [width for width in STEP_WIDTHS if width <= (manifest.limits.max_tree_nodes or STEP_WIDTHS[-1])]

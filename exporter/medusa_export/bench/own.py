@@ -59,12 +59,12 @@ class OwnDecoding:
             num_threads=threads,
             cuda_graphs=cuda_graphs,
         )
-        self._lm, self._codec, self._backend = lm, lm.codec, lm.engine.backend
-        self._clock = Clock(self._backend)
+        self._lm, self._codec, self.backend = lm, lm.codec, lm.engine.backend
+        self._clock = Clock(self.backend)
         tree = CandidateTree.from_json(lm.manifest.tree)
         trees: dict[str, CandidateTree | DynamicTree] = {"plain": tree, "static": tree, "dynamic": DynamicTree(tree.num_nodes)}
         self._engines = {
-            mode: DecodingEngine(self._backend, chosen, max_batch_size=1, reuse_prefixes=False, ngrams=lm.engine.ngrams)
+            mode: DecodingEngine(self.backend, chosen, max_batch_size=1, reuse_prefixes=False, ngrams=lm.engine.ngrams)
             for mode, chosen in trees.items()
         } | {"tuned": lm.engine, "lookup": lm.engine}
 
@@ -98,7 +98,7 @@ class OwnDecoding:
             capacity: entries of the cache.
             repeats: number of steps of each width.
         """
-        backend = self._backend
+        backend = self.backend
         _fill(backend, token_ids, capacity)
         times = defaultdict(list)
         heads, first = [], np.zeros(1, np.int64)
