@@ -513,7 +513,7 @@ def test_any_end_of_sequence_token_may_end_the_answer(lm: MedusaLM) -> None:
 
 def test_what_is_forced_may_follow(lm: MedusaLM, compiler: GrammarCompiler) -> None:
     guide = compiler.compile({"choice": ["green fields", "green hills"]})
-    forced = guide.forced([])
+    forced = guide.forced()
     assert lm.codec.decode(forced) == "green "
     assert guide.lets_pass(forced)
     guide.allowed(forced)  # which leaves it where it is

@@ -152,20 +152,22 @@ def test_the_cache_is_written_in_place(bundle: Path, batch: int) -> None:
     program = """
 import sys, numpy as np, onnxruntime as ort
 from medusa_runtime import Manifest
-from medusa_runtime.backends import open_backend
+from medusa_runtime import open_backend
 backend, batch = open_backend(sys.argv[1], Manifest.load(sys.argv[1])), int(sys.argv[3])
 backend.resize(batch, 64)
 backend._cache[:] = 0.25
 step = [np.tile(part, (batch, 1)) for part in ([5, 6], [3, 4])] + [np.tile(np.tri(2, dtype=bool), (batch, 1, 1))]
 step += [np.full(batch, 3), np.ones((batch, 1), int)]
-backend.step(*step)  # opens the graph for so many
+while not backend.step(*step).is_warm:  # until the graph for so many is open
+    pass
 backend._cache[:] = 0.25
 before, others = backend._cache.copy(), []
 if sys.argv[2] == "apart":
     for layer in range(4):
         for part in ("key", "value"):
             others.append(ort.OrtValue.ortvalue_from_numpy(np.zeros_like(before[layer, 0])))
-            backend._binding(0, batch, with_logits=False).bind_ortvalue_output(f"present.{layer}.{part}", others[-1])
+            binding = backend._binding(backend._steps.session, 0, batch, with_logits=False)
+            binding.bind_ortvalue_output(f"present.{layer}.{part}", others[-1])
 backend.step(*step)
 copied = sum(int((other.numpy() == 0.25).all(axis=(0, 1, 3)).sum()) for other in others)
 print(int((backend._cache != before).any(axis=(0, 1, 2, 3, 5)).sum()), copied)

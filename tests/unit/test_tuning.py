@@ -143,7 +143,7 @@ def changed(**changes: object) -> str:
         (changed(devices__here__costs__host_seconds=[1.0]), "not as large as it says"),
         (changed(devices__here__costs__head_seconds=[1.0, -1.0]), "takes no time"),
         (changed(devices__here__batches=[]), "batches"),
-        (changed(devices__here__batches__0__static__tree={"parents": [0], "ranks": [0]}), "cannot be read (a tree starts"),
+        (changed(devices__here__batches__0__static__tree={"parents": [0], "ranks": [0]}), "cannot be read (a tree begins"),
         (changed(devices__here__batches__0__static__tree=None), "the static tree is missing"),
         (changed(devices__here__batches__0__dynamic__nodes=5000), "1 to 1024 nodes"),
         (changed(devices__here__surprise=1), "surprise"),
