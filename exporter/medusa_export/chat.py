@@ -1,4 +1,4 @@
-"""The chat templates of a checkpoint, on their way into a bundle."""
+"""Reads and checks the chat templates of a checkpoint, for its bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from medusa_runtime.text.template import DEFAULT, ChatTemplate
 
 
 def chat_templates(tokenizer: PreTrainedTokenizerBase, model: str) -> ChatTemplate:
-    """All chat templates of a checkpoint, checked. If there are several, a line says which is the default.
+    """All chat templates of a checkpoint. If there are several, a note says which one is the default.
 
     Raises:
         CheckpointError: a template is not valid Jinja.

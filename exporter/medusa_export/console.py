@@ -1,4 +1,4 @@
-"""Tables and lines for people, by Rich."""
+"""Consoles for tables and text, made with Rich."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from rich.console import Console as RichConsole
 
 
 class Console(RichConsole):
-    """A console that leaves it to the command line what a closed pipe means: Rich would end the program with 1."""
+    """A console that leaves a broken pipe to the command line. Rich itself would end the program with exit code 1."""
 
     def on_broken_pipe(self) -> None:
         """Raise the `BrokenPipeError` that is being handled."""
-        raise  # noqa: PLE0704 - Rich calls this where it handles the error
+        raise  # noqa: PLE0704 - Rich calls this while it handles the error
 
 
 def stdout_console() -> Console:

@@ -1,8 +1,8 @@
 """A checkpoint's generation_config.json: which of its settings the runtime follows, and which it does not.
 
 Transformers' `generate` applies these settings to every answer, also to greedy ones. The runtime follows those that its own
-options can express: they go into the bundle as defaults, which a request can override. All others are kept by name, so that the
-export and the validation can tell them.
+options can express: they go into the bundle as defaults, which a request can override. The others are kept with their values, so
+that the export and the validation can report them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, Sa
 from medusa_runtime.errors import OptionError
 from medusa_runtime.options import DecodingOptions
 
-# For each setting, the values with which it does nothing. The first two groups have the names and the meaning of our options.
+# For each setting, the values that have no effect. The first two groups have the names and the meaning of our options.
 FOLLOWED: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "min_new_tokens": (0,),
@@ -26,7 +26,7 @@ FOLLOWED: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": ([],),
 }
 SAMPLING: dict[str, tuple[Any, ...]] = {"temperature": (1.0,), "top_k": (0,), "top_p": (1.0,), "min_p": (0.0,)}
-# The runtime cannot follow these. The first group changes greedy decoding; the second sampling, and where an answer ends.
+# The runtime cannot follow these. GREEDY changes greedy decoding; OTHERS change sampling, or the place where an answer ends.
 GREEDY: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
@@ -62,7 +62,7 @@ MAX_SHOWN = 40  # characters of a value in a message
 
 
 def generation_facts(backbone: Backbone) -> GenerationFacts | None:
-    """What a checkpoint's generation settings mean for the runtime. None if they ask for nothing."""
+    """A checkpoint's generation settings, sorted by what the runtime does with them. None if none has an effect."""
     config: GenerationConfig | None = backbone.model.generation_config
     if config is None:
         return None
@@ -71,9 +71,11 @@ def generation_facts(backbone: Backbone) -> GenerationFacts | None:
     usable = {name for name in asked & {*FOLLOWED, *SAMPLING} if _is_option(name, settings[name])}
     defaults = {name: settings[name] for name in usable & {*FOLLOWED}}
     for name in TOKENS & defaults.keys():
-        defaults[name] = [token for token in defaults[name] if 0 <= token < backbone.facts.vocab_size]  # others ban nothing
+        defaults[name] = [
+            token for token in defaults[name] if 0 <= token < backbone.facts.vocab_size
+        ]  # others suppress nothing
     if "min_new_tokens" in defaults:
-        asked.discard("min_length")  # which `generate` then replaces
+        asked.discard("min_length")  # `generate` then ignores it
     sampling = {name: settings[name] for name in usable & {*SAMPLING}}
     ignored = {name: settings[name] for name in sorted(asked - usable)}
     defaults = {name: value for name, value in defaults.items() if value != []}
@@ -99,7 +101,7 @@ def greedy_config(backbone: Backbone, facts: GenerationFacts | None) -> Generati
 
 
 def describe(facts: GenerationFacts) -> str:
-    """What becomes of the generation settings, in one line."""
+    """One line that says which generation settings are defaults, and which are not followed."""
     parts = {
         "default of every request": facts.defaults.model_dump(exclude_none=True),
         "default of requests that sample": facts.sampling.model_dump(exclude_none=True, exclude={"temperature"}),
@@ -110,7 +112,7 @@ def describe(facts: GenerationFacts) -> str:
 
 
 def shown(settings: dict[str, Any]) -> str:
-    """Settings with their values, long ones cut."""
+    """Settings with their values. Long values are cut."""
     texts = {name: str(value) for name, value in settings.items()}
     return ", ".join(
         f"{name} {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + ' …'}" for name, text in sorted(texts.items())

@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import TextIO
 
 ESCAPES = "medusa-export-escapes"  # the name of our error handler for encodings
-BROKEN_PIPE = 141  # what a shell says of a program that ended because nobody reads its output any more
+BROKEN_PIPE = 141  # the exit code that a shell reports for a program that SIGPIPE ended: 128 + 13
 
 
 class _ClosedStdout(io.TextIOBase):
-    """Stands for a stdout that was closed before the program began. Printing a result there fails, as in other tools."""
+    """Replaces a stdout that was closed before the program started. Printing a result to it is an error, as in other tools."""
 
     encoding, errors = "utf-8", "strict"
 
@@ -27,10 +27,11 @@ class _ClosedStdout(io.TextIOBase):
 
 
 def prepare() -> None:
-    """Make the standard streams fit to be used, whatever state they were handed over in.
+    """Make the standard streams usable, even if the caller closed them or their encoding lacks characters.
 
-    Closed descriptors are opened on nothing: otherwise the next file that is opened gets the number of stdout, and a library
-    that prints writes into it. Letters that an output's encoding lacks are escaped, and bytes of file names stay what they are.
+    Closed descriptors are opened on the null device. Otherwise the next file that is opened would get the descriptor of stdout,
+    and a library that prints would write into that file. Characters that an output's encoding lacks are escaped. File names
+    that are not valid text are printed as their bytes.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -46,7 +47,10 @@ def prepare() -> None:
 
 
 def broken_stream() -> str | None:
-    """The name of an output that can no longer be written to. What it still holds is given up, so that exiting stays quiet."""
+    """The name of an output that can no longer be written to; None if there is none.
+
+    Its buffered text is dropped, so that Python does not report the error once more at exit.
+    """
     found = None
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -64,24 +68,24 @@ def broken_stream() -> str | None:
 
 
 def _has_no_reader(stream: TextIO) -> bool:
-    """Whether it is a pipe whose other end is closed: without a buffer, flushing does not tell."""
+    """Whether a stream is a pipe whose other end is closed. If the stream has no buffer, flushing does not show this."""
     if not hasattr(select, "poll"):  # Windows
         return False
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
-    except (OSError, ValueError):  # no file of the system's
+    except (OSError, ValueError):  # not a file of the operating system
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def holds_unicode() -> bool:
-    """Whether stdout's encoding has all letters."""
+    """Whether stdout's encoding has all Unicode characters."""
     return codecs.lookup(sys.stdout.encoding or "ascii").name.startswith("utf")
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    r"""Bytes of a file name that are no text stay what they are; other letters become escapes such as \u65e5."""
+    r"""Keep bytes of a file name that are not valid text; replace other characters by escapes such as \u65e5."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:

@@ -209,19 +209,19 @@ class ReferenceSide:
 
     @torch.no_grad()
     def processed(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], rows: Rows) -> Rows:
-        """Logits as Transformers' `generate` has them when it takes the largest: after its logits processors. [A, V]
+        """Logits after the logits processors of Transformers' `generate`, which then takes the largest. [A, V]
 
-        The processors are those of the checkpoint's generation_config.json, but for the settings that the runtime does not
+        The processors are those of the checkpoint's generation_config.json, without the settings that the runtime does not
         follow; see `medusa_export.generation`.
 
         Args:
             prompt_ids: a prompt.
             answer_ids: its greedy answer, of A tokens.
-            rows: the logits for each of them, as a model gave them. [A, V]
+            rows: the model's own logits for each token of the answer. [A, V]
         """
         model: Any = self.backbone.model
         config = greedy_config(self.backbone, self.generation)
-        # Both are what `generate` itself calls; nothing public gives its processors.
+        # `generate` itself calls these two methods. No public one returns its processors.
         model._prepare_special_tokens(  # noqa: SLF001
             config, kwargs_has_attention_mask=True, device="cpu"
         )
