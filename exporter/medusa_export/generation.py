@@ -1,8 +1,8 @@
 """A checkpoint's generation_config.json: which of its settings the runtime follows, and which it does not.
 
 Transformers' `generate` applies these settings to every answer, also to greedy ones. The runtime follows those that its own
-options can express: they go into the bundle as defaults, which a request can override. The others are kept with their values, so
-that the export and the validation can report them.
+options can express: they go into the bundle as defaults, which a request can override. The others are kept with their values,
+so that the export and the validation can report them.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def generation_facts(backbone: Backbone) -> GenerationFacts | None:
     usable = {name for name in asked & {*FOLLOWED, *SAMPLING} if _is_option(name, settings[name])}
     defaults = {name: settings[name] for name in usable & {*FOLLOWED}}
     for name in TOKENS & defaults.keys():
-        defaults[name] = [
-            token for token in defaults[name] if 0 <= token < backbone.facts.vocab_size
-        ]  # others suppress nothing
+        known = backbone.facts.vocab_size  # larger ids suppress nothing
+        defaults[name] = [token for token in defaults[name] if 0 <= token < known]
     if "min_new_tokens" in defaults:
         asked.discard("min_length")  # `generate` then ignores it
     sampling = {name: settings[name] for name in usable & {*SAMPLING}}
