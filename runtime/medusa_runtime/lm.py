@@ -12,7 +12,6 @@ from typing import Any, Self, cast
 
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
-from medusa_runtime.decoding.prefill import DEFAULT_GAP_SECONDS
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
@@ -62,7 +61,7 @@ class MedusaLM:
         costs: CostsChoice = "auto",
         reuse_prefixes: bool = True,
         prompt_lookup: bool | None = None,
-        max_gap_seconds: float = DEFAULT_GAP_SECONDS,
+        max_gap_seconds: float | None = None,
         max_cache_bytes: int | None = None,
         device: str = "auto",
         num_threads: int = 0,
@@ -88,7 +87,8 @@ class MedusaLM:
             prompt_lookup: for requests that do not say: also draft the tokens that followed the same tokens earlier. None
                 for the choice that was tuned for this device if costs is "auto", else for False.
             max_gap_seconds: the longest time that reading prompts may take between two steps of answers that are decoded.
-                A small value keeps streams steady; a large one gives the first token of new requests sooner.
+                A small value keeps streams steady; a large one gives the first token of new requests sooner. None for three
+                times as long as a step of decoding takes.
             max_cache_bytes: the largest KV cache. If the answers under way need more, the youngest wait until others have
                 ended. None for all the memory there is: on a CPU, the machine's or its container's.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

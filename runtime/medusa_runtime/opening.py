@@ -31,7 +31,7 @@ def open_engine(
     costs: CostsChoice = "auto",
     reuse_prefixes: bool = True,
     prompt_lookup: bool | None = None,
-    max_gap_seconds: float,
+    max_gap_seconds: float | None = None,
     max_cache_bytes: int | None = None,
     device: str = "auto",
     num_threads: int = 0,

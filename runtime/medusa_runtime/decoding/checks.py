@@ -90,13 +90,13 @@ def checked_batch_size(manifest: Manifest, max_batch_size: int | None) -> int:
     return max_batch_size
 
 
-def check_limits(max_gap_seconds: float, max_cache_bytes: int | None) -> None:
+def check_limits(max_gap_seconds: float | None, max_cache_bytes: int | None) -> None:
     """Refuse limits of an engine that are out of range.
 
     Raises:
         OptionError: one of them is.
     """
-    if not isinstance(max_gap_seconds, int | float) or not max_gap_seconds > 0:
-        raise OptionError(f"max_gap_seconds is {max_gap_seconds!r}; it must be a number of seconds above 0")
+    if max_gap_seconds is not None and (not isinstance(max_gap_seconds, int | float) or not max_gap_seconds > 0):
+        raise OptionError(f"max_gap_seconds is {max_gap_seconds!r}; it must be a number of seconds above 0, or none")
     if max_cache_bytes is not None and (type(max_cache_bytes) is not int or max_cache_bytes < 1):
         raise OptionError(f"max_cache_bytes is {max_cache_bytes!r}; it must be a whole number of bytes, or none for no limit")

@@ -16,12 +16,12 @@ from medusa_runtime.arrays import TokenBuffer
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
 from medusa_runtime.decoding.checks import DecodingRequest, check_limits, check_request, check_tree, checked_batch_size
 from medusa_runtime.decoding.loop import generate
-from medusa_runtime.decoding.prefill import CHUNK, DEFAULT_GAP_SECONDS, Pass, PromptReader
+from medusa_runtime.decoding.prefill import CHUNK, FIRST_GAP_SECONDS, GAP_STEPS, Pass, PromptReader
 from medusa_runtime.decoding.proposer import Proposer
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
 from medusa_runtime.decoding.slots import SlotPool
 from medusa_runtime.decoding.stats import DecodingStats
-from medusa_runtime.drafting.costs import Costs
+from medusa_runtime.drafting.costs import Costs, moving_average
 from medusa_runtime.drafting.draft import Draft, DraftBatch
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.ngrams import NGrams
@@ -54,7 +54,8 @@ class DecodingEngine:
             A request that brings its own tree gets none unless it asks for them.
         ngrams: correct the heads' guesses in trees that are made anew at each step.
         max_gap_seconds: the longest time that reading prompts may take between two steps of sequences that decode. A small
-            value keeps streams steady; a large one gives the first token of new prompts sooner.
+            value keeps streams steady; a large one gives the first token of new prompts sooner. None for three times as long
+            as a step of decoding takes.
         max_cache_bytes: the largest KV cache. If sequences need more, the youngest wait until others have ended.
 
     Raises:
@@ -73,7 +74,7 @@ class DecodingEngine:
         reuse_prefixes: bool = True,
         prompt_lookup: bool = False,
         ngrams: NGrams | None = None,
-        max_gap_seconds: float = DEFAULT_GAP_SECONDS,
+        max_gap_seconds: float | None = None,
         max_cache_bytes: int | None = None,
     ) -> None:
         if costs is not None and not hasattr(costs, "observe_heads"):
@@ -89,6 +90,7 @@ class DecodingEngine:
         self._proposer = Proposer(backend, costs, self._blaming)
         self._reader = PromptReader(backend, self._slots, self._proposer.asks_ahead, self._blame)
         self._max_gap_seconds = max_gap_seconds
+        self._step_seconds: float | None = None  # of a step of decoding, on average
         self._numbers = itertools.count()
         self._news: dict[int, DecodingSequence] = {}  # sequences that the current step changed
 
@@ -252,6 +254,8 @@ class DecodingEngine:
         seconds += self._proposer.go_on(sequences, step, batch.width, accepted)
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
+        if output.is_warm:
+            self._step_seconds = seconds if self._step_seconds is None else moving_average(self._step_seconds, seconds)
 
     def _make_room(self, width: int) -> bool:
         """Reserve the step's entries. If there is no memory for them, make one sequence wait. Returns whether there is room."""
@@ -291,7 +295,7 @@ class DecodingEngine:
         """Read prompts for as long as the sequences that decode may be held up."""
         started = time.perf_counter()
         room = self.backend.manifest.limits.max_prefill_tokens or CHUNK
-        gap = self._max_gap_seconds if self._slots.num_decoding else None
+        gap = self._gap_seconds if self._slots.num_decoding else None
         while room > 0:
             for sequence, num_cached in self._reader.admit():
                 self._count_prompt(sequence, num_cached)
@@ -306,6 +310,13 @@ class DecodingEngine:
                 if gap is None:  # somebody decodes now
                     break
         self.stats.prefill_seconds += time.perf_counter() - started
+
+    @property
+    def _gap_seconds(self) -> float:
+        """How long reading prompts may take between two steps of sequences that decode."""
+        if self._max_gap_seconds is not None:
+            return self._max_gap_seconds
+        return FIRST_GAP_SECONDS if self._step_seconds is None else GAP_STEPS * self._step_seconds
 
     def _lookup_nodes(self, options: DecodingOptions) -> int:
         """The most nodes of a draft that prompt lookup may fill."""

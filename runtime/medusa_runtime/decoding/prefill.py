@@ -1,7 +1,8 @@
 """Reading prompts: whose turn it is, how large each chunk is, and which prompts are read in one pass.
 
 A prompt that has not had a turn yet comes first; then prompts take turns, a chunk each. So a short prompt waits for one chunk
-of a long one, never for all of it. Prompts in neighbouring slots are read in one pass if that is cheaper than apart.
+of a long one, never for all of it. Prompts in neighbouring slots are read in one pass if their first tokens then come sooner on
+average: passes over few tokens cost little more than one token's, passes over many are best made one after the other.
 
 While other sequences decode, the time of a pass is limited, because they wait for it between two of their tokens. The costs of
 passes are learned from the passes made. If no sequence decodes, a pass has as many tokens as the bundle allows, up to `CHUNK`.
@@ -29,7 +30,7 @@ CHUNK = 512  # prompt tokens of a pass if no sequence decodes
 FIRST_SHARED_CHUNK = 64  # prompt tokens of a pass beside sequences that decode, until a pass was timed
 LEAST_CHUNK = 16  # a shorter pass is hardly cheaper: it reads all weights, too
 SCORED_CHUNK = 64  # prompt tokens if their log-probabilities are asked for: each token gives a row of logits
-DEFAULT_GAP_SECONDS = 0.05
+GAP_STEPS, FIRST_GAP_SECONDS = 3.0, 0.05  # the default gap, in steps of decoding, and until a step was timed
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +120,7 @@ class PromptReader:
         return admitted
 
     def read(self, room: int, seconds: float | None) -> Pass | None:
-        """Read a chunk of the prompt whose turn it is, and of its neighbours if one pass for all is cheaper.
+        """Read a chunk of the prompt whose turn it is, and of its neighbours if first tokens then come sooner on average.
 
         If the pass fails, the sequences on it end with the error.
 
@@ -181,7 +182,7 @@ class PromptReader:
         return max(affordable, LEAST_CHUNK)
 
     def _join(self, place: int, chunks: dict[int, int], room: int, seconds: float | None) -> bool:
-        """Add a neighbour to a pass if that is cheaper than a pass of its own. Returns whether it was added."""
+        """Add a neighbour to a pass if all first tokens then come sooner on average. Returns whether it was added."""
         slot, batch, width = self._slots[place], len(chunks) + 1, max(chunks.values())
         if (
             slot.sequence is None
@@ -194,9 +195,9 @@ class PromptReader:
         wider, longest = max(width, chunk), max(self._slots[member].length for member in [*chunks, place])
         if batch * wider > room or longest + wider > self._backend.capacity:  # padding is written to the cache, too
             return False
-        together = self._cost(batch, wider, longest)
-        apart = self._cost(batch - 1, width, longest) + self._cost(1, chunk, slot.length)
-        if together >= apart or (seconds is not None and together > seconds):
+        before, together = self._cost(batch - 1, width, longest), self._cost(batch, wider, longest)
+        # All of a pass wait for its end. Apart, the neighbour would wait for its own pass as well, but the others would not.
+        if together >= before + self._cost(1, chunk, slot.length) / batch or (seconds is not None and together > seconds):
             return False
         chunks[place] = chunk
         return True
