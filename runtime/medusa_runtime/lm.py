@@ -87,7 +87,7 @@ class MedusaLM:
             prompt_lookup: for requests that do not say: also draft the tokens that followed the same tokens earlier. None
                 for the choice that was tuned for this device if costs is "auto", else for False.
             max_gap_seconds: the longest time that reading prompts may take between two steps of answers that are decoded.
-                A small value keeps streams steady; a large one gives the first token of new requests sooner. None for three
+                A small value keeps streams steady; a large one gives the first token of new requests sooner. None for six
                 times as long as a step of decoding takes.
             max_cache_bytes: the largest KV cache. If the answers under way need more, the youngest wait until others have
                 ended. None for all the memory there is: on a CPU, the machine's or its container's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from collections.abc import Sequence
@@ -150,8 +151,10 @@ class OrtCpuBackend:
 
     def swap(self, a: int, b: int, length: int) -> None:
         """See `Backend.swap`."""
-        entries = self._cache[:, :, :, :, :length]
-        entries[:, :, [a, b]] = entries[:, :, [b, a]]
+        for keys_or_values in itertools.chain.from_iterable(self._cache[:, :, :, :, :length]):  # [slots, Hkv, length, D]
+            one = keys_or_values[a].copy()  # small enough for the processor's cache
+            keys_or_values[a] = keys_or_values[b]
+            keys_or_values[b] = one
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """See `Backend.clear`."""

@@ -54,7 +54,7 @@ class DecodingEngine:
             A request that brings its own tree gets none unless it asks for them.
         ngrams: correct the heads' guesses in trees that are made anew at each step.
         max_gap_seconds: the longest time that reading prompts may take between two steps of sequences that decode. A small
-            value keeps streams steady; a large one gives the first token of new prompts sooner. None for three times as long
+            value keeps streams steady; a large one gives the first token of new prompts sooner. None for six times as long
             as a step of decoding takes.
         max_cache_bytes: the largest KV cache. If sequences need more, the youngest wait until others have ended.
 

@@ -26,11 +26,11 @@ from medusa_runtime.decoding.slots import Slot, SlotPool
 from medusa_runtime.drafting.costs import Costs, LearnedCosts
 from medusa_runtime.errors import CapacityError
 
-CHUNK = 512  # prompt tokens of a pass if no sequence decodes
+CHUNK = 256  # prompt tokens of a pass if nobody decodes; larger passes were no faster on a CPU, and others wait for them
 FIRST_SHARED_CHUNK = 64  # prompt tokens of a pass beside sequences that decode, until a pass was timed
 LEAST_CHUNK = 16  # a shorter pass is hardly cheaper: it reads all weights, too
 SCORED_CHUNK = 64  # prompt tokens if their log-probabilities are asked for: each token gives a row of logits
-GAP_STEPS, FIRST_GAP_SECONDS = 3.0, 0.05  # the default gap, in steps of decoding, and until a step was timed
+GAP_STEPS, FIRST_GAP_SECONDS = 6.0, 0.05  # the default gap, in steps of decoding, and until a step was timed
 log = logging.getLogger(__name__)
 
 

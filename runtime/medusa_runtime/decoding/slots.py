@@ -166,7 +166,7 @@ class SlotPool:
             return
         slot = self._slots[place]
         slot.sequence, slot.last_used = None, next(self._clock)
-        if not keep:
+        if not (keep and self._reuse_prefixes):
             slot.tokens, slot.length = None, 0
         if place < self.num_decoding:
             self.num_decoding -= 1
