@@ -100,7 +100,16 @@ def test_raw_prompts_skip_the_chat_template(make_bundle: Make) -> None:
     lm = MedusaLM.from_bundle(make_bundle())
     for words, raw in (((), False), (("--raw",), True)):
         result = json.loads(run("generate", make_bundle(), "-p", "a fox", "--max-new-tokens", 5, "--json", *words).stdout)
-        assert result["stats"]["num_prompt_tokens"] == len(lm.codec.encode("a fox", raw=raw))
+        assert result["prompt_ids"] == lm.codec.encode("a fox", raw=raw)
+        assert result["stats"]["num_prompt_tokens"] == len(result["prompt_ids"])
+
+
+def test_a_prompt_is_scored(make_bundle: Make) -> None:
+    words = ("-p", "a fox", "--raw", "--max-new-tokens", 0, "--prompt-logprobs", 2, "--json")
+    result = json.loads(run("generate", make_bundle(), *words).stdout)
+    assert (result["text"], result["token_ids"], result["finish_reason"]) == ("", [], "length")
+    assert [one["token_id"] for one in result["prompt_logprobs"]] == result["prompt_ids"][1:]
+    assert all(one["logprob"] < 0 and len(one["top"]) == 2 for one in result["prompt_logprobs"])
 
 
 def test_a_failed_validation_exits_with_3_and_marks_the_bundle(make_model: Make, make_bundle: Make, tmp_path: Path) -> None:

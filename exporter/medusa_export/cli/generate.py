@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from medusa_runtime.errors import OptionError
 from medusa_runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
-    from medusa_runtime import Choice, MedusaLM
+    from medusa_runtime import Choice, GenerationResult, MedusaLM
 
 BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags need parsing of their own
 LEFT_OUT = ("tools", "documents", "template_options")  # fields that no command-line flag can hold
@@ -102,12 +102,13 @@ def command(
         cuda_graphs=cuda_graphs,
         allow_failed=allow_failed,
     ) as lm:
-        choices = _answer(lm, prompt, options, streamed=not as_json)
+        result = _answer(lm, prompt, options, streamed=not as_json)
     if as_json:
-        first, *others = [_facts(choice) for choice in choices]
-        whole = first | ({"choices": [first, *others]} if others else {})
+        first, *others = [_facts(choice) for choice in result.choices]
+        scores = {} if result.prompt_logprobs is None else {"prompt_logprobs": [asdict(one) for one in result.prompt_logprobs]}
+        whole = first | scores | {"prompt_ids": result.prompt_ids} | ({"choices": [first, *others]} if others else {})
         click.echo(json_text(whole, ensure_ascii=not streams.holds_unicode()))
-    for choice in () if as_json else choices:
+    for choice in () if as_json else result.choices:
         stats = choice.stats
         click.echo(
             f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens in {stats.num_steps} steps, "
@@ -119,25 +120,25 @@ def command(
     click.echo(f"ran with {placement}", err=True)
 
 
-def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> list[Choice]:
+def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> GenerationResult:
     """The answers. If `streamed`, the first is printed while it is decoded, the others after it."""
     handle = lm.stream(prompt, options)
     for chunk in handle:
         if streamed and chunk.index == 0:
             click.echo(chunk.text, nl=False)
             sys.stdout.flush()
-    choices = handle.result().choices
+    result = handle.result()
     if streamed:
         click.echo()
-        for number, choice in enumerate(choices[1:], start=2):
+        for number, choice in enumerate(result.choices[1:], start=2):
             click.echo(f"\n[answer {number}]\n{choice.text}")
-    return choices
+    return result
 
 
 def _facts(choice: Choice) -> dict[str, Any]:
     stats = choice.stats
     rates = {"tokens_per_second": stats.tokens_per_second, "tokens_per_step": stats.tokens_per_step}
-    facts = dataclasses.asdict(choice)
+    facts = asdict(choice)
     facts["stats"] |= rates
     return {name: value for name, value in facts.items() if value is not None}
 
