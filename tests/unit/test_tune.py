@@ -212,7 +212,7 @@ def test_only_steps_of_a_full_batch_are_timed() -> None:
     assert engine.is_idle
     verified = [batch for batch, tokens in backend.steps if tokens <= 4]  # the other steps read prompts
     assert 5 < len(steps) == verified.count(3) < engine.stats.num_steps / 3
-    assert verified[-1] == 3  # and nothing is decoded once no step can be full any more
+    assert 3 in verified[-2:]  # once no step can be full any more, nothing is decoded but beside the last prompt
     assert all(step.tokens >= 3 for step in steps)
     assert all(0 < step.engine_seconds < step.seconds for step in steps)
     assert rate(steps) == pytest.approx(sum(step.tokens for step in steps) / sum(step.seconds for step in steps))
