@@ -30,19 +30,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
+from serving import PROMPTS as ALL_PROMPTS
 
 from medusa_export.bench.process import WORKERS, WorkerProcess
 
-PROMPTS = (
-    "Explain in three sentences why the sky is blue.",
-    "Write a Python function that reverses a string.",
-    "Give me five tips for a healthy breakfast.",
-    "What is the capital of France, and what is it known for?",
-    "Write a short letter to a friend about a week at the sea.",
-    "How do plants make sugar from light?",
-    "List three uses of a hammer.",
-    "Tell me a short story about a lighthouse.",
-)
+PROMPTS = ALL_PROMPTS[:8]
 STREAM = "Tell me a long story about a boy who finds a map in the attic of an old house."
 WORDS = sorted(set(re.findall("[a-z]+", " ".join(PROMPTS).lower())))
 ROOMS = ("runtime", "exporter", "heads")
