@@ -150,11 +150,13 @@ def test_json_has_null_for_numbers_that_json_lacks(make_bundle: Make, monkeypatc
     answer = generate._answer
 
     def with_infinities(*words, **named):
-        [choice] = answer(*words, **named)
+        result = answer(*words, **named)
+        [choice] = result.choices
         first = dataclasses.replace(choice.logprobs[0], logprob=-float("inf"))
-        return [dataclasses.replace(choice, logprobs=[first])]
+        return dataclasses.replace(result, choices=[dataclasses.replace(choice, logprobs=[first])])
 
     monkeypatch.setattr(generate, "_answer", with_infinities)
     done = CliRunner().invoke(main, ["generate", str(make_bundle()), *ASKED, "--json", "--logprobs", "1"])
+    assert done.exit_code == 0, done.output
     assert "Infinity" not in done.stdout
     assert json.loads(done.stdout)["logprobs"][0]["logprob"] is None
