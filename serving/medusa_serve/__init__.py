@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server for Medusa bundles. It uses what `medusa_runtime` exports, and nothing else of this project."""
