@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from acceptance import read_prompts
 from copying_prompts import ASK, EDIT
 from environment import environment, publish
-from serving import PROMPTS
 
 from medusa_runtime import DynamicTree, Manifest, MedusaLM
+from serving import PROMPTS
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"medusa": False},

@@ -30,9 +30,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
-from serving import PROMPTS as ALL_PROMPTS
 
 from medusa_export.bench.process import WORKERS, WorkerProcess
+from serving import PROMPTS as ALL_PROMPTS
 
 PROMPTS = ALL_PROMPTS[:8]
 STREAM = "Tell me a long story about a boy who finds a map in the attic of an old house."

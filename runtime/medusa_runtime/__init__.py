@@ -11,6 +11,7 @@ from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep, TokenLogprob
 from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.decoding.verified import VerifiedDraft
 from medusa_runtime.drafting.costs import LearnedCosts, StepCosts
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import (
@@ -30,7 +31,7 @@ from medusa_runtime.lm import MedusaLM
 from medusa_runtime.options import DecodingOptions, GenerationOptions
 from medusa_runtime.service.handle import Handle
 from medusa_runtime.service.results import Choice, GenerationChunk, GenerationResult, Health, ServiceStats
-from medusa_runtime.text.codec import Message, Prompt
+from medusa_runtime.text.codec import Message, Prompt, TextCodec
 
 __all__ = [
     "BACKENDS",
@@ -67,8 +68,10 @@ __all__ = [
     "SequenceStep",
     "ServiceStats",
     "StepCosts",
+    "TextCodec",
     "TokenLogprob",
     "TreeError",
+    "VerifiedDraft",
     "choose_backend",
     "open_backend",
 ]

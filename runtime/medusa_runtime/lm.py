@@ -14,7 +14,7 @@ from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.errors import OptionError
+from medusa_runtime.errors import CapacityError, OptionError
 from medusa_runtime.opening import CostsChoice, open_engine
 from medusa_runtime.options import GenerationOptions, with_defaults
 from medusa_runtime.service.handle import Handle, Request
@@ -249,12 +249,16 @@ class MedusaLM:
         stop, special_stops = self._split_stops(options.stop)
         if special_stops:
             options = options.model_copy(update={"stop_token_ids": (*options.stop_token_ids, *special_stops)})
-        decoding = self.engine.check(self._prompt_ids(prompt, options), options)
-        return Request(decoding, self._guides(options), stop, special_stops, since)
+        prompt_ids, most = self._prompt_ids(prompt, options), options.max_prompt_tokens
+        if most is not None and len(prompt_ids) > most:
+            raise CapacityError(f"the prompt has {len(prompt_ids)} tokens; there is room for {most}: shorten it")
+        decoding = self.engine.check(prompt_ids, options)
+        return Request(decoding, self._guides(options), stop, special_stops, since, options.skip_special_tokens)
 
     def _prompt_ids(self, prompt: AnyPrompt, options: GenerationOptions) -> list[int]:
         if isinstance(prompt, Sequence) and prompt and all(type(part) is int for part in prompt):
             return list(cast("Sequence[int]", prompt))
+        limit = self.manifest.limits.max_seq_len
         return self.codec.encode(
             cast("Prompt", prompt),
             raw=options.raw,
@@ -265,7 +269,7 @@ class MedusaLM:
             add_generation_prompt=None if options.begins_message else False,  # None: if there is a template
             continue_final_message=options.continue_final_message,
             plain_content=options.plain_content,
-            max_tokens=self.manifest.limits.max_seq_len,
+            max_tokens=min(options.max_prompt_tokens or limit, limit),
         )
 
     def _split_stops(self, stop: Sequence[str]) -> tuple[list[str], dict[int, str]]:

@@ -73,6 +73,7 @@ class DecodingOptions(BaseModel):
     prompt_logprobs: int | None = Field(
         None, ge=0, le=100, description="the same for each token of the prompt, given the tokens before it"
     )
+    drafts: bool = Field(False, description="tell the draft that each step verified, with each chunk of the answer")
     acceptance: Literal["exact", "typical"] = Field("exact", description="which drafts are accepted")
     posterior_threshold: float = Field(0.09, gt=0, le=1, description="typical acceptance: the paper's epsilon")
     posterior_alpha: float = Field(0.3, gt=0, le=1, description="typical acceptance: the paper's delta")
@@ -171,6 +172,10 @@ class GenerationOptions(DecodingOptions):
     plain_content: bool = Field(
         False, description="read messages as plain text, so that text which looks like a special token is no special token"
     )
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="refuse a longer prompt; omit for the bundle's own limit alone"
+    )
+    skip_special_tokens: bool = Field(True, description="leave special tokens out of the answer's text")
     json_schema: Mapping[str, Any] | None = Field(None, description="the answer is JSON that this schema allows")
     regex: str | None = Field(None, description="the answer matches this whole expression")
     choice: tuple[str, ...] = Field((), description="the answer is one of these texts")

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from medusa_runtime import BundleError, CapacityError, OptionError
-from medusa_runtime.text.bounds import LengthBound, _letters
+from medusa_runtime.text.bounds import LengthBound
 from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.token_bytes import byte_letters
 from tests.support.models import tokenizer
 from tests.support.text import byte_fallback_tokenizer, saved_codec
 
@@ -211,8 +212,8 @@ def test_bytes_without_a_token_do_not_count() -> None:
 
 
 def test_the_alphabet_of_bytes_is_that_of_the_tokenizers() -> None:
-    assert set(_letters().values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert set(byte_letters().values()) == set(pre_tokenizers.ByteLevel.alphabet())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for character in ("a", " ", "\0", "\x7f", "\xad", "é", "日", "\U000f1234"):
         [(spelled, _)] = split.pre_tokenize_str(character)
-        assert spelled == "".join(_letters()[byte] for byte in character.encode())
+        assert spelled == "".join(byte_letters()[byte] for byte in character.encode())

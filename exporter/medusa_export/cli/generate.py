@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from medusa_runtime import Choice, GenerationResult, MedusaLM
 
 BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags need parsing of their own
-LEFT_OUT = ("tools", "documents", "template_options")  # fields that no command-line flag can hold
+LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that no flag can hold, or that come with chunks
 
 
 @click.command("generate")

@@ -17,12 +17,12 @@ from medusa_runtime.backends.base import Backend, StepOutput, not_finite
 from medusa_runtime.decoding.checks import DecodingRequest, check_limits, check_request, check_tree, checked_batch_size
 from medusa_runtime.decoding.loop import generate
 from medusa_runtime.decoding.prefill import CHUNK, FIRST_GAP_SECONDS, GAP_STEPS, Pass, PromptReader
-from medusa_runtime.decoding.proposer import Proposer
+from medusa_runtime.decoding.proposer import Proposer, StepDrafts
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
 from medusa_runtime.decoding.slots import SlotPool
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.drafting.costs import Costs, moving_average
-from medusa_runtime.drafting.draft import Draft, DraftBatch
+from medusa_runtime.drafting.draft import DraftBatch
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.drafting.proposals import Drafter, candidates_for
@@ -250,7 +250,7 @@ class DecodingEngine:
         for row, sequence in enumerate(sequences):
             with self._blaming(sequence):
                 if not sequence.is_finished:
-                    accepted[row] = self._accept(row, sequence, step.drafts[row], accepted[row], output)
+                    accepted[row] = self._accept(row, sequence, step, accepted[row], output)
         seconds += self._proposer.go_on(sequences, step, batch.width, accepted)
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
@@ -273,8 +273,11 @@ class DecodingEngine:
             return False
         return True
 
-    def _accept(self, row: int, sequence: DecodingSequence, draft: Draft, accepted: Accepted, output: StepOutput) -> Accepted:
+    def _accept(
+        self, row: int, sequence: DecodingSequence, chosen: StepDrafts, accepted: Accepted, output: StepOutput
+    ) -> Accepted:
         """Give out what a sequence's options accept, and move the accepted entries to the front of its slot."""
+        draft, is_forced = chosen.drafts[row], chosen.proposals[row].is_forced
         logits = None if output.logits is None else output.logits[row]
         if logits is not None and sequence.needs_logits:
             accepted = sequence.accept(draft, logits)
@@ -283,7 +286,8 @@ class DecodingEngine:
         slot = self._slots[row]
         if accepted.nodes[-1] >= len(accepted.nodes):  # else they stand there already
             self.backend.commit(row, slot.length, np.array(accepted.nodes))
-        step = sequence.take(draft, accepted, logits)
+        has_ngrams = sequence.drafter.candidates.ngrams is not None
+        step = sequence.take(draft, accepted, logits, is_forced=is_forced, has_ngrams=has_ngrams)
         slot.length = min(slot.length + len(accepted.nodes), len(sequence.tokens))  # entries after the answer's end are lost
         num_looked_up = int(draft.looked_up[accepted.nodes[1 : 1 + step.num_accepted]].sum())
         for stats in (sequence.stats, self.stats):

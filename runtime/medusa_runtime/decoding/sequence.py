@@ -13,6 +13,7 @@ import numpy.typing as npt
 from medusa_runtime.arrays import BoolArray, FloatArray, TokenBuffer
 from medusa_runtime.decoding.checks import DecodingRequest
 from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.decoding.verified import VerifiedDraft
 from medusa_runtime.drafting.draft import Draft
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.proposals import Drafter, HeadGuesses
@@ -42,6 +43,7 @@ class SequenceStep:
     num_accepted: int  # drafts among them
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None  # one a token, if the request asked for them
+    draft: VerifiedDraft | None = None  # what was verified, if the request asked for it; None for the token after the prompt
 
 
 class DecodingSequence:
@@ -161,8 +163,18 @@ class DecodingSequence:
         """Accept drafts by the request's options. logits: [N, V]."""
         return accept(draft, _Target(self, draft, logits), self.options)
 
-    def take(self, draft: Draft, accepted: Accepted, logits: Rows | None) -> SequenceStep:
-        """Give out the accepted tokens, up to the answer's end. logits: [N, V], if the request asks for log-probabilities."""
+    def take(
+        self, draft: Draft, accepted: Accepted, logits: Rows | None, *, is_forced: bool = False, has_ngrams: bool = False
+    ) -> SequenceStep:
+        """Give out the accepted tokens, up to the answer's end.
+
+        Args:
+            draft: the draft that was verified.
+            accepted: its accepted nodes, and the bonus token.
+            logits: [N, V], if the request asks for log-probabilities.
+            is_forced: whether the guide alone said what the draft holds.
+            has_ngrams: whether n-grams corrected the heads' guesses.
+        """
         tokens = [*draft.tokens[accepted.nodes[1:]].tolist(), accepted.bonus_id]
         kept = tokens[: self.remaining]
         end = next((place for place, token in enumerate(kept) if token in self.end_ids), None)
@@ -181,7 +193,11 @@ class DecodingSequence:
         self.drafter.follow(kept, self.remaining)
         num_accepted = min(len(kept), len(tokens) - 1)
         self._last_given, self._last_looked_up = len(kept), draft.looked_up[accepted.nodes[1 : 1 + num_accepted]]
-        step = SequenceStep(self.id, kept, num_accepted, self.finish_reason, logprobs)
+        verified = None
+        if self.options.drafts and self.num_tokens > len(kept):  # the first token follows the prompt, not a draft
+            nodes = accepted.nodes[: 1 + num_accepted]
+            verified = VerifiedDraft.of(draft, nodes, self.guesses, is_forced=is_forced, has_ngrams=has_ngrams)
+        step = SequenceStep(self.id, kept, num_accepted, self.finish_reason, logprobs, verified)
         self._steps.append(step)
         return step
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep, TokenLogprob
 from medusa_runtime.service.results import Choice, GenerationChunk
-from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.codec import TextCodec, WithSpecialTokens
 from medusa_runtime.text.stream import StopStrings, TextStream
 
 
@@ -19,6 +19,7 @@ class Answer:
         stop: texts that end it.
         special_stops: special tokens that end it, each with its stop text. Decoding leaves special tokens out of the text.
         with_logprobs: whether the request asked for log-probabilities.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Answer:
         stop: Sequence[str] = (),
         special_stops: Mapping[int, str] | None = None,
         with_logprobs: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.index = index
         self.text = ""
@@ -38,7 +40,7 @@ class Answer:
         self.is_counted = True  # among those under way
         self._logprobs: list[TokenLogprob] | None = [] if with_logprobs else None
         self._special_stops = special_stops or {}
-        self._stream = TextStream(codec)
+        self._stream = TextStream(codec if skip_special_tokens else WithSpecialTokens(codec))
         self._stops = StopStrings(stop)
         self._one_by_one = bool(stop)  # a stop text may end within a step
 
@@ -76,6 +78,7 @@ class Answer:
             self.index,
             logprobs,
             self.stop_reason,
+            step.draft,
         )
 
     def choice(self) -> Choice:

@@ -31,6 +31,7 @@ class Request:
     stop: Sequence[str] = ()
     special_stops: Mapping[int, str] = field(default_factory=dict)  # stop texts that are special tokens, by token
     since: float = field(default_factory=time.perf_counter)  # when the request was made
+    skip_special_tokens: bool = True  # leave them out of the text
 
 
 class Job:
@@ -45,6 +46,7 @@ class Job:
                 stop=request.stop,
                 special_stops=request.special_stops,
                 with_logprobs=request.decoding.options.logprobs is not None,
+                skip_special_tokens=request.skip_special_tokens,
             )
             for index in range(len(request.guides))
         ]
@@ -91,6 +93,11 @@ class Handle:
     def is_done(self) -> bool:
         """Whether the request has ended."""
         return self._job.is_done
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's token ids, as the request is decoded."""
+        return list(self._job.request.decoding.prompt_ids)
 
     def cancel(self) -> None:
         """End the request before its next step. Its result is the answer so far. If it is done already, nothing happens."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from medusa_runtime.decoding.sequence import FinishReason, TokenLogprob
 from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.decoding.verified import VerifiedDraft
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class GenerationChunk:
     index: int = 0  # which of the request's answers
     logprobs: list[TokenLogprob] | None = None  # one per token, if the request asked for them
     stop_reason: str | int | None = None  # the stop text or stop token that ended the answer; None if the model ended it
+    draft: VerifiedDraft | None = None  # what the step verified, if the request asked for drafts; None for the first token
 
 
 @dataclass(frozen=True)

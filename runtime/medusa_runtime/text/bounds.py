@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from medusa_runtime.text.byte_fallback import BYTE
+from medusa_runtime.text.token_bytes import byte_letters
 
 UNHEARD_OF = "\U000f1234"  # a private-use character, which no vocabulary has
 
@@ -32,7 +33,7 @@ class LengthBound:
         self._swallows_space = any(token.lstrip or token.rstrip for token in added)
         self._longest: int | None = None  # bytes; None if there is no bound
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-        letters = _letters() if is_byte_level else {}  # tokens are spelled in them, one a byte
+        letters = byte_letters() if is_byte_level else {}  # tokens are spelled in them, one a byte
         self._without_token = bytes(byte for byte, letter in letters.items() if letter not in vocabulary)
         spells = isinstance(tokenizer.model, models.BPE) if is_byte_level else _falls_back_to_bytes(tokenizer)
         if spells and all(map(_keeps_length, normalizers)) and all(map(_drops_nothing, splits)):
@@ -87,10 +88,3 @@ def _falls_back_to_bytes(tokenizer: Tokenizer) -> bool:
     """Whether the model spells a character that it does not know by the tokens of its bytes."""
     spelled = tokenizer.model.tokenize(UNHEARD_OF)
     return len(spelled) == len(UNHEARD_OF.encode()) and all(BYTE.fullmatch(token.value) for token in spelled)
-
-
-def _letters() -> dict[int, str]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, and other bytes for the characters from U+0100 on."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {byte: chr(byte) for byte in own} | {byte: chr(0x100 + place) for place, byte in enumerate(others)}

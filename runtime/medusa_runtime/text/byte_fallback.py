@@ -17,13 +17,14 @@ def has_byte_fallback(tokenizer: Tokenizer) -> bool:
     return tokenizer.decoder is not None and b'"ByteFallback"' in tokenizer.decoder.__getstate__()
 
 
-def decoded(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """The text of token ids, special tokens left out, with one replacement character for each incomplete character.
+def decoded(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of token ids, with one replacement character for each incomplete character.
 
     The decoder of `tokenizers` loses all characters of a run of byte tokens if one of them is incomplete, and writes one
     replacement character for each byte. Other decoders, Python and browsers do it as this function does.
     """
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    added = tokenizer.get_added_tokens_decoder().values() if skip_special_tokens else []
+    special = {token.content for token in added if token.special}
     found = (tokenizer.id_to_token(token) for token in token_ids)
     tokens = [token for token in found if token is not None and token not in special]
     runs = groupby(tokens, key=lambda token: BYTE.fullmatch(token) is not None)

@@ -16,8 +16,9 @@ from medusa_runtime.text.bounds import LengthBound
 from medusa_runtime.text.conversation import Conversation, Message, Prompt
 from medusa_runtime.text.plain import PlainContent
 from medusa_runtime.text.template import ChatTemplate
+from medusa_runtime.text.token_bytes import TokenBytes
 
-__all__ = ["CHAT_NAME", "TOKENIZER_NAME", "Message", "Prompt", "TextCodec"]
+__all__ = ["CHAT_NAME", "TOKENIZER_NAME", "Message", "Prompt", "TextCodec", "WithSpecialTokens"]
 
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_NAME = "chat.json"
@@ -104,12 +105,21 @@ class TextCodec:
             return self._plain_content.token_ids(text, self._plain_content.controls(self.chat, name, conversation, text))
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out. An incomplete character becomes one replacement character."""
-        text = str(self.tokenizer.decode(list(token_ids)))
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids. An incomplete character becomes one replacement character.
+
+        Args:
+            token_ids: in the tokenizer's vocabulary; others are left out.
+            skip_special_tokens: leave special tokens out.
+        """
+        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
         if self._has_byte_fallback and byte_fallback.UNKNOWN in text:
-            return byte_fallback.decoded(self.tokenizer, token_ids)
+            return byte_fallback.decoded(self.tokenizer, token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, which may be a part of a character. A special token's are those of its name."""
+        return self._token_bytes.of(token_id)
 
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token that is spelled like this, which `decode` leaves out; None if there is none."""
@@ -155,9 +165,24 @@ class TextCodec:
     def _bound(self) -> LengthBound:
         return LengthBound(self.tokenizer)
 
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
+
     @property
     def _plain_content(self) -> PlainContent:
         with self._lock:
             if self._plain is None:
                 self._plain = PlainContent(self.tokenizer, self.chat.literals())
             return self._plain
+
+
+class WithSpecialTokens:
+    """Decodes as a codec does, but writes special tokens by their names."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `TextCodec.decode`."""
+        return self._codec.decode(token_ids, skip_special_tokens=False)
