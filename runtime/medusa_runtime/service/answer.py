@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep, TokenLogprob
@@ -78,6 +79,7 @@ class Answer:
             self.index,
             logprobs,
             self.stop_reason,
+            time.perf_counter() - self.sequence.since if self.sequence is not None else 0.0,
             step.draft,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from medusa_runtime.decoding.sequence import FinishReason, TokenLogprob
 from medusa_runtime.decoding.stats import DecodingStats
@@ -20,6 +20,7 @@ class GenerationChunk:
     index: int = 0  # which of the request's answers
     logprobs: list[TokenLogprob] | None = None  # one per token, if the request asked for them
     stop_reason: str | int | None = None  # the stop text or stop token that ended the answer; None if the model ended it
+    seconds: float = field(default=0.0, compare=False)  # from the request, as its caller made it, to this chunk
     draft: VerifiedDraft | None = None  # what the step verified, if the request asked for drafts; None for the first token
 
 

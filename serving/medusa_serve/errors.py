@@ -1,0 +1,79 @@
+"""Errors as OpenAI's API tells them: a status, and a JSON object that names the field which is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from medusa_runtime import (
+    CapacityError,
+    ClosedError,
+    MedusaError,
+    MissingExtraError,
+    OptionError,
+    QueueFullError,
+    QueueTimeoutError,
+    TreeError,
+)
+
+RETRY_SECONDS = 1  # how long a client is asked to wait before it tries again
+CLIENT_GONE = 499  # in logs and metrics; nobody is left to be told
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+STATUS: dict[type[MedusaError], tuple[int, str | None]] = {
+    CapacityError: (400, "context_length_exceeded"),
+    OptionError: (400, None),
+    TreeError: (400, None),
+    QueueFullError: (429, "queue_full"),
+    QueueTimeoutError: (503, "queue_timeout"),
+    ClosedError: (503, "not_running"),
+    MissingExtraError: (500, "missing_package"),
+}
+
+
+class ApiError(Exception):
+    """A request that is refused, or that failed.
+
+    Args:
+        status: of the response.
+        message: one line: what was wrong, what was found, what to do.
+        param: the field that is wrong.
+        code: a name of the error for programs.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+        if status in {429, 503}:
+            self.headers.setdefault("Retry-After", str(RETRY_SECONDS))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the response, and of an event that ends a stream."""
+        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole response."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+    @classmethod
+    def of(cls, error: MedusaError) -> ApiError:
+        """What a client is told of an error of the runtime."""
+        status, code = next((told for kind, told in STATUS.items() if isinstance(error, kind)), (500, None))
+        return cls(status, str(error), code=code)
+
+
+def not_ready(why: str) -> ApiError:
+    """The server takes no requests now."""
+    return ApiError(503, why, code="not_ready")

@@ -1,0 +1,57 @@
+"""Reading the body of a request: JSON alone, of a bounded size, within a bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import ClientDisconnect, Request
+
+from medusa_serve.errors import CLIENT_GONE, ApiError
+
+
+async def read_body(request: Request, max_bytes: int, idle_seconds: float) -> bytes:
+    """The body of a request.
+
+    Args:
+        request: not read so far.
+        max_bytes: the largest body.
+        idle_seconds: how long the client may send nothing.
+
+    Raises:
+        ApiError: it is too large, not declared as JSON, or does not come.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith(
+        "+json"
+    ):  # a browser asks for leave before it sends this kind elsewhere
+        found = f"it is {kind[:80]!r}" if kind else "it is missing"
+        raise ApiError(415, f"the header Content-Type must be application/json; {found}", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "the body is compressed; send it as it is", code="unsupported_media_type")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    parts: list[bytes] = []
+    size, stream = 0, request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(stream), idle_seconds)
+        except StopAsyncIteration:
+            return b"".join(parts)
+        except TimeoutError as error:
+            raise ApiError(408, f"nothing of the body came for {idle_seconds:g} s", headers={"Connection": "close"}) from error
+        except ClientDisconnect as error:
+            raise ApiError(CLIENT_GONE, "the client went away before its request was complete") from error
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        parts.append(part)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body has more than {max_bytes} bytes, the most that this server takes",
+        code="body_too_large",
+        headers={"Connection": "close"},  # the rest of it is not read
+    )
