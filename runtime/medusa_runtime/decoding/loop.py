@@ -54,7 +54,7 @@ def _steps(engine: DecodingEngine, requests: Sequence[DecodingRequest], stats: D
     finally:
         for sequence in sequences:
             engine.end(sequence)
-            own = dict.fromkeys(clock, 0)
+            own: dict[str, Any] = dict.fromkeys(clock, 0)
             stats.add(dataclasses.replace(sequence.stats, **own))
         for name, now in _shared(engine.stats).items():  # of the batch, not the sum over its sequences
             setattr(stats, name, getattr(stats, name) + now - clock[name])
