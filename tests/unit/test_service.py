@@ -676,6 +676,8 @@ def test_a_request_waits_no_longer_than_it_wants_to() -> None:
             lm.generate("b", max_new_tokens=5, max_queue_seconds=0.1)
         assert lm.generate("c", max_new_tokens=5, max_queue_seconds=30).text == text_of("c", 5)
         assert running.result(30).text == text_of("a", 60)
+        stats = lm.stats()
+    assert (stats.num_timed_out, stats.num_failed, stats.num_completed) == (1, 0, 2)
 
 
 def test_the_wait_before_the_worker_looks_counts() -> None:
@@ -702,6 +704,7 @@ def test_answers_that_need_more_cache_than_there_is_wait_for_each_other() -> Non
         stats = lm.stats()
     assert [result.text for result in results] == [text_of(prompt, 200) for prompt in prompts]
     assert (stats.num_failed, stats.num_completed) == (0, 3)
+    assert stats.decoding.num_preemptions == sum(result.stats.num_preemptions for result in results) > 0
     assert len(backend.entries) * 256 <= 3 * 128  # all three slots did not fit together
     with service(max_batch_size=3, max_cache_bytes=entry * 64) as lm, pytest.raises(CapacityError, match="max_cache_bytes"):
         lm.generate("abc", max_new_tokens=200)

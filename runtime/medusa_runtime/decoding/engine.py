@@ -19,8 +19,8 @@ from medusa_runtime.decoding.loop import generate
 from medusa_runtime.decoding.prefill import CHUNK, FIRST_GAP_SECONDS, GAP_STEPS, Pass, PromptReader
 from medusa_runtime.decoding.proposer import Proposer, StepDrafts
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
-from medusa_runtime.decoding.slots import SlotPool
-from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.decoding.slots import CacheUse, SlotPool
+from medusa_runtime.decoding.stats import DecodingStats, StepCounts
 from medusa_runtime.drafting.costs import Costs, moving_average
 from medusa_runtime.drafting.draft import DraftBatch
 from medusa_runtime.drafting.guide import Guide
@@ -110,6 +110,11 @@ class DecodingEngine:
         return len(self._slots.active)
 
     @property
+    def cache(self) -> CacheUse:
+        """How much of the KV cache is used."""
+        return self._slots.use
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._reader.waiting and not self._slots.active
@@ -175,9 +180,9 @@ class DecodingEngine:
             num_unused: tokens after a stop text, at the end of its last step. They are not given out.
         """
         if num_unused:
-            accepted = sequence.drop_last(num_unused)
+            step = sequence.drop_last(num_unused)
             for stats in (sequence.stats, self.stats):
-                stats.take_back(num_unused, *accepted)
+                stats.take_back(step, num_unused)
         if reason == "stop" or not sequence.is_finished:
             sequence.finish(reason)
             self._drop(sequence)
@@ -254,6 +259,7 @@ class DecodingEngine:
         seconds += self._proposer.go_on(sequences, step, batch.width, accepted)
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
+            stats.num_passes += 1
         if output.is_warm:
             self._step_seconds = seconds if self._step_seconds is None else moving_average(self._step_seconds, seconds)
 
@@ -270,6 +276,8 @@ class DecodingEngine:
                 log.info("sequence %d waits for memory: %s", youngest.id, error)
                 self._slots.release(youngest)
                 self._reader.put_back(youngest)
+                for stats in (youngest.stats, self.stats):
+                    stats.num_preemptions += 1
             return False
         return True
 
@@ -289,9 +297,10 @@ class DecodingEngine:
         has_ngrams = sequence.drafter.candidates.ngrams is not None
         step = sequence.take(draft, accepted, logits, is_forced=is_forced, has_ngrams=has_ngrams)
         slot.length = min(slot.length + len(accepted.nodes), len(sequence.tokens))  # entries after the answer's end are lost
-        num_looked_up = int(draft.looked_up[accepted.nodes[1 : 1 + step.num_accepted]].sum())
+        counts = StepCounts.of(draft, accepted.nodes[1 : 1 + step.num_accepted], len(step.token_ids))
+        sequence.last_step = counts
         for stats in (sequence.stats, self.stats):
-            stats.count_step(np.bincount(draft.depths)[1:].tolist(), step.num_accepted, len(step.token_ids), num_looked_up)
+            stats.count_step(counts)
         sequence.stats.decode_seconds += sequence.lap()
         return accepted
 

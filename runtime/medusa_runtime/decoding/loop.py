@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_runtime.decoding.checks import DecodingRequest
 from medusa_runtime.decoding.sequence import SequenceStep
@@ -38,7 +38,7 @@ def generate(
 
 def _steps(engine: DecodingEngine, requests: Sequence[DecodingRequest], stats: DecodingStats) -> Iterator[list[SequenceStep]]:
     sequences = [engine.begin(request) for request in requests]
-    clock = _phases(engine.stats)
+    clock = _shared(engine.stats)
     try:
         while not all(sequence.is_finished for sequence in sequences):
             engine.step()
@@ -54,10 +54,12 @@ def _steps(engine: DecodingEngine, requests: Sequence[DecodingRequest], stats: D
     finally:
         for sequence in sequences:
             engine.end(sequence)
-            stats.add(dataclasses.replace(sequence.stats, prefill_seconds=0.0, decode_seconds=0.0, engine_seconds=0.0))
-        for name, seconds in _phases(engine.stats).items():  # seconds of the batch, not the sum over its sequences
-            setattr(stats, name, getattr(stats, name) + seconds - clock[name])
+            own: dict[str, Any] = dict.fromkeys(clock, 0)
+            stats.add(dataclasses.replace(sequence.stats, **own))
+        for name, now in _shared(engine.stats).items():  # of the batch, not the sum over its sequences
+            setattr(stats, name, getattr(stats, name) + now - clock[name])
 
 
-def _phases(stats: DecodingStats) -> dict[str, float]:
-    return {name: getattr(stats, name) for name in ("prefill_seconds", "decode_seconds", "engine_seconds")}
+def _shared(stats: DecodingStats) -> dict[str, Any]:
+    """What the sequences of a batch share: seconds and passes of the engine."""
+    return {name: getattr(stats, name) for name in ("prefill_seconds", "decode_seconds", "engine_seconds", "num_passes")}

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from medusa_runtime.arrays import BoolArray, FloatArray, TokenBuffer
+from medusa_runtime.arrays import FloatArray, TokenBuffer
 from medusa_runtime.decoding.checks import DecodingRequest
-from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.decoding.stats import DecodingStats, StepCounts
 from medusa_runtime.decoding.verified import VerifiedDraft
 from medusa_runtime.drafting.draft import Draft
 from medusa_runtime.drafting.guide import Guide
@@ -87,8 +87,7 @@ class DecodingSequence:
         self.since = time.perf_counter() if since is None else since
         self._stream, self._uniforms = stream, Uniforms(request.seed, stream)
         self._steps: list[SequenceStep] = []
-        self._last_given = 0  # tokens given out in the last step
-        self._last_looked_up: BoolArray = np.empty(0, np.bool_)  # for each draft accepted there, whether prompt lookup named it
+        self.last_step: StepCounts | None = None  # the last verification step
         self._lap_start = self.since  # when the current phase began: waiting, prefill, decoding
 
     @property
@@ -192,7 +191,6 @@ class DecodingSequence:
             self.guide.advance(kept)
         self.drafter.follow(kept, self.remaining)
         num_accepted = min(len(kept), len(tokens) - 1)
-        self._last_given, self._last_looked_up = len(kept), draft.looked_up[accepted.nodes[1 : 1 + num_accepted]]
         verified = None
         if self.options.drafts and self.num_tokens > len(kept):  # the first token follows the prompt, not a draft
             nodes = accepted.nodes[: 1 + num_accepted]
@@ -207,16 +205,12 @@ class DecodingSequence:
             self.finish_reason, self.error = reason, error
             self._steps.append(SequenceStep(self.id, [], 0, reason))
 
-    def drop_last(self, count: int) -> tuple[int, int, int]:
-        """Take back the last tokens of the last step.
-
-        Returns:
-            How many drafts the step accepted, how many of them still count, and how many of the others were looked up.
-        """
+    def drop_last(self, count: int) -> StepCounts:
+        """Take back the last `count` tokens of the last step. Returns the step as it was counted, with these tokens."""
+        assert self.last_step is not None  # the token after the prompt is alone in its step, and is never taken back
         self.tokens.drop_last(count)
-        num_accepted = len(self._last_looked_up)
-        num_kept = min(num_accepted, self._last_given - count)
-        return num_accepted, num_kept, int(self._last_looked_up[num_kept:].sum())
+        step, self.last_step = self.last_step, self.last_step.without_last(count)
+        return step
 
     def uniform(self, depth: int) -> float:
         """The random number of the token that follows a node of that depth."""

@@ -29,6 +29,15 @@ WORTH_WAITING_FOR = 64
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class CacheUse:
+    """How much of the KV cache is used. An entry holds the keys and values of one token."""
+
+    num_entries: int  # of the sequences that have a slot; what ended sequences left for prefix reuse does not count
+    max_entries: int  # that these sequences can have at most, by the bundle's limits and the memory that the cache may take
+    num_bytes: int  # allocated now
+
+
 @dataclass
 class Slot:
     """One sequence's part of the cache."""
@@ -75,6 +84,16 @@ class SlotPool:
     def num_slots(self) -> int:
         """Sequences at a time."""
         return self._num_slots
+
+    @property
+    def use(self) -> CacheUse:
+        """How much is used now. Another thread may ask."""
+        manifest, entry_bytes = self._backend.manifest, cache_entry_bytes(self._backend.manifest)
+        most = self._num_slots * (self._fixed or manifest.limits.max_seq_len)
+        if self._max_bytes is not None:
+            most = min(most, self._max_bytes // entry_bytes)
+        num_entries = sum(slot.length for slot in list(self._slots) if slot.sequence is not None)
+        return CacheUse(num_entries, most, self._backend.num_slots * self._backend.capacity * entry_bytes)
 
     @property
     def active(self) -> list[DecodingSequence]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from medusa_runtime.decoding.sequence import FinishReason, TokenLogprob
+from medusa_runtime.decoding.slots import CacheUse
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.decoding.verified import VerifiedDraft
 
@@ -85,7 +86,7 @@ class GenerationResult:
 class ServiceStats:
     """The state of a service now, and its counts since it was opened.
 
-    The three means are over the completed answers: those that were not cancelled, overdue or failed.
+    The three means are over the completed answers: those that were not cancelled, overdue, timed out or failed.
     """
 
     num_waiting: int  # answers that have no slot yet
@@ -95,11 +96,13 @@ class ServiceStats:
     num_cancelled: int
     num_overdue: int  # ended by `deadline_seconds`
     num_failed: int
+    num_timed_out: int  # that waited longer for a slot than their `max_queue_seconds`
     num_refused: int  # requests refused because the queue was full
     queue_seconds: float  # mean time from the request to the start of its prefill
     first_token_seconds: float  # mean time from the request to the first token
     seconds_per_token: float  # mean time after the first token
     decoding: DecodingStats  # of all answers so far; its prefill, decode and engine seconds are the engine's own
+    cache: CacheUse  # how much of the KV cache is used
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,22 @@ from typing import Literal
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason
 from medusa_runtime.decoding.stats import DecodingStats
-from medusa_runtime.errors import CapacityError, ClosedError, MedusaError, QueueFullError, RequestError, first_line, is_failure
+from medusa_runtime.errors import (
+    CapacityError,
+    ClosedError,
+    MedusaError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+    first_line,
+    is_failure,
+)
 from medusa_runtime.service.answer import Answer
 from medusa_runtime.service.handle import Handle, Job, Request
 from medusa_runtime.service.results import GenerationChunk, Health, ServiceStats
 from medusa_runtime.text.codec import TextCodec
 
-Outcome = Literal["completed", "cancelled", "overdue", "failed"]
+Outcome = Literal["completed", "cancelled", "overdue", "timed_out", "failed"]
 OUTCOMES: dict[FinishReason, Outcome] = {"cancelled": "cancelled", "deadline": "overdue"}  # all others: completed
 log = logging.getLogger(__name__)
 
@@ -32,6 +41,7 @@ class _Counts:
     completed: int = 0
     cancelled: int = 0
     overdue: int = 0
+    timed_out: int = 0
     failed: int = 0
     refused: int = 0
     latency: DecodingStats = field(default_factory=DecodingStats)  # of the completed answers
@@ -122,11 +132,13 @@ class Worker:
                 num_cancelled=counts.cancelled,
                 num_overdue=counts.overdue,
                 num_failed=counts.failed,
+                num_timed_out=counts.timed_out,
                 num_refused=counts.refused,
                 queue_seconds=latency.queue_seconds / completed,
                 first_token_seconds=latency.first_token_seconds / completed,
                 seconds_per_token=latency.seconds_per_token,
                 decoding=decoding,
+                cache=self._engine.cache,
             )
 
     def health(self) -> Health:
@@ -248,7 +260,7 @@ class Worker:
         for answer in job.answers:
             if answer.sequence is not None:
                 self._engine.end(answer.sequence)
-            self._close(answer, "failed")
+            self._close(answer, "timed_out" if isinstance(error, QueueTimeoutError) else "failed")
         self._tell(job, error=error)
 
     def _tell(self, job: Job, chunk: GenerationChunk | None = None, error: MedusaError | None = None) -> None:
