@@ -95,6 +95,7 @@ class Answers:
             raise ApiError.of(error) from error
         if self.stopped is not None:
             raise self.stopped
+        self._record.answer_tokens = 0
         for place, handle in enumerate(self.handles):
             for chunk in handle:
                 self._note(place * self.n + chunk.index, chunk)
@@ -136,6 +137,7 @@ class Answers:
     def _note(self, index: int, chunk: GenerationChunk) -> None:
         """Note in the record when a chunk came."""
         record = self._record
+        record.answer_tokens += len(chunk.token_ids)
         if index in self._last:
             record.gaps.append(chunk.seconds - self._last[index])
         elif record.first_token_seconds is None:

@@ -31,6 +31,7 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)  # one an answer: stop, length, tool_calls, abort or error
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that were in the cache already
+    answer_tokens: int = 0  # of all answers, as far as they have come
     first_token_seconds: float | None = None  # from the arrival of the request
     gaps: list[float] = field(default_factory=list)  # seconds between two chunks of one answer
     stats: list[DecodingStats] = field(default_factory=list)  # one an answer

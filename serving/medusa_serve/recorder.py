@@ -41,38 +41,36 @@ class Recorder:
             return
         record = self._record(scope)
         scope.setdefault("state", {})["record"] = record
-        started, is_begun, is_ended = time.perf_counter(), False, False
-
-        async def send_noted(message: Message) -> None:
-            nonlocal is_begun, is_ended
-            if message["type"] == "http.response.start":
-                is_begun, record.status = True, message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
-            elif message["type"] == "http.response.body":
-                is_ended = not message.get("more_body", False)
-            await send(message)
-
+        sent, started = _Sent(send, record), time.perf_counter()
         try:
-            await self._app(scope, receive, send_noted)
-        except ApiError as error:
-            record.status, record.error = error.status, error.message
-            if not is_begun and error.status != CLIENT_GONE:
-                await error.response()(scope, receive, send_noted)
+            await self._app(scope, receive, sent)
         except asyncio.CancelledError:
             record.status = CLIENT_GONE
             raise
-        except Exception as error:
-            log.exception("request %s failed", record.request_id)
-            record.status, record.error = 500, f"{type(error).__name__}: {error}"
-            if is_begun:
-                raise
-            failure = ApiError(500, f"the server failed; its log tells more of request {record.request_id}", code="internal_error")
-            await failure.response()(scope, receive, send_noted)
+        except Exception as error:  # noqa: BLE001 - it is logged, and the client is told
+            await self._tell(error, sent, scope, receive)
         finally:
-            if not is_ended and record.status < 400:
+            if not sent.is_ended and record.status < 400:
                 record.status = CLIENT_GONE
             record.seconds = time.perf_counter() - started
             self._report(record)
+
+    async def _tell(self, error: Exception, sent: _Sent, scope: Scope, receive: Receive) -> None:
+        """Answer with an error. If the answer has begun already, its connection is closed."""
+        record = sent.record
+        if isinstance(error, ApiError):
+            told, record.error = error, error.message
+        else:
+            log.error("request %s failed", record.request_id, exc_info=error)
+            told = ApiError(
+                500, f"the server failed; its log has more about request {record.request_id}", code="internal_error"
+            )
+            record.error = f"{type(error).__name__}: {error}"
+        record.status = told.status
+        if sent.is_begun:
+            raise error
+        if told.status != CLIENT_GONE:
+            await told.response()(scope, receive, sent)
 
     def _record(self, scope: Scope) -> RequestRecord:
         request = Request(scope)
@@ -88,6 +86,22 @@ class Recorder:
         )
 
 
+class _Sent:
+    """Sends a response, and notes how far it has come."""
+
+    def __init__(self, send: Send, record: RequestRecord) -> None:
+        self._send, self.record = send, record
+        self.is_begun = self.is_ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_begun, self.record.status = True, message["status"]
+            message["headers"] = [*message["headers"], (b"x-request-id", self.record.request_id.encode())]
+        elif message["type"] == "http.response.body":
+            self.is_ended = not message.get("more_body", False)
+        await self._send(message)
+
+
 class Doors:
     """Refuses requests for foreign host names, and requests to the API without a key.
 
@@ -95,11 +109,11 @@ class Doors:
         app: the layer below.
         trusted_hosts: see `check_host`.
         keys: see `Keys`.
-        open_paths: the paths that need no key.
+        is_open: whether a path needs no key.
     """
 
-    def __init__(self, app: ASGIApp, trusted_hosts: Collection[str] | None, keys: Keys, open_paths: Callable[[str], bool]) -> None:
-        self._app, self._trusted_hosts, self._keys, self._is_open = app, trusted_hosts, keys, open_paths
+    def __init__(self, app: ASGIApp, trusted_hosts: Collection[str] | None, keys: Keys, is_open: Callable[[str], bool]) -> None:
+        self._app, self._trusted_hosts, self._keys, self._is_open = app, trusted_hosts, keys, is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""

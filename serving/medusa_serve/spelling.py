@@ -40,7 +40,9 @@ class Speller:
         ]
         return {"content": content, "refusal": None}
 
-    def completion_logprobs(self, logprobs: Sequence[TokenLogprob | None], token_ids: Sequence[int], offset: int) -> dict[str, Any]:
+    def completion_logprobs(
+        self, logprobs: Sequence[TokenLogprob | None], token_ids: Sequence[int], offset: int
+    ) -> dict[str, Any]:
         """`logprobs` of a completion's choice.
 
         Args:
@@ -55,15 +57,16 @@ class Speller:
         return {
             "tokens": [self.text(token_id) for token_id in token_ids],
             "token_logprobs": [None if one is None else _number(one.logprob) for one in logprobs],
-            "top_logprobs": [
-                None if one is None else {self.text(token_id): _number(value) for token_id, value in one.top} for one in logprobs
-            ],
+            "top_logprobs": [None if one is None else self._by_text(one) for one in logprobs],
             "text_offset": offsets,
         }
 
     def prompt_logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`: for each token of a prompt, those of likely tokens and its own. The first token has none."""
+        """The field `prompt_logprobs`, as vLLM has it: likely tokens and the own one, by id; none for the first token."""
         return [None, *map(self._by_id, logprobs)]
+
+    def _by_text(self, one: TokenLogprob) -> dict[str, float]:
+        return {self.text(token_id): _number(value) for token_id, value in one.top}
 
     def _by_id(self, one: TokenLogprob) -> dict[str, Any]:
         told = {

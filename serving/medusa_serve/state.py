@@ -8,11 +8,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from medusa_runtime import MedusaLM, MissingExtraError, ServiceStats
+from medusa_runtime import Manifest, MedusaLM, MissingExtraError, Placement, ServiceStats
 from medusa_serve.errors import ApiError, not_ready
 from medusa_serve.settings import ServerSettings
+from medusa_serve.telemetry import BuildInfo
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
@@ -25,21 +27,29 @@ class Stoppable(Protocol):
         """End them; their client is told why."""
 
 
+@dataclass(frozen=True)
+class ServedBundle:
+    """The bundle of a server: what is known of it before it is loaded, and how it is loaded."""
+
+    manifest: Manifest
+    placement: Placement
+    open: Callable[[], MedusaLM]  # called once, in a thread of its own
+
+
 class ServerState:
     """What all endpoints share.
 
     Args:
         settings: the operator's.
-        open_model: loads the model. It is called once, in a thread of its own.
+        served: the bundle.
     """
 
-    def __init__(self, settings: ServerSettings, open_model: Callable[[], MedusaLM]) -> None:
-        self.settings = settings
+    def __init__(self, settings: ServerSettings, served: ServedBundle) -> None:
+        self.settings, self.served, self.manifest = settings, served, served.manifest
         self.phase: Phase = "loading"
         self.since = time.time()  # when the server was started
         self.version = importlib.metadata.version("medusa-export")
         self.failure: BaseException | None = None  # why the model could not be loaded
-        self._open_model = open_model
         self._lm: MedusaLM | None = None
         self._under_way: set[Stoppable] = set()
         self._idle = asyncio.Event()
@@ -56,7 +66,7 @@ class ServerState:
             self.phase = "ready"
 
     def _opened(self) -> MedusaLM:
-        lm = self._open_model()
+        lm = self.served.open()
         try:
             warm_up(lm)
         except BaseException:
@@ -85,9 +95,7 @@ class ServerState:
     @property
     def names(self) -> tuple[str, ...]:
         """The names by which requests may ask for the model."""
-        if self.settings.served_model_name:
-            return self.settings.served_model_name
-        return (self._lm.manifest.model.name if self._lm is not None else "model",)
+        return self.settings.served_model_name or (self.manifest.model.name,)
 
     def why_not_alive(self) -> str | None:
         """Why the process should be replaced; None if it should not."""
@@ -104,6 +112,13 @@ class ServerState:
     def stats(self) -> ServiceStats | None:
         """The counts of the model; None while it is not loaded."""
         return None if self._lm is None else self._lm.stats()
+
+    def build(self) -> BuildInfo | None:
+        """What is run, for the metrics; None while the model is not loaded."""
+        if self._lm is None:
+            return None
+        where = self.served.placement
+        return BuildInfo(self.version, where.backend, where.processor or where.device, self.manifest.content_digest())
 
     @property
     def num_under_way(self) -> int:

@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": "Find the trees that are fastest on this machine.",
     "tree": "Draw a candidate tree.",
     "generate": "Decode a prompt with a bundle.",
+    "serve": "Serve a bundle over HTTP, as OpenAI's API.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
     "doctor": "Report what can be exported, built and run on this machine.",
@@ -35,7 +36,8 @@ EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
-    "cuda": "cuda",
+    "cuda": "cuda", "starlette": "serve", "uvicorn": "serve", "sse_starlette": "serve", "prometheus_client": "serve",
+    "httptools": "serve", "uvloop": "serve",
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,14 +13,13 @@ from typing import Any, TypeVar
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 
-from medusa_runtime import DecodingStats, GenerationOptions, MedusaError, MedusaLM
+from medusa_runtime import GenerationOptions, MedusaError, MedusaLM
 from medusa_serve.answers import Answers
 from medusa_serve.errors import CLIENT_GONE, ApiError
 from medusa_serve.guards.body import read_body
 from medusa_serve.prompts import Formats, PromptReader
 from medusa_serve.protocol.base import RequestBody
 from medusa_serve.record import RequestRecord
-from medusa_serve.spelling import Speller
 from medusa_serve.state import ServerState
 from medusa_serve.telemetry import speculative_metrics
 
@@ -72,11 +70,6 @@ class Call:
         """How the model writes calls and reasoning."""
         return Formats.of(self.lm, self.state.settings)
 
-    @property
-    def speller(self) -> Speller:
-        """Spells tokens."""
-        return Speller(self.lm.codec)
-
     def head(self, kind: str) -> dict[str, Any]:
         """The fields that responses and chunks begin with."""
         return {
@@ -87,29 +80,37 @@ class Call:
             "system_fingerprint": f"medusa-{self.state.version}",
         }
 
-    def usage(self, num_answer_tokens: int) -> dict[str, Any]:
-        """Token counts."""
+    def usage(self) -> dict[str, Any]:
+        """Token counts, of what has come so far."""
+        record = self.record
         return {
-            "prompt_tokens": self.record.prompt_tokens,
-            "completion_tokens": num_answer_tokens,
-            "total_tokens": self.record.prompt_tokens + num_answer_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.record.cached_tokens},
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.answer_tokens,
+            "total_tokens": record.prompt_tokens + record.answer_tokens,
+            "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
         }
 
     def metrics(self) -> dict[str, Any]:
         """What Medusa did for this request, and how fast it was."""
-        stats, record = self.record.stats, self.record
+        record = self.record
         seconds = time.time() - record.since - (record.first_token_seconds or 0.0)
-        decoded = sum(one.num_decoded_tokens for one in stats)
+        decoded = sum(one.num_decoded_tokens for one in record.stats)
         return {
-            "speculative_decoding": speculative_metrics(stats, self.lm.manifest.heads.num_heads),
+            "speculative_decoding": speculative_metrics(record.stats, self.lm.manifest.heads.num_heads),
             "first_token_seconds": record.first_token_seconds,
             "tokens_per_second": decoded / seconds if seconds > 0 else 0.0,
         }
 
-    def num_answer_tokens(self) -> int:
-        """Tokens of all answers, once they have ended."""
-        return sum(one.num_generated_tokens for one in self.record.stats)
+    def counts(self) -> dict[str, Any]:
+        """What stands at the end of a response, once all answers have ended."""
+        return {"usage": self.usage(), "metrics": self.metrics()}
+
+    def note_texts(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> None:
+        """Note prompts and answers in the record, if the operator wants them in the log."""
+        if self.state.settings.log_texts:
+            codec = self.lm.codec
+            self.record.prompt = "\n".join(codec.decode(ids, skip_special_tokens=False) for ids in prompts)
+            self.record.answer = "\n".join(answers)
 
 
 async def read(request: Request, model: type[Body]) -> Body:
@@ -181,7 +182,9 @@ def as_event(data: dict[str, Any], name: str | None = None) -> bytes:
     return f"{head}data: {text}\n\n".encode()
 
 
-def stream(call: Call, answers: Answers, events: AsyncIterator[bytes], *, failed: Callable[[ApiError], bytes]) -> EventSourceResponse:
+def stream(
+    call: Call, answers: Answers, events: AsyncIterator[bytes], *, failed: Callable[[ApiError], bytes]
+) -> EventSourceResponse:
     """A response of events. Answers end with it, whatever happens.
 
     Args:
@@ -215,11 +218,3 @@ async def whole(request: Request, call: Call, answers: Answers, respond: Callabl
 def failed_event(error: ApiError) -> bytes:
     """The event that tells of an error."""
     return as_event(error.body)
-
-
-def summed(stats: Sequence[DecodingStats]) -> DecodingStats:
-    """The counts of several answers together."""
-    total = DecodingStats()
-    for one in stats:
-        total.add(one)
-    return total

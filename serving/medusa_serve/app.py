@@ -1,0 +1,140 @@
+"""The ASGI application: routes, what stands before them, and the life of the model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from medusa_serve.endpoints import service
+from medusa_serve.endpoints.chat import chat_completions
+from medusa_serve.endpoints.completions import completions
+from medusa_serve.endpoints.tokens import detokenize, tokenize
+from medusa_serve.errors import ApiError
+from medusa_serve.guards.keys import Keys
+from medusa_serve.record import RequestRecord
+from medusa_serve.recorder import Doors, Recorder
+from medusa_serve.settings import ServerSettings
+from medusa_serve.state import ServedBundle, ServerState
+from medusa_serve.telemetry import Metrics, ServerView
+
+API = (  # what needs a key
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/models", service.models, methods=["GET"]),
+    Route("/v1/models/{name:path}", service.model, methods=["GET"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+)
+OPEN = (
+    Route("/health", service.health, methods=["GET"]),
+    Route("/ready", service.ready, methods=["GET"]),
+    Route("/version", service.version, methods=["GET"]),
+    Route("/metrics", service.metrics, methods=["GET"]),
+)
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: ServerSettings, served: ServedBundle, *, on_failure: Callable[[], None] = lambda: None) -> Starlette:
+    """The application of a server. It loads the model once it is started, and lets it go when it is stopped.
+
+    ``app.state.server`` is its `ServerState`.
+
+    Args:
+        settings: the operator's.
+        served: the bundle.
+        on_failure: called if the model cannot be loaded.
+
+    Raises:
+        OptionError: the file of API keys cannot be used.
+    """
+    keys = Keys.from_file(settings.api_key_file) if settings.api_key_file is not None else Keys()
+    routes = [*API, *OPEN]
+    paths = [route.path for route in routes]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route}, lifespan=_lifespan(on_failure))
+    state = app.state.server = ServerState(settings, served)
+    app.state.metrics = _metrics(state, paths)
+    api = [route for route in API if "{" not in route.path]
+    app.user_middleware = [
+        Middleware(Recorder, paths=paths, report=_reporter(app)),
+        *_cors(settings),
+        Middleware(
+            Doors,
+            trusted_hosts=settings.trusted_hosts,
+            keys=keys,
+            is_open=lambda path: not path.startswith("/v1/") and path not in {route.path for route in api},
+        ),
+    ]
+    return app
+
+
+def _cors(settings: ServerSettings) -> list[Middleware]:
+    if not settings.cors_origin:
+        return []
+    headers = ("Authorization", "Content-Type", "X-Request-Id")
+    return [
+        Middleware(CORSMiddleware, allow_origins=settings.cors_origin, allow_methods=("GET", "POST"), allow_headers=headers)
+    ]
+
+
+def _lifespan(on_failure: Callable[[], None]) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        """Load the model beside the event loop, so that /health and /ready answer meanwhile."""
+        state: ServerState = app.state.server
+
+        async def load() -> None:
+            try:
+                await state.load()
+            except Exception:  # noqa: BLE001 - `state.failure` has it
+                on_failure()
+
+        loading = asyncio.create_task(load())
+        try:
+            yield
+        finally:
+            await loading
+            await state.close()
+
+    return lifespan
+
+
+def _metrics(state: ServerState, paths: list[str]) -> Metrics:
+    view = ServerView(
+        is_ready=lambda: state.why_not_ready() is None,
+        num_streams=lambda: state.num_under_way,
+        build=state.build,
+        num_lost_lines=lambda: 0,
+    )
+    manifest = state.manifest
+    return Metrics(
+        state.stats,
+        state.name,
+        view,
+        max_model_len=manifest.limits.max_seq_len,
+        num_heads=manifest.heads.num_heads,
+        paths=paths,
+    )
+
+
+def _reporter(app: Starlette) -> Callable[[RequestRecord], None]:
+    def report(record: RequestRecord) -> None:
+        app.state.metrics.observe(record)
+
+    return report
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Nothing is here, or not for this method."""
+    assert isinstance(error, HTTPException)
+    told = "there is nothing here" if error.status_code == 404 else f"this path does not take {request.method}"
+    raise ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {told}", headers=dict(error.headers or {}))
