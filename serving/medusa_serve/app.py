@@ -18,6 +18,7 @@ from starlette.routing import Route
 from medusa_serve.endpoints import service
 from medusa_serve.endpoints.chat import chat_completions
 from medusa_serve.endpoints.completions import completions
+from medusa_serve.endpoints.responses import responses
 from medusa_serve.endpoints.tokens import detokenize, tokenize
 from medusa_serve.errors import ApiError
 from medusa_serve.guards.keys import Keys
@@ -30,6 +31,7 @@ from medusa_serve.telemetry import Metrics, ServerView
 API = (  # what needs a key
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
     Route("/v1/models", service.models, methods=["GET"]),
     Route("/v1/models/{name:path}", service.model, methods=["GET"]),
     Route("/tokenize", tokenize, methods=["POST"]),

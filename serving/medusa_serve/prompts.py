@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medusa_runtime import MedusaLM
+from medusa_runtime import MedusaLM, OptionError
 from medusa_serve.parsing import begins_in_reasoning, detect
 from medusa_serve.settings import ServerSettings
 
@@ -31,6 +32,29 @@ class Formats:
 
 def _chosen(setting: str, detected: str | None) -> str | None:
     return {"auto": detected, "none": None}.get(setting, setting)
+
+
+def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of OpenAI's API as chat templates know it: the role system for developer, and arguments of calls as objects."""
+    told = dict(message)
+    if told.get("role") == "developer":
+        told["role"] = "system"
+    if isinstance(calls := told.get("tool_calls"), list):
+        told["tool_calls"] = [_with_objects(call) for call in calls]
+    return told
+
+
+def _with_objects(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise OptionError(f"a call of {function.get('name')!r:.80} in the messages has arguments that are no JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,7 @@ class PromptReader:
     ) -> list[int]:
         """A conversation, by the chat template. Arguments and errors as those of `TextCodec.encode`."""
         return self.lm.codec.encode(
-            messages,
+            [for_template(message) for message in messages],
             template=template,
             template_options=template_options or None,
             tools=tools or None,

@@ -183,7 +183,7 @@ def as_event(data: dict[str, Any], name: str | None = None) -> bytes:
 
 
 def stream(
-    call: Call, answers: Answers, events: AsyncIterator[bytes], *, failed: Callable[[ApiError], bytes]
+    call: Call, answers: Answers, events: AsyncIterator[bytes], *, failed: Callable[[ApiError], bytes], last: bytes = DONE
 ) -> EventSourceResponse:
     """A response of events. Answers end with it, whatever happens.
 
@@ -191,7 +191,8 @@ def stream(
         call: the request.
         answers: under way.
         events: the events, made from the answers.
-        failed: the last event if the answers cannot be given to their end.
+        failed: the event that tells that the answers cannot be given to their end.
+        last: what the stream ends with.
     """
 
     async def guarded() -> AsyncIterator[bytes]:
@@ -203,7 +204,8 @@ def stream(
                 except ApiError as error:
                     call.record.error, call.record.finish_reasons = error.message, ["error"] * answers.num_answers
                     yield failed(error)
-                yield DONE
+                if last:
+                    yield last
 
     return EventSourceResponse(guarded(), ping=PING_SECONDS, sep="\n")
 
