@@ -7,7 +7,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -41,18 +40,29 @@ def serve(settings: ServerSettings, served: ServedBundle, tell: Callable[[str], 
         OptionError: the address cannot be used, or another setting.
         MedusaError: the model cannot be loaded.
     """
-    server: Server | None = None
+    server = make_server(settings, served)
+    with listening(settings) as listener:
+        tell(f"listening on {address(settings, listener)}")
+        server.run(sockets=[listener])
+    failure = server.state.failure
+    if isinstance(failure, MedusaError):
+        raise failure
+    if failure is not None:
+        raise MedusaError(f"the model could not be loaded: {type(failure).__name__}: {failure}") from failure
+
+
+def make_server(settings: ServerSettings, served: ServedBundle) -> Server:
+    """The server of a bundle, ready to run. Errors as those of `create_app`."""
 
     def give_up() -> None:
-        if server is not None:
-            server.should_exit = True
+        server.stop()
 
     app = create_app(settings, served, on_failure=give_up)
-    state: ServerState = app.state.server
-    protocol = functools.partial(GuardedProtocol, header_seconds=settings.header_seconds, idle_seconds=settings.idle_seconds)
     config = uvicorn.Config(
         app,
-        http=protocol,  # type: ignore[arg-type] # it is called as a class is
+        http=functools.partial(  # type: ignore[arg-type] # it is called as a class is
+            GuardedProtocol, header_seconds=settings.header_seconds, idle_seconds=settings.idle_seconds
+        ),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -65,14 +75,8 @@ def serve(settings: ServerSettings, served: ServedBundle, tell: Callable[[str], 
         timeout_keep_alive=max(1, round(settings.idle_seconds)),
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-    with listening(settings) as listener:
-        server = Server(config, state)
-        tell(f"listening on {address(settings, listener)}")
-        server.run(sockets=[listener])
-    if state.failure is not None:
-        if isinstance(state.failure, MedusaError):
-            raise state.failure
-        raise MedusaError(f"the model could not be loaded: {type(state.failure).__name__}: {state.failure}") from state.failure
+    server = Server(config, app.state.server)
+    return server
 
 
 class Server(uvicorn.Server):
@@ -80,7 +84,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
-        self._state = state
+        self.state = state
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_signals = 0
@@ -90,12 +94,18 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
+    def stop(self) -> None:
+        """End without waiting for requests."""
+        self.should_exit = True
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT has come."""
-        del sig, frame
+        """SIGTERM or SIGINT has come. Any thread may call it."""
+        del frame
         self._num_signals += 1
+        if self._num_signals > 2:
+            os._exit(128 + sig)
         if self._loop is None:
-            self.should_exit = True
+            self.stop()
         else:
             self._loop.call_soon_threadsafe(self._drain if self._num_signals == 1 else self._end_now)
 
@@ -103,14 +113,12 @@ class Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drained())
 
     async def _drained(self) -> None:
-        await self._state.drain(self._state.settings.grace)
-        self.should_exit = True
+        await self.state.drain(self.state.settings.grace)
+        self.stop()
 
     def _end_now(self) -> None:
-        if self._num_signals > 2:
-            os._exit(128 + signal.SIGTERM)
-        self._state.stop_all()
-        self.should_exit = True
+        self.state.stop_all()
+        self.stop()
 
 
 @contextlib.contextmanager

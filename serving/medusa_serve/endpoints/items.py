@@ -78,10 +78,14 @@ class Items:
             return
         yield from self.close("completed")
         place, self._text = len(self.done), ""
-        item: dict[str, Any] = {"id": f"{kind[:3]}_{self._name}_{place}"[:128], "type": kind, "status": "in_progress"} | fields
+        item: dict[str, Any] = {"id": f"{kind[:3]}_{self._name}_{place}"[:128], "type": kind, "status": "in_progress"}
+        item.update(fields)
+        if kind == "message":
+            item["role"] = "assistant"
+        if kind == "reasoning":
+            item["summary"] = []
         if kind != "function_call":
             item["content"] = []
-            item |= {"role": "assistant"} if kind == "message" else {"summary": []}
         self._open = item
         yield {"type": "response.output_item.added", "output_index": place, "item": dict(item)}
         if kind != "function_call":
@@ -95,4 +99,7 @@ class Items:
 
     def _part(self, text: str) -> dict[str, Any]:
         kind = PARTS[self._kind]
-        return {"type": kind, "text": text} | ({"annotations": [], "logprobs": []} if kind == "output_text" else {})
+        part: dict[str, Any] = {"type": kind, "text": text}
+        if kind == "output_text":
+            part |= {"annotations": [], "logprobs": []}
+        return part

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medusa_runtime import CandidateTree, DynamicTree, Manifest
+from medusa_runtime import CandidateTree, DynamicTree, Manifest, TreeError
 from medusa_serve.protocol.base import FieldError, RequestBody, unsupported
 
 MAX_STOPS, MAX_TOP_LOGPROBS = 64, 20
@@ -50,6 +50,10 @@ class MedusaFields(_Part):
     def _one_tree(self) -> Self:
         if self.tree is not None and self.tree_nodes is not None:
             raise FieldError("medusa.tree", "'medusa.tree' and 'medusa.tree_nodes' exclude each other")
+        try:
+            self.options()
+        except TreeError as error:
+            raise FieldError("medusa.tree", f"'medusa.tree' cannot be used: {error}") from error
         return self
 
     def options(self) -> dict[str, Any]:
