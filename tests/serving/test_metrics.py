@@ -60,6 +60,9 @@ def test_vllms_counters_of_drafts_agree_with_each_other_and_with_ours() -> None:
     assert summed(samples, "medusa_draft_tokens_total") == drafted == samples[key("medusa_tree_drafts_sum")]
     assert summed(samples, "medusa_draft_tokens_total", source="lookup") > 0
     assert summed(samples, "medusa_draft_tokens_total", source="head") > 0
+    sources = [dict(labels) for name, labels in samples if name == "medusa_draft_tokens_total"]
+    assert sorted(labels["depth"] for labels in sources if labels["source"] == "head") == ["1", "2", "3"]
+    assert "7" in [labels["depth"] for labels in sources if labels["source"] == "lookup"]  # deeper than the heads
     without = sum(one.steps_by_drafted[0] for one in stats)
     assert samples[key("vllm:spec_decode_num_drafts_total")] == samples[key("medusa_steps_total")] - without
     firsts = sum(one.accepted_by_depth[0] for one in stats)
