@@ -10,6 +10,7 @@ from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep, TokenLogprob
+from medusa_runtime.decoding.slots import CacheUse
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.decoding.verified import VerifiedDraft
 from medusa_runtime.drafting.costs import LearnedCosts, StepCosts
@@ -38,6 +39,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "BundleError",
+    "CacheUse",
     "CandidateTree",
     "CapacityError",
     "Choice",

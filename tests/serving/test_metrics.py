@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from unittest.mock import patch
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
@@ -13,14 +14,16 @@ from medusa_runtime import DecodingStats, QueueFullError, QueueTimeoutError
 from medusa_serve.telemetry import Metrics
 from medusa_serve.telemetry.families import HighWater
 from medusa_serve.telemetry.request_metrics import one_two_five
-from tests.support.fake_backend import FakeBackend, fake_manifest
+from tests.support import fake_backend
+from tests.support.fake_backend import FakeBackend, fake_manifest, repeating_token
 from tests.support.telemetry import PATHS, key, metrics_of, record_of, samples_of
 from tests.unit.test_service import gated, service
 
 
 def decoded(num_requests: int = 3) -> tuple[Metrics, dict, list[DecodingStats]]:
-    """The metrics after some requests, all their samples, and the requests' own counts."""
-    with service(backend=FakeBackend("sometimes", fake_manifest(max_seq_len=300)), prompt_lookup=True) as lm:
+    """The metrics after some requests whose answers repeat themselves, all samples, and the requests' own counts."""
+    repeats = patch.object(fake_backend, "next_token", repeating_token)
+    with repeats, service(backend=FakeBackend("sometimes", fake_manifest(max_seq_len=300)), prompt_lookup=True) as lm:
         metrics = metrics_of(lm)
         stats = [lm.generate("abcabcabc", max_new_tokens=40).stats for _ in range(num_requests)]
         for one in stats:
@@ -60,6 +63,9 @@ def test_vllms_counters_of_drafts_agree_with_each_other_and_with_ours() -> None:
     assert summed(samples, "medusa_draft_tokens_total") == drafted == samples[key("medusa_tree_drafts_sum")]
     assert summed(samples, "medusa_draft_tokens_total", source="lookup") > 0
     assert summed(samples, "medusa_draft_tokens_total", source="head") > 0
+    sources = [dict(labels) for name, labels in samples if name == "medusa_draft_tokens_total"]
+    assert sorted(labels["depth"] for labels in sources if labels["source"] == "head") == ["1", "2", "3"]
+    assert max(int(labels["depth"]) for labels in sources if labels["source"] == "lookup") > 3  # deeper than the heads guess
     without = sum(one.steps_by_drafted[0] for one in stats)
     assert samples[key("vllm:spec_decode_num_drafts_total")] == samples[key("medusa_steps_total")] - without
     firsts = sum(one.accepted_by_depth[0] for one in stats)

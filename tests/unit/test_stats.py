@@ -106,3 +106,32 @@ def test_the_cache_is_used_while_answers_are_decoded() -> None:
 def test_a_memory_limit_is_the_most_that_the_cache_can_hold() -> None:
     engine = DecodingEngine(FakeBackend(), max_batch_size=4, max_cache_bytes=64 * 100)
     assert engine.cache.max_entries == 100  # of 64 bytes each
+
+
+class OneWay:
+    """A guide that says which token must follow every odd token of an answer."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.left = answer
+
+    def advance(self, token_ids) -> None:
+        self.left = self.left[len(token_ids) :]
+
+    def allowed(self, path):
+        return np.ones(fake_backend.VOCAB_SIZE, bool)
+
+    def lets_pass(self, path) -> bool:
+        return True
+
+    def forced(self) -> list[int]:
+        return self.left[:2] if len(self.left) % 2 else []
+
+
+def test_drafts_that_a_guide_forced_are_no_heads() -> None:
+    engine = DecodingEngine(FakeBackend("never"))
+    engine.add([1, 2], DecodingOptions(max_new_tokens=12), guide=OneWay(fake_backend.greedy([1, 2], 12)))
+    while not engine.is_idle:
+        engine.step()
+    check_agreement(engine.stats)
+    assert sum(engine.stats.accepted_by_guide) > 0
+    assert sum(engine.stats.accepted_by_head) == 0 < sum(engine.stats.drafted_by_head)

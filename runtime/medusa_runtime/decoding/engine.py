@@ -297,7 +297,7 @@ class DecodingEngine:
         has_ngrams = sequence.drafter.candidates.ngrams is not None
         step = sequence.take(draft, accepted, logits, is_forced=is_forced, has_ngrams=has_ngrams)
         slot.length = min(slot.length + len(accepted.nodes), len(sequence.tokens))  # entries after the answer's end are lost
-        counts = StepCounts.of(draft, accepted.nodes[1 : 1 + step.num_accepted], len(step.token_ids))
+        counts = StepCounts.of(draft, accepted.nodes[1 : 1 + step.num_accepted], len(step.token_ids), is_forced=is_forced)
         sequence.last_step = counts
         for stats in (sequence.stats, self.stats):
             stats.count_step(counts)

@@ -91,17 +91,21 @@ class EngineCollector(Collector):
     def _drafts(self, stats: DecodingStats) -> Iterator[Metric]:
         counter, labels = self._families.counter, ["depth", "source"]
         drafted = {
-            "head": _at_least(self._num_heads, stats.drafted_by_head),
+            "head": self._by_head(stats.drafted_by_head),
             "lookup": stats.drafted_by_lookup,
             "structure": stats.drafted_by_guide,
         }
         accepted = {
-            "head": _at_least(self._num_heads, stats.accepted_by_head),
+            "head": self._by_head(stats.accepted_by_head),
             "lookup": stats.accepted_by_lookup,
             "structure": stats.accepted_by_guide,
         }
         yield counter("medusa_draft_tokens", "Drafts verified, by depth and by who named them.", by_depth(drafted), labels)
         yield counter("medusa_accepted_tokens", "Drafts accepted, by depth and by who named them.", by_depth(accepted), labels)
+
+    def _by_head(self, counts: Sequence[int]) -> list[int]:
+        """Counts of the heads; deeper than they guess, there is nothing to count."""
+        return _at_least(self._num_heads, counts)[: self._num_heads]
 
     def _steps(self, stats: DecodingStats) -> Iterator[Metric]:
         counter, histogram = self._families.counter, self._families.histogram
