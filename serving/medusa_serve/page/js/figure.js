@@ -1,17 +1,16 @@
 /** The picture of a step: its tree, and beside it the attention mask, whose rows are those of the tree. */
 
 import { element, svg } from "./dom.js";
-import { label, markOf, quoted, styleOf, wordsOf } from "./sources.js";
+import { label, markOf, quoted, shortened, styleOf, wordsOf } from "./sources.js";
 import { lineage, rowsOf } from "./tree.js";
-import { HEAD, ROW, middle } from "./geometry.js";
+import { HEAD, HEADING, ROW, middle } from "./geometry.js";
 import { drawMask } from "./mask.js";
 
-const INDENT = 50;
+const INDENT = 46;
 const PILL = 22;
 const LETTER = 7.3; // width of a letter of the monospaced font
-const LONGEST = 14; // letters of a token that are drawn
+const LONGEST = 13; // letters of a token that are drawn
 const BAR = 46;
-const TOP = 14; // the heading's baseline
 
 /**
  * Draw a step.
@@ -37,7 +36,7 @@ function drawTree(rows) {
   const deepest = Math.max(...rows.map((row) => row.depth));
   const tree = svg("svg", { class: "tree", role: "tree", "aria-label": "Tree of guesses", width, height, viewBox: `0 0 ${width} ${height}` });
   for (let depth = 0; depth <= deepest; depth += 1) tree.append(...heading(rows, depth, height));
-  tree.append(svg("text", { class: "heading", x: width - 4, y: TOP, "text-anchor": "end" }, "probability"));
+  tree.append(svg("text", { class: "heading", x: width - 4, y: HEADING, "text-anchor": "end" }, "probability"));
   const links = rows.map((row, at) => (row.parent < 0 ? null : link(rows, at)));
   tree.append(...links.filter((_, at) => links[at] && rows[at].kind === "rejected"), ...links.filter((_, at) => links[at] && rows[at].kind !== "rejected"));
   rows.forEach((row, at) => tree.append(drawNode(row, at, widths[at], right)));
@@ -48,7 +47,7 @@ function heading(rows, depth, height) {
   const x = depth * INDENT + 12;
   const isGuessed = rows.some((row) => row.depth === depth && row.kind !== "bonus" && row.kind !== "root");
   const text = depth === 0 ? "root" : isGuessed ? `head ${depth}` : "";
-  return [svg("line", { class: "guide", x1: x, y1: HEAD - 12, x2: x, y2: height }), svg("text", { class: "heading", x: x - 12, y: TOP }, text)];
+  return [svg("line", { class: "guide", x1: x, y1: HEAD - 8, x2: x, y2: height }), svg("text", { class: "heading", x: x - 12, y: HEADING }, text)];
 }
 
 /** From below the parent down and then right to the child. */
@@ -145,6 +144,5 @@ function percent(probability) {
 }
 
 function shown(row) {
-  const text = [...label(row.text)];
-  return text.length > LONGEST ? `${text.slice(0, LONGEST - 1).join("")}…` : text.join("");
+  return shortened(label(row.text), LONGEST);
 }

@@ -38,10 +38,16 @@ export function visible(text) {
   return text === "" ? "∅" : text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "␣");
 }
 
-/** White space at both ends is often meaningless to a reader; the rest is what is worth drawing. */
+/** A token's text for a drawing: without the white space around it, if there is anything else. */
 export function label(text) {
   const core = text.trim();
   return core === "" ? visible(text) : core.replace(/\n/g, "↵").replace(/\t/g, "⇥");
+}
+
+/** A text of so many letters at most. */
+export function shortened(text, longest) {
+  const letters = [...text];
+  return letters.length > longest ? `${letters.slice(0, longest - 1).join("")}…` : text;
 }
 
 function known(source) {
