@@ -51,6 +51,7 @@ export class Panel {
     );
     this.opener = view.select(number, token) ?? this.opener;
     this.#open();
+    this.opener?.scrollIntoView({ block: "nearest" });
   }
 
   /** Close it, and give the focus back. */
