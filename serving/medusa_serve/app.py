@@ -22,11 +22,11 @@ from medusa_serve.endpoints.responses import responses
 from medusa_serve.endpoints.tokens import detokenize, tokenize
 from medusa_serve.errors import ApiError
 from medusa_serve.guards.keys import Keys
-from medusa_serve.record import RequestRecord
+from medusa_serve.observers import Observers
+from medusa_serve.page import routes
 from medusa_serve.recorder import Doors, Recorder
 from medusa_serve.settings import ServerSettings
 from medusa_serve.state import ServedBundle, ServerState
-from medusa_serve.telemetry import Metrics, ServerView
 
 API = (  # what needs a key
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -57,17 +57,18 @@ def create_app(settings: ServerSettings, served: ServedBundle, *, on_failure: Ca
         on_failure: called if the model cannot be loaded.
 
     Raises:
-        OptionError: the file of API keys cannot be used.
+        OptionError: the file of API keys, or the access log, cannot be used.
+        MissingExtraError: traces are asked for, and OpenTelemetry is not installed.
     """
     keys = Keys.from_file(settings.api_key_file) if settings.api_key_file is not None else Keys()
-    routes = [*API, *OPEN]
-    paths = [route.path for route in routes]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route}, lifespan=_lifespan(on_failure))
+    shown = routes() if settings.page else []
+    paths = [route.path for route in (*API, *OPEN, *shown)]
+    app = Starlette(routes=[*API, *OPEN, *shown], exception_handlers={HTTPException: _no_route}, lifespan=_lifespan(on_failure))
     state = app.state.server = ServerState(settings, served)
-    app.state.metrics = _metrics(state, paths)
+    observers = app.state.observers = Observers.open(state, paths)
     api = [route for route in API if "{" not in route.path]
     app.user_middleware = [
-        Middleware(Recorder, paths=paths, report=_reporter(app)),
+        Middleware(Recorder, paths=paths, report=observers.report),
         *_cors(settings),
         Middleware(
             Doors,
@@ -106,33 +107,9 @@ def _lifespan(on_failure: Callable[[], None]) -> Callable[[Starlette], AbstractA
         finally:
             await loading
             await state.close()
+            await asyncio.to_thread(app.state.observers.close)
 
     return lifespan
-
-
-def _metrics(state: ServerState, paths: list[str]) -> Metrics:
-    view = ServerView(
-        is_ready=lambda: state.why_not_ready() is None,
-        num_streams=lambda: state.num_under_way,
-        build=state.build,
-        num_lost_lines=lambda: 0,
-    )
-    manifest = state.manifest
-    return Metrics(
-        state.stats,
-        state.name,
-        view,
-        max_model_len=manifest.limits.max_seq_len,
-        num_heads=manifest.heads.num_heads,
-        paths=paths,
-    )
-
-
-def _reporter(app: Starlette) -> Callable[[RequestRecord], None]:
-    def report(record: RequestRecord) -> None:
-        app.state.metrics.observe(record)
-
-    return report
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -35,7 +35,7 @@ async def version(request: Request) -> JSONResponse:
 
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
-    text, kind = request.app.state.metrics.exposition(request.headers.get("accept", ""))
+    text, kind = request.app.state.observers.metrics.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": kind})
 
 
