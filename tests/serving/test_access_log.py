@@ -152,6 +152,31 @@ def test_a_sink_that_blocks_stops_nobody_and_takes_no_memory_without_end() -> No
     assert sink.taken.count(b"\n") == MAX_WAITING + 1
 
 
+def test_lines_that_wait_are_bounded_in_bytes_too() -> None:
+    may_go_on, is_inside = threading.Event(), threading.Event()
+
+    def block(data: bytes) -> int:
+        is_inside.set()
+        assert may_go_on.wait(60)
+        return len(data)
+
+    sink, record = Sink(block), record_of(prompt="x" * (20 << 20))
+    with recorded("medusa_serve"), opened(AccessLog(sink, with_texts=True)) as log:
+        log.write(record)
+        assert is_inside.wait(30)
+        for _ in range(5):
+            log.write(record)
+        assert log.num_lost == 2  # three of 20 MiB may wait
+        may_go_on.set()
+    assert sink.taken.count(b"\n") == 4
+
+
+def test_a_process_without_standard_output_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OptionError, match="there is no standard output"):
+        AccessLog.open("-")
+
+
 def test_what_comes_after_the_end_is_lost() -> None:
     sink = Sink()
     with recorded("medusa_serve"), opened(AccessLog(sink)) as log:

@@ -25,7 +25,7 @@ def decoded(num_requests: int = 3) -> tuple[Metrics, dict, list[DecodingStats]]:
     repeats = patch.object(fake_backend, "next_token", repeating_token)
     with repeats, service(backend=FakeBackend("sometimes", fake_manifest(max_seq_len=300)), prompt_lookup=True) as lm:
         metrics = metrics_of(lm)
-        stats = [lm.generate("abcabcabc", max_new_tokens=40).stats for _ in range(num_requests)]
+        stats = [lm.generate("abcabcabc", max_new_tokens=120).stats for _ in range(num_requests)]
         for one in stats:
             metrics.observe(record_of(one))
         return metrics, samples_of(metrics), stats
@@ -42,7 +42,7 @@ def test_the_engines_counts_are_the_requests_sums() -> None:
     for one in stats:
         total.add(one)
     assert samples[key("vllm:prompt_tokens_total")] == 3 * 9
-    assert samples[key("vllm:generation_tokens_total")] == 3 * 40
+    assert samples[key("vllm:generation_tokens_total")] == 3 * 120
     assert samples[key("vllm:prefix_cache_hits_total")] == total.num_cached_tokens > 0
     by_source = [
         samples[key("vllm:prompt_tokens_by_source_total", source=f"local_{name}")] for name in ("compute", "cache_hit")

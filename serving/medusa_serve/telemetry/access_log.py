@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from medusa_runtime import DecodingStats, OptionError
 from medusa_serve.record import RequestRecord
 
-MAX_WAITING = 10_000  # lines; a stream that takes no more would otherwise fill the memory
+MAX_WAITING, MAX_WAITING_BYTES = 10_000, 64 << 20  # lines and their bytes, which wait if the sink takes no more
 MAX_NAME, MAX_ERROR = 200, 1000  # characters of what clients may choose
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class AccessLog:
         self._sink, self._with_texts = sink, with_texts
         self._changed = threading.Condition()  # its lock guards all attributes below
         self._lines: deque[bytes] = deque()
-        self._num_lost = 0
+        self._num_bytes = self._num_lost = 0  # of the lines that wait; lines that are lost
         self._is_closed = self._is_told = False
         self._is_torn = False  # the last line was written in part
         self._thread = threading.Thread(target=self._run, name="medusa-access-log", daemon=True)
@@ -65,11 +65,13 @@ class AccessLog:
             with_texts: also write prompts and answers.
 
         Raises:
-            OptionError: the file cannot be opened.
+            OptionError: the file cannot be opened, or there is no standard output.
         """
         if target == "off":
             return cls(None)
         if target == "-":
+            if sys.stdout is None:  # as in a process that was started without one
+                raise OptionError("there is no standard output for the access log; choose a file, or off")
             return cls(open(sys.stdout.fileno(), "wb", buffering=0, closefd=False), with_texts=with_texts)
         return cls(LogFile(Path(target)), with_texts=with_texts)
 
@@ -85,11 +87,14 @@ class AccessLog:
             return
         line = as_line(record, with_texts=self._with_texts)
         with self._changed:
-            if self._is_closed or len(self._lines) >= MAX_WAITING:
-                self._lose("it takes lines too slowly")
-                return
-            self._lines.append(line)
-            self._changed.notify()
+            if self._is_closed:
+                self._lose("the log is closed")
+            elif len(self._lines) >= MAX_WAITING or self._num_bytes + len(line) > MAX_WAITING_BYTES:
+                self._lose("lines come faster than they can be written")
+            else:
+                self._lines.append(line)
+                self._num_bytes += len(line)
+                self._changed.notify()
 
     def close(self, timeout: float = 2.0) -> None:
         """Write the lines that wait, for `timeout` seconds at most. Lines that come later are lost."""
@@ -113,7 +118,11 @@ class AccessLog:
         """Wait for a line. None if the log is closed and all lines are written."""
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._is_closed)
-            return self._lines.popleft() if self._lines else None
+            if not self._lines:
+                return None
+            line = self._lines.popleft()
+            self._num_bytes -= len(line)
+            return line
 
     def _put(self, sink: Sink, line: bytes) -> None:
         """Write a whole line.
