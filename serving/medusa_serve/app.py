@@ -41,6 +41,7 @@ OPEN = (
     Route("/health", service.health, methods=["GET"]),
     Route("/ready", service.ready, methods=["GET"]),
     Route("/version", service.version, methods=["GET"]),
+    Route("/openapi.json", service.openapi, methods=["GET"]),
     Route("/metrics", service.metrics, methods=["GET"]),
 )
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from medusa_runtime import (
     OptionError,
     QueueFullError,
     QueueTimeoutError,
+    RequestError,
     TreeError,
 )
 
@@ -71,6 +72,8 @@ class ApiError(Exception):
     def of(cls, error: MedusaError) -> ApiError:
         """What a client is told of an error of the runtime."""
         status, code = next((told for kind, told in STATUS.items() if isinstance(error, kind)), (500, None))
+        if isinstance(error, RequestError) and error.__cause__ is None:  # told on purpose: the answer cannot follow its form
+            status, code = 422, "cannot_be_followed"
         return cls(status, str(error), code=code)
 
 

@@ -17,7 +17,7 @@ from tests.support.models import tokenizer
 
 ROOT = Path(__file__).parents[2]
 BINARY = {("os", "open"), ("archive", "open")}  # a descriptor, and a member of a zip file
-ROOMS = ("exporter", "runtime", "heads", "bench", "scripts", "examples")
+ROOMS = ("exporter", "runtime", "heads", "serving", "bench", "scripts", "examples")
 MARKER = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"  # DeepSeek's
 
 

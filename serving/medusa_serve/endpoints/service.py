@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from medusa_serve.errors import ApiError, not_ready
+from medusa_serve.protocol.openapi import describe
 from medusa_serve.state import ServerState
 
 
@@ -31,6 +32,12 @@ async def version(request: Request) -> JSONResponse:
     """The version of this package."""
     state: ServerState = request.app.state.server
     return JSONResponse({"version": state.version})
+
+
+async def openapi(request: Request) -> JSONResponse:
+    """The OpenAPI document."""
+    state: ServerState = request.app.state.server
+    return JSONResponse(describe(state.version))
 
 
 async def metrics(request: Request) -> Response:
