@@ -61,6 +61,25 @@ def plain(*texts: str) -> list[Step]:
     return [Step([token(text)]) for text in texts]
 
 
+# An answer in which each kind of step comes up once.
+TEA = Step(
+    [token(" make", "head", 1), token(" a", "ngrams", 2), token(" cup")],
+    [
+        node("To", -1, 0, 1.0, "model"),
+        node(" make", 0, 1, 0.51),
+        node(" prepare", 0, 1, 0.09),
+        node(" start", 0, 1, 0.1, "lookup"),
+        node(" the", 1, 2, 0.22),
+        node(" a", 1, 2, 0.21, "ngrams"),
+    ],
+    [0, 1, 5],
+)
+NONE_RIGHT = Step([token(" of")], [node(" cup", -1, 0, 1.0, "model"), node(" or", 0, 1, 0.4)], [0])
+COPIED = Step([token(" tea", "lookup", 1), token(".")], [node(" of", -1, 0, 1.0, "model"), node(" tea", 0, 1, 0.3, "lookup")], [0, 1])
+STEPS = [*plain("To"), TEA, NONE_RIGHT, COPIED]
+TEXT = "To make a cup of tea."
+
+
 @dataclass
 class Script:
     """One answer."""
@@ -73,7 +92,7 @@ class Script:
     ending: str = "done"  # "done"; "silent": the stream ends without [DONE]; "cut": the connection breaks
     finish_reason: str = "stop"
     pause: float = 0.0  # seconds before each step
-    held: threading.Event | None = None  # steps after the first wait for it
+    held: threading.Event | None = None  # steps after the first wait for it, and so does breaking the connection
 
 
 class ScriptedServer:
@@ -123,6 +142,8 @@ class ScriptedServer:
                 text = "".join(token["text"] for token in step.tokens)
                 yield event(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": None}], medusa=step.medusa)
             if script.ending == "cut":
+                while script.held is not None and not script.held.is_set():
+                    await asyncio.sleep(0.01)
                 raise ConnectionError("the script breaks the connection")
         except asyncio.CancelledError:
             self.left.set()

@@ -24,7 +24,7 @@ export function drawFigure(step) {
   const hasMask = rows.filter((row) => row.node !== null).length > 1;
   const mask = hasMask ? drawMask(rows) : null;
   const figure = element("figure", { class: "figure" }, element("div", { class: "drawings" }, tree, mask), caption);
-  followPointerAndKeys(figure, tree, rows, caption);
+  followPointerAndKeys(figure, rows, caption);
   return figure;
 }
 
@@ -78,7 +78,7 @@ function drawNode(row, at, width, right) {
   );
   if (row.kind === "rejected") node.append(svg("line", { class: "strike", x1: x + 4, y1: y, x2: x + width - 4, y2: y }));
   const note = { root: "", accepted: "✓", rejected: "", bonus: "" }[row.kind];
-  node.append(svg("text", { class: "note", x: x + width + 6, y: y + 4.5 }, [note, markOf(row)].filter(Boolean).join(" ")));
+  node.append(svg("text", { class: "mark", x: x + width + 6, y: y + 4.5 }, [note, markOf(row)].filter(Boolean).join(" ")));
   node.append(...(row.probability === null ? [] : bar(row.probability, right, y)));
   if (row.kind === "bonus") node.append(svg("text", { class: "own", x: right + BAR + 36, y: y + 4, "text-anchor": "end" }, "model’s own"));
   return node;
@@ -93,7 +93,7 @@ function bar(probability, x, y) {
 }
 
 /** Highlight what a node sees while it is pointed at or focused; move between nodes by keys. */
-function followPointerAndKeys(figure, tree, rows, caption) {
+function followPointerAndKeys(figure, rows, caption) {
   const resting = caption.textContent;
   const show = (at) => {
     const seen = new Set(at === null ? [] : lineage(rows, at));
@@ -105,9 +105,9 @@ function followPointerAndKeys(figure, tree, rows, caption) {
   };
   figure.addEventListener("pointerover", (event) => show(rowAt(event)));
   figure.addEventListener("pointerleave", () => show(null));
-  tree.addEventListener("focusin", (event) => show(rowAt(event)));
-  tree.addEventListener("focusout", () => show(null));
-  tree.addEventListener("keydown", (event) => moveFocus(event, [...tree.querySelectorAll("[role=treeitem]")]));
+  figure.addEventListener("focusin", (event) => show(rowAt(event))); // on the tree itself, it would make the tree a tab stop
+  figure.addEventListener("focusout", () => show(null));
+  figure.addEventListener("keydown", (event) => moveFocus(event, [...figure.querySelectorAll("[role=treeitem]")]));
 }
 
 function moveFocus(event, nodes) {

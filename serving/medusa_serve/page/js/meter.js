@@ -36,9 +36,9 @@ export class Meter {
   }
 }
 
-/** A number with so many digits after the point, or a dash if there is none yet. */
+/** A number with so many digits after the point, fewer if it is large; a dash if there is none yet. */
 export function number(value, digits) {
-  return value === null || !Number.isFinite(value) ? "–" : value.toFixed(digits);
+  return value === null || !Number.isFinite(value) ? "–" : value.toFixed(value < 1000 ? digits : 0);
 }
 
 function column(step, at) {
