@@ -10,13 +10,16 @@ import pytest
 from tests.support.browser import ask, finished, tokens
 from tests.support.scripted_server import STEPS, TEXT, Script, plain
 
+
 def node_named(page: Any, text: str) -> Any:
     return page.locator("#panel-step").get_by_role("treeitem", name=f"“{text}”")
 
 
 def test_a_chat_streams_and_renders_markdown(opened: Any) -> None:
     held = threading.Event()
-    page, server = opened(Script(plain("# Tea", "\n\n1. **boil** water\n2. ", "`wait`\n\n", "[more](https://example.org/tea)"), held=held))
+    page, server = opened(
+        Script(plain("# Tea", "\n\n1. **boil** water\n2. ", "`wait`\n\n", "[more](https://example.org/tea)"), held=held)
+    )
     page.get_by_text("Text", exact=True).click()
     ask(page)
     page.locator(".prose h1").wait_for()  # the first part is there while the rest is held back
@@ -145,7 +148,9 @@ def test_other_steps_are_explained_too(opened: Any) -> None:
     for _ in range(3):
         page.get_by_role("button", name="Next step").click()
         told.append(page.locator(".sentence").inner_text())
-    assert told[0] == "This is the first pass: the model reads the prompt and chooses “To” itself. Nothing has been guessed yet."
+    assert (
+        told[0] == "This is the first pass: the model reads the prompt and chooses “To” itself. Nothing has been guessed yet."
+    )
     assert told[2] == (
         "There was one guess, and the model did not agree with it. Its own token “of” took their place: one token from one pass, "
         "as without Medusa. The text is not harmed."
@@ -184,7 +189,10 @@ def test_medusa_off_is_beside_it(opened: Any) -> None:
     assert "Both texts are the same, token for token (7 tokens)." in verdict
     assert "Both answers ran on one machine, one after the other." in verdict
     columns.nth(1).get_by_role("option").nth(3).click()
-    assert page.locator(".sentence").inner_text() == "Medusa is off, so nothing was guessed. One pass of the whole model gave out one token: “cup”."
+    assert (
+        page.locator(".sentence").inner_text()
+        == "Medusa is off, so nothing was guessed. One pass of the whole model gave out one token: “cup”."
+    )
 
 
 def test_both_at_once_if_the_settings_say_so(opened: Any) -> None:
@@ -348,7 +356,18 @@ def test_tab_reaches_everything_and_the_focus_is_seen(opened: Any) -> None:
             break
         assert is_seen, name
         reached.append(name)
-    assert {"explain", "open-settings", "clear", "option", "Copy", "question", "compare", "send", "panel-close", "treeitem"} <= set(reached)
+    assert {
+        "explain",
+        "open-settings",
+        "clear",
+        "option",
+        "Copy",
+        "question",
+        "compare",
+        "send",
+        "panel-close",
+        "treeitem",
+    } <= set(reached)
     assert any(name.startswith("Next step") for name in reached)
 
 

@@ -75,7 +75,9 @@ TEA = Step(
     [0, 1, 5],
 )
 NONE_RIGHT = Step([token(" of")], [node(" cup", -1, 0, 1.0, "model"), node(" or", 0, 1, 0.4)], [0])
-COPIED = Step([token(" tea", "lookup", 1), token(".")], [node(" of", -1, 0, 1.0, "model"), node(" tea", 0, 1, 0.3, "lookup")], [0, 1])
+COPIED = Step(
+    [token(" tea", "lookup", 1), token(".")], [node(" of", -1, 0, 1.0, "model"), node(" tea", 0, 1, 0.3, "lookup")], [0, 1]
+)
 STEPS = [*plain("To"), TEA, NONE_RIGHT, COPIED]
 TEXT = "To make a cup of tea."
 
