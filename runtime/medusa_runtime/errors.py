@@ -30,6 +30,10 @@ class CapacityError(MedusaError):
     """A request needs more cache than the bundle, the engine or the memory allows."""
 
 
+class ContextLengthError(CapacityError):
+    """A prompt, or a prompt with its answer, is longer than the bundle or the request allows."""
+
+
 class QueueFullError(MedusaError):
     """A service has as many requests as it may hold. Try again later, or on another service."""
 

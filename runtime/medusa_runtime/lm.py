@@ -14,7 +14,7 @@ from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.errors import CapacityError, OptionError
+from medusa_runtime.errors import ContextLengthError, OptionError
 from medusa_runtime.opening import CostsChoice, open_engine
 from medusa_runtime.options import GenerationOptions, with_defaults
 from medusa_runtime.service.handle import Handle, Request
@@ -251,7 +251,7 @@ class MedusaLM:
             options = options.model_copy(update={"stop_token_ids": (*options.stop_token_ids, *special_stops)})
         prompt_ids, most = self._prompt_ids(prompt, options), options.max_prompt_tokens
         if most is not None and len(prompt_ids) > most:
-            raise CapacityError(f"the prompt has {len(prompt_ids)} tokens; there is room for {most}: shorten it")
+            raise ContextLengthError(f"the prompt has {len(prompt_ids)} tokens; there is room for {most}: shorten it")
         decoding = self.engine.check(prompt_ids, options)
         return Request(decoding, self._guides(options), stop, special_stops, since, options.skip_special_tokens)
 

@@ -82,7 +82,7 @@ class Answers:
                 self._note(place * self.n + chunk.index, chunk)
                 yield place * self.n + chunk.index, chunk
         except MedusaError as error:
-            raise ApiError.of(error) from error
+            raise ApiError.of(error, while_decoding=True) from error
         if self.stopped is not None:
             raise self.stopped
         self._note_results([handle.result() for handle in self.handles])
@@ -92,7 +92,7 @@ class Answers:
         try:
             results = [await handle.aresult() for handle in self.handles]
         except MedusaError as error:
-            raise ApiError.of(error) from error
+            raise ApiError.of(error, while_decoding=True) from error
         if self.stopped is not None:
             raise self.stopped
         self._record.answer_tokens = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -9,6 +10,8 @@ from starlette.responses import JSONResponse
 from medusa_runtime import (
     CapacityError,
     ClosedError,
+    ContextLengthError,
+    GenerationOptions,
     MedusaError,
     MissingExtraError,
     OptionError,
@@ -22,7 +25,8 @@ RETRY_SECONDS = 1  # how long a client is asked to wait before it tries again
 CLIENT_GONE = 499  # in logs and metrics; nobody is left to be told
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 STATUS: dict[type[MedusaError], tuple[int, str | None]] = {
-    CapacityError: (400, "context_length_exceeded"),
+    ContextLengthError: (400, "context_length_exceeded"),
+    CapacityError: (400, "too_much"),
     OptionError: (400, None),
     TreeError: (400, None),
     QueueFullError: (429, "queue_full"),
@@ -30,6 +34,14 @@ STATUS: dict[type[MedusaError], tuple[int, str | None]] = {
     ClosedError: (503, "not_running"),
     MissingExtraError: (500, "missing_package"),
 }
+# What the API calls the runtime's options; those not named here have one name everywhere.
+API_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "template_options": "chat_template_kwargs",
+}
+OWN_NAME = re.compile("|".join(rf"\b{name}\b" for name in API_NAMES))
+API_FIELDS = {API_NAMES.get(name, name) for name in GenerationOptions.model_fields}  # a message that begins so names its field
 
 
 class ApiError(Exception):
@@ -69,12 +81,21 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
     @classmethod
-    def of(cls, error: MedusaError) -> ApiError:
-        """What a client is told of an error of the runtime."""
+    def of(cls, error: MedusaError, *, while_decoding: bool = False) -> ApiError:
+        """What a client is told of an error of the runtime. Options of the runtime get the names that the API has for them.
+
+        Args:
+            error: the runtime's.
+            while_decoding: the request had been taken. A lack of memory is then no fault of the client's.
+        """
         status, code = next((told for kind, told in STATUS.items() if isinstance(error, kind)), (500, None))
         if isinstance(error, RequestError) and error.__cause__ is None:  # told on purpose: the answer cannot follow its form
             status, code = 422, "cannot_be_followed"
-        return cls(status, str(error), code=code)
+        if while_decoding and isinstance(error, CapacityError):
+            status, code = 503, "out_of_memory"
+        message = OWN_NAME.sub(lambda found: API_NAMES[found[0]], str(error))
+        first = message.split(" ", 1)[0]
+        return cls(status, message, param=first if status == 400 and first in API_FIELDS else None, code=code)
 
 
 def not_ready(why: str) -> ApiError:

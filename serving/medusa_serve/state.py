@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from medusa_runtime import Manifest, MedusaLM, MissingExtraError, Placement, ServiceStats
 from medusa_serve.errors import ApiError, not_ready
+from medusa_serve.prompts import Formats
 from medusa_serve.settings import ServerSettings
 from medusa_serve.telemetry import BuildInfo
 
@@ -51,6 +52,7 @@ class ServerState:
         self.version = importlib.metadata.version("medusa-export")
         self.failure: BaseException | None = None  # why the model could not be loaded
         self._lm: MedusaLM | None = None
+        self._formats = Formats(None, None)
         self._under_way: set[Stoppable] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -59,6 +61,7 @@ class ServerState:
         """Load the model and warm it up. If that fails, the phase is "failed"."""
         try:
             self._lm = await asyncio.to_thread(self._opened)
+            self._formats = Formats.of(self._lm, self.settings)
         except BaseException as error:
             self.failure, self.phase = error, "failed"
             raise
@@ -86,6 +89,11 @@ class ServerState:
         if self._lm is None:
             raise not_ready("the model is being loaded" if self.phase == "loading" else "the model could not be loaded")
         return self._lm
+
+    @property
+    def formats(self) -> Formats:
+        """How the model writes calls and reasoning."""
+        return self._formats
 
     @property
     def name(self) -> str:

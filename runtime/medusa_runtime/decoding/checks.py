@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.errors import CapacityError, OptionError
+from medusa_runtime.errors import CapacityError, ContextLengthError, OptionError
 from medusa_runtime.options import DecodingOptions
 
 DEFAULT_NEW_TOKENS, DEFAULT_BATCH_SIZE = 256, 8
@@ -30,7 +30,7 @@ def check_request(manifest: Manifest, prompt_ids: Sequence[int], options: Decodi
 
     Raises:
         OptionError: the prompt is empty, or the prompt or an option names an id outside the vocabulary.
-        CapacityError: the prompt with its answer is longer than the bundle allows.
+        ContextLengthError: the prompt with its answer is longer than the bundle allows.
         TreeError: the options' tree does not fit the heads.
     """
     longest, vocab_size = manifest.limits.max_seq_len, manifest.model.vocab_size
@@ -48,7 +48,7 @@ def check_request(manifest: Manifest, prompt_ids: Sequence[int], options: Decodi
     if wanted is None:
         wanted = max(1, options.min_new_tokens, min(DEFAULT_NEW_TOKENS, room))
     if wanted > room:
-        raise CapacityError(
+        raise ContextLengthError(
             f"the prompt has {len(prompt_ids)} tokens and {wanted} new ones were asked for, together more "
             f"than the bundle's {longest}; shorten the prompt or lower max_new_tokens"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from medusa_runtime.errors import BundleError, CapacityError, OptionError
+from medusa_runtime.errors import BundleError, ContextLengthError, OptionError
 from medusa_runtime.text import byte_fallback
 from medusa_runtime.text.bounds import LengthBound
 from medusa_runtime.text.conversation import Conversation, Message, Prompt
@@ -78,7 +78,7 @@ class TextCodec:
 
         Raises:
             OptionError: messages for a model without a chat template, or a value that cannot be used.
-            CapacityError: the prompt is certainly longer than `max_tokens`.
+            ContextLengthError: the prompt is certainly longer than `max_tokens`.
         """
         chosen: dict[str, Any] = {
             "template": template,
@@ -156,7 +156,7 @@ class TextCodec:
         if max_tokens is None or num_bytes <= max_tokens:
             return
         if (least := self._bound.least_tokens(text)) > max_tokens:
-            raise CapacityError(
+            raise ContextLengthError(
                 f"the prompt has {num_bytes} bytes, which are {least} tokens at least; "
                 f"there is room for {max_tokens}: shorten it"
             )

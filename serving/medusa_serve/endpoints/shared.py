@@ -68,7 +68,7 @@ class Call:
     @property
     def formats(self) -> Formats:
         """How the model writes calls and reasoning."""
-        return Formats.of(self.lm, self.state.settings)
+        return self.state.formats
 
     def head(self, kind: str) -> dict[str, Any]:
         """The fields that responses and chunks begin with."""
