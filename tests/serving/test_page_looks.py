@@ -11,7 +11,12 @@ import pytest
 from tests.support.browser import ask, finished, tokens
 from tests.support.scripted_server import STEPS, Script, Step, node, plain, token
 
-KINDS = [("model", 0), *((source, depth) for source in ("head", "ngrams") for depth in range(1, 8)), ("lookup", 1), ("guide", 1)]
+KINDS = [
+    ("model", 0),
+    *((source, depth) for source in ("head", "ngrams") for depth in range(1, 8)),
+    ("lookup", 1),
+    ("guide", 1),
+]
 
 
 def luminance(colour: str) -> float:
@@ -45,7 +50,9 @@ def test_the_page_follows_the_colour_scheme_and_stays_readable(opened: Any, sche
         assert contrast(mark, paper) >= 3  # WCAG's limit for what is not text; the mark is also in the token's name
     heads = [luminance(tint) for (source, _), (_, tint, _) in zip(KINDS, looks, strict=True) if source == "head"][:6]
     assert heads == sorted(heads, reverse=scheme == "light")  # the scale is one of brightness, not of hue alone
-    soft = page.evaluate("[...document.querySelectorAll('.legend, .top .model, .meter dt')].map(part => getComputedStyle(part).color)")
+    soft = page.evaluate(
+        "[...document.querySelectorAll('.legend, .top .model, .meter dt')].map(part => getComputedStyle(part).color)"
+    )
     assert min(contrast(colour, paper) for colour in soft) >= 4.5
 
 
@@ -53,7 +60,11 @@ def test_the_page_follows_the_colour_scheme_and_stays_readable(opened: Any, sche
 def test_nothing_scrolls_sideways(opened: Any, width: int) -> None:
     wide = Step(
         [token("supercalifragilistic" * 6, "head", 1), token(".")],
-        [node("a", -1, 0, 1.0, "model"), node("supercalifragilistic" * 6, 0, 1, 0.5), *(node(f"w{at}", at, at, 0.1) for at in range(1, 6))],
+        [
+            node("a", -1, 0, 1.0, "model"),
+            node("supercalifragilistic" * 6, 0, 1, 0.5),
+            *(node(f"w{at}", at, at, 0.1) for at in range(1, 6)),
+        ],
         [0, 1],
     )
     code = plain("\n\n```\n" + "x" * 300 + "\n```\n\n| a | b |\n|--|--|\n| " + "y" * 200 + " | z |\n")
@@ -82,7 +93,9 @@ def test_nothing_scrolls_sideways(opened: Any, width: int) -> None:
 
 
 def test_a_chosen_token_stays_in_sight_of_a_phone(opened: Any) -> None:
-    page, _ = opened(Script([*plain(*(f" word{number}" for number in range(150))), *STEPS]), viewport={"width": 390, "height": 740})
+    page, _ = opened(
+        Script([*plain(*(f" word{number}" for number in range(150))), *STEPS]), viewport={"width": 390, "height": 740}
+    )
     ask(page)
     finished(page)
     tokens(page).last.click()

@@ -62,7 +62,10 @@ def test_hostile_text_of_a_model_does_nothing(opened: Any, view: str) -> None:
     names = set(text.locator("*").evaluate_all("parts => parts.flatMap(part => part.getAttributeNames())"))
     assert names <= {"class", "href", "rel", "target"} or view == "Tokens"
     assert not {name for name in names if name.startswith("on") or name in ("style", "src", "srcdoc", "action")}
-    assert set(text.locator("a").evaluate_all("links => links.map(link => link.getAttribute('href'))")) <= {None, "https://example.org/"}
+    assert set(text.locator("a").evaluate_all("links => links.map(link => link.getAttribute('href'))")) <= {
+        None,
+        "https://example.org/",
+    }
     for link in text.locator("a").all():
         link.click(trial=True)
     if view == "Text":
@@ -111,7 +114,9 @@ def test_the_key_is_asked_for_after_a_401_and_kept_in_the_tab(opened: Any) -> No
     ask(page)
     finished(page)
     assert page.locator(".tokens").inner_text() == "Hi"
-    assert page.evaluate("Object.values(sessionStorage).includes('secret') && localStorage.length === 0 && document.cookie === ''")
+    assert page.evaluate(
+        "Object.values(sessionStorage).includes('secret') && localStorage.length === 0 && document.cookie === ''"
+    )
     page.reload()
     page.get_by_text("scripted · 4 heads").wait_for()
     assert dialog.count() == 0
@@ -151,7 +156,10 @@ def test_no_key_is_asked_for_without_a_401(opened: Any) -> None:
             Script(status=503, message="the model is being loaded", headers={"Retry-After": "2"}),
             "The server is not ready. The model is being loaded. Try again in 2 s.",
         ),
-        (Script(status=400, message="the prompt has\n9000 tokens"), "The server refused the request. The prompt has 9000 tokens."),
+        (
+            Script(status=400, message="the prompt has\n9000 tokens"),
+            "The server refused the request. The prompt has 9000 tokens.",
+        ),
         (Script(status=500, message=""), "The server failed."),
         (Script(status=418, message="a teapot!"), "The server answered with status 418. A teapot!"),
     ],
@@ -173,9 +181,18 @@ def test_a_refusal_is_one_readable_line_and_can_be_tried_again(opened: Any, scri
 @pytest.mark.parametrize(
     ("script", "line"),
     [
-        (Script(plain("Half", " an"), stream_error="the decode thread died"), "The server ended the answer with an error. The decode thread died."),
-        (Script(plain("Half an"), ending="cut", held=threading.Event()), "The connection was lost before the answer was complete. Is the server still running?"),
-        (Script(plain("Half", " an"), ending="silent"), "The connection was lost before the answer was complete. Is the server still running?"),
+        (
+            Script(plain("Half", " an"), stream_error="the decode thread died"),
+            "The server ended the answer with an error. The decode thread died.",
+        ),
+        (
+            Script(plain("Half an"), ending="cut", held=threading.Event()),
+            "The connection was lost before the answer was complete. Is the server still running?",
+        ),
+        (
+            Script(plain("Half", " an"), ending="silent"),
+            "The connection was lost before the answer was complete. Is the server still running?",
+        ),
     ],
 )
 def test_what_came_before_a_failure_stays(opened: Any, script: Script, line: str) -> None:

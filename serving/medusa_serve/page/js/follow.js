@@ -8,9 +8,13 @@ const NEAR = 80; // pixels from the end that still count as the end
  */
 export function followEnd(scroller, content) {
   let isAtEnd = false;
-  scroller.addEventListener("scroll", () => {
-    isAtEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
-  }, { passive: true });
+  scroller.addEventListener(
+    "scroll",
+    () => {
+      isAtEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
+    },
+    { passive: true },
+  );
   new ResizeObserver(() => {
     if (isAtEnd) scroller.scrollTop = scroller.scrollHeight;
   }).observe(content);
