@@ -53,9 +53,11 @@ def test_tab_reaches_everything_and_the_focus_is_seen(opened: Any) -> None:
         name, is_seen = page.evaluate(
             """() => {
                 const at = document.activeElement;
-                const shown = [at, at.nextElementSibling, at.querySelector?.(".pill")].filter(Boolean).map((part) => getComputedStyle(part));
                 if (at === document.body) return ["body", true];
-                return [at.id || at.getAttribute("role") || at.textContent, shown.some((style) => style.outlineStyle === "solid" || style.strokeWidth === "3px")];
+                const parts = [at, at.nextElementSibling, at.querySelector(".pill")].filter(Boolean);
+                const styles = parts.map((part) => getComputedStyle(part));
+                const isSeen = styles.some((style) => style.outlineStyle === "solid" || style.strokeWidth === "3px");
+                return [at.id || at.getAttribute("role") || at.textContent, isSeen];
             }"""
         )
         if name in reached:

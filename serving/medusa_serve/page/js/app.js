@@ -27,6 +27,7 @@ function start() {
     render: makeRenderer(),
     modelId,
     askForKey,
+    follow: followEnd(byId("main"), byId("turns")),
     announce: (text) => {
       byId("announcer").textContent = text;
     },
@@ -40,7 +41,6 @@ function start() {
   bindView(settings, chat);
   bindComposer(settings, chat);
   bindPanel(panel);
-  followEnd(byId("main"), byId("turns"));
   greet(modelId, askForKey);
 }
 

@@ -41,6 +41,7 @@ export class Chat {
    * @param {() => Promise<string>} page.modelId
    * @param {() => Promise<boolean>} page.askForKey whether a key was given
    * @param {(text: string) => void} page.announce to screen readers
+   * @param {() => void} page.follow keep the end of the chat in sight
    * @param {(isRunning: boolean) => void} page.onRunning
    */
   constructor(page) {
@@ -63,6 +64,7 @@ export class Chat {
     const answers = [this.#add(turn, true)];
     if (this.page.settings.compare) answers.push(this.#add(turn, false));
     turn.node.scrollIntoView({ block: "start" });
+    this.page.follow();
     await this.#run(turn, answers);
   }
 
