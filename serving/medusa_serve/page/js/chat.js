@@ -23,7 +23,7 @@ class Turn {
     this.node = element(
       "article",
       { class: "turn" },
-      element("p", { class: "question" }, question),
+      element("h2", { class: "question" }, question),
       this.answers,
       this.verdict,
     );
