@@ -188,3 +188,26 @@ def test_a_tensorrt_rtx_engine_is_built_without_a_gpu(model: str, heads: Path, t
     assert manifest.engine.tensorrt_version == TensorRT.load("rtx").version
     assert manifest.files["step.plan"].size > 200_000_000
     assert len(manifest.engine.aliases) == 60
+
+
+def test_a_server_answers_openais_client_as_the_bundle_does(bundle: Path) -> None:
+    from openai import OpenAI
+
+    from tests.support.server import serving
+
+    with serving(bundle, max_batch_size=2) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        name = client.models.list().data[0].id
+        for prompt in PROMPTS:
+            asked = {
+                "model": name,
+                "messages": [{"role": "user", "content": prompt}],
+                "temperature": 0,
+                "max_tokens": NEW_TOKENS,
+            }
+            told = client.chat.completions.create(**asked)
+            chunks = list(client.chat.completions.create(**asked, stream=True))
+            expected = server.lm.generate(prompt, max_new_tokens=NEW_TOKENS).text
+            assert told.choices[0].message.content == expected
+            assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == expected
+            assert told.metrics["speculative_decoding"]["mean_acceptance_length"] > 1

@@ -1,11 +1,9 @@
-"""The page at `/` in a real browser: chats, tokens, trees, comparisons, by mouse and by keyboard."""
+"""The page at `/` in a real browser: chats, tokens, and the trees of steps."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
-
-import pytest
 
 from tests.support.browser import ask, finished, tokens
 from tests.support.scripted_server import STEPS, TEXT, Script, plain
@@ -102,7 +100,8 @@ def test_a_click_shows_the_tree_of_the_step(opened: Any) -> None:
         "so this pass gave out 3 tokens instead of one."
     )
     rows = page.locator("#panel-step .node").evaluate_all(
-        "nodes => nodes.map(node => [node.classList[1], node.querySelector('.word').textContent, node.querySelector('.percent')?.textContent ?? ''])"
+        """nodes => nodes.map(node => [node.classList[1], node.querySelector('.word').textContent,
+                                       node.querySelector('.percent')?.textContent ?? ''])"""
     )
     assert rows == [  # children below their parent, the likelier first
         ["root", "To", ""],
@@ -116,7 +115,8 @@ def test_a_click_shows_the_tree_of_the_step(opened: Any) -> None:
     assert page.locator("#panel-step .node.rejected .strike").count() == 3
     assert page.locator("#panel-step .link.accepted").count() == 2
     masks = page.locator("#panel-step .mask-row").evaluate_all(
-        "rows => rows.map(row => [...row.querySelectorAll('.cell')].slice(1).map(cell => cell.classList.contains('sees') ? 1 : 0).join(''))"
+        """rows => rows.map(row => [...row.querySelectorAll('.cell')].slice(1)
+                                   .map(cell => cell.classList.contains('sees') ? 1 : 0).join(''))"""
     )
     assert masks == ["100000", "110000", "111000", "110100", "100010", "100001"]
     assert page.locator("[aria-selected=true]").inner_text() == "a"
@@ -130,7 +130,8 @@ def test_a_node_tells_what_it_sees(opened: Any) -> None:
     node_named(page, "the").hover()
     caption = page.locator("#panel-step figcaption")
     assert caption.inner_text() == (
-        "“the”, guessed by head 2, rejected, probability 22 %. It sees the text so far, “To”, “make” and itself, but none of its rivals."
+        "“the”, guessed by head 2, rejected, probability 22 %. "
+        "It sees the text so far, “To”, “make” and itself, but none of its rivals."
     )
     seen = page.locator("#panel-step .tree .seen .word").all_text_contents()
     assert seen == ["To", "make", "the"]
@@ -152,8 +153,8 @@ def test_other_steps_are_explained_too(opened: Any) -> None:
         told[0] == "This is the first pass: the model reads the prompt and chooses “To” itself. Nothing has been guessed yet."
     )
     assert told[2] == (
-        "There was one guess, and the model did not agree with it. Its own token “of” took their place: one token from one pass, "
-        "as without Medusa. The text is not harmed."
+        "There was one guess, and the model did not agree with it. Its own token “of” took their place: "
+        "one token from one pass, as without Medusa. The text is not harmed."
     )
     assert told[3] == (
         "Prompt lookup copied “tea”. It was the only guess; the model agreed with it and added “.” itself, "
@@ -170,90 +171,6 @@ def test_measures_are_shown(opened: Any) -> None:
     assert page.locator("[data-value=length]").inner_text() == "2.00"  # 6 tokens from the 3 steps after the first
     assert float(page.locator("[data-value=speed]").inner_text()) > 0
     assert page.locator(".strip g").count() == 4
-
-
-def test_medusa_off_is_beside_it(opened: Any) -> None:
-    texts = ["To", " make", " a", " cup", " of", " tea", "."]
-    page, server = opened(Script(STEPS), Script(plain(*texts)))
-    page.check("#compare")
-    ask(page)
-    finished(page)
-    assert [body["medusa"]["enabled"] for body in server.bodies] == [True, False]
-    assert server.bodies[0]["messages"] == server.bodies[1]["messages"]
-    columns = page.locator(".answer")
-    boxes = [column.bounding_box() for column in columns.all()]
-    assert boxes[0]["y"] == boxes[1]["y"]
-    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
-    assert columns.nth(1).locator("[data-value=length]").inner_text() == "1.00"
-    verdict = page.locator(".verdict").inner_text()
-    assert "Both texts are the same, token for token (7 tokens)." in verdict
-    assert "Both answers ran on one machine, one after the other." in verdict
-    columns.nth(1).get_by_role("option").nth(3).click()
-    assert (
-        page.locator(".sentence").inner_text()
-        == "Medusa is off, so nothing was guessed. One pass of the whole model gave out one token: “cup”."
-    )
-
-
-def test_both_at_once_if_the_settings_say_so(opened: Any) -> None:
-    held = threading.Event()
-    page, server = opened(Script(plain("a", "b"), held=held), Script(plain("a", "c"), held=held))
-    page.click("#open-settings")
-    page.check("#together")
-    page.fill("#system", "Be short.")
-    page.fill("#temperature", "0.7")
-    page.fill("#max-tokens", "12")
-    page.get_by_role("button", name="Save").click()
-    page.check("#compare")
-    ask(page)
-    tokens(page).nth(1).wait_for()  # the first token of the second answer, while the first answer is held back
-    held.set()
-    finished(page)
-    assert "Both answers ran at once" in page.locator(".verdict").inner_text()
-    assert "at temperature 0.7, each answer draws its own random numbers" in page.locator(".verdict").inner_text()
-    for body in server.bodies:
-        assert (body["temperature"], body["max_tokens"]) == (0.7, 12)
-        assert body["messages"][0] == {"role": "system", "content": "Be short."}
-
-
-def test_an_answer_can_be_compared_later(opened: Any) -> None:
-    page, server = opened(Script(STEPS), Script(plain("To", " err")))
-    ask(page)
-    finished(page)
-    page.get_by_role("button", name="Run this with Medusa off").click()
-    page.locator(".verdict").wait_for()
-    assert "The texts differ from token 2 on." in page.locator(".verdict").inner_text()
-    assert len(server.bodies) == 2
-
-
-@pytest.mark.parametrize(
-    ("on", "off", "headline"),
-    [
-        ((1.0, 2.0, 21), (1.0, 4.0, 21), "3.00 times as fast: 2.0 s with Medusa, 4.0 s without."),
-        ((1.0, 3.0, 21), (1.0, 2.0, 21), "Slower: 0.50 times the speed. 3.0 s with Medusa, 2.0 s without."),
-        ((1.0, 3.0, 21), (0.5, 2.5, 21), "As fast as without Medusa: 3.0 s with Medusa, 2.5 s without."),
-        ((1.0, 2.0, 41), (1.0, 2.0, 21), "2.00 times as fast: 2.0 s with Medusa, 2.0 s without."),
-    ],
-)
-def test_the_speed_up_is_that_of_decoding(opened: Any, on: Any, off: Any, headline: str) -> None:
-    page, _ = opened()
-    told = page.evaluate(
-        """async (runs) => {
-            const [{ Answer }, { compare }] = await Promise.all([import("./page/js/answer.js"), import("./page/js/verdict.js")]);
-            const answers = runs.map(([first, end, numTokens], at) => {
-                const answer = new Answer(at === 0);
-                const chunk = (size) => ({ choices: [], medusa: { tokens: Array.from({ length: size }, (_, id) => ({ id })), draft: null } });
-                answer.start(0);
-                answer.take(chunk(1), first * 1000);
-                answer.take(chunk(numTokens - 1), end * 1000);
-                answer.end("done", end * 1000);
-                return answer;
-            });
-            return compare(...answers, { together: false, temperature: 0 });
-        }""",
-        [on, off],
-    )
-    assert told["headline"] == headline
 
 
 def test_stop_frees_the_server_and_keeps_the_text(opened: Any) -> None:
@@ -300,75 +217,6 @@ def test_an_answer_that_was_cut_says_so(opened: Any) -> None:
     ask(page)
     finished(page)
     assert page.locator(".note").inner_text() == "Cut after 2 tokens, as the settings say."
-
-
-def test_the_whole_page_works_by_keyboard(opened: Any) -> None:
-    page, _ = opened(Script(STEPS))
-    focused = "() => document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
-    page.keyboard.type("How do I make tea?")  # the question has the focus from the start
-    page.keyboard.press("Enter")
-    finished(page)
-    for _ in range(10):
-        page.keyboard.press("Shift+Tab")
-        if page.evaluate("document.activeElement.role") == "option":
-            break
-    assert page.evaluate(focused) == "“To”, chosen by the model itself"
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
-    assert page.locator("#panel-title").inner_text().startswith("Step 2")
-    page.keyboard.press("ArrowDown")  # the panel follows
-    assert page.locator("#panel-title").inner_text().startswith("Step 3")
-    page.keyboard.press("ArrowUp")
-    page.keyboard.press("End")
-    assert page.locator("#panel-title").inner_text().startswith("Step 4")
-    page.keyboard.press("ArrowRight")  # nothing comes after it
-    page.keyboard.press("ArrowLeft")
-    assert page.evaluate(focused) == "“tea”, copied from earlier text by prompt lookup"
-    page.locator("#panel-close").focus()
-    page.keyboard.press("Tab")
-    page.keyboard.press("ArrowDown")
-    assert page.evaluate(focused).startswith("“tea”, copied")
-    assert page.evaluate("document.activeElement.getAttribute('role')") == "treeitem"
-    page.keyboard.press("Escape")
-    assert page.locator("#panel").is_hidden()
-    assert page.evaluate("document.activeElement.role") == "option"
-    assert page.evaluate(focused) == "“tea”, copied from earlier text by prompt lookup"
-
-
-def test_tab_reaches_everything_and_the_focus_is_seen(opened: Any) -> None:
-    page, _ = opened(Script(STEPS))
-    ask(page)
-    finished(page)
-    tokens(page).nth(1).click()
-    page.evaluate("document.activeElement.blur()")
-    reached = []
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        name, is_seen = page.evaluate(
-            """() => {
-                const at = document.activeElement;
-                const shown = [at, at.nextElementSibling, at.querySelector?.(".pill")].filter(Boolean).map((part) => getComputedStyle(part));
-                if (at === document.body) return ["body", true];
-                return [at.id || at.getAttribute("role") || at.textContent, shown.some((style) => style.outlineStyle === "solid" || style.strokeWidth === "3px")];
-            }"""
-        )
-        if name in reached:
-            break
-        assert is_seen, name
-        reached.append(name)
-    assert {
-        "explain",
-        "open-settings",
-        "clear",
-        "option",
-        "Copy",
-        "question",
-        "compare",
-        "send",
-        "panel-close",
-        "treeitem",
-    } <= set(reached)
-    assert any(name.startswith("Next step") for name in reached)
 
 
 def test_the_explanation_is_there(opened: Any) -> None:

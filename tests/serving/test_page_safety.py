@@ -100,7 +100,7 @@ def test_the_policy_stops_what_the_page_itself_would_not(browser: Any) -> None:
 
 
 def test_the_key_is_asked_for_after_a_401_and_kept_in_the_tab(opened: Any) -> None:
-    page, server = opened(Script(plain("Hi")), Script(plain("again")), api_key="secret")
+    page, _ = opened(Script(plain("Hi")), Script(plain("again")), api_key="secret")
     dialog = page.get_by_role("dialog")
     dialog.wait_for()
     assert page.locator("#key-refused").is_hidden()

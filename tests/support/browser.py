@@ -13,7 +13,9 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 20_000  # milliseconds that a page has for anything
 COUNT_VIOLATIONS = """
 window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => window.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
+document.addEventListener("securitypolicyviolation", (event) => {
+    window.violations.push(`${event.violatedDirective} ${event.blockedURI}`);
+});
 """
 
 

@@ -153,7 +153,7 @@ class ScriptedServer:
         if script.ending == "silent":
             return
         if script.stream_error is not None:
-            yield f"data: {json.dumps({'error': {'message': script.stream_error, 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
+            yield f"data: {json.dumps(told_error(script.stream_error))}\n\n"
         else:
             yield event(choices=[{"index": 0, "delta": {}, "finish_reason": script.finish_reason}])
             yield event(
@@ -195,4 +195,8 @@ def event(**fields: Any) -> str:
 
 
 def error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": {"message": message, "type": "error", "param": None, "code": None}}, status, headers)
+    return JSONResponse(told_error(message), status, headers)
+
+
+def told_error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "error", "param": None, "code": None}}

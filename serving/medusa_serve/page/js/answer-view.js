@@ -22,8 +22,14 @@ export class AnswerView {
     this.text = element("div", { class: "text" });
     this.note = element("p", { class: "note" });
     this.actions = element("div", { class: "actions" });
-    this.node = element("section", { class: `answer ${answer.isMedusaOn ? "on" : "off"}`, "aria-label": name },
-      element("header", {}, element("h3", {}, name), this.meter.node), this.text, this.note, this.actions);
+    this.node = element(
+      "section",
+      { class: `answer ${answer.isMedusaOn ? "on" : "off"}`, "aria-label": name },
+      element("header", {}, element("h3", {}, name), this.meter.node),
+      this.text,
+      this.note,
+      this.actions,
+    );
     this.changeView(page.view);
   }
 
@@ -67,7 +73,11 @@ export class AnswerView {
 
   #drawTokens() {
     if (!this.tokens) {
-      this.tokens = new TokenView(this.answer, (step, token) => this.open(step, token), () => this.page.panel.shown === this);
+      this.tokens = new TokenView(
+        this.answer,
+        (step, token) => this.open(step, token),
+        () => this.page.panel.shown === this,
+      );
       this.text.replaceChildren(this.tokens.node);
     }
     this.tokens.update();
@@ -77,7 +87,9 @@ export class AnswerView {
     const { text, reasoning } = this.answer;
     if (this.drawn === text + reasoning) return;
     this.drawn = text + reasoning;
-    const thinking = reasoning ? element("details", { class: "thinking" }, element("summary", {}, "Thinking"), element("p", {}, reasoning)) : null;
+    const thinking = reasoning
+      ? element("details", { class: "thinking" }, element("summary", {}, "Thinking"), element("p", {}, reasoning))
+      : null;
     if (thinking) thinking.open = this.text.querySelector(".thinking")?.open ?? !text;
     this.text.replaceChildren(...[thinking, element("div", { class: "prose" }, this.page.render(text))].filter(Boolean));
   }
@@ -95,6 +107,7 @@ function noteOf(answer) {
   if (answer.error !== null) return answer.error;
   if (answer.state === "waiting") return answer.startedAt === null ? "Waits for its turn …" : "Reading the prompt …";
   if (answer.state === "stopped") return "Stopped.";
-  if (answer.state === "done" && answer.finishReason === "length") return `Cut after ${answer.numTokens} tokens, as the settings say.`;
+  if (answer.state === "done" && answer.finishReason === "length")
+    return `Cut after ${answer.numTokens} tokens, as the settings say.`;
   return "";
 }

@@ -80,7 +80,9 @@ export class Answer {
 
   /** Tokens a second after the first token; null before the second step. */
   get tokensPerSecond() {
-    return this.steps.length < 2 || this.lastAt === this.firstAt ? null : this.#decodedTokens / ((this.lastAt - this.firstAt) / 1000);
+    return this.steps.length < 2 || this.lastAt === this.firstAt
+      ? null
+      : this.#decodedTokens / ((this.lastAt - this.firstAt) / 1000);
   }
 
   get #decodedTokens() {

@@ -49,7 +49,13 @@ export class Api {
     if (this.settings.apiKey) headers.set("Authorization", `Bearer ${this.settings.apiKey}`);
     let response;
     try {
-      response = await fetch(new URL(path, document.baseURI), { ...options, headers, cache: "no-store", credentials: "omit", referrerPolicy: "no-referrer" });
+      response = await fetch(new URL(path, document.baseURI), {
+        ...options,
+        headers,
+        cache: "no-store",
+        credentials: "omit",
+        referrerPolicy: "no-referrer",
+      });
     } catch (error) {
       throw lost(error);
     }

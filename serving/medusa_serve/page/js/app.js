@@ -20,8 +20,17 @@ function start() {
   const askForKey = makeKeyDialog(settings);
   const modelId = makeModelLoader(api);
   const chat = new Chat({
-    list: byId("turns"), api, settings, panel, render: makeRenderer(), modelId, askForKey,
-    announce: (text) => { byId("announcer").textContent = text; },
+    list: byId("turns"),
+    api,
+    settings,
+    panel,
+    render: makeRenderer(),
+    modelId,
+    askForKey,
+    follow: followEnd(byId("main"), byId("turns")),
+    announce: (text) => {
+      byId("announcer").textContent = text;
+    },
     onRunning: (isRunning) => {
       byId("send").hidden = isRunning;
       byId("stop").hidden = !isRunning;
@@ -32,7 +41,6 @@ function start() {
   bindView(settings, chat);
   bindComposer(settings, chat);
   bindPanel(panel);
-  followEnd(byId("main"), byId("turns"));
   greet(modelId, askForKey);
 }
 
@@ -92,10 +100,11 @@ function bindComposer(settings, chat) {
     event.preventDefault();
     send(question.value);
   });
-  for (const example of document.querySelectorAll("[data-question]")) example.addEventListener("click", () => {
-    question.focus();
-    send(example.textContent);
-  });
+  for (const example of document.querySelectorAll("[data-question]"))
+    example.addEventListener("click", () => {
+      question.focus();
+      send(example.textContent);
+    });
   byId("stop").addEventListener("click", () => {
     chat.stop();
     question.focus();

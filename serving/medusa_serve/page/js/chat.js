@@ -20,7 +20,13 @@ class Turn {
     this.views = new Map();
     this.answers = element("div", { class: "answers" });
     this.verdict = element("div", { class: "verdict", hidden: true });
-    this.node = element("article", { class: "turn" }, element("p", { class: "question" }, question), this.answers, this.verdict);
+    this.node = element(
+      "article",
+      { class: "turn" },
+      element("h2", { class: "question" }, question),
+      this.answers,
+      this.verdict,
+    );
   }
 }
 
@@ -35,6 +41,7 @@ export class Chat {
    * @param {() => Promise<string>} page.modelId
    * @param {() => Promise<boolean>} page.askForKey whether a key was given
    * @param {(text: string) => void} page.announce to screen readers
+   * @param {() => void} page.follow keep the end of the chat in sight
    * @param {(isRunning: boolean) => void} page.onRunning
    */
   constructor(page) {
@@ -57,6 +64,7 @@ export class Chat {
     const answers = [this.#add(turn, true)];
     if (this.page.settings.compare) answers.push(this.#add(turn, false));
     turn.node.scrollIntoView({ block: "start" });
+    this.page.follow();
     await this.#run(turn, answers);
   }
 
@@ -120,10 +128,17 @@ export class Chat {
 
   #actions(turn, answer) {
     const actions = [];
-    const offer = (label, isMedusaOn) => actions.push(button(label, (event) => {
-      event.target.remove();
-      this.#rerun(turn, isMedusaOn);
-    }, { "data-runs": true }));
+    const offer = (label, isMedusaOn) =>
+      actions.push(
+        button(
+          label,
+          (event) => {
+            event.target.remove();
+            this.#rerun(turn, isMedusaOn);
+          },
+          { "data-runs": true },
+        ),
+      );
     if (answer.state === "failed" && turn === this.turns.at(-1)) offer("Try again", answer.isMedusaOn);
     if (answer.state === "done" && answer.isMedusaOn && !turn.off) offer("Run this with Medusa off", false);
     return actions;
@@ -165,7 +180,10 @@ export class Chat {
     const system = this.page.settings.system.trim();
     return [
       ...(system ? [{ role: "system", content: system }] : []),
-      ...before.flatMap(({ question, on }) => [{ role: "user", content: question }, { role: "assistant", content: on.text }]),
+      ...before.flatMap(({ question, on }) => [
+        { role: "user", content: question },
+        { role: "assistant", content: on.text },
+      ]),
       { role: "user", content: turn.question },
     ];
   }
@@ -181,6 +199,12 @@ function showVerdict({ on, off, verdict }, run) {
 function spoken({ on, off, verdict }) {
   if (on.error) return on.error;
   const length = on.acceptanceLength === null ? "" : `${on.numTokens} tokens, ${on.acceptanceLength.toFixed(1)} tokens a step.`;
-  const parts = [on.state === "stopped" ? "Stopped." : "The answer is complete.", length, off?.error ?? "", verdict.firstChild?.textContent ?? "", on.text];
+  const parts = [
+    on.state === "stopped" ? "Stopped." : "The answer is complete.",
+    length,
+    off?.error ?? "",
+    verdict.firstChild?.textContent ?? "",
+    on.text,
+  ];
   return parts.filter(Boolean).join(" ");
 }

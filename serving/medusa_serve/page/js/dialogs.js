@@ -5,7 +5,12 @@ import { byId } from "./dom.js";
 /** @param {import("./settings.js").Settings} settings */
 export function bindSettings(settings) {
   const dialog = byId("settings");
-  const fields = { temperature: byId("temperature"), maxTokens: byId("max-tokens"), system: byId("system"), together: byId("together") };
+  const fields = {
+    temperature: byId("temperature"),
+    maxTokens: byId("max-tokens"),
+    system: byId("system"),
+    together: byId("together"),
+  };
   const forget = byId("forget-key");
   byId("open-settings").addEventListener("click", () => {
     fields.temperature.value = settings.temperature;
@@ -52,10 +57,14 @@ export function makeKeyDialog(settings) {
       byId("key-refused").hidden = !settings.apiKey;
       field.value = "";
       dialog.returnValue = "";
-      dialog.addEventListener("close", () => {
-        asked = null;
-        resolve(dialog.returnValue === "given");
-      }, { once: true });
+      dialog.addEventListener(
+        "close",
+        () => {
+          asked = null;
+          resolve(dialog.returnValue === "given");
+        },
+        { once: true },
+      );
       dialog.showModal();
     });
     return asked;

@@ -36,11 +36,15 @@ const LEADS = {
  */
 export function describe(error) {
   if (error instanceof ApiError) {
-    const lead = error.status === null ? "The server ended the answer with an error." : LEADS[error.status] ?? `The server answered with status ${error.status}.`;
+    const lead =
+      error.status === null
+        ? "The server ended the answer with an error."
+        : (LEADS[error.status] ?? `The server answered with status ${error.status}.`);
     const wait = error.retryAfter && /^\d+$/.test(error.retryAfter) ? `Try again in ${error.retryAfter} s.` : null;
     return [lead, ended(error.message), wait].filter(Boolean).join(" ");
   }
-  if (error instanceof ConnectionLostError) return "The connection was lost before the answer was complete. Is the server still running?";
+  if (error instanceof ConnectionLostError)
+    return "The connection was lost before the answer was complete. Is the server still running?";
   return `The page failed: ${error instanceof Error ? error.message : error}`;
 }
 

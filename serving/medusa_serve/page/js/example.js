@@ -19,7 +19,14 @@ export const EXAMPLE = {
     { id: 7, text: " cup", source: "model", depth: 0 },
   ],
   draft: {
-    nodes: NODES.map(([text, parent, depth, probability], id) => ({ id, text, parent, depth, probability, source: depth === 0 ? "model" : "head" })),
+    nodes: NODES.map(([text, parent, depth, probability], id) => ({
+      id,
+      text,
+      parent,
+      depth,
+      probability,
+      source: depth === 0 ? "model" : "head",
+    })),
     accepted: [0, 1, 6],
   },
 };

@@ -31,14 +31,20 @@ export function explainStep(step, { isFirst, isMedusaOn }) {
 
 function withoutGuesses(token, isFirst, isMedusaOn) {
   const text = quoted(token?.text ?? "");
-  if (isFirst) return `This is the first pass: the model reads the prompt and chooses ${text} itself. Nothing has been guessed yet.`;
+  if (isFirst)
+    return `This is the first pass: the model reads the prompt and chooses ${text} itself. Nothing has been guessed yet.`;
   if (!isMedusaOn) return `Medusa is off, so nothing was guessed. One pass of the whole model gave out one token: ${text}.`;
   return `No guess was likely enough to be worth checking, so this pass gave out one token, ${text}, as it would without Medusa.`;
 }
 
 function noneRight(numGuesses, own) {
-  const lead = numGuesses === 1 ? "There was one guess, and the model did not agree with it." : `There were ${numGuesses} guesses, and the model agreed with none of them.`;
-  return own ? `${lead} Its own token ${quoted(own.text)} took their place: one token from one pass, as without Medusa. The text is not harmed.` : lead;
+  const lead =
+    numGuesses === 1
+      ? "There was one guess, and the model did not agree with it."
+      : `There were ${numGuesses} guesses, and the model agreed with none of them.`;
+  return own
+    ? `${lead} Its own token ${quoted(own.text)} took their place: one token from one pass, as without Medusa. The text is not harmed.`
+    : lead;
 }
 
 function agreement(numRight, numGuesses) {

@@ -6,11 +6,12 @@ import { lineage, rowsOf } from "./tree.js";
 import { HEAD, HEADING, ROW, middle } from "./geometry.js";
 import { drawMask } from "./mask.js";
 
-const INDENT = 46;
+const INDENT = 44;
 const PILL = 22;
 const LETTER = 7.3; // width of a letter of the monospaced font
 const LONGEST = 13; // letters of a token that are drawn
-const BAR = 46;
+const BAR = 40;
+const PERCENT = 36; // width of the column of numbers
 
 /**
  * Draw a step.
@@ -19,7 +20,11 @@ const BAR = 46;
  */
 export function drawFigure(step) {
   const rows = rowsOf(step);
-  const caption = element("figcaption", { "aria-live": "polite" }, "Point at a token, or move with the arrow keys ↑ and ↓, to see what it sees.");
+  const caption = element(
+    "figcaption",
+    { "aria-live": "polite" },
+    "Point at a token, or move with the arrow keys ↑ and ↓, to see what it sees.",
+  );
   const tree = drawTree(rows);
   const hasMask = rows.filter((row) => row.node !== null).length > 1;
   const mask = hasMask ? drawMask(rows) : null;
@@ -31,14 +36,24 @@ export function drawFigure(step) {
 function drawTree(rows) {
   const widths = rows.map((row) => shown(row).length * LETTER + 16);
   const right = Math.max(...rows.map((row, at) => row.depth * INDENT + widths[at])) + 30;
-  const width = right + BAR + 40;
+  const width = right + BAR + PERCENT + 4;
   const height = HEAD + rows.length * ROW;
   const deepest = Math.max(...rows.map((row) => row.depth));
-  const tree = svg("svg", { class: "tree", role: "tree", "aria-label": "Tree of guesses", width, height, viewBox: `0 0 ${width} ${height}` });
+  const tree = svg("svg", {
+    class: "tree",
+    role: "tree",
+    "aria-label": "Tree of guesses",
+    width,
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+  });
   for (let depth = 0; depth <= deepest; depth += 1) tree.append(...heading(rows, depth, height));
   tree.append(svg("text", { class: "heading", x: width - 4, y: HEADING, "text-anchor": "end" }, "probability"));
   const links = rows.map((row, at) => (row.parent < 0 ? null : link(rows, at)));
-  tree.append(...links.filter((_, at) => links[at] && rows[at].kind === "rejected"), ...links.filter((_, at) => links[at] && rows[at].kind !== "rejected"));
+  tree.append(
+    ...links.filter((_, at) => links[at] && rows[at].kind === "rejected"),
+    ...links.filter((_, at) => links[at] && rows[at].kind !== "rejected"),
+  );
   rows.forEach((row, at) => tree.append(drawNode(row, at, widths[at], right)));
   return tree;
 }
@@ -47,7 +62,10 @@ function heading(rows, depth, height) {
   const x = depth * INDENT + 12;
   const isGuessed = rows.some((row) => row.depth === depth && row.kind !== "bonus" && row.kind !== "root");
   const text = depth === 0 ? "root" : isGuessed ? `head ${depth}` : "";
-  return [svg("line", { class: "guide", x1: x, y1: HEAD - 8, x2: x, y2: height }), svg("text", { class: "heading", x: x - 12, y: HEADING }, text)];
+  return [
+    svg("line", { class: "guide", x1: x, y1: HEAD - 8, x2: x, y2: height }),
+    svg("text", { class: "heading", x: x - 12, y: HEADING }, text),
+  ];
 }
 
 /** From below the parent down and then right to the child. */
@@ -72,7 +90,7 @@ function drawNode(row, at, width, right) {
     "data-row": at,
   });
   node.append(
-    svg("rect", { class: "band", x: 0, y: y - ROW / 2, width: right + BAR + 40, height: ROW }),
+    svg("rect", { class: "band", x: 0, y: y - ROW / 2, width: right + BAR + PERCENT + 4, height: ROW }),
     svg("rect", { class: "pill", x, y: y - PILL / 2, width, height: PILL, rx: 6 }),
     svg("text", { class: "word", x: x + 8, y: y + 4.5 }, shown(row)),
   );
@@ -80,7 +98,8 @@ function drawNode(row, at, width, right) {
   const note = { root: "", accepted: "✓", rejected: "", bonus: "" }[row.kind];
   node.append(svg("text", { class: "mark", x: x + width + 6, y: y + 4.5 }, [note, markOf(row)].filter(Boolean).join(" ")));
   node.append(...(row.probability === null ? [] : bar(row.probability, right, y)));
-  if (row.kind === "bonus") node.append(svg("text", { class: "own", x: right + BAR + 36, y: y + 4, "text-anchor": "end" }, "model’s own"));
+  if (row.kind === "bonus")
+    node.append(svg("text", { class: "own", x: right + BAR + PERCENT, y: y + 4, "text-anchor": "end" }, "model’s own"));
   return node;
 }
 
@@ -88,7 +107,7 @@ function bar(probability, x, y) {
   return [
     svg("rect", { class: "bar-space", x, y: y - 2.5, width: BAR, height: 5, rx: 2.5 }),
     svg("rect", { class: "bar", x, y: y - 2.5, width: Math.max(BAR * probability, 1.5), height: 5, rx: 2.5 }),
-    svg("text", { class: "percent", x: x + BAR + 36, y: y + 4, "text-anchor": "end" }, percent(probability)),
+    svg("text", { class: "percent", x: x + BAR + PERCENT, y: y + 4, "text-anchor": "end" }, percent(probability)),
   ];
 }
 
@@ -128,8 +147,13 @@ function rowAt(event) {
 
 function sight(rows, at) {
   if (rows[at].kind === "bonus") return "It was not in the tree: it is what the model itself chose after the accepted path.";
-  const above = lineage(rows, at).slice(1).reverse().map((row) => quoted(rows[row].text));
-  return above.length === 0 ? "It sees the text so far and itself." : `It sees the text so far, ${above.join(", ")} and itself, but none of its rivals.`;
+  const above = lineage(rows, at)
+    .slice(1)
+    .reverse()
+    .map((row) => quoted(rows[row].text));
+  return above.length === 0
+    ? "It sees the text so far and itself."
+    : `It sees the text so far, ${above.join(", ")} and itself, but none of its rivals.`;
 }
 
 function describe(row) {

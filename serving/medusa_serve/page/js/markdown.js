@@ -5,8 +5,31 @@ import createPurifier from "../vendor/purify.es.mjs";
 
 const SAFE_LINK = /^(?:https?|mailto):/i;
 const ALLOWED_TAGS = [
-  "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "strong",
-  "table", "tbody", "td", "th", "thead", "tr", "ul",
+  "a",
+  "blockquote",
+  "br",
+  "code",
+  "del",
+  "em",
+  "h1",
+  "h2",
+  "h3",
+  "h4",
+  "h5",
+  "h6",
+  "hr",
+  "li",
+  "ol",
+  "p",
+  "pre",
+  "strong",
+  "table",
+  "tbody",
+  "td",
+  "th",
+  "thead",
+  "tr",
+  "ul",
 ];
 
 /**
@@ -24,13 +47,21 @@ export function makeRenderer() {
   });
   const purifier = createPurifier(window);
   purifier.addHook("afterSanitizeAttributes", secureLink);
-  const options = { ALLOWED_TAGS, ALLOWED_ATTR: ["href", "start", "align"], ALLOWED_URI_REGEXP: SAFE_LINK, ALLOW_DATA_ATTR: false, ALLOW_ARIA_ATTR: false, RETURN_DOM_FRAGMENT: true };
+  const options = {
+    ALLOWED_TAGS,
+    ALLOWED_ATTR: ["href", "start", "align"],
+    ALLOWED_URI_REGEXP: SAFE_LINK,
+    ALLOW_DATA_ATTR: false,
+    ALLOW_ARIA_ATTR: false,
+    RETURN_DOM_FRAGMENT: true,
+  };
   return (text) => purifier.sanitize(marked.parse(text), options);
 }
 
 function secureLink(node) {
   if (node.tagName !== "A") return;
-  if (!SAFE_LINK.test(node.getAttribute("href") ?? "")) { // also drops relative links: an answer has no business on this server
+  if (!SAFE_LINK.test(node.getAttribute("href") ?? "")) {
+    // also drops relative links: an answer has no business on this server
     node.removeAttribute("href");
     return;
   }

@@ -13,7 +13,12 @@ export class Meter {
     this.numShown = 0;
     this.values = {};
     const list = element("dl", { class: "meter" });
-    for (const [name, words] of [["length", "tokens a step"], ["speed", "tokens a second"], ["tokens", "tokens"], ["time", "seconds"]]) {
+    for (const [name, words] of [
+      ["length", "tokens a step"],
+      ["speed", "tokens a second"],
+      ["tokens", "tokens"],
+      ["time", "seconds"],
+    ]) {
       this.values[name] = element("dd", { "data-value": name }, "–");
       list.append(element("div", {}, this.values[name], element("dt", {}, words)));
     }
@@ -31,7 +36,8 @@ export class Meter {
     this.values.speed.textContent = number(answer.tokensPerSecond, 1);
     this.values.tokens.textContent = String(answer.numTokens);
     this.values.time.textContent = number(answer.elapsed(now), 1);
-    for (; this.numShown < answer.steps.length; this.numShown += 1) this.strip.append(column(answer.steps[this.numShown], this.numShown));
+    for (; this.numShown < answer.steps.length; this.numShown += 1)
+      this.strip.append(column(answer.steps[this.numShown], this.numShown));
     this.strip.setAttribute("viewBox", `0 0 ${Math.max(answer.steps.length, FEWEST)} ${TALLEST}`);
   }
 }
@@ -44,6 +50,7 @@ export function number(value, digits) {
 function column(step, at) {
   const size = Math.min(1, TALLEST / step.tokens.length);
   const blocks = step.tokens.map((token, place) =>
-    svg("rect", { class: styleOf(token), x: at + 0.1, width: 0.8, y: TALLEST - (place + 1) * size, height: size * 0.86 }));
+    svg("rect", { class: styleOf(token), x: at + 0.1, width: 0.8, y: TALLEST - (place + 1) * size, height: size * 0.86 }),
+  );
   return svg("g", { "data-column": at }, svg("rect", { class: "catch", x: at, y: 0, width: 1, height: TALLEST }), ...blocks);
 }

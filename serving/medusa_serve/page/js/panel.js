@@ -79,14 +79,24 @@ export class Panel {
   #legend(step) {
     if ((step.draft?.nodes.length ?? 0) < 2) return null;
     const item = (kind, text) => element("li", { class: kind }, text);
-    return element("ul", { class: "figure-legend" }, item("accepted", "✓ right guess, kept"), item("rejected", "wrong guess, thrown away"), item("bonus", "the model’s own token"), item("odds", "before the pass: how likely this token and all above it were thought to be right"));
+    return element(
+      "ul",
+      { class: "figure-legend" },
+      item("accepted", "✓ right guess, kept"),
+      item("rejected", "wrong guess, thrown away"),
+      item("bonus", "the model’s own token"),
+      item("odds", "before the pass: how likely this token and all above it were thought to be right"),
+    );
   }
 
   #neighbours(view, number) {
     const last = view.answer.steps.length - 1;
     const go = (to) => () => {
       this.showStep(view, to, 0);
-      (this.stepPart.querySelector(`[data-go="${to < number ? "back" : "on"}"]:not(:disabled)`) ?? this.stepPart.querySelector("[data-go]:not(:disabled)"))?.focus();
+      (
+        this.stepPart.querySelector(`[data-go="${to < number ? "back" : "on"}"]:not(:disabled)`) ??
+        this.stepPart.querySelector("[data-go]:not(:disabled)")
+      )?.focus();
     };
     return element(
       "div",

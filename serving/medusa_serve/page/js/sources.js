@@ -5,7 +5,11 @@ const MOST_TINTS = 6; // the style sheet has this many tints of a kind; deeper h
 const SOURCES = {
   model: { style: "from-model", mark: () => "", words: () => "chosen by the model itself" },
   head: { style: "from-head", mark: (depth) => String(depth), words: (depth) => `guessed by head ${depth}` },
-  ngrams: { style: "from-ngrams", mark: (depth) => `${depth}+`, words: (depth) => `guessed by head ${depth} with the help of n-grams` },
+  ngrams: {
+    style: "from-ngrams",
+    mark: (depth) => `${depth}+`,
+    words: (depth) => `guessed by head ${depth} with the help of n-grams`,
+  },
   lookup: { style: "from-lookup", mark: () => "↩", words: () => "copied from earlier text by prompt lookup" },
   guide: { style: "from-guide", mark: () => "=", words: () => "the only token that the asked-for format allows" },
 };

@@ -27,7 +27,8 @@ async function* readLines(body) {
       const { value, done } = await reader.read();
       text += done ? decoder.decode() : decoder.decode(value, { stream: true });
       let end;
-      while ((end = /\r\n|\n|\r(?=[^])/.exec(text))) { // a CR at the end may be half of a CRLF
+      while ((end = /\r\n|\n|\r(?=[^])/.exec(text))) {
+        // a CR at the end may be half of a CRLF
         yield text.slice(0, end.index);
         text = text.slice(end.index + end[0].length);
       }

@@ -14,7 +14,12 @@ export class TokenView {
     this.onSelect = onSelect;
     this.isFollowing = isFollowing;
     this.numShown = 0; // steps
-    this.node = element("div", { class: "tokens", role: "listbox", "aria-label": "Tokens of the answer", "aria-orientation": "horizontal" });
+    this.node = element("div", {
+      class: "tokens",
+      role: "listbox",
+      "aria-label": "Tokens of the answer",
+      "aria-orientation": "horizontal",
+    });
     this.node.addEventListener("click", (event) => this.#clicked(event));
     this.node.addEventListener("keydown", (event) => this.#pressed(event));
   }
@@ -93,7 +98,11 @@ export class TokenView {
 /** The nodes of a step: the space before it, and the step itself. */
 function drawStep(step, number) {
   const size = step.tokens.length;
-  const group = element("span", { class: "step", role: "group", "aria-label": `Step ${number + 1}, ${size} ${size === 1 ? "token" : "tokens"}` });
+  const group = element("span", {
+    class: "step",
+    role: "group",
+    "aria-label": `Step ${number + 1}, ${size} ${size === 1 ? "token" : "tokens"}`,
+  });
   let before = "";
   step.tokens.forEach((token, place) => {
     const { lead, core, rest } = split(token.text);
@@ -106,17 +115,21 @@ function drawStep(step, number) {
 
 function drawToken(token, core, step, place) {
   const words = wordsOf(token);
-  return element("span", {
-    class: `token ${styleOf(token)}`,
-    role: "option",
-    tabindex: -1,
-    "aria-selected": "false",
-    "aria-label": `${quoted(token.text)}, ${words}`,
-    title: `${quoted(token.text)}: ${words}`,
-    "data-step": step,
-    "data-token": place,
-    "data-mark": markOf(token),
-  }, core);
+  return element(
+    "span",
+    {
+      class: `token ${styleOf(token)}${core.length < markOf(token).length ? " narrow" : ""}`,
+      role: "option",
+      tabindex: -1,
+      "aria-selected": "false",
+      "aria-label": `${quoted(token.text)}, ${words}`,
+      title: `${quoted(token.text)}: ${words}`,
+      "data-step": step,
+      "data-token": place,
+      "data-mark": markOf(token),
+    },
+    core,
+  );
 }
 
 /**

@@ -28,7 +28,8 @@ export function rowsOf(step) {
   for (const list of children) list.sort((a, b) => nodes[b].probability - nodes[a].probability);
   const rows = [];
   const bonus = bonusOf(step);
-  const addBonus = (parent, depth) => rows.push({ kind: "bonus", text: bonus.text, source: "model", depth, probability: null, parent, node: null });
+  const addBonus = (parent, depth) =>
+    rows.push({ kind: "bonus", text: bonus.text, source: "model", depth, probability: null, parent, node: null });
   const add = (at, parent) => {
     const { text, source, depth, probability } = nodes[at];
     const kind = at === 0 ? "root" : accepted.has(at) ? "accepted" : "rejected";
