@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from medusa_export.cli import main
 from medusa_runtime import Manifest, MedusaLM
 from medusa_serve.triton import ModelSettings, write_model
+from medusa_serve.triton.tensors import INPUTS, OUTPUTS
 from tests.support import stand_in_triton
 from tests.support.cli import fails
 from tests.support.stand_in_triton import TritonError, TritonModelException, TritonServer
@@ -313,3 +315,9 @@ def test_the_command_refuses_what_it_cannot_write(bundle: Path, tmp_path: Path) 
     fails(run(bundle, "-o", tmp_path, "--name", "a/b"), 2, "the model's name is 'a/b'")
     fails(run(tmp_path / "none", "-o", tmp_path), 1, "not a bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_docs_name_every_tensor() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "triton.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    assert {spec.name for spec in (*INPUTS, *OUTPUTS)} <= named
