@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from medusa_export.cli import main
 from medusa_runtime import Manifest, MedusaLM
 from medusa_serve.triton import ModelSettings, write_model
+from medusa_serve.triton.tensors import INPUTS, OUTPUTS
 from tests.support import stand_in_triton
+from tests.support.cli import fails
 from tests.support.stand_in_triton import TritonError, TritonModelException, TritonServer
 
 PROMPT = "the quick brown fox"
@@ -279,3 +284,40 @@ def test_the_bundle_is_placed_as_asked(bundle: Path, tmp_path: Path, files: Any)
     assert Manifest.load(placed) == Manifest.load(bundle)
     assert (placed / "manifest.json").samefile(bundle / "manifest.json") is (files == "link")
     assert {entry.name for entry in placed.iterdir()} == {entry.name for entry in bundle.iterdir()}
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, ["triton", *map(str, words)])
+
+
+def test_the_command_writes_a_model_beside_others(bundle: Path, tmp_path: Path, expected: Any) -> None:
+    (tmp_path / "other").mkdir()
+    result = run(bundle, "-o", tmp_path, "--name", "tiny", "--threads", 1, "--max-batch-size", 2, "--backend", "ort-cpu")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'tiny'}\n")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"other", "tiny"}
+    served = TritonServer(tmp_path / "tiny")
+    assert served.model._lm.engine.max_batch_size == 2
+    told = served.ask(text_input=PROMPT, sampling_parameters=GREEDY, exclude_input_in_output=True).only()
+    served.close()
+    assert told["text_output"] == [expected.text]
+
+
+def test_the_command_replaces_its_own_output_alone(bundle: Path, tmp_path: Path) -> None:
+    assert run(bundle, "-o", tmp_path).stdout == f"{tmp_path / bundle.name}\n"
+    fails(run(bundle, "-o", tmp_path), 2, "replace it with --force")
+    assert run(bundle, "-o", tmp_path, "--force", "--files", "path").exit_code == 0
+    assert not (tmp_path / bundle.name / "1" / "bundle").exists()
+    (tmp_path / bundle.name / "2").mkdir()
+    fails(run(bundle, "-o", tmp_path, "--force"), 2, "not an earlier output")
+
+
+def test_the_command_refuses_what_it_cannot_write(bundle: Path, tmp_path: Path) -> None:
+    fails(run(bundle, "-o", tmp_path, "--name", "a/b"), 2, "the model's name is 'a/b'")
+    fails(run(tmp_path / "none", "-o", tmp_path), 1, "not a bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_docs_name_every_tensor() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "triton.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    assert {spec.name for spec in (*INPUTS, *OUTPUTS)} <= named

@@ -28,6 +28,7 @@ COMMANDS = {
     "tree": "Draw a candidate tree.",
     "generate": "Decode a prompt with a bundle.",
     "serve": "Serve a bundle over HTTP, as OpenAI's API.",
+    "triton": "Write a bundle as a model of NVIDIA Triton.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
     "doctor": "Report what can be exported, built and run on this machine.",
