@@ -47,7 +47,7 @@ class Observers:
             num_heads=manifest.heads.num_heads,
             paths=paths,
         )
-        return cls(metrics, access_log, Tracing.open() if settings.otel else None)
+        return cls(metrics, access_log, Tracing.from_environment() if settings.otel else None)
 
     def report(self, record: RequestRecord) -> None:
         """A request has ended."""

@@ -40,7 +40,7 @@ class ServerSettings(BaseModel):
     tool_format: Literal["auto", "hermes", "llama3", "mistral", "none"] = Field(
         "auto", description="how the model writes calls of tools; auto guesses it from the chat template"
     )
-    reasoning_format: Literal["auto", "think", "none"] = Field(
+    reasoning_format: Literal["auto", "think", "mistral", "none"] = Field(
         "auto", description="how the model marks its reasoning; auto guesses it from the chat template"
     )
     special_tokens_in_text: bool = Field(

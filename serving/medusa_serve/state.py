@@ -34,7 +34,7 @@ class ServedBundle:
 
     manifest: Manifest
     placement: Placement
-    open: Callable[[], MedusaLM]  # called once, in a thread of its own
+    load: Callable[[], MedusaLM]  # called once, in a thread of its own
 
 
 class ServerState:
@@ -69,7 +69,7 @@ class ServerState:
             self.phase = "ready"
 
     def _opened(self) -> MedusaLM:
-        lm = self.served.open()
+        lm = self.served.load()
         try:
             warm_up(lm)
         except BaseException:

@@ -146,7 +146,7 @@ def test_the_environment_says_where_spans_go(collector, monkeypatch) -> None:
     address, got = collector
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
-    tracing = Tracing.open()
+    tracing = Tracing.from_environment()
     tracing.export(record_of(STATS))
     tracing.close()
     [(path, request)] = got
@@ -168,14 +168,14 @@ def test_the_environment_says_where_spans_go(collector, monkeypatch) -> None:
 def test_a_way_of_export_that_there_is_not_is_refused(variable, value, message, monkeypatch) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(OptionError, match=message):
-        Tracing.open()
+        Tracing.from_environment()
 
 
 @pytest.mark.parametrize("value", ["none", "console"])
 def test_spans_need_no_collector(value, monkeypatch, capsys) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", value)
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
-    tracing = Tracing.open()
+    tracing = Tracing.from_environment()
     tracing.export(record_of(STATS))
     tracing.close()
     assert ('"mine"' in capsys.readouterr().out) == (value == "console")
@@ -191,4 +191,4 @@ def test_spans_need_no_collector(value, monkeypatch, capsys) -> None:
 def test_a_missing_package_is_told_with_the_extra_that_has_it(module, package, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"{package} is not installed; .*medusa-export\[otel\]"):
-        Tracing.open()
+        Tracing.from_environment()

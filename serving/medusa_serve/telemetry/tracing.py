@@ -48,7 +48,7 @@ class Tracing:
         self._tracer = provider.get_tracer("medusa_serve")
 
     @classmethod
-    def open(cls) -> Tracing:
+    def from_environment(cls) -> Tracing:
         """Send spans in the background, as the environment's OTEL_* variables say; by default to a collector on this machine.
 
         Raises:
