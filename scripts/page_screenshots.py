@@ -60,11 +60,11 @@ def comparison(page: Page) -> None:
 
 
 SHOTS: dict[str, tuple[Callable[[Page], None], str, int, int]] = {
-    "page-welcome-light": (welcome, "light", 1440, 1020),
-    "page-chat-light": (chat, "light", 1440, 900),
-    "page-chat-dark": (chat, "dark", 1440, 900),
-    "page-compare-light": (comparison, "light", 1280, 1220),
-    "page-phone-dark": (chat, "dark", 390, 844),
+    "page-explained": (welcome, "light", 1440, 1020),
+    "page-light": (chat, "light", 1440, 900),
+    "page-dark": (chat, "dark", 1440, 900),
+    "page-compare": (comparison, "light", 1280, 1220),
+    "page-phone": (chat, "dark", 390, 844),
 }
 
 
