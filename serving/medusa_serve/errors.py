@@ -21,8 +21,10 @@ from medusa_runtime import (
     TreeError,
 )
 
+LONGEST_MESSAGE = 1000  # characters; some messages quote the request
 RETRY_SECONDS = 1  # how long a client is asked to wait before it tries again
 CLIENT_GONE = 499  # in logs and metrics; nobody is left to be told
+QUOTING = {400, 404, 422}  # statuses of messages that quote the request
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 STATUS: dict[type[MedusaError], tuple[int, str | None]] = {
     ContextLengthError: (400, "context_length_exceeded"),
@@ -64,11 +66,20 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = " ".join(message.split())
+        message = message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
         if status in {429, 503}:
             self.headers.setdefault("Retry-After", str(RETRY_SECONDS))
+
+    @property
+    def logged(self) -> str:
+        """The error without anything that its message quotes of the request: logs hold no texts unless asked."""
+        if self.status not in QUOTING:
+            return self.message
+        return f"{self.code or 'invalid_value'}{f': {self.param}' if self.param else ''}"
 
     @property
     def body(self) -> dict[str, Any]:

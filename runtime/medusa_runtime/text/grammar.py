@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from medusa_runtime.errors import MissingExtraError, OptionError, RequestError, first_line
 from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.stack import with_stack
 
 if TYPE_CHECKING:
     import llguidance
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 # As json.dumps writes it. Free white space would let a model that is unsure write nothing else.
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_COMPILED = 64  # structures that are kept compiled
+# Bytes of a structure. Some take a time to compile that grows with the square of their length.
+MAX_BYTES = {"json_schema": 1 << 18, "regex": 1 << 16, "choice": 1 << 18, "grammar": 1 << 16}
+# llguidance compiles rules that refer to rules by recursion, and a stack that overflows ends the process. A rule has at least
+# 20 bytes, and takes 20 kB of stack at most.
+STACK_BYTES, STACK_BYTES_A_BYTE = 1 << 24, 1 << 10
 # Keywords of JSON Schema that restrict nothing. With one of the others, a schema means something.
 ANNOTATIONS = {
     *("$schema", "$id", "$anchor", "$comment", "$defs", "$vocabulary", "definitions", "title", "description"),
@@ -73,6 +79,7 @@ class GrammarCompiler:
         """
         [(name, value)] = structure.items()
         try:
+            _check_size(name, value)
             grammar = _grammar(name, value)
         except (ValueError, TypeError, RecursionError) as error:
             raise OptionError(f"{name} cannot be used: {first_line(error)}") from error
@@ -83,7 +90,7 @@ class GrammarCompiler:
         with self._using:
             found = self._compiled.get(grammar)
         if found is None:
-            found = self._compile(name, grammar)
+            found = with_stack(STACK_BYTES + STACK_BYTES_A_BYTE * len(grammar), lambda: self._compile(name, grammar))
         with self._using:
             self._compiled[grammar] = found
             self._compiled.move_to_end(grammar)
@@ -92,7 +99,9 @@ class GrammarCompiler:
             return found.deep_copy()
 
     def _compile(self, name: str, grammar: str) -> llguidance.LLMatcher:
-        found: llguidance.LLMatcher = _llguidance().LLMatcher(self._made_tokenizer(), grammar, log_level=0)
+        library = _llguidance()
+        limits = library.LLParserLimits(verbose_errors=False)  # its errors would tell the answer so far
+        found: llguidance.LLMatcher = library.LLMatcher(self._made_tokenizer(), grammar, log_level=0, limits=limits)
         if not found.is_error():
             found.compute_bitmask()  # copies then need not find out again what may come first
         if found.is_error():
@@ -160,6 +169,12 @@ def _llguidance() -> Any:
     except ImportError as error:
         raise MissingExtraError("llguidance", "structured") from error
     return llguidance
+
+
+def _check_size(name: str, value: Any) -> None:
+    text = json.dumps(value) if name == "json_schema" else "|".join(value) if name == "choice" else str(value)
+    if (size := len(text.encode())) > MAX_BYTES[name]:
+        raise ValueError(f"it has {size} bytes; it must have at most {MAX_BYTES[name]}")
 
 
 def _grammar(name: str, value: Any) -> str:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from typing import Any, NoReturn, Self
+import re
+import reprlib
+from collections.abc import Sized
+from typing import Annotated, Any, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from medusa_serve.errors import ApiError
+
+MAX_DEPTH = 100  # of lists and objects in one another; schemas of real functions have about 20
+LONGEST_NAME = 64  # of a field that is compared with those there are
+MAX_ERRORS = 100  # pydantic takes seconds to describe a million
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a pair
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # a list that is refused for the first wrong item, not for each
 
 
 class RequestBody(BaseModel):
@@ -31,19 +41,55 @@ class RequestBody(BaseModel):
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body, of finite numbers and Unicode text alone."""
+    """The JSON object of a body, of finite numbers and Unicode text alone.
+
+    Raises:
+        ApiError: it is none.
+    """
     try:
-        found = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
-        if b"\\u" in body:
-            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        text = body.decode()
+        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+        if SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise _invalid(f"the byte at position {error.start} is not UTF-8 text") from error
     except UnicodeEncodeError as error:
-        raise ApiError(400, "the body holds half of a surrogate pair, which is no Unicode text", code="invalid_json") from error
-    except (ValueError, RecursionError) as error:
-        told = "it is nested too deeply" if isinstance(error, RecursionError) else f"{error}"
-        raise ApiError(400, f"the body is not valid JSON: {told}", code="invalid_json") from error
+        raise _invalid("it holds half of a surrogate pair, which is no Unicode text") from error
+    except RecursionError as error:
+        raise _invalid(f"it is nested deeper than {MAX_DEPTH} levels") from error
+    except ValueError as error:
+        raise _invalid("a number has too many digits" if "integer string" in str(error) else f"{error}") from error
     if not isinstance(found, dict):
         raise ApiError(400, f"the body is a JSON {_kind(found)}; it must be an object", code="invalid_json")
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(found):
+        raise _invalid(f"it is nested deeper than {MAX_DEPTH} levels")
     return found
+
+
+def _invalid(why: str) -> ApiError:
+    return ApiError(400, f"the body is not valid JSON: {why}", code="invalid_json")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. One value of a name that is given twice would be ignored in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"an object has the name {twice!r:.80} twice")
+    return found
+
+
+def _is_deep(found: Any) -> bool:
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -63,24 +109,48 @@ def _kind(value: Any) -> str:
 
 def _refusal(error: ValidationError, model: type[BaseModel]) -> ApiError:
     """The first thing that is wrong, in one line."""
-    first = error.errors()[0]
+    if (count := error.error_count()) > MAX_ERRORS:
+        told = f"the body has {count} wrong or unknown fields; /openapi.json describes those that there are"
+        return ApiError(400, told, code="invalid_value")
+    first = error.errors(include_url=False)[0]
     path = [part for part in first["loc"] if isinstance(part, int) or part in _names(model) or not _is_branch(part)]
-    name = ".".join(str(part) for part in path) or None
+    name = ".".join(str(part)[:80] for part in path)[:200] or None
     match first["type"]:
         case "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), _names(model), n=1) if len(first["loc"]) == 1 else []
+            last = str(first["loc"][-1])
+            is_near = len(first["loc"]) == 1 and len(last) <= LONGEST_NAME
+            near = difflib.get_close_matches(last, _names(model), n=1) if is_near else []
             hint = f" Did you mean '{near[0]}'?" if near else ""
             return ApiError(400, f"Unknown parameter: '{name}'.{hint}", param=name, code="unknown_parameter")
         case "missing":
             return ApiError(400, f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
         case "value_error":
             told = first["ctx"]["error"]
+            message = f"{told}" if isinstance(told, FieldError) else f"'{name}' {told}"
             named = getattr(told, "param", None) or name
-            return ApiError(400, f"{told}", param=named, code=getattr(told, "code", None) or "invalid_value")
-    shown = " ".join(repr(first["input"]).split())
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            return ApiError(400, message, param=named, code=getattr(told, "code", None) or "invalid_value")
     asked = first["msg"].removeprefix("Input should be ")
-    return ApiError(400, f"'{name}' is {shown}; it must be {asked}", param=name, code="invalid_value")
+    rule = f"; it must be {asked}" if asked != first["msg"] else f": {asked[:1].lower()}{asked[1:]}"
+    return ApiError(400, f"'{name}' is {_shown(first['input'])}{rule}", param=name, code="invalid_value")
+
+
+def _shown(value: Any) -> str:
+    """A value, cut short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 78
+    shown = " ".join(short.repr(value).split())
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """A limit on the items of a list or an object, checked before any item is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, Sized) and not isinstance(value, str) and len(value) > limit:
+            raise ValueError(f"has {len(value)} items; it must have at most {limit}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _names(model: type[BaseModel]) -> list[str]:

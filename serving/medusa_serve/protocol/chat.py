@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medusa_serve.protocol.base import FieldError
+from medusa_serve.protocol.base import FieldError, Items
 from medusa_serve.protocol.sampling import MAX_TOP_LOGPROBS, SamplingFields, refuse_unsupported
 
 
@@ -91,27 +91,27 @@ class ToolFields:
 class ChatRequest(SamplingFields):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, description="the conversation: objects with role and content")
+    messages: Items[dict[str, Any]] = Field(min_length=1, description="the conversation: objects with role and content")
     max_completion_tokens: int | None = Field(None, ge=0, description="as max_tokens, which is its older name")
     logprobs: bool | None = Field(None, description="tell how likely the answer's tokens are")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="and how likely other tokens were")
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="false for one call at most")
     chat_template: str | None = Field(None, description="the name of one of the bundle's chat templates")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template (vLLM)")
-    documents: list[dict[str, Any]] | None = Field(None, description="texts for the chat template (vLLM)")
+    documents: Items[dict[str, Any]] | None = Field(None, description="texts for the chat template (vLLM)")
     add_generation_prompt: bool | None = Field(None, description="end the prompt with the start of an answer (vLLM)")
     continue_final_message: bool = Field(False, description="go on with the last message (vLLM)")
     echo: bool = Field(False, description="begin the answer with the last message, if it goes on (vLLM)")
     include_reasoning: bool = Field(True, description="false leaves the reasoning out of the answer (vLLM)")
     reasoning_effort: str | None = Field(None, description="for chat templates that have this variable")
     store: bool | None = Field(None, description="false alone: nothing is stored")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     audio: dict[str, Any] | None = Field(None, description="not supported")
     prediction: dict[str, Any] | None = Field(None, description="not supported")
     web_search_options: dict[str, Any] | None = Field(None, description="not supported")
-    functions: list[dict[str, Any]] | None = Field(None, description="not supported; use tools")
+    functions: Items[dict[str, Any]] | None = Field(None, description="not supported; use tools")
     function_call: str | dict[str, Any] | None = Field(None, description="not supported; use tool_choice")
 
     @model_validator(mode="after")

@@ -6,11 +6,12 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from medusa_serve.protocol.base import FieldError
+from medusa_serve.protocol.base import FieldError, Items
 from medusa_serve.protocol.sampling import MAX_TOP_LOGPROBS, SamplingFields, refuse_unsupported
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-Prompts = str | Annotated[list[TokenId], Field(min_length=1)] | Annotated[list[str | list[TokenId]], Field(min_length=1)]
+SomeTokens = Annotated[Items[TokenId], Field(min_length=1)]
+Prompts = str | SomeTokens | Annotated[Items[str | Items[TokenId]], Field(min_length=1)]
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medusa_runtime import Manifest
-from medusa_serve.protocol.base import FieldError, RequestBody, unsupported
+from medusa_serve.protocol.base import FieldError, Items, RequestBody, at_most, unsupported
 from medusa_serve.protocol.chat import Function, NamedFunction, NamedTool, Tool, ToolFields
-from medusa_serve.protocol.sampling import ANY_OBJECT, UNUSED, MedusaFields, default_temperature, refuse_unsupported
+from medusa_serve.protocol.sampling import (
+    ANY_OBJECT,
+    MAX_METADATA,
+    UNUSED,
+    MedusaFields,
+    default_temperature,
+    refuse_unsupported,
+)
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 ROLES = ("user", "assistant", "system", "developer")
@@ -77,7 +84,7 @@ class ResponsesRequest(RequestBody):
     """The body of `POST /v1/responses`."""
 
     model: str | None = Field(None, description="the model's name; omit for the one that is served")
-    input: str | list[dict[str, Any]] = Field(description="a text, or messages, calls of functions and their results")
+    input: str | Items[dict[str, Any]] = Field(description="a text, or messages, calls of functions and their results")
     instructions: str | None = Field(None, description="a system message before the input")
     max_output_tokens: int | None = Field(None, ge=0, description="the most tokens of the answer")
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; omit for the model's own value, or 1")
@@ -89,7 +96,7 @@ class ResponsesRequest(RequestBody):
     stream: bool | None = None
     stream_options: EventOptions | None = None
     text: TextOptions = TextOptions()
-    tools: list[ResponseFunction] | None = None
+    tools: Items[ResponseFunction] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = Field(None, description="has no effect here: it is about tools that a server runs")
@@ -99,13 +106,13 @@ class ResponsesRequest(RequestBody):
     store: bool | None = Field(None, description="false alone: nothing is stored")
     background: bool | None = Field(None, description="false alone")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="disabled alone")
-    include: list[str] | None = Field(None, description="nothing can be included")
+    include: Items[str] | None = Field(None, description="nothing can be included")
     previous_response_id: str | None = Field(None, description="not supported: nothing is stored")
     conversation: str | dict[str, Any] | None = Field(None, description="not supported: nothing is stored")
     prompt: dict[str, Any] | None = Field(None, description="not supported: nothing is stored")
     top_logprobs: int | None = Field(None, description="not supported; use /v1/chat/completions")
     user: str | None = Field(None, description=UNUSED["user"])
-    metadata: dict[str, str] | None = Field(None, description=UNUSED["metadata"])
+    metadata: Annotated[dict[str, str], at_most(MAX_METADATA)] | None = Field(None, description=UNUSED["metadata"])
     safety_identifier: str | None = Field(None, description=UNUSED["safety_identifier"])
     prompt_cache_key: str | None = Field(None, description=UNUSED["prompt_cache_key"])
     service_tier: Literal["auto", "default"] | None = Field(None, description=UNUSED["service_tier"])

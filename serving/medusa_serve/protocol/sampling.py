@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medusa_runtime import CandidateTree, DynamicTree, Manifest, TreeError
-from medusa_serve.protocol.base import FieldError, RequestBody, unsupported
+from medusa_serve.protocol.base import FieldError, Items, RequestBody, at_most, unsupported
 
-MAX_STOPS, MAX_TOP_LOGPROBS = 64, 20
+MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 64, 1000, 20
+MAX_TOKEN_IDS, MAX_METADATA = 4096, 1000  # items of the fields that name tokens, and of notes
+MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 32
+TOKEN_ID = re.compile(r"[0-9]{1,9}")
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 UNUSED = {  # fields of OpenAI that change no answer; they are taken and not looked at
     "user": "who the end user is",
@@ -50,6 +54,11 @@ class MedusaFields(_Part):
     def _one_tree(self) -> Self:
         if self.tree is not None and self.tree_nodes is not None:
             raise FieldError("medusa.tree", "'medusa.tree' and 'medusa.tree_nodes' exclude each other")
+        if self.tree is not None and _is_large(self.tree):
+            raise FieldError(
+                "medusa.tree",
+                f"'medusa.tree' must have at most {MAX_TREE_NODES} nodes, and a depth of {MAX_TREE_DEPTH} at most",
+            )
         try:
             self.options()
         except TreeError as error:
@@ -70,6 +79,13 @@ class MedusaFields(_Part):
             "posterior_alpha": self.posterior_alpha,
             "drafts": self.drafts,
         }
+
+
+def _is_large(tree: Mapping[str, Any]) -> bool:
+    """Whether a tree has more nodes, or is deeper, than any that is of use: to read it would take long."""
+    lists = [nodes for nodes in tree.values() if isinstance(nodes, list)]
+    depths = [len(choice) for nodes in lists for choice in nodes[:MAX_TREE_NODES] if isinstance(choice, list)]
+    return max(map(len, lists), default=0) > MAX_TREE_NODES or max(depths, default=0) > MAX_TREE_DEPTH
 
 
 class JsonSchemaFormat(_Part):
@@ -106,7 +122,7 @@ class StructuredOutputs(_Part):
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -117,8 +133,10 @@ class SamplingFields(RequestBody):
     model: str | None = Field(None, description="the model's name; omit for the one that is served")
     n: int = Field(1, ge=1, le=128, description="answers to each prompt")
     seed: int | None = Field(None, description="the same seed and fields give the same answer")
-    stop: str | list[str] | None = Field(None, description="texts that end the answer, which does not contain them")
-    stop_token_ids: list[int] | None = Field(None, description="token ids that end the answer (vLLM)")
+    stop: str | Items[str] | None = Field(None, description="texts that end the answer, which does not contain them")
+    stop_token_ids: Annotated[Items[int], at_most(MAX_TOKEN_IDS)] | None = Field(
+        None, description="token ids that end the answer (vLLM)"
+    )
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; omit for the model's own value, or 1")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="sample from this many likely tokens; -1 or 0 for all (vLLM)")
@@ -126,7 +144,9 @@ class SamplingFields(RequestBody):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="(vLLM)")
-    logit_bias: dict[str, float] | None = Field(None, description="numbers that are added to logits, by token id")
+    logit_bias: Annotated[dict[str, float], at_most(MAX_TOKEN_IDS)] | None = Field(
+        None, description="numbers that are added to logits, by token id"
+    )
     max_tokens: int | None = Field(None, ge=0, description="the most tokens of an answer; omit for all there is room for")
     min_tokens: int | None = Field(None, ge=0, description="the fewest tokens of an answer (vLLM)")
     ignore_eos: bool = Field(False, description="go on after end-of-sequence tokens (vLLM)")
@@ -138,13 +158,13 @@ class SamplingFields(RequestBody):
     structured_outputs: StructuredOutputs | None = Field(None, description="the form of the answer (vLLM)")
     guided_json: dict[str, Any] | None = Field(None, description="a JSON schema (vLLM)")
     guided_regex: str | None = Field(None, description="a regular expression (vLLM)")
-    guided_choice: list[str] | None = Field(None, description="texts, one of which is the answer (vLLM)")
+    guided_choice: Items[str] | None = Field(None, description="texts, one of which is the answer (vLLM)")
     guided_grammar: str | None = Field(None, description="a grammar in Lark's form or EBNF (vLLM)")
     request_id: str | None = Field(None, max_length=256, description="a name of the request, for logs (vLLM)")
     priority: int | None = Field(None, description="0 alone: requests are taken in their order (vLLM)")
     medusa: MedusaFields = MedusaFields()
     user: str | None = Field(None, description=UNUSED["user"])
-    metadata: dict[str, str] | None = Field(None, description=UNUSED["metadata"])
+    metadata: Annotated[dict[str, str], at_most(MAX_METADATA)] | None = Field(None, description=UNUSED["metadata"])
     safety_identifier: str | None = Field(None, description=UNUSED["safety_identifier"])
     prompt_cache_key: str | None = Field(None, description=UNUSED["prompt_cache_key"])
     service_tier: Literal["auto", "default"] | None = Field(None, description=UNUSED["service_tier"])
@@ -155,6 +175,8 @@ class SamplingFields(RequestBody):
             raise unsupported("priority", "requests are taken in the order in which they come")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
             raise FieldError("stop", f"'stop' has {len(self.stop)} texts; it must have at most {MAX_STOPS}")
+        if any(len(text) > MAX_STOP_LENGTH for text in ([self.stop] if isinstance(self.stop, str) else self.stop or [])):
+            raise FieldError("stop", f"'stop' has a text of more than {MAX_STOP_LENGTH} characters")
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "'stream_options' is given, and 'stream' is not true")
         if self.medusa.drafts and not self.stream:
@@ -164,7 +186,7 @@ class SamplingFields(RequestBody):
             first, second = list(structures)[:2]
             raise FieldError(second, f"'{first}' and '{second}' exclude each other: an answer has one form")
         for token in self.logit_bias or {}:
-            if not token.lstrip("-").isdecimal():
+            if not TOKEN_ID.fullmatch(token):
                 raise FieldError("logit_bias", f"'logit_bias' has the key '{token[:40]}'; its keys must be token ids")
         return self
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from medusa_serve.protocol.base import FieldError, RequestBody, unsupported
+from medusa_serve.protocol.base import FieldError, Items, RequestBody, unsupported
 from medusa_serve.protocol.chat import Tool
 from medusa_serve.protocol.completions import TokenId
 
@@ -16,12 +16,12 @@ class TokenizeRequest(RequestBody):
 
     model: str | None = None
     prompt: str | None = Field(None, description="a text, read as `/v1/completions` reads it")
-    messages: list[dict[str, Any]] | None = Field(None, description="a conversation, read as `/v1/chat/completions` reads it")
+    messages: Items[dict[str, Any]] | None = Field(None, description="a conversation, read as `/v1/chat/completions` reads it")
     add_special_tokens: bool | None = Field(None, description="true for a text and false for messages alone")
     return_token_strs: bool = Field(False, description="also tell each token's text")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     chat_template: str | None = Field(None, description="the name of one of the bundle's chat templates")
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -41,5 +41,5 @@ class DetokenizeRequest(RequestBody):
     """The body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: Items[TokenId] = Field(max_length=1 << 20)
     skip_special_tokens: bool = Field(False, description="leave special tokens out of the text")
