@@ -28,6 +28,7 @@ COMMANDS = {
     "tree": "Draw a candidate tree.",
     "generate": "Decode a prompt with a bundle.",
     "serve": "Serve a bundle over HTTP, as OpenAI's API.",
+    "ray": "Serve a bundle by several replicas on Ray Serve.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
     "doctor": "Report what can be exported, built and run on this machine.",
@@ -37,7 +38,7 @@ EXTRAS = {
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
     "cuda": "cuda", "starlette": "serve", "uvicorn": "serve", "sse_starlette": "serve", "prometheus_client": "serve",
-    "httptools": "serve", "uvloop": "serve",
+    "httptools": "serve", "uvloop": "serve", "ray": "ray",
 }  # fmt: skip
 
 
