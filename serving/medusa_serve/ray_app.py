@@ -1,6 +1,6 @@
 """The server as an application of Ray Serve: each replica runs the same ASGI application, with a model of its own.
 
-    serve run medusa_serve.ray_app:app bundle=/models/bundle num_replicas=2 threads=4
+serve run medusa_serve.ray_app:app bundle=/models/bundle num_replicas=2 threads=4
 """
 
 from __future__ import annotations

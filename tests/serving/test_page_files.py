@@ -81,7 +81,9 @@ def test_nothing_is_inline() -> None:
 
 def test_vendored_files_are_those_that_were_published() -> None:
     vendor = ROOT / "vendor"
-    table = re.findall(r"\| `([\w.]+)` \| (\w+) ([\d.]+),.*`([0-9a-f]{64})` \|", (vendor / "README.md").read_text(encoding="utf-8"))
+    table = re.findall(
+        r"\| `([\w.]+)` \| (\w+) ([\d.]+),.*`([0-9a-f]{64})` \|", (vendor / "README.md").read_text(encoding="utf-8")
+    )
     assert {name for name, *_ in table} == {file.name for file in vendor.iterdir() if file.name.endswith(("js",))}
     for name, _, version, digest in table:
         body = (vendor / name).read_bytes()

@@ -96,12 +96,8 @@ def test_a_stream_passes_as_it_is_made_and_a_client_that_goes_away_frees_its_slo
         replica = response.headers["x-replica-id"]
         assert cluster.metric("vllm:num_requests_running")[replica] == 1  # it goes on, and we have its first chunk
     _wait(lambda: not any(cluster.metric("vllm:num_requests_running").values()))
-    [aborted] = [
-        line
-        for line in cluster.client.get("/metrics").text.splitlines()
-        if line.startswith("vllm:request_success_total") and 'finished_reason="abort"' in line and replica in line
-    ]
-    assert aborted.endswith(" 1.0")
+    assert cluster.metric("medusa_answers_total", outcome="cancelled")[replica] == 1
+    _wait(lambda: cluster.metric("medusa_http_requests_total", status="499").get(replica) == 1)
 
 
 def test_a_killed_replica_comes_back_and_a_client_that_retries_loses_nothing(

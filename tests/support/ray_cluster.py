@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS, STOP_SECONDS = 240, 120
 MARK = "MEDUSA_TEST_CLUSTER"
@@ -42,16 +43,14 @@ class RayCluster:
                         found.append(int(folder.name))
         return found
 
-    def metric(self, name: str) -> dict[str, float]:
-        """A metric's values by replica."""
-        lines = self.client.get("/metrics").text.splitlines()
-        found = [re.fullmatch(rf'{name}{{.*replica="([^"]+)".*}} (\S+)', line) for line in lines]
-        return {one[1]: float(one[2]) for one in found if one is not None}
-
-    def stop(self) -> int:
-        """End it as an operator does. Returns the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(STOP_SECONDS)
+    def metric(self, name: str, **labels: str) -> dict[str, float]:
+        """A metric's values by replica, of the series that have these labels."""
+        found = {}
+        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    found[sample.labels["replica"]] = sample.value
+        return found
 
 
 @contextmanager

@@ -18,7 +18,13 @@ from starlette.routing import Mount, Route
 
 from medusa_serve import page
 
-MODEL = {"id": "scripted", "object": "model", "created": 0, "owned_by": "tests", "medusa": {"num_heads": 4, "backend": "script"}}
+MODEL = {
+    "id": "scripted",
+    "object": "model",
+    "created": 0,
+    "owned_by": "tests",
+    "medusa": {"num_heads": 4, "backend": "script"},
+}
 
 
 def token(text: str, source: str = "model", depth: int = 0) -> dict[str, Any]:
@@ -26,7 +32,14 @@ def token(text: str, source: str = "model", depth: int = 0) -> dict[str, Any]:
 
 
 def node(text: str, parent: int, depth: int, probability: float, source: str = "head") -> dict[str, Any]:
-    return {"id": hash(text) % 50_000, "text": text, "parent": parent, "depth": depth, "probability": probability, "source": source}
+    return {
+        "id": hash(text) % 50_000,
+        "text": text,
+        "parent": parent,
+        "depth": depth,
+        "probability": probability,
+        "source": source,
+    }
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,11 @@ class ScriptedServer:
         self.url = ""
 
     def app(self, root_path: str = "") -> Starlette:
-        routes = [*page.routes(), Route("/v1/models", self._models), Route("/v1/chat/completions", self._chat, methods=["POST"])]
+        routes = [
+            *page.routes(),
+            Route("/v1/models", self._models),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+        ]
         return Starlette(routes=[Mount(root_path, routes=routes)] if root_path else routes)
 
     def _refusal(self, request: Request) -> Response | None:
@@ -116,13 +133,17 @@ class ScriptedServer:
             yield f"data: {json.dumps({'error': {'message': script.stream_error, 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
         else:
             yield event(choices=[{"index": 0, "delta": {}, "finish_reason": script.finish_reason}])
-            yield event(choices=[], usage={"prompt_tokens": 9, "completion_tokens": sum(len(step.tokens) for step in script.steps)})
+            yield event(
+                choices=[], usage={"prompt_tokens": 9, "completion_tokens": sum(len(step.tokens) for step in script.steps)}
+            )
         yield "data: [DONE]\n\n"
 
     @contextmanager
     def serving(self, root_path: str = "") -> Iterator[ScriptedServer]:
         """Serve on a port of loopback that is free, until the block is left."""
-        config = uvicorn.Config(self.app(root_path), port=0, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            self.app(root_path), port=0, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=1
+        )
         with running(config) as port:
             self.url = f"http://127.0.0.1:{port}{root_path}/"
             yield self

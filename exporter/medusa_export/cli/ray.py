@@ -18,7 +18,11 @@ from medusa_serve.settings import ServerSettings
 @click.option("--replicas", "num_replicas", type=click.IntRange(1), help="Number of replicas. [default: 1]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address on which Ray's proxy listens.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port on which it listens; 0 for any free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port on which it listens; 0 for any free one.",
 )
 @options_from(RaySettings, leave_out={"bundle", "num_replicas", *PROXYS})
 def command(bundle: Path, *, host: str, port: int, **fields: Any) -> None:
