@@ -28,6 +28,7 @@ COMMANDS = {
     "tree": "Draw a candidate tree.",
     "generate": "Decode a prompt with a bundle.",
     "serve": "Serve a bundle over HTTP, as OpenAI's API.",
+    "ray": "Serve a bundle by several replicas on Ray Serve.",
     "triton": "Write a bundle as a model of NVIDIA Triton.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
@@ -38,7 +39,7 @@ EXTRAS = {
     "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
     "cuda": "cuda", "starlette": "serve", "uvicorn": "serve", "sse_starlette": "serve", "prometheus_client": "serve",
-    "httptools": "serve", "uvloop": "serve",
+    "httptools": "serve", "uvloop": "serve", "ray": "ray",
 }  # fmt: skip
 
 

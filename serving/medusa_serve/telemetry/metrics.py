@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from prometheus_client import ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
@@ -54,10 +55,19 @@ class Metrics:
         Args:
             accept: the request's Accept header: OpenMetrics if it asks for it, else Prometheus' own format.
         """
-        if "application/openmetrics-text" in accept:
-            # any other escaping makes prometheus-client write vllm_ for vllm:, though a colon needs no escape
-            text = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
-                self._registry, openmetrics.ALLOWUTF8, version="1.0.0"
-            )
-            return text, openmetrics.CONTENT_TYPE_LATEST
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        return exposition(self._registry, accept)
+
+    def families(self) -> list[Metric]:
+        """The metrics as families, for those who join them with others."""
+        return list(self._registry.collect())
+
+
+def exposition(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
+    """The metrics of a registry as text, and its content type. accept: see `Metrics.exposition`."""
+    if "application/openmetrics-text" in accept:
+        # any other escaping makes prometheus-client write vllm_ for vllm:, though a colon needs no escape
+        text = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+            registry, openmetrics.ALLOWUTF8, version="1.0.0"
+        )
+        return text, openmetrics.CONTENT_TYPE_LATEST
+    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
