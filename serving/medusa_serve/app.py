@@ -24,7 +24,7 @@ from medusa_serve.errors import ApiError
 from medusa_serve.guards.keys import Keys
 from medusa_serve.observers import Observers
 from medusa_serve.page import routes
-from medusa_serve.recorder import Doors, Recorder
+from medusa_serve.recorder import FILES, Doors, Recorder
 from medusa_serve.settings import ServerSettings
 from medusa_serve.state import ServedBundle, ServerState
 
@@ -63,7 +63,7 @@ def create_app(settings: ServerSettings, served: ServedBundle, *, on_failure: Ca
     """
     keys = Keys.from_file(settings.api_key_file) if settings.api_key_file is not None else Keys()
     shown = routes() if settings.page else []
-    paths = [route.path for route in (*API, *OPEN, *shown)]
+    paths = [*(route.path for route in (*API, *OPEN)), "/", FILES]
     app = Starlette(routes=[*API, *OPEN, *shown], exception_handlers={HTTPException: _no_route}, lifespan=_lifespan(on_failure))
     state = app.state.server = ServerState(settings, served)
     observers = app.state.observers = Observers.open(state, paths)

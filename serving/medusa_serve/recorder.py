@@ -18,6 +18,7 @@ from medusa_serve.guards.keys import Keys
 from medusa_serve.record import RequestRecord
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+FILES = "/page"  # the path, in metrics, of the page's own files
 OTHER = "other"  # the path, in metrics, of a request for something that is not here
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Recorder:
         asked = request.headers.get("x-request-id", "")
         root = scope.get("root_path", "")
         path = scope["path"].removeprefix(root) if root else scope["path"]
+        path = FILES if path.startswith(f"{FILES}/") else path
         return RequestRecord(
             asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex,
             scope["method"],
