@@ -127,6 +127,11 @@ class MedusaLM:
         """The bundle's facts and limits."""
         return self.engine.backend.manifest
 
+    @property
+    def max_under_way(self) -> int:
+        """The most answers that there is room for at a time: those that are decoded, and those that wait."""
+        return self._worker.most
+
     def submit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """Queue a request and return at once.
 

@@ -35,6 +35,11 @@ class Answers:
         Raises:
             ApiError: it can never be answered, or there is no room for it now.
         """
+        if (count := len(prompts) * options.n) > lm.max_under_way:
+            told = (
+                f"{count} answers are asked for, to {len(prompts)} prompts; this server has room for {lm.max_under_way} at most"
+            )
+            raise ApiError(400, told, param="n" if len(prompts) == 1 else "prompt", code="too_much")
         handles: list[Handle] = []
         try:
             for prompt in prompts:  # one after the other, so that they are queued in their order
@@ -79,6 +84,8 @@ class Answers:
         try:
             source = self._of(0) if len(self.handles) == 1 else self._merged()
             async for place, chunk in source:
+                if self.stopped is not None and chunk.finish_reason == "cancelled":
+                    break
                 self._note(place * self.n + chunk.index, chunk)
                 yield place * self.n + chunk.index, chunk
         except MedusaError as error:

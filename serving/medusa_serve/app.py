@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from medusa_serve.errors import ApiError
 from medusa_serve.guards.keys import Keys
 from medusa_serve.observers import Observers
 from medusa_serve.page import routes
-from medusa_serve.recorder import FILES, Doors, Recorder
+from medusa_serve.recorder import FILES, Doors, Errors, Recorder
 from medusa_serve.settings import ServerSettings
 from medusa_serve.state import ServedBundle, ServerState
 
@@ -44,6 +45,7 @@ OPEN = (
     Route("/openapi.json", service.openapi, methods=["GET"]),
     Route("/metrics", service.metrics, methods=["GET"]),
 )
+NUM_THREADS = 16  # that read prompts; see `ServerState.turn`
 log = logging.getLogger(__name__)
 
 
@@ -67,16 +69,14 @@ def create_app(settings: ServerSettings, served: ServedBundle, *, on_failure: Ca
     app = Starlette(routes=[*API, *OPEN, *shown], exception_handlers={HTTPException: _no_route}, lifespan=_lifespan(on_failure))
     state = app.state.server = ServerState(settings, served)
     observers = app.state.observers = Observers.open(state, paths)
-    api = [route for route in API if "{" not in route.path]
+    app.router.redirect_slashes = False
+    app.state.is_loading = False  # at the end: the thread that loads the model still runs
+    open_paths = [route.path for route in (*OPEN, *shown)]
     app.user_middleware = [
         Middleware(Recorder, paths=paths, report=observers.report),
         *_cors(settings),
-        Middleware(
-            Doors,
-            trusted_hosts=settings.trusted_hosts,
-            keys=keys,
-            is_open=lambda path: not path.startswith("/v1/") and path not in {route.path for route in api},
-        ),
+        Middleware(Errors, with_texts=settings.log_texts),
+        Middleware(Doors, trusted_hosts=settings.trusted_hosts, keys=keys, open_paths=open_paths),
     ]
     return app
 
@@ -84,9 +84,14 @@ def create_app(settings: ServerSettings, served: ServedBundle, *, on_failure: Ca
 def _cors(settings: ServerSettings) -> list[Middleware]:
     if not settings.cors_origin:
         return []
-    headers = ("Authorization", "Content-Type", "X-Request-Id")
     return [
-        Middleware(CORSMiddleware, allow_origins=settings.cors_origin, allow_methods=("GET", "POST"), allow_headers=headers)
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # OpenAI's client for browsers sends many of its own
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
     ]
 
 
@@ -102,11 +107,14 @@ def _lifespan(on_failure: Callable[[], None]) -> Callable[[Starlette], AbstractA
             except Exception:  # noqa: BLE001 - `state.failure` has it
                 on_failure()
 
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(NUM_THREADS, "medusa-serve"))
         loading = asyncio.create_task(load())
         try:
             yield
         finally:
-            await loading
+            app.state.is_loading = not loading.done()
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
             await state.close()
             await asyncio.to_thread(app.state.observers.close)
 

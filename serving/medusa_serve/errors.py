@@ -109,6 +109,11 @@ class ApiError(Exception):
         return cls(status, message, param=first if status == 400 and first in API_FIELDS else None, code=code)
 
 
+def failure(request_id: str) -> ApiError:
+    """The server has a fault, which its log describes."""
+    return ApiError(500, f"the server failed; its log has more about request {request_id}", code="internal_error")
+
+
 def not_ready(why: str) -> ApiError:
     """The server takes no requests now."""
     return ApiError(503, why, code="not_ready")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import os
+import resource
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -22,7 +24,9 @@ from medusa_serve.settings import ServerSettings
 from medusa_serve.state import ServedBundle, ServerState
 
 BACKLOG = 2048
-LAST_SECONDS = 5  # for the last events to reach their clients, once all requests have ended
+LAST_SECONDS = 5  # for what is left in buffers to reach its clients, once all requests have ended
+AT_ONCE_SECONDS = 1  # after a second signal, for the last events
+OTHER_FILES = 256  # that the process has open, beside one for each connection
 log = logging.getLogger(__name__)
 
 
@@ -41,9 +45,13 @@ def serve(settings: ServerSettings, served: ServedBundle, tell: Callable[[str], 
         MedusaError: the model cannot be loaded.
     """
     server = make_server(settings, served)
+    allow_connections(settings.max_connections)
     with listening(settings) as listener:
         tell(f"listening on {address(settings, listener)}")
         server.run(sockets=[listener])
+    if server.is_loading:  # nothing can stop the thread that loads the model, and at the usual end it could crash
+        logging.shutdown()
+        os._exit(0)
     failure = server.state.failure
     if isinstance(failure, MedusaError):
         raise failure
@@ -61,7 +69,10 @@ def make_server(settings: ServerSettings, served: ServedBundle) -> Server:
     config = uvicorn.Config(
         app,
         http=functools.partial(  # type: ignore[arg-type] # it is called as a class is
-            GuardedProtocol, header_seconds=settings.header_seconds, idle_seconds=settings.idle_seconds
+            GuardedProtocol,
+            header_seconds=settings.header_seconds,
+            idle_seconds=settings.idle_seconds,
+            max_connections=settings.max_connections,
         ),
         ws="none",
         lifespan="on",
@@ -71,7 +82,6 @@ def make_server(settings: ServerSettings, served: ServedBundle) -> Server:
         proxy_headers=False,
         root_path=settings.root_path.rstrip("/"),
         backlog=BACKLOG,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=max(1, round(settings.idle_seconds)),
         timeout_graceful_shutdown=LAST_SECONDS,
     )
@@ -93,6 +103,11 @@ class Server(uvicorn.Server):
         """See uvicorn."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the server has ended, and the model is still being loaded."""
+        return bool(self.config.app.state.is_loading)  # type: ignore[union-attr] # it is ours
 
     def stop(self) -> None:
         """End without waiting for requests."""
@@ -117,8 +132,20 @@ class Server(uvicorn.Server):
         self.stop()
 
     def _end_now(self) -> None:
-        self.state.stop_all()
-        self.stop()
+        self.state.stop_all()  # then `_drained` goes on
+        asyncio.get_running_loop().call_later(AT_ONCE_SECONDS, self.stop)
+
+
+def allow_connections(count: int) -> None:
+    """Let the process have a file open for each connection, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    if allowed < wanted:
+        log.warning("the system lets this process open %d files, which are too few for %d connections", allowed, count)
 
 
 @contextlib.contextmanager
@@ -132,13 +159,15 @@ def listening(settings: ServerSettings) -> Iterator[socket.socket]:
         listener = _unix_socket(settings.uds) if settings.uds is not None else _tcp_socket(settings.host, settings.port)
     except OSError as error:
         where = settings.uds or f"{settings.host}:{settings.port}"
-        raise OptionError(f"cannot listen on {where}: {os.strerror(error.errno) if error.errno else error}") from error
+        told = error.strerror if isinstance(error, socket.gaierror) or not error.errno else os.strerror(error.errno)
+        raise OptionError(f"cannot listen on {where}: {told or error}") from error
+    made = settings.uds.stat().st_ino if settings.uds is not None else None
     try:
         yield listener
     finally:
+        if settings.uds is not None and settings.uds.exists() and settings.uds.stat().st_ino == made:
+            settings.uds.unlink()  # before it is closed, because another server may then take its place
         listener.close()
-        if settings.uds is not None:
-            settings.uds.unlink(missing_ok=True)
 
 
 def _tcp_socket(host: str, port: int) -> socket.socket:
@@ -164,7 +193,8 @@ def _unix_socket(path: Path) -> socket.socket:
 
 def _is_in_use(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) != errno.ECONNREFUSED
 
 
 def address(settings: ServerSettings, listener: socket.socket) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar, cast
 
 from medusa_runtime import Manifest, MedusaLM, MissingExtraError, Placement, ServiceStats
 from medusa_serve.errors import ApiError, not_ready
@@ -17,6 +19,9 @@ from medusa_serve.prompts import Formats
 from medusa_serve.settings import ServerSettings
 from medusa_serve.telemetry import BuildInfo
 
+Result = TypeVar("Result")
+NUM_HEAVY = 2  # heavy requests that are read at a time
+LAST_SECONDS = 5  # for the last events to reach their clients, once requests are ended
 Phase = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
 
@@ -54,14 +59,25 @@ class ServerState:
         self._lm: MedusaLM | None = None
         self._formats = Formats(None, None)
         self._under_way: set[Stoppable] = set()
+        self._num_begun = 0  # requests that were taken, and whose answers are not under way yet
         self._idle = asyncio.Event()
         self._idle.set()
+        self._stopped: ApiError | None = None  # why no answer goes on
+        self._heavy = asyncio.Semaphore(NUM_HEAVY)
+        self._opening = threading.Lock()  # guards the two below, which the thread that loads uses
+        self._loaded: MedusaLM | None = None
+        self._is_closed = False
 
     async def load(self) -> None:
-        """Load the model and warm it up. If that fails, the phase is "failed"."""
+        """Load the model and warm it up. If that fails, the phase is "failed".
+
+        The thread that loads cannot be stopped. If this is cancelled, the thread goes on, and closes the model.
+        """
         try:
-            self._lm = await asyncio.to_thread(self._opened)
+            self._lm = await in_daemon(self._opened)
             self._formats = Formats.of(self._lm, self.settings)
+        except asyncio.CancelledError:
+            raise
         except BaseException as error:
             self.failure, self.phase = error, "failed"
             raise
@@ -75,6 +91,11 @@ class ServerState:
         except BaseException:
             lm.close()
             raise
+        with self._opening:
+            self._loaded = lm
+            is_closed = self._is_closed
+        if is_closed:
+            lm.close()
         return lm
 
     @property
@@ -135,36 +156,99 @@ class ServerState:
 
     @contextmanager
     def under_way(self, answers: Stoppable) -> Iterator[None]:
-        """Count answers among those under way."""
+        """Count answers among those under way. If the server has ended all answers meanwhile, it ends these."""
         self._under_way.add(answers)
         self._idle.clear()
+        if self._stopped is not None:
+            answers.stop(self._stopped)
         try:
             yield
         finally:
             self._under_way.discard(answers)
-            if not self._under_way:
-                self._idle.set()
+            self._note_idle()
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Count a request that was taken, so that the server does not end before its answers are under way."""
+        self._num_begun += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_begun -= 1
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._under_way and not self._num_begun:
+            self._idle.set()
+
+    @asynccontextmanager
+    async def turn(self, *, is_heavy: bool) -> AsyncIterator[None]:
+        """Wait until a request may be read. A few heavy ones are read at a time, so that they never take all threads."""
+        if not is_heavy:
+            yield
+            return
+        async with self._heavy:
+            yield
 
     async def drain(self, grace: float) -> None:
         """Take no further requests, wait for those under way, and end those that are left after `grace` seconds."""
         self.phase = "draining"
         log.info("shutting down: %d requests under way have %g s to end", self.num_under_way, grace)
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace)
-        except TimeoutError:
+        if not await self._ended_within(grace):
             log.warning("%d requests did not end in %g s; they are ended now", self.num_under_way, grace)
             self.stop_all()
+            await self._ended_within(LAST_SECONDS)
+
+    async def _ended_within(self, seconds: float) -> bool:
+        """Wait until no request is under way, but not for longer than this."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self._under_way or self._num_begun:
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def stop_all(self) -> None:
         """End all requests under way."""
+        self._stopped = ApiError(503, "the server was shut down before the answer's end", code="shutdown")
         for answers in list(self._under_way):
-            answers.stop(ApiError(503, "the server was shut down before the answer's end", code="shutdown"))
+            answers.stop(self._stopped)
 
     async def close(self) -> None:
         """Let the model go."""
         self.stop_all()
-        if self._lm is not None:
-            await asyncio.to_thread(self._lm.close)
+        with self._opening:
+            self._is_closed, loaded = True, self._loaded
+        if loaded is not None:
+            await in_daemon(loaded.close)
+
+
+async def in_daemon(work: Callable[[], Result]) -> Result:
+    """Do some work in a thread that the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def tell(result: Result | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast("Result", result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:  # noqa: BLE001 - the caller gets it
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=run, name="medusa-serve-model", daemon=True).start()
+    return await done
 
 
 def warm_up(lm: MedusaLM) -> None:

@@ -437,6 +437,7 @@ def made(monkeypatch) -> dict[str, int]:
     class Counting:
         grammar_from = staticmethod(llguidance.grammar_from)
         TokenizerWrapper = llguidance.TokenizerWrapper
+        LLParserLimits = llguidance.LLParserLimits
 
         @staticmethod
         def LLTokenizer(*args, **fields):  # noqa: N802

@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(self, engine: DecodingEngine, codec: TextCodec, max_queue: int) -> None:
         self._engine, self._codec = engine, codec
-        self._most = max_queue + engine.max_batch_size
+        self.most = max_queue + engine.max_batch_size  # answers under way at a time
         self._max_queue = max_queue
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # its lock guards all attributes below
@@ -89,8 +89,8 @@ class Worker:
         """
         self._require_same_process()
         job, num_answers = Job(request, self._codec), len(request.guides)
-        if num_answers > self._most:
-            raise CapacityError(f"n is {num_answers}; there is never room for more than {self._most} answers")
+        if num_answers > self.most:
+            raise CapacityError(f"n is {num_answers}; there is never room for more than {self.most} answers")
         with self._changed:
             if waits:
                 self._freed.wait_for(lambda: self._why_closed() is not None or self._has_room(num_answers))
@@ -99,8 +99,8 @@ class Worker:
             if not self._has_room(num_answers):
                 self._counts.refused += 1
                 raise QueueFullError(
-                    f"the queue is full: {self._num_open} of {self._most} answers under way (max_batch_size "
-                    f"{self._most - self._max_queue} + max_queue {self._max_queue}), {num_answers} more requested; retry later"
+                    f"the queue is full: {self._num_open} of {self.most} answers under way (max_batch_size "
+                    f"{self.most - self._max_queue} + max_queue {self._max_queue}), {num_answers} more requested; retry later"
                 )
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="medusa-runtime", daemon=True)
@@ -176,7 +176,7 @@ class Worker:
         self._freed.notify_all()
 
     def _has_room(self, num_answers: int) -> bool:
-        return self._num_open + num_answers <= self._most
+        return self._num_open + num_answers <= self.most
 
     def _require_same_process(self) -> None:
         if os.getpid() != self._process:

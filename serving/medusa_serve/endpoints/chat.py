@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from medusa_runtime import Choice, GenerationChunk, GenerationResult
 from medusa_serve.answers import FINISH, Answers
@@ -27,7 +27,7 @@ async def chat_completions(request: Request) -> Response:
     chat.messages.look_at(answers.handles[0].prompt_ids)
     if asked.stream:
         return stream(call, answers, chat.events(answers), failed=failed_event)
-    return JSONResponse(await whole(request, call, answers, chat.response))
+    return await whole(request, call, answers, chat.response)
 
 
 class ChatCall:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from medusa_runtime import Choice, GenerationChunk, GenerationResult
 from medusa_serve.answers import FINISH, Answers
@@ -25,7 +25,7 @@ async def completions(request: Request) -> Response:
     answers = await begin(call, completion.prompt_ids, completion.options())
     if asked.stream:
         return stream(call, answers, completion.events(answers), failed=failed_event)
-    return JSONResponse(await whole(request, call, answers, completion.response))
+    return await whole(request, call, answers, completion.response)
 
 
 class CompletionCall:

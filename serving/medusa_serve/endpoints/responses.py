@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from medusa_runtime import GenerationResult
 from medusa_serve.answers import FINISH, Answers
@@ -31,7 +31,7 @@ async def responses(request: Request) -> Response:
     response.messages.look_at(answers.handles[0].prompt_ids)
     if asked.stream:
         return stream(call, answers, response.events(answers), failed=response.failed, last=b"")
-    return JSONResponse(await whole(request, call, answers, response.response))
+    return await whole(request, call, answers, response.response)
 
 
 class ResponseCall:

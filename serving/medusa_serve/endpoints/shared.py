@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from medusa_runtime import GenerationOptions, MedusaError, MedusaLM
 from medusa_serve.answers import Answers
-from medusa_serve.errors import CLIENT_GONE, ApiError
+from medusa_serve.errors import CLIENT_GONE, ApiError, failure
 from medusa_serve.guards.body import read_body
 from medusa_serve.prompts import Formats, PromptReader
 from medusa_serve.protocol.base import RequestBody
@@ -27,6 +31,10 @@ Body = TypeVar("Body", bound=RequestBody)
 Result = TypeVar("Result")
 PING_SECONDS = 15  # between comments that keep a silent stream open
 DONE = b"data: [DONE]\n\n"
+HEAVY_BYTES = 1 << 17  # bodies of more take a while to read
+MAX_LOGPROBS, FEW_LOGPROBS = 3_000_000, 10_000  # of a response; one takes about 500 bytes of memory
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,7 +46,9 @@ class Call:
     record: RequestRecord
     model: str
     id: str
+    request: Request
     created: int = field(default_factory=lambda: int(time.time()))
+    num_logprobs: int = 0  # that the response may tell
 
     @classmethod
     def of(cls, request: Request, model: str | None, prefix: str) -> Call:
@@ -58,7 +68,15 @@ class Call:
             )
         record: RequestRecord = request.state.record
         record.model = model or state.name
-        return cls(state, lm, record, model or state.name, f"{prefix}-{record.request_id}"[:128])
+        return cls(state, lm, record, model or state.name, f"{prefix}-{record.request_id}"[:128], request)
+
+    def turn(self, *, is_heavy: bool = False) -> AbstractAsyncContextManager[None]:
+        """Wait until the request may be read.
+
+        Args:
+            is_heavy: it takes long to read for another reason than its size.
+        """
+        return self.state.turn(is_heavy=is_heavy or self.request.state.num_bytes > HEAVY_BYTES)
 
     @property
     def reader(self) -> PromptReader:
@@ -119,8 +137,13 @@ async def read(request: Request, model: type[Body]) -> Body:
     Raises:
         ApiError: it is not what the endpoint takes.
     """
-    settings = request.app.state.server.settings
-    return model.of(await read_body(request, settings.max_body_bytes, settings.idle_seconds))
+    state: ServerState = request.app.state.server
+    body = await read_body(request, state.settings.max_body_bytes, state.settings.idle_seconds)
+    request.state.num_bytes = len(body)
+    if len(body) <= HEAVY_BYTES:
+        return model.of(body)
+    async with state.turn(is_heavy=True):
+        return await asyncio.to_thread(model.of, body)
 
 
 async def begin(call: Call, prompts: Callable[[], Sequence[list[int]]], options: dict[str, Any]) -> Answers:
@@ -142,12 +165,35 @@ async def begin(call: Call, prompts: Callable[[], Sequence[list[int]]], options:
         given = {name: value for name, value in options.items() if value is not None}
         return ids, GenerationOptions.of(**{"max_new_tokens": room, "max_prompt_tokens": reader.longest} | given)
 
-    try:
-        ids, checked = await asyncio.to_thread(prepare)
-    except MedusaError as error:
-        raise ApiError.of(error) from error
-    call.record.max_tokens = checked.max_new_tokens
-    return await Answers.begin(call.lm, ids, checked, call.record)
+    async def queue() -> Answers:
+        async with call.turn(is_heavy=any(options.get(name) is not None for name in STRUCTURES)):
+            try:
+                ids, checked = await asyncio.to_thread(prepare)
+            except MedusaError as error:
+                raise ApiError.of(error) from error
+            call.record.max_tokens = checked.max_new_tokens
+            call.num_logprobs = checked_logprobs(ids, checked)
+            return await Answers.begin(call.lm, ids, checked, call.record)
+
+    with call.state.beginning():
+        return await while_connected(call.request, queue())
+
+
+def checked_logprobs(prompts: Sequence[Sequence[int]], options: GenerationOptions) -> int:
+    """How many log-probabilities a response may tell.
+
+    Raises:
+        ApiError: they would fill the memory.
+    """
+    count = 0
+    if options.prompt_logprobs is not None:
+        count += sum(map(len, prompts)) * (1 + options.prompt_logprobs)
+    if options.logprobs is not None:
+        count += len(prompts) * options.n * (options.max_new_tokens or 0) * (1 + options.logprobs)
+    if count > MAX_LOGPROBS:
+        told = f"the response would have up to {count} log-probabilities; at most {MAX_LOGPROBS} are told: lower max_tokens"
+        raise ApiError(400, told, param="logprobs" if options.prompt_logprobs is None else "prompt_logprobs", code="too_much")
+    return count
 
 
 async def while_connected(request: Request, awaited: Awaitable[Result]) -> Result:
@@ -196,25 +242,51 @@ def stream(
     """
 
     async def guarded() -> AsyncIterator[bytes]:
-        with call.state.under_way(answers):
-            async with answers:
-                try:
-                    async for event in events:
-                        yield event
-                except ApiError as error:
-                    call.record.error, call.record.finish_reasons = error.message, ["error"] * answers.num_answers
-                    yield failed(error)
-                if last:
-                    yield last
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("request %s failed", call.record.request_id)
+            told = error if isinstance(error, ApiError) else failure(call.record.request_id)
+            call.record.error = told.message if call.state.settings.log_texts else told.logged
+            call.record.finish_reasons = ["error"] * answers.num_answers
+            yield failed(told)
+        if last:
+            yield last
 
-    return EventSourceResponse(guarded(), ping=PING_SECONDS, sep="\n")
+    return AnswerStream(call.state, answers, guarded())
 
 
-async def whole(request: Request, call: Call, answers: Answers, respond: Callable[[Any], Result]) -> Result:
+class AnswerStream(EventSourceResponse):
+    """A response of events. Its answers end with it, even if its client went away before the first event.
+
+    Args:
+        state: the server's.
+        answers: under way.
+        events: made from the answers.
+    """
+
+    def __init__(self, state: ServerState, answers: Answers, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, ping=PING_SECONDS, sep="\n")
+        del self.headers["Connection"]  # it is the client's to say, and uvicorn's
+        self._state, self._answers = state, answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        with self._state.under_way(self._answers):
+            async with self._answers:
+                await super().__call__(scope, receive, send)
+
+
+async def whole(request: Request, call: Call, answers: Answers, respond: Callable[[Any], dict[str, Any]]) -> Response:
     """Wait for all answers, and make the response. Answers end with it, whatever happens."""
     with call.state.under_way(answers):
         async with answers:
-            return respond(await while_connected(request, answers.results()))
+            results = await while_connected(request, answers.results())
+            if call.num_logprobs > FEW_LOGPROBS:  # other streams go on meanwhile
+                return await asyncio.to_thread(lambda: JSONResponse(respond(results)))
+            return JSONResponse(respond(results))
 
 
 def failed_event(error: ApiError) -> bytes:

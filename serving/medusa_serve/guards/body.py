@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from starlette.requests import ClientDisconnect, Request
 
 from medusa_serve.errors import CLIENT_GONE, ApiError
+
+MIN_RATE = 1000  # bytes a second; a client that sends less keeps a connection for nothing
 
 
 async def read_body(request: Request, max_bytes: int, idle_seconds: float) -> bytes:
@@ -15,7 +18,7 @@ async def read_body(request: Request, max_bytes: int, idle_seconds: float) -> by
     Args:
         request: not read so far.
         max_bytes: the largest body.
-        idle_seconds: how long the client may send nothing.
+        idle_seconds: how long the client may send nothing. The whole body may take longer, if it comes fast enough.
 
     Raises:
         ApiError: it is too large, not declared as JSON, or does not come.
@@ -31,21 +34,21 @@ async def read_body(request: Request, max_bytes: int, idle_seconds: float) -> by
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
-    parts: list[bytes] = []
-    size, stream = 0, request.stream()
+    body, stream, since = bytearray(), request.stream(), time.monotonic()
     while True:
+        left = since + idle_seconds + len(body) / MIN_RATE - time.monotonic()
         try:
-            part = await asyncio.wait_for(anext(stream), idle_seconds)
+            part = await asyncio.wait_for(anext(stream), min(left, idle_seconds))
         except StopAsyncIteration:
-            return b"".join(parts)
+            return bytes(body)
         except TimeoutError as error:
-            raise ApiError(408, f"nothing of the body came for {idle_seconds:g} s", headers={"Connection": "close"}) from error
+            told = f"only {len(body)} bytes of the body came in {time.monotonic() - since:.0f} s"
+            raise ApiError(408, told, code="request_timeout", headers={"Connection": "close"}) from error
         except ClientDisconnect as error:
             raise ApiError(CLIENT_GONE, "the client went away before its request was complete") from error
-        size += len(part)
-        if size > max_bytes:
+        body += part
+        if len(body) > max_bytes:
             raise _too_large(max_bytes)
-        parts.append(part)
 
 
 def _too_large(max_bytes: int) -> ApiError:
@@ -53,5 +56,4 @@ def _too_large(max_bytes: int) -> ApiError:
         413,
         f"the body has more than {max_bytes} bytes, the most that this server takes",
         code="body_too_large",
-        headers={"Connection": "close"},  # the rest of it is not read
     )
