@@ -37,18 +37,20 @@ HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 30.0  # seconds
 STARTS = 3  # times that a replica may fail to start before Ray gives up
 
 
-def app(args: RaySettings) -> serve.Application:
+def app(args: RaySettings | dict[str, Any]) -> serve.Application:
     """The application, for `serve run`, for YAML files and for `serve.run`.
 
     Args:
-        args: Ray makes them from the arguments of the command or of the file.
+        args: fields of `RaySettings`.
 
     Raises:
+        ValidationError: a field is unknown, or has a value that it cannot have.
         BundleError: there is no bundle at the path.
     """
-    settings = args.model_copy(update={"bundle": args.bundle.resolve()})
+    settings = RaySettings.model_validate(args)
+    settings = settings.model_copy(update={"bundle": settings.bundle.resolve()})
     Manifest.load(settings.bundle)  # an error here is easier to read than one of a replica
-    deployment = serve.deployment(serve.ingress()(Replica), name=NAME, **deployment_options(settings))
+    deployment: serve.Deployment = serve.deployment(name=NAME, **deployment_options(settings))(serve.ingress()(Replica))
     return deployment.bind(settings)
 
 
@@ -92,7 +94,7 @@ class Replica:
         self._app: Starlette | None = None
         self._siblings: Any = None  # a handle to all replicas, made at the first scrape
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: PLW3201 - Ray's name
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application. Its start waits for the model, so Ray sends no requests before."""
         made = self._app = create_app(self._settings, served_bundle(self._settings))
         made.router.lifespan_context = _with_model(made)

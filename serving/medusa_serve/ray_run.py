@@ -43,7 +43,7 @@ def serve_on_ray(settings: RaySettings, door: ServerSettings, tell: Callable[[st
     application = app(settings)
     with _interrupts(), _ray(door):
         try:
-            check_room(settings, ray.nodes())
+            check_room(settings, ray.nodes())  # type: ignore[no-untyped-call]
             with _proxy(door) as url, _deployed(application):
                 _check_address(url)
                 tell(f"listening on {url}")
@@ -110,7 +110,7 @@ def _ray(door: ServerSettings) -> Iterator[None]:
         _take_signals()  # Ray has set handlers of its own
         yield
     finally:
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""What the operator of replicas on Ray Serve may choose. Each field is an argument of `serve run`, a key of the YAML file, and a
-flag of `medusa-export ray`.
+"""What the operator of replicas on Ray Serve may choose.
+
+Each field is an argument of `serve run`, a key of the YAML file, and a flag of `medusa-export ray`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two replicas on Ray Serve: load spreads, streams pass, a killed replica comes back, and a client that retries loses nothing."""
+"""Two replicas on Ray Serve: load spreads, streams pass, a killed replica comes back, a client that retries loses nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ray_app = pytest.importorskip("medusa_serve.ray_app", reason="Ray is not install
 if (os.cpu_count() or 1) < 2:
     pytest.skip("two replicas need two cores", allow_module_level=True)
 
-WORDS = "the quick brown fox jumps over a lazy dog while small models learn".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "small", "models", "learn"]
 PROMPTS = [" ".join(WORDS[first : first + 4]) for first in range(8)]
 ENDLESS = {"max_tokens": 7000, "ignore_eos": True, "medusa": {"enabled": False}}  # takes some seconds
 
@@ -166,6 +166,13 @@ def test_the_yaml_file_makes_the_application(bundle: Path) -> None:
     options = ray_app.deployment_options(settings)
     assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 0}
     assert "max_replicas_per_node" not in options
+
+
+def test_the_application_takes_what_ray_reads_from_a_command_line(bundle: Path) -> None:
+    words = {"bundle": str(bundle), "num_replicas": "2", "served_model_name": "tiny"}  # all of them are texts
+    assert isinstance(ray_app.app(words), ray_app.serve.Application)
+    with pytest.raises(ValidationError, match="num_replica\n"):
+        ray_app.app(words | {"num_replica": "2"})
 
 
 def test_replicas_scale_by_requests_and_take_a_machine_each_without_threads(bundle: Path) -> None:
