@@ -10,6 +10,8 @@ from medusa_serve.record import RequestRecord
 from medusa_serve.state import ServerState
 from medusa_serve.telemetry import AccessLog, Metrics, ServerView, Tracing
 
+PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds; the access log leaves them out
+
 
 @dataclass(frozen=True)
 class Observers:
@@ -52,7 +54,8 @@ class Observers:
     def report(self, record: RequestRecord) -> None:
         """A request has ended."""
         self.metrics.observe(record)
-        self.access_log.write(record)
+        if record.path not in PROBES:
+            self.access_log.write(record)
         if self.tracing is not None:
             self.tracing.export(record)
 
