@@ -54,7 +54,7 @@ class Wire:
 
     def __init__(self, url: str, *, receive_bytes: int | None = None) -> None:
         place = urlsplit(url)
-        self.socket = socket.socket()
+        self.socket = socket.socket(socket.AF_INET6 if ":" in str(place.hostname) else socket.AF_INET)
         self.socket.settimeout(SECONDS)
         if receive_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
