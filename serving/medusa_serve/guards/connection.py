@@ -38,6 +38,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._num_bytes = self._num_headers = 0  # of the request's head and trailers
         self._is_in_head = self._is_in_body = self._is_too_large = False
+        self._is_upgrading = False  # the client asked for another protocol
         self._is_deaf = False  # nothing that still comes counts
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,7 +59,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_deaf:
             return
         was_in_head = self._is_in_head
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self._is_deaf or self.transport.is_closing():
             return
         if self._is_in_head:
@@ -67,6 +69,14 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(_too_large())
         elif not self._is_answering:
             self._wait_for_rest() if self._is_in_body else self._start_head()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
 
     @property
     def _is_answering(self) -> bool:
@@ -99,6 +109,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._is_deaf:
             return
+        if self.parser.should_upgrade():  # `_go_on` comes next
+            self._is_upgrading = True
+            return
         self._end_head()
         super().on_headers_complete()
         self._is_in_body = True
@@ -108,7 +121,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._is_deaf:
+        if self._is_deaf or self._is_upgrading:
             return
         self._is_in_body = False
         self._end_rest()
@@ -135,9 +148,19 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._is_deaf = True
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """The client would rather use another protocol, and goes on with HTTP/1.1. The parser would not."""
-        self.parser = httptools.HttpRequestParser(self)
+    def _go_on(self, rest: bytes) -> None:
+        """Go on with HTTP/1.1 though the client would rather use another protocol. The parser would not even read the body.
+
+        So another parser gets the same request without the wish.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT" or self._is_deaf:
+            self.send_400_response("")
+            return
+        fields = [field for field in self.headers if field[0] not in {b"upgrade", b"http2-settings", b"connection"}]
+        head = b"".join(b"%s: %s\r\n" % field for field in fields)
+        self.parser, self._is_upgrading = httptools.HttpRequestParser(self), False
+        self._feed(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method, self.url, head, rest))
 
     # Time
 
