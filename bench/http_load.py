@@ -21,7 +21,7 @@ import aiohttp
 from serve import Operations, serve
 
 PATH = "/v1/chat/completions"
-SLOW_BUFFER = 4096
+SLOW_BUFFER, SLOW_SECONDS = 4096, 300.0
 TIMEOUT = aiohttp.ClientTimeout(total=600)
 MALFORMED = (b"", b"{", b"[]", b'{"messages": 1}', b'{"messages": [], "no_such_field": 1}', b"\xff\xfe", b'{"messages": [{}]}')
 
@@ -84,7 +84,7 @@ async def side_by_side(streams: int, work: Callable[[], Awaitable[bool]]) -> Non
 
 
 def session_of(url: str, *, buffer: int = 0) -> aiohttp.ClientSession:
-    """A session that keeps as many connections as are asked for. buffer: bytes that the system receives unread; 0 for its own."""
+    """A session that has as many connections as are asked for. buffer: bytes that the system takes unread; 0 for its own."""
 
     def connected(address: Any) -> socket.socket:
         family, kind, protocol, _, _ = address
@@ -191,7 +191,7 @@ async def _killed(session: aiohttp.ClientSession, body: dict[str, Any], rng: ran
     return "cut"
 
 
-async def _slow(session: aiohttp.ClientSession, body: dict[str, Any], rng: random.Random, _: int) -> str:
+async def _slow(session: aiohttp.ClientSession, body: dict[str, Any], _: random.Random, __: int) -> str:
     wide = {
         "max_tokens": 400,
         "n": 4,
@@ -205,13 +205,23 @@ async def _slow(session: aiohttp.ClientSession, body: dict[str, Any], rng: rando
         assert response.connection is not None
         assert response.connection.transport is not None
         response.connection.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport has it
-        await asyncio.sleep(20 + rng.random())
+        await _ended_by_the_server(session)
         response.connection.transport.resume_reading()  # type: ignore[attr-defined]
         try:
             received = await response.content.read()
         except (aiohttp.ClientError, OSError):
             return "cut off by the server"
     return "read in the end" if received.rstrip().endswith(b"[DONE]") else "cut off by the server"
+
+
+async def _ended_by_the_server(session: aiohttp.ClientSession) -> None:
+    """Wait until the server has no open stream."""
+    deadline = time.monotonic() + SLOW_SECONDS
+    while time.monotonic() < deadline:
+        await asyncio.sleep(1)
+        async with session.get("/metrics") as response:
+            if "medusa_open_streams 0" in await response.text():
+                return
 
 
 async def _oversized(session: aiohttp.ClientSession, body: dict[str, Any], _: random.Random, max_bytes: int) -> str:

@@ -4,9 +4,9 @@
     python bench/http_soak.py BUNDLE --minutes 0 --clients 500        # the storm alone
 
 The soak sends random requests. It counts what was answered, and watches the server's memory. The storm sends clients of four
-kinds: killed in the middle of a stream, too slow to read, with bodies that are too large, and with malformed bodies. After each
-kind, the server must be idle: no answer in a slot or in the queue, no open stream, and no more threads and open files than before.
-The load comes from a process of its own. Exit code 1 if anything is wrong.
+kinds: killed in the middle of a stream, too slow to read, with bodies that are too large, and with malformed bodies. After
+each kind, the server must be idle: no answer in a slot or in the queue, no open stream, no more threads and open files than
+before. The load comes from a process of its own. Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MAX_BYTES = 1 << 20
 IDLE_SECONDS = 5.0  # after which the server cuts off clients that do not read; the storm's wait longer
 SETTLE_SECONDS = 90.0
 SAMPLE_SECONDS = 5.0
-SLOW_SHARE = 25  # of so many clients, one is slow: each takes twenty seconds
+SLOW_SHARE = 100  # one client of so many is slow: each must be sent megabytes before the system's buffers are full
 BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting", "medusa_open_streams")
 EXPECTED = {  # outcomes of the storm's clients that are right
     "killed": {"cut", "status 429"},
-    "slow": {"cut off by the server", "read in the end", "status 429"},
+    "slow": {"cut off by the server"},
     "oversized": {
         "status 413",
         "ClientOSError",

@@ -4,9 +4,10 @@
     python bench/over_http.py BUNDLE --llama-cpp-python .venv-llama/bin/python --llama-cpp-model model-q8_0.gguf
 
 1, 4 and 16 streams, greedy, 96 new tokens each. `direct` is `MedusaLM` in a process of its own, asked by as many threads as
-there are streams. `http` is `medusa-export serve`. `llama.cpp` is llama-cpp-python's server. The load on both servers comes from
-a process of its own. They take turns round by round, and are paused while it is not their turn; rounds change who begins. Numbers
-are medians of rounds; times are of all answers. Gaps are between two chunks of an answer: a chunk has the tokens of one step.
+there are streams. `http` is `medusa-export serve`. `llama.cpp` is llama-cpp-python's server. The load on both servers comes
+from a process of its own. They take turns round by round, and are paused while it is not their turn; rounds change who
+begins. Numbers are medians of rounds; times are of all answers. Gaps are between two chunks of an answer: a chunk has the
+tokens of one step.
 
 llama-cpp-python is built without instructions that only this machine has, into an environment of its own:
 
