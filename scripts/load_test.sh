@@ -10,7 +10,8 @@
 #     python -m venv .venv-aiperf && .venv-aiperf/bin/pip install aiperf==0.13.0
 #
 # Variables: STREAMS ("1 4 16"), REQUESTS (of each number of streams: 4 for each stream, if it is not set), OUTPUT (build/load),
-# GUIDELLM and AIPERF (the commands), PROMPTS (lines of JSON with prompt and output_tokens_count).
+# GUIDELLM and AIPERF (the commands), PROMPTS (lines of JSON with prompt and output_tokens_count), TOKENIZER (for AIPerf: the
+# directory of a checkpoint; if it is not set, AIPerf fetches one from the internet, though servers tell their numbers of tokens).
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(dirname "$here")"
@@ -19,7 +20,7 @@ OUTPUT="${OUTPUT:-build/load}"
 PROMPTS="${PROMPTS:-$here/load_prompts.jsonl}"
 GUIDELLM="${GUIDELLM:-$root/.venv-guidellm/bin/guidellm}"
 AIPERF="${AIPERF:-$root/.venv-aiperf/bin/aiperf}"
-export HF_HUB_OFFLINE=1 # no tokenizer is needed: servers tell their numbers of tokens
+TOKENIZER="${TOKENIZER:-builtin}"
 export NO_COLOR=1
 
 if [ $# -eq 0 ]; then
@@ -32,7 +33,7 @@ if ! command -v "$GUIDELLM" > /dev/null; then
 fi
 
 with_guidellm() { # name url streams requests
-  "$GUIDELLM" run --disable-console-interactive \
+  HF_HUB_OFFLINE=1 "$GUIDELLM" run --disable-console-interactive \
     --backend "kind=openai_http,target=$2" \
     --profile "kind=concurrent,streams=$3" \
     --constraint "kind=max_requests,count=$4" \
@@ -42,7 +43,7 @@ with_guidellm() { # name url streams requests
 
 with_aiperf() { # name url streams requests model
   "$AIPERF" profile --model "$5" --url "$2" --endpoint-type chat --streaming \
-    --use-server-token-count --tokenizer builtin --ui none \
+    --use-server-token-count --tokenizer "$TOKENIZER" --ui none \
     --concurrency "$3" --request-count "$4" \
     --input-file "$OUTPUT/aiperf_prompts.jsonl" --custom-dataset-type single_turn --extra-inputs ignore_eos:true \
     --output-artifact-dir "$OUTPUT/$1/aiperf-$3"

@@ -110,7 +110,7 @@ def _ray(door: ServerSettings) -> Iterator[None]:
         _take_signals()  # Ray has set handlers of its own
         yield
     finally:
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _proxy(door: ServerSettings) -> Iterator[str]:
         yield url
     finally:
         if not ran_before:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,15 @@ def test_guidellm_measures_the_server(server: Running, tmp_path: Path) -> None:
     assert {request["output_metrics"]["text_tokens"] for request in requests["successful"]} == {96}
 
 
-def test_aiperf_takes_what_the_server_tells_of_speculative_decoding(server: Running, tmp_path: Path) -> None:
-    load(server, tmp_path, GUIDELLM="true", AIPERF=tool("aiperf"))
+def test_aiperf_takes_what_the_server_tells_of_speculative_decoding(
+    server: Running, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    load(server, tmp_path, GUIDELLM="true", AIPERF=tool("aiperf"), TOKENIZER=str(make_model()))
     told = json.loads((tmp_path / "tiny/aiperf-2/profile_export_aiperf.json").read_text(encoding="utf-8"))
     assert told["request_count"]["avg"] == 6
+    assert told["spec_decode_acceptance_length"]["count"] == 6
+    assert told["total_spec_decode_steps"]["avg"] > 0
+    assert told["osl_mismatch_count"]["avg"] == 0
 
 
 def test_the_tools_have_the_prompts_of_the_benchmarks() -> None:

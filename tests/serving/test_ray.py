@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from medusa_runtime import MedusaLM, OptionError
-from medusa_serve.ray_settings import RaySettings
+from medusa_serve.ray_settings import QUIET, RaySettings
 from tests.support.models import save_random_heads, save_tiny_model
 from tests.support.ray_cluster import RayCluster, ray_cluster
 
@@ -220,3 +220,26 @@ def test_a_wrong_bundle_is_one_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("\n") == 1
     assert "is not a bundle" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts", "warns"),
+    [((), {"127.0.0.1", "::1", "localhost"}, False), (("--host", "0.0.0.0"), None, True)],
+)
+def test_the_address_decides_which_host_names_are_trusted(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], hosts: set[str] | None, warns: bool
+) -> None:
+    from click.testing import CliRunner
+
+    from medusa_export.cli.ray import command
+    from medusa_serve import ray_run
+
+    seen: list[RaySettings] = []
+    monkeypatch.setattr(ray_run, "serve_on_ray", lambda settings, *_: seen.append(settings))
+    for name in QUIET:
+        monkeypatch.setenv(name, "0")
+    done = CliRunner().invoke(command, [str(bundle), "--replicas", "2", *options])
+    assert done.exit_code == 0, done.output
+    assert ("without a key" in done.output) == warns
+    assert seen[0].trusted_hosts == hosts
+    assert seen[0].num_replicas == 2
