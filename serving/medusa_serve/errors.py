@@ -42,6 +42,8 @@ API_NAMES = {
     "min_new_tokens": "min_tokens",
     "template_options": "chat_template_kwargs",
 }
+# Requests cannot choose how special tokens in their text are read; the operator can.
+PLAIN_CONTENT = ("ask without plain_content", "the operator can let such text through with --special-tokens-in-text")
 OWN_NAME = re.compile("|".join(rf"\b{name}\b" for name in API_NAMES))
 API_FIELDS = {API_NAMES.get(name, name) for name in GenerationOptions.model_fields}  # a message that begins so names its field
 
@@ -104,7 +106,7 @@ class ApiError(Exception):
             status, code = 422, "cannot_be_followed"
         if while_decoding and isinstance(error, CapacityError):
             status, code = 503, "out_of_memory"
-        message = OWN_NAME.sub(lambda found: API_NAMES[found[0]], str(error))
+        message = OWN_NAME.sub(lambda found: API_NAMES[found[0]], str(error)).replace(*PLAIN_CONTENT)
         first = message.split(" ", 1)[0]
         return cls(status, message, param=first if status == 400 and first in API_FIELDS else None, code=code)
 

@@ -32,6 +32,8 @@ def route_path(scope: Scope) -> str:
 class Recorder:
     """The outermost layer. What is below it finds the record in ``request.state.record``.
 
+    A heavy request's ``request.state.turn`` ends here at the latest.
+
     Args:
         app: the layer below.
         paths: the paths that are known; metrics tell these apart.
@@ -59,6 +61,8 @@ class Recorder:
         finally:
             if not exchange.is_ended and record.status < 400:
                 record.status = CLIENT_GONE
+            if (turn := scope["state"].get("turn")) is not None:
+                turn.end()
             record.seconds = time.perf_counter() - started
             self._report(record)
 

@@ -8,19 +8,21 @@ import importlib.metadata
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, cast
 
 from medusa_runtime import Manifest, MedusaLM, MissingExtraError, Placement, ServiceStats
 from medusa_serve.errors import ApiError, not_ready
+from medusa_serve.guards.body import Budget
 from medusa_serve.prompts import Formats
 from medusa_serve.settings import ServerSettings
 from medusa_serve.telemetry import BuildInfo
 
 Result = TypeVar("Result")
 NUM_HEAVY = 2  # heavy requests that are read at a time
+NUM_BODIES = 64  # of the largest size, for which there is room at a time
 LAST_SECONDS = 5  # for the last events to reach their clients, once requests are ended
 Phase = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
@@ -40,6 +42,24 @@ class ServedBundle:
     manifest: Manifest
     placement: Placement
     load: Callable[[], MedusaLM]  # called once, in a thread of its own
+
+
+class Turn:
+    """A heavy request's turn to be read.
+
+    Args:
+        release: lets the next one have its turn.
+    """
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._is_over = False
+
+    def end(self) -> None:
+        """The request has been read. This may be called again."""
+        if not self._is_over:
+            self._is_over = True
+            self._release()
 
 
 class ServerState:
@@ -63,6 +83,7 @@ class ServerState:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopped: ApiError | None = None  # why no answer goes on
+        self.bodies = Budget(NUM_BODIES * settings.max_body_bytes)
         self._heavy = asyncio.Semaphore(NUM_HEAVY)
         self._opening = threading.Lock()  # guards the two below, which the thread that loads uses
         self._loaded: MedusaLM | None = None
@@ -182,14 +203,10 @@ class ServerState:
         if not self._under_way and not self._num_begun:
             self._idle.set()
 
-    @asynccontextmanager
-    async def turn(self, *, is_heavy: bool) -> AsyncIterator[None]:
-        """Wait until a request may be read. A few heavy ones are read at a time, so that they never take all threads."""
-        if not is_heavy:
-            yield
-            return
-        async with self._heavy:
-            yield
+    async def turn(self) -> Turn:
+        """Wait until a heavy request may be read. Few are read at a time: so they take neither all threads nor all memory."""
+        await self._heavy.acquire()
+        return Turn(self._heavy.release)
 
     async def drain(self, grace: float) -> None:
         """Take no further requests, wait for those under way, and end those that are left after `grace` seconds."""

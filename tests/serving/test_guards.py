@@ -509,3 +509,29 @@ def test_one_request_does_not_hold_up_others(server: Running) -> None:
     finally:
         for wire in wires:
             wire.kill()
+
+
+def test_bodies_share_a_budget(tools_bundle: Path) -> None:
+    """Clients that send large bodies slowly could fill the memory together."""
+    with serving(tools_bundle, max_body_bytes=LIMIT, ready=False) as running:
+        budget = running.server.state.bodies
+        with budget.share() as take:
+            take(63 * LIMIT)
+            response = running.client.post(CHAT, content=b" " * LIMIT, headers={"Content-Type": "application/json"})
+            assert response.status_code in (400, 503)
+            take(LIMIT - 1)
+            response = running.client.post(CHAT, content=chat(), headers={"Content-Type": "application/json"})
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "busy")
+        response = running.client.post(CHAT, content=b"{", headers={"Content-Type": "application/json"})
+        assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_body_of_too_many_values_is_refused(tools_bundle: Path) -> None:
+    with serving(tools_bundle) as running:
+        junk = {"role": "user", "content": "x", "junk": [[]] * 120_000}
+        response = running.post(CHAT, {"messages": [junk], "max_tokens": 1})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "too_much")
+        assert running.post("/detokenize", {"tokens": [5] * 120_000}).status_code == 200
+        for _ in range(4):  # each is heavy, and its turn ends
+            assert running.post(CHAT, {"messages": [{"role": "user", "content": "x" * 300_000}]}).status_code == 400
+        assert running.post(CHAT, {"messages": [{"role": "user", "content": "x"}], "guided_regex": "a"}).status_code == 200

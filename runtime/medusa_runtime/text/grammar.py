@@ -105,7 +105,8 @@ class GrammarCompiler:
         if not found.is_error():
             found.compute_bitmask()  # copies then need not find out again what may come first
         if found.is_error():
-            raise OptionError(f"{name} cannot be used: {' '.join(found.get_error().split())}")
+            told = "no text follows it" if "NoExtension" in found.get_error() else " ".join(found.get_error().split())
+            raise OptionError(f"{name} cannot be used: {told}")
         return found
 
     def _made_tokenizer(self) -> llguidance.LLTokenizer:

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -70,14 +69,6 @@ class Call:
         record.model = model or state.name
         return cls(state, lm, record, model or state.name, f"{prefix}-{record.request_id}"[:128], request)
 
-    def turn(self, *, is_heavy: bool = False) -> AbstractAsyncContextManager[None]:
-        """Wait until the request may be read.
-
-        Args:
-            is_heavy: it takes long to read for another reason than its size.
-        """
-        return self.state.turn(is_heavy=is_heavy or self.request.state.num_bytes > HEAVY_BYTES)
-
     @property
     def reader(self) -> PromptReader:
         """Reads prompts."""
@@ -138,12 +129,18 @@ async def read(request: Request, model: type[Body]) -> Body:
         ApiError: it is not what the endpoint takes.
     """
     state: ServerState = request.app.state.server
-    body = await read_body(request, state.settings.max_body_bytes, state.settings.idle_seconds)
-    request.state.num_bytes = len(body)
-    if len(body) <= HEAVY_BYTES:
-        return model.of(body)
-    async with state.turn(is_heavy=True):
+    with state.bodies.share() as take:
+        body = await read_body(request, state.settings.max_body_bytes, state.settings.idle_seconds, take)
+        if len(body) <= HEAVY_BYTES:
+            return model.of(body)
+        await while_connected(request, take_turn(request))
         return await asyncio.to_thread(model.of, body)
+
+
+async def take_turn(request: Request) -> None:
+    """Wait for the turn of a heavy request, unless it has come. It ends with the request at the latest."""
+    if not hasattr(request.state, "turn"):
+        request.state.turn = await request.app.state.server.turn()
 
 
 async def begin(call: Call, prompts: Callable[[], Sequence[list[int]]], options: dict[str, Any]) -> Answers:
@@ -166,17 +163,21 @@ async def begin(call: Call, prompts: Callable[[], Sequence[list[int]]], options:
         return ids, GenerationOptions.of(**{"max_new_tokens": room, "max_prompt_tokens": reader.longest} | given)
 
     async def queue() -> Answers:
-        async with call.turn(is_heavy=any(options.get(name) is not None for name in STRUCTURES)):
-            try:
-                ids, checked = await asyncio.to_thread(prepare)
-            except MedusaError as error:
-                raise ApiError.of(error) from error
-            call.record.max_tokens = checked.max_new_tokens
-            call.num_logprobs = checked_logprobs(ids, checked)
-            return await Answers.begin(call.lm, ids, checked, call.record)
+        if any(options.get(name) is not None for name in STRUCTURES):
+            await take_turn(call.request)
+        try:
+            ids, checked = await asyncio.to_thread(prepare)
+        except MedusaError as error:
+            raise ApiError.of(error) from error
+        call.record.max_tokens = checked.max_new_tokens
+        call.num_logprobs = checked_logprobs(ids, checked)
+        return await Answers.begin(call.lm, ids, checked, call.record)
 
     with call.state.beginning():
-        return await while_connected(call.request, queue())
+        answers = await while_connected(call.request, queue())
+    if hasattr(call.request.state, "turn"):
+        call.request.state.turn.end()
+    return answers
 
 
 def checked_logprobs(prompts: Sequence[Sequence[int]], options: GenerationOptions) -> int:

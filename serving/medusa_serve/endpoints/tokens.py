@@ -33,8 +33,7 @@ async def tokenize(request: Request) -> JSONResponse:
         )
 
     try:
-        async with call.turn():
-            ids = await asyncio.to_thread(encoded)
+        ids = await asyncio.to_thread(encoded)
     except MedusaError as error:
         raise ApiError.of(error) from error
     told: dict[str, Any] = {"count": len(ids), "max_model_len": call.lm.manifest.limits.max_seq_len, "tokens": ids}
@@ -52,6 +51,5 @@ async def detokenize(request: Request) -> JSONResponse:
         raise ApiError(
             400, f"'tokens' holds {highest}; the vocabulary has {vocab_size} tokens", param="tokens", code="invalid_value"
         )
-    async with call.turn():
-        text = await asyncio.to_thread(call.lm.codec.decode, asked.tokens, skip_special_tokens=asked.skip_special_tokens)
+    text = await asyncio.to_thread(call.lm.codec.decode, asked.tokens, skip_special_tokens=asked.skip_special_tokens)
     return JSONResponse({"prompt": text})

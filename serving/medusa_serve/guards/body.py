@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -12,12 +14,44 @@ from medusa_serve.errors import CLIENT_GONE, ApiError
 MIN_RATE = 1000  # bytes a second; a client that sends less keeps a connection for nothing
 
 
-async def read_body(request: Request, max_bytes: int, idle_seconds: float) -> bytes:
+class Budget:
+    """Bounds the bytes of all bodies together that are being received or wait to be read.
+
+    Args:
+        limit: the most bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """The share of one body. Call what it gives with the number of bytes that have come.
+
+        Raises:
+            ApiError: there is no room for them now.
+        """
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if count > self._left:
+                raise ApiError(503, "the server receives too much at once; try again later", code="busy")
+            taken, self._left = taken + count, self._left - count
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
+
+async def read_body(request: Request, max_bytes: int, idle_seconds: float, take: Callable[[int], None]) -> bytes:
     """The body of a request.
 
     Args:
         request: not read so far.
         max_bytes: the largest body.
+        take: called with the size of each part; see `Budget.share`.
         idle_seconds: how long the client may send nothing. The whole body may take longer, if it comes fast enough.
 
     Raises:
@@ -46,6 +80,7 @@ async def read_body(request: Request, max_bytes: int, idle_seconds: float) -> by
             raise ApiError(408, told, code="request_timeout", headers={"Connection": "close"}) from error
         except ClientDisconnect as error:
             raise ApiError(CLIENT_GONE, "the client went away before its request was complete") from error
+        take(len(part))
         body += part
         if len(body) > max_bytes:
             raise _too_large(max_bytes)

@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from medusa_serve.errors import ApiError
 
 MAX_DEPTH = 100  # of lists and objects in one another; schemas of real functions have about 20
+MAX_VALUES = 100_000  # in a body, but for lists of tokens: each takes up to 200 bytes of memory as long as the request runs
+TOKEN_LISTS = {"prompt", "tokens"}  # fields that hold tokens
 LONGEST_NAME = 64  # of a field that is compared with those there are
 MAX_ERRORS = 100  # pydantic takes seconds to describe a million
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a pair
@@ -61,8 +63,8 @@ def parsed(body: bytes) -> dict[str, Any]:
         raise _invalid("a number has too many digits" if "integer string" in str(error) else f"{error}") from error
     if not isinstance(found, dict):
         raise ApiError(400, f"the body is a JSON {_kind(found)}; it must be an object", code="invalid_json")
-    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(found):
-        raise _invalid(f"it is nested deeper than {MAX_DEPTH} levels")
+    if text.count("[") + text.count("{") > MAX_DEPTH or len(text) > MAX_VALUES:
+        _check_shape({name: value for name, value in found.items() if name not in TOKEN_LISTS})
     return found
 
 
@@ -80,16 +82,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_deep(found: Any) -> bool:
-    level = [found]
+def _check_shape(found: dict[str, Any]) -> None:
+    """Refuse a body that is nested too deeply, or made of too many values."""
+    level: list[Any] = [found]
+    count = 0
     for _ in range(MAX_DEPTH):
+        count += sum(map(len, level))
+        if count > MAX_VALUES:
+            raise ApiError(400, f"the body has more than {MAX_VALUES} values", code="too_much")
         level = [
             inner
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
-    return bool(level)
+    if level:
+        raise _invalid(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -96,7 +96,7 @@ def _responses(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _schema(operation.response, schemas, "serialization")}}
     told: dict[str, Any] = {"200": {"description": operation.summary, "content": dict(content)}}
     if operation.streams:
-        told["200"]["content"]["text/event-stream"] = {}  # OpenAPI 3.1 has no schema for events; 3.2 will have
+        told["200"]["content"]["text/event-stream"] = {}  # only OpenAPI 3.2 has schemas for events
     if operation.path == "/health":
         told["503"] = {"description": "The process should be replaced", "content": content}
     error = {"application/json": {"schema": _schema(answers.ErrorResponse, schemas, "serialization")}}
