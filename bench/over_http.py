@@ -1,4 +1,4 @@
-"""Measures the server through HTTP against the runtime itself, and against llama.cpp's server, in one sitting.
+r"""Measures the server through HTTP against the runtime itself, and against llama.cpp's server, in one sitting.
 
     python bench/over_http.py BUNDLE [-o bench/results/http.json]
     python bench/over_http.py BUNDLE --llama-cpp-python .venv-llama/bin/python --llama-cpp-model model-q8_0.gguf
@@ -9,10 +9,17 @@ from a process of its own. They take turns round by round, and are paused while 
 begins. Numbers are medians of rounds; times are of all answers. Gaps are between two chunks of an answer: a chunk has the
 tokens of one step.
 
-llama-cpp-python is built without instructions that only this machine has, into an environment of its own:
+`processor_ms_per_token` is the time on processors of the process that decodes and of the one that makes the load: unlike
+rates, it hardly depends on what else the machine does, which `cores_used_by_others` tells.
+
+llama-cpp-python lives in an environment of its own. It is built for processors with AVX-512, not for this one alone, and
+makes the file in 8 bits from that of the fetched model's package:
 
     python -m venv .venv-llama
-    CMAKE_ARGS=-DGGML_NATIVE=OFF .venv-llama/bin/pip install 'llama-cpp-python[server]'
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON" \
+        .venv-llama/bin/pip install 'llama-cpp-python[server]'
+    .venv-llama/bin/python exporter/medusa_export/bench/workers/serve.py with_llama_cpp --build \
+        '{"gguf": "SmolLM2-135M-Instruct.Q4_1.gguf", "precision": "q8_0", "output": "model-q8_0.gguf"}'
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 from http_servers import Server, llama_cpp_server, medusa_server
+from two_checkouts import processor_seconds
 
 from medusa_export.bench.process import WORKERS, WorkerProcess
 from serving import PROMPTS
@@ -55,6 +63,20 @@ def through(load: WorkerProcess, server: Server, fields: dict[str, Any]) -> Ask:
         return outcome
 
     return ask
+
+
+def watched(ask: Ask, pids: dict[str, int]) -> Ask:
+    """`ask`, and the processor time that processes took meanwhile, and that all others took."""
+
+    def measured(prompts: list[str], streams: int) -> dict[str, Any]:
+        before = {name: processor_seconds(pid) for name, pid in pids.items()}
+        outcome = ask(prompts, streams)
+        after = {name: processor_seconds(pid) for name, pid in pids.items()}
+        used = {name: after[name][1] - before[name][1] for name in pids}
+        every = max(after[name][0] - before[name][0] for name in pids)
+        return outcome | {"used": used | {"others": every - sum(used.values())}}
+
+    return measured
 
 
 def measure(asks: dict[str, Ask], rounds: int) -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -85,7 +107,15 @@ def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "gap_ms": [gap for one in answers for gap in one["gaps_ms"]],
         "ms_per_token": [one["token_ms"] for one in answers],
     }
-    return {"tokens_per_second": round(float(np.median([rate(run) for run in runs])), 2)} | {
+    tokens = sum(one["tokens"] for one in answers)
+    used = {name: sum(run["used"][name] for run in runs) for name in runs[0]["used"]}
+    return {
+        "tokens_per_second": round(float(np.median([rate(run) for run in runs])), 2),
+        "processor_ms_per_token": {
+            name: round(1e3 * seconds / tokens, 2) for name, seconds in used.items() if name != "others"
+        },
+        "cores_used_by_others": round(used["others"] / sum(run["seconds"] for run in runs), 2),
+    } | {
         f"{name}_p{percent}": round(float(np.percentile(values, percent)), 2)
         for name, values in times.items()
         for percent in (50, 95)
@@ -148,14 +178,20 @@ def main(
         server = stack.enter_context(medusa_server(bundle, max(STREAMS)))
         fields: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
         ours = {"ignore_eos": True, "stream_options": {"include_usage": True}}
-        asks: dict[str, Ask] = {
-            "direct": lambda prompts, streams: direct.ask("load", prompts=prompts, streams=streams, max_tokens=max_tokens),
-            "http": through(load, server, fields | ours),
+
+        def ask_directly(prompts: list[str], streams: int) -> dict[str, Any]:
+            outcome: dict[str, Any] = direct.ask("load", prompts=prompts, streams=streams, max_tokens=max_tokens)
+            return outcome
+
+        asks = {
+            "direct": watched(ask_directly, {"engine": direct.pid}),
+            "http": watched(through(load, server, fields | ours), {"engine": server.process.pid, "load": load.pid}),
         }
         if llama_cpp_python is not None and llama_cpp_model is not None:
             versions["llama-cpp-python"] = version_of(llama_cpp_python)
             other = stack.enter_context(llama_cpp_server(llama_cpp_python, llama_cpp_model, CONTEXT))
-            asks["llama.cpp"] = through(load, other, fields | {"logit_bias": {str(token): -100 for token in eos}})
+            theirs = fields | {"logit_bias": {str(token): -100 for token in eos}}
+            asks["llama.cpp"] = watched(through(load, other, theirs), {"engine": other.process.pid, "load": load.pid})
         found = measure(asks, rounds)
     result = environment()
     result["versions"] |= versions

@@ -6,7 +6,7 @@
 # A server is any that has OpenAI's API. Without NAME=, its name is "server". The results are in $OUTPUT, one folder a server.
 # The tools need packages that contradict this project's, so each lives in an environment of its own:
 #
-#     python -m venv .venv-guidellm && .venv-guidellm/bin/pip install guidellm==0.8.1
+#     python -m venv .venv-guidellm && .venv-guidellm/bin/pip install guidellm==0.8.1 torch==2.13.0
 #     python -m venv .venv-aiperf && .venv-aiperf/bin/pip install aiperf==0.13.0
 #
 # Variables: STREAMS ("1 4 16"), REQUESTS (of each number of streams: 4 for each stream, if it is not set), OUTPUT (build/load),
