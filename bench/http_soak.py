@@ -28,8 +28,9 @@ from serving import PROMPTS
 
 MAX_BYTES = 1 << 20
 IDLE_SECONDS = 5.0  # after which the server cuts off clients that do not read; the storm's wait longer
-SETTLE_SECONDS = 90.0
+SETTLE_SECONDS = 60.0
 SAMPLE_SECONDS = 5.0
+FILLING_ROUNDS = 40
 SLOW_SHARE = 100  # one client of so many is slow: each must be sent megabytes before the system's buffers are full
 BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting", "medusa_open_streams")
 EXPECTED = {  # outcomes of the storm's clients that are right
@@ -70,6 +71,17 @@ def soaked(server: Server, load: WorkerProcess, minutes: float, streams: int) ->
     }
 
 
+def fill_pools(server: Server, load: WorkerProcess, streams: int) -> None:
+    """Storm the server until its pools of threads are as large as they get. They are bounded, but grow one by one."""
+    same, before = 0, server.holds()["threads"]
+    for _ in range(FILLING_ROUNDS):
+        now = stormed(server, load, "killed", 4 * streams, streams)["after"]["threads"]
+        same, before = same + 1 if now == before else 0, now
+        if same == 3:
+            return
+    raise click.ClickException(f"the server's threads grow without end: {before} after {FILLING_ROUNDS} rounds")
+
+
 def stormed(server: Server, load: WorkerProcess, kind: str, clients: int, streams: int) -> dict[str, Any]:
     """Send clients of one kind, and tell their outcomes and what the server holds afterwards."""
     before = server.holds()
@@ -90,7 +102,7 @@ def stormed(server: Server, load: WorkerProcess, kind: str, clients: int, stream
 def settled(server: Server, before: dict[str, int]) -> tuple[dict[str, int], bool]:
     """Wait until the server is idle and holds no more than before, or for some time."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while not (is_idle := idle(server)) or any(server.holds()[name] > before[name] for name in before):
+    while not (is_idle := idle(server)) or server.holds()["descriptors"] > before["descriptors"]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
@@ -137,10 +149,7 @@ def main(bundle: Path, minutes: float, streams: int, clients: int, output: Path 
         if minutes:
             result["soak"] = soaked(server, load, minutes, streams)
         if clients:
-            load.ask(
-                "soak", url=server.url, prompts=list(PROMPTS), streams=streams, seconds=5, seed=4
-            )  # all threads have begun
-            settled(server, server.holds())
+            fill_pools(server, load, 2 * streams)
             numbers = dict.fromkeys(EXPECTED, clients) | {"slow": max(1, clients // SLOW_SHARE)}
             result["storm"] = {kind: stormed(server, load, kind, number, 2 * streams) for kind, number in numbers.items()}
     result["wrong"] = wrongs(result)
