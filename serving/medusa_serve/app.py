@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -45,7 +46,7 @@ OPEN = (
     Route("/openapi.json", service.openapi, methods=["GET"]),
     Route("/metrics", service.metrics, methods=["GET"]),
 )
-NUM_THREADS = 16  # that read prompts; see `ServerState.turn`
+NUM_THREADS = 8  # that read prompts; see `ServerState.turn`
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +108,7 @@ def _lifespan(on_failure: Callable[[], None]) -> Callable[[Starlette], AbstractA
             except Exception:  # noqa: BLE001 - `state.failure` has it
                 on_failure()
 
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(NUM_THREADS, "medusa-serve"))
+        asyncio.get_running_loop().set_default_executor(_threads())
         loading = asyncio.create_task(load())
         try:
             yield
@@ -119,6 +120,14 @@ def _lifespan(on_failure: Callable[[], None]) -> Callable[[Starlette], AbstractA
             await asyncio.to_thread(app.state.observers.close)
 
     return lifespan
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Threads that have all been started, so that the process holds no more of them later."""
+    pool, all_started = ThreadPoolExecutor(NUM_THREADS, "medusa-serve"), threading.Barrier(NUM_THREADS)
+    for _ in range(NUM_THREADS):
+        pool.submit(all_started.wait)
+    return pool
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
