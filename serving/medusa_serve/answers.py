@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
 from medusa_runtime import GenerationChunk, GenerationOptions, GenerationResult, Handle, MedusaError, MedusaLM
-from medusa_serve.errors import ApiError
+from medusa_serve.errors import CLIENT_GONE, ApiError
 from medusa_serve.record import RequestRecord
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
@@ -55,9 +55,12 @@ class Answers:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for handle in self.handles:
             handle.cancel()
+        if not self._record.finish_reasons:  # they have not come to their end
+            has_failed = isinstance(error, ApiError) and error.status != CLIENT_GONE
+            self._record.finish_reasons = ["error" if has_failed else "abort"] * self.num_answers
 
     @property
     def num_answers(self) -> int:

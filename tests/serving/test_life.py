@@ -351,6 +351,8 @@ def test_a_client_that_goes_away_frees_its_slot(tools_bundle: Path, tmp_path: Pa
         running.wait_until_idle()
         assert running.lm.stats().num_cancelled == 1
         assert eventually(lambda: [line["status"] for line in lines()] == [499])
+        ended = [line for line in running.client.get("/metrics").text.splitlines() if "request_success" in line]
+        assert [line.rpartition(" ")[2] for line in ended if 'finished_reason="abort"' in line] == ["1.0"]
 
 
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])

@@ -103,9 +103,10 @@ class Call:
         """What Medusa did for this request, and how fast it was."""
         record = self.record
         seconds = time.time() - record.since - (record.first_token_seconds or 0.0)
+        drafted = speculative_metrics(record.stats, self.lm.manifest.heads.num_heads)
         decoded = sum(one.num_decoded_tokens for one in record.stats)
         return {
-            "speculative_decoding": speculative_metrics(record.stats, self.lm.manifest.heads.num_heads),
+            **({"speculative_decoding": drafted} if drafted["num_spec_steps"] else {}),
             "first_token_seconds": record.first_token_seconds,
             "tokens_per_second": decoded / seconds if seconds > 0 else 0.0,
         }

@@ -58,7 +58,7 @@ class SpeculativeDecoding(TypedDict):
 class RequestMetrics(TypedDict):
     """How a request was decoded."""
 
-    speculative_decoding: SpeculativeDecoding
+    speculative_decoding: NotRequired[SpeculativeDecoding]  # missing if no step verified a draft
     first_token_seconds: float | None
     tokens_per_second: float
 
