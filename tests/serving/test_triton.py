@@ -268,7 +268,7 @@ def test_triton_s_own_parameters_are_left_alone() -> None:
     assert ModelSettings.of(given) == ModelSettings(threads=2)
 
 
-@pytest.mark.parametrize("files", ["link", "copy", "path"])
+@pytest.mark.parametrize("files", ["copy", "path"])
 def test_the_bundle_is_placed_as_asked(bundle: Path, tmp_path: Path, files: Any) -> None:
     name = 'a "name" with \\ and é'
     model = tmp_path / "model"
@@ -282,7 +282,8 @@ def test_the_bundle_is_placed_as_asked(bundle: Path, tmp_path: Path, files: Any)
         return
     placed = model / "1" / place
     assert Manifest.load(placed) == Manifest.load(bundle)
-    assert (placed / "manifest.json").samefile(bundle / "manifest.json") is (files == "link")
+    assert not (placed / "manifest.json").samefile(bundle / "manifest.json")
+    assert {file.stat().st_nlink for file in bundle.iterdir()} == {1}  # onnx refuses weights that have several links
     assert {entry.name for entry in placed.iterdir()} == {entry.name for entry in bundle.iterdir()}
 
 

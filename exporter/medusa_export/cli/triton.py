@@ -27,10 +27,10 @@ from medusa_export.command_options.shared_options import force_option, runs_a_bu
 )
 @click.option(
     "--files",
-    type=click.Choice(["link", "copy", "path"]),
-    default="link",
+    type=click.Choice(["copy", "path"]),
+    default="copy",
     show_default=True,
-    help="How the bundle gets into the repository: hard links (or copies, on another file system), copies, or its path alone.",
+    help="How the bundle gets into the repository: as a copy, or as its path alone.",
 )
 @runs_a_bundle
 @force_option
@@ -40,7 +40,7 @@ def command(
     name: str | None,
     max_batch_size: int | None,
     max_queue: int,
-    files: Literal["link", "copy", "path"],
+    files: Literal["copy", "path"],
     backend: str,
     device: str,
     threads: int,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,7 +13,7 @@ from medusa_runtime import Manifest, OptionError
 from medusa_serve.triton.settings import ModelSettings
 from medusa_serve.triton.tensors import INPUTS, OUTPUTS, TensorSpec
 
-Placement = Literal["link", "copy", "path"]
+Placement = Literal["copy", "path"]
 CONFIG_NAME = "config.pbtxt"
 VERSION = "1"
 MODEL_FILE = '''"""Triton loads this file. What it runs is installed with the package medusa-export, extra serve."""
@@ -31,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def write_model(
-    directory: Path, bundle: Path, name: str, settings: ModelSettings | None = None, *, files: Placement = "link"
+    directory: Path, bundle: Path, name: str, settings: ModelSettings | None = None, *, files: Placement = "copy"
 ) -> None:
     """Fill the directory of one model, which has the model's name in the repository.
 
@@ -40,8 +38,8 @@ def write_model(
         bundle: the bundle.
         name: the model's name.
         settings: how the bundle is run; `bundle` in it is set here.
-        files: how the bundle gets there. "link" makes hard links; a file on another file system is copied. "copy" copies.
-            "path" writes the bundle's absolute path into the configuration.
+        files: how the bundle gets there. "copy" copies it; "path" writes its absolute path into the configuration. Hard links
+            would make onnx refuse the bundle's weights from then on.
 
     Raises:
         BundleError: there is no bundle.
@@ -57,7 +55,7 @@ def write_model(
     (version / "model.py").write_text(MODEL_FILE, encoding="utf-8")
     (directory / CONFIG_NAME).write_text(config_text(name, settings), encoding="utf-8")
     if files != "path":
-        _place_files(bundle, version / place, files)
+        _copy_files(bundle, version / place)
 
 
 def is_model(directory: Path) -> bool:
@@ -110,21 +108,8 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _place_files(bundle: Path, target: Path, files: Placement) -> None:
+def _copy_files(bundle: Path, target: Path) -> None:
     target.mkdir()
     for file in bundle.iterdir():
-        if not file.is_file() or file.name.startswith("."):  # a temporary file of another run
-            continue
-        if files == "copy" or not _linked(file.resolve(), target / file.name):
+        if file.is_file() and not file.name.startswith("."):  # such a name has a temporary file of another run
             shutil.copyfile(file, target / file.name)
-
-
-def _linked(file: Path, target: Path) -> bool:
-    """Make a hard link. Returns False if the file system cannot."""
-    try:
-        os.link(file, target)
-    except OSError as error:
-        if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}:
-            raise
-        return False
-    return True
