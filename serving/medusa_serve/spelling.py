@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medusa_runtime import GenerationChunk, TextCodec, TokenLogprob
+from medusa_runtime import GenerationChunk, TextCodec, TokenLogprob, VerifiedDraft
 
 LOWEST = -9999.0  # what OpenAI writes for a probability of zero, which JSON has no number for
 
@@ -116,7 +116,7 @@ def told_step(index: int, chunk: GenerationChunk, texts: Sequence[str], speller:
     return {"index": index, "tokens": tokens, "draft": nodes}
 
 
-def _nodes(draft: Any, speller: Speller) -> list[Mapping[str, Any]]:
+def _nodes(draft: VerifiedDraft, speller: Speller) -> list[Mapping[str, Any]]:
     columns = (draft.token_ids, draft.parents, draft.depths, draft.probabilities, draft.sources)
     return [
         {

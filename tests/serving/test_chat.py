@@ -249,6 +249,8 @@ def test_the_last_message_can_go_on(server: Running) -> None:
         ({"chat_template_kwargs": {"no_such": 1}}, None, None),
         ({"medusa": {"drafts": True}}, "medusa.drafts", "invalid_value"),
         ({"medusa": {"tree": {"parents": [0]}}}, "medusa.tree", None),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "unsupported_parameter"),
+        ({"request_id": "a b"}, "request_id", "invalid_value"),
         ({"priority": 3}, "priority", "unsupported_parameter"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None, None),
@@ -265,6 +267,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert param is None or error["param"] == param
     assert code is None or error["code"] == code
     assert "pydantic" not in error["message"]
+
+
+def test_a_request_may_name_itself(server: Running) -> None:
+    response = server.chat(request_id="mine-1")
+    assert (response.headers["x-request-id"], response.json()["id"]) == ("mine-1", "chatcmpl-mine-1")
 
 
 def test_a_prompt_that_is_too_long_is_refused(server: Running) -> None:

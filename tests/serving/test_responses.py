@@ -115,3 +115,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Running, fields: dic
     error = response.json()["error"]
     assert response.status_code == 400, error
     assert error["param"].startswith(param), error
+
+
+def test_tokens_of_the_reasoning_are_counted(server: Running) -> None:
+    """The reasoning is as long as an answer may be, since the prompt opens it and the model never ends it."""
+    words = {"chat_template_kwargs": {"thinks": True}, "max_output_tokens": 12}
+    told = ask(server, **words)
+    [item] = told["output"]
+    assert item["type"] == "reasoning"
+    assert 0 < told["usage"]["output_tokens_details"]["reasoning_tokens"] <= 12
+    assert ask(server)["usage"]["output_tokens_details"]["reasoning_tokens"] == 0

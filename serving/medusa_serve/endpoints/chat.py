@@ -20,7 +20,7 @@ from medusa_serve.spelling import Speller, TokenTexts, told_step
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     asked = await read(request, ChatRequest)
-    call = Call.of(request, asked.model, "chatcmpl")
+    call = Call.of(request, asked.model, "chatcmpl", asked.request_id)
     call.record.streamed = bool(asked.stream)
     chat = ChatCall(call, asked)
     answers = await begin(call, lambda: [chat.prompt_ids()], chat.options())

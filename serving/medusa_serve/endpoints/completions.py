@@ -11,7 +11,6 @@ from starlette.responses import Response
 from medusa_runtime import Choice, GenerationChunk, GenerationResult
 from medusa_serve.answers import FINISH, Answers
 from medusa_serve.endpoints.shared import Call, as_event, begin, failed_event, read, stream, whole
-from medusa_serve.errors import ApiError
 from medusa_serve.protocol.completions import CompletionRequest
 from medusa_serve.spelling import Speller, TokenTexts, told_step
 
@@ -19,7 +18,7 @@ from medusa_serve.spelling import Speller, TokenTexts, told_step
 async def completions(request: Request) -> Response:
     """Continue texts."""
     asked = await read(request, CompletionRequest)
-    call = Call.of(request, asked.model, "cmpl")
+    call = Call.of(request, asked.model, "cmpl", asked.request_id)
     call.record.streamed = bool(asked.stream)
     completion = CompletionCall(call, asked)
     answers = await begin(call, completion.prompt_ids, completion.options())
@@ -35,13 +34,6 @@ class CompletionCall:
         self._call, self._asked = call, asked
         self._speller = Speller(call.lm.codec)
         self._scores_prompt = asked.echo and asked.logprobs is not None
-        if asked.stream and (self._scores_prompt or asked.prompt_logprobs is not None):
-            raise ApiError(
-                400,
-                "the prompt's log-probabilities cannot be streamed; leave 'stream' out",
-                param="logprobs" if self._scores_prompt else "prompt_logprobs",
-                code="unsupported_parameter",
-            )
 
     def prompt_ids(self) -> list[list[int]]:
         """The prompts' tokens."""

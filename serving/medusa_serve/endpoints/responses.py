@@ -80,11 +80,18 @@ class ResponseCall:
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": usage["prompt_tokens_details"],
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens()},
                 "total_tokens": usage["total_tokens"],
             },
             "metrics": self._call.metrics(),
         }
+
+    def _num_reasoning_tokens(self) -> int:
+        """Tokens of the reasoning, found by tokenising its text again: the model may have written it in others."""
+        texts = [part["text"] for item in self._items.done if item["type"] == "reasoning" for part in item["content"]]
+        tokenizer = self._call.lm.codec.tokenizer
+        count = sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+        return min(count, self._call.record.answer_tokens)
 
     def _object(self, status: str) -> dict[str, Any]:
         """The response's fields that do not depend on the answer."""

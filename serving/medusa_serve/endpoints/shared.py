@@ -50,7 +50,7 @@ class Call:
     num_logprobs: int = 0  # that the response may tell
 
     @classmethod
-    def of(cls, request: Request, model: str | None, prefix: str) -> Call:
+    def of(cls, request: Request, model: str | None, prefix: str, request_id: str | None = None) -> Call:
         """Look up the model.
 
         Raises:
@@ -67,6 +67,7 @@ class Call:
             )
         record: RequestRecord = request.state.record
         record.model = model or state.name
+        record.request_id = request_id or record.request_id
         return cls(state, lm, record, model or state.name, f"{prefix}-{record.request_id}"[:128], request)
 
     @property

@@ -43,6 +43,10 @@ class CompletionRequest(SamplingFields):
         refuse_unsupported(
             {
                 "best_of": (self.best_of not in (None, self.n), "ask for 'n' answers, and choose"),
+                "logprobs": (
+                    bool(self.stream and self.echo and self.logprobs is not None),
+                    "with 'echo', the prompt's log-probabilities cannot be streamed",
+                ),
                 "suffix": (bool(self.suffix), "the model only continues a text"),
                 "add_special_tokens": (not self.add_special_tokens, "give the prompt as token ids instead"),
             }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medusa_runtime import Manifest
-from medusa_serve.protocol.base import FieldError, Items, RequestBody, at_most, unsupported
+from medusa_serve.protocol.base import FieldError, Items, unsupported
 from medusa_serve.protocol.chat import Function, NamedFunction, NamedTool, Tool, ToolFields
 from medusa_serve.protocol.sampling import (
     ANY_OBJECT,
-    MAX_METADATA,
-    UNUSED,
     MedusaFields,
+    UnusedFields,
     default_temperature,
     refuse_unsupported,
 )
@@ -46,7 +45,7 @@ class TextOptions(_Part):
     """OpenAI's `text`."""
 
     format: TextFormat = TextFormat()
-    verbosity: Literal["low", "medium", "high"] | None = Field(None, description=UNUSED["verbosity"])
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="has no effect here: a hint for other models")
 
 
 class ResponseFunction(_Part):
@@ -80,7 +79,7 @@ class EventOptions(_Part):
     include_obfuscation: bool | None = Field(None, description="has no effect here")
 
 
-class ResponsesRequest(RequestBody):
+class ResponsesRequest(UnusedFields):
     """The body of `POST /v1/responses`."""
 
     model: str | None = Field(None, description="the model's name; omit for the one that is served")
@@ -111,11 +110,6 @@ class ResponsesRequest(RequestBody):
     conversation: str | dict[str, Any] | None = Field(None, description="not supported: nothing is stored")
     prompt: dict[str, Any] | None = Field(None, description="not supported: nothing is stored")
     top_logprobs: int | None = Field(None, description="not supported; use /v1/chat/completions")
-    user: str | None = Field(None, description=UNUSED["user"])
-    metadata: Annotated[dict[str, str], at_most(MAX_METADATA)] | None = Field(None, description=UNUSED["metadata"])
-    safety_identifier: str | None = Field(None, description=UNUSED["safety_identifier"])
-    prompt_cache_key: str | None = Field(None, description=UNUSED["prompt_cache_key"])
-    service_tier: Literal["auto", "default"] | None = Field(None, description=UNUSED["service_tier"])
 
     @model_validator(mode="after")
     def _supported(self) -> Self:

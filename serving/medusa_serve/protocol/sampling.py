@@ -11,19 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from medusa_runtime import CandidateTree, DynamicTree, Manifest, TreeError
 from medusa_serve.protocol.base import FieldError, Items, RequestBody, at_most, unsupported
 
+REQUEST_ID = r"^[A-Za-z0-9._:\-]{1,128}$"
 MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 64, 1000, 20
 MAX_TOKEN_IDS, MAX_METADATA = 4096, 1000  # items of the fields that name tokens, and of notes
 MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 32
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-UNUSED = {  # fields of OpenAI that change no answer; they are taken and not looked at
-    "user": "who the end user is",
-    "metadata": "notes of the client",
-    "safety_identifier": "who the end user is",
-    "prompt_cache_key": "a hint for caches",
-    "service_tier": "a price class",
-    "verbosity": "a hint for other models",
-}
 
 
 class _Part(BaseModel):
@@ -127,7 +120,17 @@ class StructuredOutputs(_Part):
     json_object: bool | None = None
 
 
-class SamplingFields(RequestBody):
+class UnusedFields(RequestBody):
+    """Fields of OpenAI that change no answer; they are taken and not looked at."""
+
+    user: str | None = Field(None, description="who the end user is")
+    metadata: Annotated[dict[str, str], at_most(MAX_METADATA)] | None = Field(None, description="notes of the client")
+    safety_identifier: str | None = Field(None, description="who the end user is")
+    prompt_cache_key: str | None = Field(None, description="a hint for caches")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="a price class")
+
+
+class SamplingFields(UnusedFields):
     """How an answer is decoded."""
 
     model: str | None = Field(None, description="the model's name; omit for the one that is served")
@@ -160,14 +163,11 @@ class SamplingFields(RequestBody):
     guided_regex: str | None = Field(None, description="a regular expression (vLLM)")
     guided_choice: Items[str] | None = Field(None, description="texts, one of which is the answer (vLLM)")
     guided_grammar: str | None = Field(None, description="a grammar in Lark's form or EBNF (vLLM)")
-    request_id: str | None = Field(None, max_length=256, description="a name of the request, for logs (vLLM)")
+    request_id: str | None = Field(
+        None, pattern=REQUEST_ID, description="the request's id in logs and in the response, as X-Request-Id (vLLM)"
+    )
     priority: int | None = Field(None, description="0 alone: requests are taken in their order (vLLM)")
     medusa: MedusaFields = MedusaFields()
-    user: str | None = Field(None, description=UNUSED["user"])
-    metadata: Annotated[dict[str, str], at_most(MAX_METADATA)] | None = Field(None, description=UNUSED["metadata"])
-    safety_identifier: str | None = Field(None, description=UNUSED["safety_identifier"])
-    prompt_cache_key: str | None = Field(None, description=UNUSED["prompt_cache_key"])
-    service_tier: Literal["auto", "default"] | None = Field(None, description=UNUSED["service_tier"])
 
     @model_validator(mode="after")
     def _honoured(self) -> Self:
@@ -181,6 +181,8 @@ class SamplingFields(RequestBody):
             raise FieldError("stream_options", "'stream_options' is given, and 'stream' is not true")
         if self.medusa.drafts and not self.stream:
             raise FieldError("medusa.drafts", "'medusa.drafts' needs 'stream': drafts are told with the chunks of an answer")
+        if self.prompt_logprobs is not None and self.stream:
+            raise unsupported("prompt_logprobs", "the prompt's log-probabilities cannot be streamed")
         structures = self._structures()
         if len(structures) > 1:
             first, second = list(structures)[:2]
