@@ -128,6 +128,23 @@ def test_other_layouts_are_refused_by_name(tmp_path: Path, settings: dict[str, A
         read_packed(tmp_path, settings)
 
 
+def test_torchao_names_the_kind_of_each_weight(tmp_path: Path) -> None:
+    weight = torch.from_numpy(_weight())
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round()
+    parts = {"layer._weight_qdata": codes.to(torch.int8), "layer._weight_scale": scale}
+    kinds = {"layer.weight": '{"_type": "Int8Tensor", "_data": {}}', "layer.bias": '{"_type": "Tensor"}', "format": "pt"}
+    save_file(parts | {"layer.bias": torch.ones(3)}, tmp_path / "model.safetensors", kinds)
+    found, files = read_packed(tmp_path, {"quant_method": "torchao"})
+    state = found.state(files)
+    assert state.keys() == {"layer.weight", "layer.bias"}
+    assert torch.equal(state["layer.weight"][...], codes * scale)
+    kinds["layer.weight"] = '{"_type": "Int4Tensor"}'
+    save_file(parts, tmp_path / "model.safetensors", kinds)
+    with pytest.raises(CheckpointError, match=r"layer\.weight is torchao's Int4Tensor, which is packed for GPU kernels"):
+        read_packed(tmp_path, {"quant_method": "torchao"})
+
+
 def test_sparse_weights_are_refused(tmp_path: Path) -> None:
     _saved(tmp_path, {"layer.weight.bitmask": torch.zeros(1), "layer.weight.compressed": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="stores weights sparsely"):

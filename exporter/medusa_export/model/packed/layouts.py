@@ -14,6 +14,7 @@ from medusa_export.model.packed.gptq import read_gptq
 from medusa_export.model.packed.microscaling import read_modelopt, read_mxfp4
 from medusa_export.model.packed.scaled_floats import read_scaled_floats
 from medusa_export.model.packed.tensors import PackedWeights, Tensors
+from medusa_export.model.packed.torchao import read_torchao
 from medusa_heads.errors import CheckpointError
 
 Reader = Callable[[Tensors, dict[str, Any]], PackedWeights]
@@ -28,8 +29,8 @@ READERS: dict[str, Reader] = {
     "modelopt": read_modelopt,
     "bitsandbytes": read_bitsandbytes,
     "bitnet": read_bitnet,
+    "torchao": read_torchao,
 }
-BY_PACKAGE = {"torchao": "torchao"}  # layouts that only a package can read -> the extra of medusa-export that has it
 
 
 def method_of(settings: dict[str, Any]) -> str:
@@ -66,5 +67,5 @@ def unreadable(source: str, method: str) -> str:
     """The message for a layout that is not known."""
     return (
         f"{source} holds weights quantised with {method or 'an unnamed method'}, which cannot be read; those that can: "
-        f"{', '.join(sorted([*READERS, *BY_PACKAGE]))}. Give the model before it was quantised"
+        f"{', '.join(sorted(READERS))}. Give the model before it was quantised"
     )
