@@ -18,13 +18,15 @@ PIECE_TOKENS = 512
 MOST_PIECES = 32
 
 
-def answered(engine: DecodingEngine, codec: TextCodec, prompts: Sequence[str]) -> tuple[list[list[int]], DecodingStats]:
+def answered(
+    engine: DecodingEngine, codec: TextCodec, prompts: Sequence[str | Sequence[int]]
+) -> tuple[list[list[int]], DecodingStats]:
     """Token ids of prompts with the model's greedy answers, and the statistics of decoding them."""
     stats, texts = DecodingStats(), []
     longest = engine.backend.manifest.limits.max_seq_len
     options = DecodingOptions(max_new_tokens=min(ANSWER_TOKENS, longest // 2))
     for prompt in prompts:
-        text = codec.encode(prompt)[: longest - longest // 2]
+        text = [*(codec.encode(prompt) if isinstance(prompt, str) else prompt)][: longest - longest // 2]
         for [step] in engine.generate([text], options=options, stats=stats):
             text = [*text, *step.token_ids]
         texts.append(text)

@@ -27,7 +27,7 @@ from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.drafting.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning
 from medusa_runtime.errors import BundleError, CapacityError, OptionError
 from medusa_runtime.options import DecodingOptions
-from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.token_ids import open_codec
 
 BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
 TOLERANCE = 0.15  # largest relative error of a prediction
@@ -88,7 +88,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
             cuda_graphs=options.cuda_graphs,
         )
     new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
-    codec = TextCodec(options.bundle)
+    codec = open_codec(options.bundle, manifest)
     prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
     run = _Run(backend, prompts, new_tokens, options.rounds, NGrams.of_bundle(options.bundle, manifest))
 
