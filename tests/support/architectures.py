@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.check import validate
 from medusa_export.quantize import QuantizeOptions, quantize_bundle
-from medusa_export.validate import validate
 from medusa_runtime.errors import MedusaError, first_line
 from tests.support.models import save_random_heads
 from tests.support.zoo import save_zoo_model
@@ -89,8 +89,8 @@ def _quantized(bundle: Path, model: Path, output: Path) -> str:
 
 
 def _built(bundle: Path, output: Path) -> str:
-    from medusa_export.trt.build import build_engines
-    from medusa_export.trt.options import EngineOptions
+    from medusa_export.engine.build import build_engines
+    from medusa_export.engine.engine_options import EngineOptions
 
     build_engines(
         EngineOptions(bundle, output, max_seq_len=64, max_prefill_tokens=32, max_tree_nodes=16, max_batch_size=2, opt_level=0)
