@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -104,9 +104,8 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     _name(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])
     _name(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
     _simplify(model)
-    state = backbone.model.state_dict()
     prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, prefix, lambda name: _torch_tensor(state[name.removeprefix("model.")], name))(model)
+    StampLayers(kinds, prefix, lambda name: _torch_tensor(_tensor_of(module, name), name))(model)
     return model
 
 
@@ -231,6 +230,14 @@ def _simplify(model: ir.Model) -> None:
 def _name(values: Any, names: list[str]) -> None:
     for value, name in zip(values, names, strict=True):
         value.name = name
+
+
+def _tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A tensor by its dotted name: a parameter, or a buffer, which a state dict may lack."""
+    tensor: Any = module
+    for part in name.split("."):
+        tensor = getattr(tensor, part)
+    return cast("torch.Tensor", tensor)
 
 
 def _torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
