@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
-from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from medusa_export.errors import ExportError
+from medusa_export.model.model_class import auto_class, is_multimodal, text_config
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
 from medusa_runtime.bundle.manifest import ModelFacts, Precision
@@ -42,7 +42,12 @@ class Backbone:
     @property
     def config(self) -> Any:
         """The text model's configuration."""
-        return self.model.config.get_text_config()
+        return text_config(self.model.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the checkpoint has parts besides its text decoder, which are left out."""
+        return is_multimodal(self.model.config)
 
     @cached_property
     def layer_types(self) -> list[str]:
@@ -155,8 +160,11 @@ def load_backbone(
     dtype = DTYPES[precision]
     _require_generation_config(Path(place))
     _quiet()
+    config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
+    _require_plain_positions(source, text_config(config))
+    loader = auto_class(source, config)
     try:
-        model, loaded = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
+        model, loaded = loader.from_pretrained(
             place,
             dtype=dtype,
             attn_implementation=attention,
@@ -172,10 +180,17 @@ def load_backbone(
             raise unsupported(source) from error
         raise CheckpointError(_reason(source, error)) from error
     _require_complete(source, loaded)
-    _require_plain_positions(source, model.config.get_text_config())
     if quantization is None:
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype)
+
+
+def _load_config(source: str, place: str, **options: Any) -> Any:
+    options.pop("quantization_config", None)
+    try:
+        return AutoConfig.from_pretrained(place, **options)
+    except Exception as error:  # as in `load_backbone`
+        raise CheckpointError(_reason(source, error)) from error
 
 
 def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone:
