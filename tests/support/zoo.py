@@ -192,10 +192,11 @@ def tiny_settings(model_type: str) -> dict[str, Any]:
     if "kv_lora_rank" in settings:  # each head has its own key, made from the latent
         settings["num_key_value_heads"] = settings["num_attention_heads"]
         settings["head_dim"] = settings["qk_rope_head_dim"]
-    if settings.get("use_sliding_window") or (
-        "sliding_window" in settings and set(settings.get("layer_types") or ()) == {FULL}
-    ):
-        settings |= {"layer_types": [FULL, FULL, SLIDING, SLIDING], "sliding_window": WINDOW}
+    layer_types = set(settings.get("layer_types") or ())
+    if layer_types == {FULL} and hasattr(default, "sliding_window"):
+        settings["layer_types"] = [FULL, FULL, SLIDING, SLIDING]
+    if "use_sliding_window" in settings or SLIDING in (settings.get("layer_types") or ()):
+        settings["sliding_window"] = WINDOW
     settings |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return settings | EXCEPTIONS.get(model_type, {})
 
