@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": MAX_POSITIONS,
     # attention that reads only a part
     "sliding_window": WINDOW, "local_attention": 2 * WINDOW, "window_size": WINDOW, "attention_chunk_size": WINDOW,
-    "use_sliding_window": True, "max_window_layers": 2, "index_topk": WINDOW, "index_n_heads": 2, "index_head_dim": 16,
+    "use_sliding_window": True, "max_window_layers": 2, "index_topk": 128, "index_n_heads": 2, "index_head_dim": 16,
     "index_block_size": 4, "index_topk_blocks": 2,
     # latent attention
     "kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
@@ -93,7 +93,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "head_dim": 64,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
-    "doge": {"keep_window_size": WINDOW},
+    "doge": {"keep_window_size": 128},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "gemma3n_text": {
         "layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2, "laurel_rank": 8,

@@ -29,6 +29,8 @@ MAX_REASON = 300  # most characters quoted from another library's message
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
+SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
+SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
 
 @dataclass
@@ -60,9 +62,10 @@ class Backbone:
         types = getattr(config, "layer_types", None)
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
+        types = [FULL if kind == SELECTING else kind for kind in types]
         if unknown := set(types) - {FULL, SLIDING}:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
-        return list(types)
+        return types
 
     @property
     def sliding_window(self) -> int | None:
@@ -76,9 +79,10 @@ class Backbone:
         """The longest sequence that a cache can serve.
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
-        cache cannot follow that, so the limit is that length.
+        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
         """
         longest = int(self._setting("max_position_embeddings"))
+        longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")

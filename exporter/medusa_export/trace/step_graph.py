@@ -26,6 +26,7 @@ from medusa_export.passes.portable.fuse_rotary import FuseRotary
 from medusa_export.passes.portable.simplify import Simplify
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_module import StepModule
 from medusa_heads.modules import MedusaHeads, root_states
@@ -76,7 +77,7 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     }
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
-    with only_layers(layers, traced):
+    with only_layers(layers, traced), selecting_all(backbone.model):
         model = _export(
             facts.architecture,
             module,
