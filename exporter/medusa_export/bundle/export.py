@@ -84,6 +84,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
         )
         text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
     text.check(backbone)
+    if backbone.is_multimodal:
+        note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
     generation = _generation(backbone)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, options.heads)

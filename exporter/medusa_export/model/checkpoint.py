@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import AutoConfig, PreTrainedModel
 
@@ -17,6 +16,7 @@ from medusa_export.errors import ExportError
 from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
 from medusa_export.model.library_messages import quiet_libraries, reason
 from medusa_export.model.loaded_weights import check_unused, require_complete, require_finite, resized_rows
+from medusa_export.model.model_class import auto_class, is_multimodal, text_config
 from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
@@ -27,12 +27,10 @@ from medusa_runtime.bundle.manifest import ModelFacts, Precision
 from medusa_runtime.errors import MedusaError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TESTED_ARCHITECTURES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt2",
-    "gpt_neox", "starcoder2", "stablelm", "cohere2",
-)  # fmt: skip
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
+SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
+SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
 
 @dataclass
@@ -47,7 +45,12 @@ class Backbone:
     @property
     def config(self) -> Any:
         """The text model's configuration."""
-        return self.model.config.get_text_config()
+        return text_config(self.model.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the checkpoint has parts besides its text decoder, which are left out."""
+        return is_multimodal(self.model.config)
 
     @cached_property
     def layer_types(self) -> list[str]:
@@ -60,9 +63,10 @@ class Backbone:
         types = getattr(config, "layer_types", None)
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
+        types = [FULL if kind == SELECTING else kind for kind in types]
         if unknown := set(types) - {FULL, SLIDING}:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
-        return list(types)
+        return types
 
     @property
     def sliding_window(self) -> int | None:
@@ -76,9 +80,10 @@ class Backbone:
         """The longest sequence that a cache can serve.
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
-        cache cannot follow that, so the limit is that length.
+        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
         """
         longest = int(self._setting("max_position_embeddings"))
+        longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -161,8 +166,11 @@ def load_backbone(
             options["quantization_config"] = quantization
         _require_generation_config(Path(place))
         options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        config = _load_config(source, place, options)
+        _require_plain_positions(source, text_config(config))
+        loader = auto_class(source, config)
         try:
-            model, loaded, integers = _load(source, place, options)
+            model, loaded, integers = _load(source, place, loader, options)
         except MedusaError:
             raise
         except Exception as error:  # a damaged checkpoint can make the library raise anything
@@ -172,28 +180,29 @@ def load_backbone(
                 raise unsupported(source) from error
             raise CheckpointError(reason(source, error)) from error
     require_complete(source, loaded)
-    check_unused(source, loaded["unexpected_keys"], model.config.get_text_config())
+    check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
         require_finite(source, model)
-    _require_plain_positions(source, model.config.get_text_config())
     if quantization is None:
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype, integers)
 
 
-def _load(source: str, place: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
+def _load(
+    source: str, place: str, loader: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
     """The model, what Transformers says about its loading, and the weights that are stored as integers."""
-    model, loaded, integers = _load_once(place, options)
-    config = model.config
-    if (rows := resized_rows(loaded, config.get_text_config().vocab_size)) is not None:
-        note(f"the embedding of {source} has {rows} rows, config.json says {config.get_text_config().vocab_size}; all are used")
-        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
-        config.get_text_config().vocab_size = rows
-        model, loaded, integers = _load_once(place, options | {"config": config})
+    model, loaded, integers = _load_once(place, loader, options)
+    said = text_config(model.config).vocab_size
+    if (rows := resized_rows(loaded, said)) is not None:
+        note(f"the embedding of {source} has {rows} rows, config.json says {said}; all are used")
+        config = _load_config(source, place, options)
+        text_config(config).vocab_size = rows
+        model, loaded, integers = _load_once(place, loader, options | {"config": config})
     return model, loaded, integers
 
 
-def _load_once(place: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
+def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
     options = options | {"ignore_mismatched_sizes": True}  # so that they are listed, see `require_complete`
     if "quantization_config" not in options:
         files = {name: read_settings(place, name) for name in SETTINGS_FILES}
@@ -202,9 +211,16 @@ def _load_once(place: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
             if unpacked.note:
                 note(unpacked.note)
             return unpacked.model, unpacked.loaded, unpacked.integers
-    classes = TasksManager.get_model_class_for_task("text-generation")
-    model, loaded = classes.from_pretrained(place, output_loading_info=True, **options)
+    model, loaded = loader.from_pretrained(place, output_loading_info=True, **options)
     return model, loaded, {}
+
+
+def _load_config(source: str, place: str, options: dict[str, Any]) -> Any:
+    known = {name: options[name] for name in ("gguf_file", "trust_remote_code") if name in options}
+    try:
+        return AutoConfig.from_pretrained(place, **known)
+    except Exception as error:  # as in `load_backbone`
+        raise CheckpointError(reason(source, error)) from error
 
 
 def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone:
@@ -246,8 +262,7 @@ def _rope_settings(config: Any) -> list[dict[str, Any]]:
 
 def unsupported(what: str, detail: str = "its attention cannot be replaced") -> ExportError:
     """The error to raise for an architecture that cannot be traced."""
-    known = ", ".join(TESTED_ARCHITECTURES)
-    return ExportError(f"{what} is not supported ({detail}); known to work: {known}")
+    return ExportError(f"{what} is not supported: {detail} (docs/architectures.md lists what is)")
 
 
 def _forget_quantization(model: Any) -> None:

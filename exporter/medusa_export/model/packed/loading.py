@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from medusa_export.model.packed.layouts import read_packed
 from medusa_export.model.packed.tensors import LazyIntegers, Readable
@@ -85,7 +84,7 @@ def load_packed(
     for part in (config, config.get_text_config()):
         for name in SETTINGS:
             part.__dict__.pop(name, None)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None))
     if model_class is None:
         raise CheckpointError(f"{directory} is packed, and its model type {config.model_type} is none that can be unpacked")
     errors: list[CheckpointError] = []
