@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+from medusa_runtime.text.codec import Prompt
+
 NUM_TOKENS = 32  # of a prompt of token ids
 
 PROMPTS = (
@@ -25,3 +27,8 @@ def token_prompts(vocab_size: int) -> dict[str, list[int]]:
         f"token ids {number}": [chosen.randrange(vocab_size) for _ in range(NUM_TOKENS)]
         for number in range(1, len(PROMPTS) + 1)
     }
+
+
+def label(prompt: Prompt) -> str:
+    """A prompt's text, to name it in a report."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)

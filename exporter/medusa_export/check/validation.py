@@ -10,7 +10,7 @@ import torch
 
 from medusa_export.bundle.export import require_matching
 from medusa_export.bundle.tree_shapes import paths, pruned
-from medusa_export.check.builtin_prompts import PROMPTS, token_prompts
+from medusa_export.check.builtin_prompts import PROMPTS, label, token_prompts
 from medusa_export.check.compare import divergences, first_divergence, logits_difference
 from medusa_export.check.sides import BundleSide, Reference, ReferenceSide, by_target, runnable_bundle
 from medusa_export.check.validation_report import (
@@ -34,6 +34,7 @@ from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME, GenerationFacts
 from medusa_runtime.errors import MedusaError, OptionError
 from medusa_runtime.options import with_defaults
+from medusa_runtime.text.codec import Prompt
 from medusa_runtime.text.token_ids import open_codec
 
 DEFAULT_NEW_TOKENS = 48
@@ -45,7 +46,7 @@ def validate(
     reference: str,
     *,
     heads: Path | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[Prompt] = PROMPTS,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     backend: str = AUTO,
     device: str = AUTO,
@@ -99,7 +100,7 @@ def validate(
             if not manifest.has_text and prompts is PROMPTS:
                 encoded = {name: ids[:longest] for name, ids in token_prompts(manifest.model.vocab_size).items()}
             else:
-                encoded = {text: codec.encode(text)[:longest] for text in prompts}
+                encoded = {label(prompt): codec.encode(prompt)[:longest] for prompt in prompts}
             with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):
                 report.notes += notes
                 if given is not None and report.quantization is not None:
@@ -137,11 +138,17 @@ def record(bundle: Path, report: ValidationReport) -> None:
 
     Raises:
         ValidationMismatchError: a check failed.
+        MedusaError: the report cannot be written; the bundle then does not count as validated.
     """
-    write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     manifest = Manifest.load(bundle)
     manifest.validation = report.facts()
-    manifest.save(bundle)
+    try:
+        write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+        manifest.save(bundle)
+    except OSError as error:
+        report.show(console)
+        reason = f"{error.filename or bundle / REPORT_NAME}: {error.strerror or error}"
+        raise MedusaError(f"{bundle} is not validated: the result cannot be written ({reason})") from error
     report.show(console)
     if report.status == "failed":
         failed = ", ".join(manifest.validation.summary["failed_checks"])

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from medusa_export.bundle.export import ExportOptions, export_bundle
 from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.builtin_prompts import token_prompts
 from medusa_export.check.quality import compare
@@ -31,7 +32,7 @@ from medusa_runtime.backends.choosing import open_backend
 from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest, QuantizationFacts, Scheme, ValidationFacts, file_facts
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.errors import BundleError, OptionError
-from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME, Prompt
 from medusa_runtime.text.token_ids import open_codec
 
 SMOOTHING = 0.5  # best in the paper for models like Llama, and in our measurements for SmolLM2
@@ -91,7 +92,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         raise OptionError("--calibration-prompts only applies to --scheme int8 with --activation-bits 8; leave it out")
     quality_prompts = _prompts(options.quality_prompts, QUALITY_PROMPTS, source)
     calibration_prompts = _prompts(options.calibration_prompts, CALIBRATION_PROMPTS, source)
-    graphs = {name: ir.load(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
+    graphs = {name: read_graph(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
     before = open_backend(options.bundle, source, "ort-cpu")
     ngrams = NGrams.of_bundle(options.bundle, source)
     engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
@@ -141,7 +142,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     return manifest
 
 
-def _prompts(path: Path | None, usual: Sequence[str], source: Manifest) -> Sequence[str | list[int]]:
+def _prompts(path: Path | None, usual: Sequence[str], source: Manifest) -> Sequence[Prompt | list[int]]:
     """The prompts of a file, or else the usual ones, or else token ids for a bundle without a tokenizer."""
     if path is not None:
         return read_prompts(path)
@@ -184,7 +185,7 @@ def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> d
     """Measure on texts the largest magnitude per channel of each activation that can be smoothed."""
     import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
 
-    model = ir.load(bundle / source.graphs[STEP].file)
+    model = read_graph(bundle / source.graphs[STEP].file)
     found = junctions(model)
     names = with_maxima(model, found)
     if not names:

@@ -62,6 +62,8 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     }
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
+    for layer in traced:  # their weights may be in the precision that they are stored in
+        layers[layer].to(backbone.dtype)
     with only_layers(layers, traced), selecting_all(backbone.model):
         model = export_module(
             facts.architecture,
@@ -91,5 +93,5 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
     simplify(model)
     prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
+    StampLayers(kinds, prefix, lambda name: torch_tensor(tensor_of(module, name), name, backbone.dtype))(model)
     return model
