@@ -33,6 +33,11 @@ class CacheTensor:
         return PRESENT + self.name
 
     @property
+    def part(self) -> str:
+        """What it holds of its layer, such as ``key``."""
+        return self.name.partition(".")[2]
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of a number."""
         return ITEM_BYTES[self.dtype]
