@@ -19,7 +19,8 @@ from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.profiles import Profile, heads_profiles, largest_sizes, step_profiles
 from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
 from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights
-from medusa_export.passes.tensorrt.specialize import CAPACITY_AXIS, PAST_PREFIX, specialize
+from medusa_export.passes.tensorrt.specialize import specialize
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, Limits, Manifest, TensorFacts
 
 
@@ -48,7 +49,7 @@ class Design:
             AcceptGreedily()(model)
         if (weights := self.options.weights) != "as-is":
             eight_bits = name == HEADS and weights == "int4"  # 4 bits hurt the heads most
-            QuantizeEngineWeights("int8" if eight_bits else weights, self.source.model.vocab_size)(model)
+            QuantizeEngineWeights("int8" if eight_bits else weights)(model)
         return model
 
     def plan_sizes(self) -> dict[str, int]:
@@ -99,7 +100,7 @@ def design_engines(options: EngineOptions) -> Design:
 
 def plan_facts(portable: GraphFacts, name: str, target: str, capacity: int) -> GraphFacts:
     """The facts of the engine built from a portable graph: the same, except for a static capacity."""
-    symbols = {tensor.shape[CAPACITY_AXIS] for tensor in portable.inputs if tensor.name.startswith(PAST_PREFIX)}
+    symbols = {tensor.shape[CAPACITY_AXIS] for tensor in portable.inputs if tensor.name.startswith(PAST)}
 
     def fixed(tensor: TensorFacts) -> TensorFacts:
         return tensor.model_copy(update={"shape": [capacity if size in symbols else size for size in tensor.shape]})

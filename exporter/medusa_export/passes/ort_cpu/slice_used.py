@@ -5,8 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from medusa_export.passes.common.values import constant
-
-CAPACITY_AXIS = 2  # of a cache tensor: [B, Hkv, S, D]
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 
 
 class UsedEntries(ir.passes.InPlacePass):
@@ -35,15 +34,19 @@ class UsedEntries(ir.passes.InPlacePass):
             node.outputs[0].replace_all_uses_with(used)
         graph.insert_before(graph[0], tape.nodes)
         zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
+        cuts: dict[ir.Value, ir.Value] = {}  # layers that share keys and values share their slices too
         for node in attentions:
             for place in (1, 2):
                 cache = node.inputs[place]
                 assert cache is not None
-                cut = ir.node("Slice", [cache, zero, used, axis])
-                cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
-                cut.outputs[0].type = cache.type
-                graph.insert_before(node, cut)
-                node.replace_input_with(place, cut.outputs[0])
+                if cache not in cuts:
+                    cut = ir.node("Slice", [cache, zero, used, axis])
+                    cuts[cache] = cut.outputs[0]
+                    cut.outputs[0].type = cache.type
+                    if cache.shape is not None:
+                        cut.outputs[0].shape = ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
+                    graph.insert_before(node, cut)
+                node.replace_input_with(place, cuts[cache])
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -54,6 +57,6 @@ def _is_cache(value: ir.Value | None) -> bool:
 
 def _is_capacity(node: ir.Node) -> bool:
     """Whether a node reads only the capacity from a cache input's shape."""
-    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith("past."):
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1
