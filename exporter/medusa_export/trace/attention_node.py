@@ -13,7 +13,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 ATTENTION_NAME = "medusa_onnx"
-HARMLESS = frozenset({"position_ids", "cache_position"})  # arguments that do not change the result
+# Arguments that do not change the result. Selected tokens (``indices``) are all of them, see `medusa_export.trace.selection`.
+HARMLESS = frozenset({"position_ids", "cache_position", "indices"})
 MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 

@@ -21,6 +21,7 @@ class ScatterCache:
     """
 
     is_compileable = False
+    is_initialized = True  # so that no prompt is taken for the first part of one
 
     def __init__(self, past: dict[str, torch.Tensor], cache_lengths: torch.Tensor) -> None:
         self.past = past
@@ -37,6 +38,11 @@ class ScatterCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache the keys and values of new tokens, [B, Hkv, T, D]. Returns those of all entries, [B, Hkv, S, D]."""
         return self.write(f"{layer}.key", key), self.write(f"{layer}.value", value)
+
+    @staticmethod
+    def update_indexer(key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What scores the tokens to select is not cached; see `medusa_export.trace.selection`."""
+        return key
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Cache what a layer keeps of new tokens. [B, H, T, D] -> [B, H, S, D]"""

@@ -13,9 +13,10 @@ from medusa_export.model.checkpoint import Backbone, unsupported
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
 from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_module import StepModule
-from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, torch_tensor
+from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
 from medusa_runtime.bundle.cache_layout import BATCH_AXIS, CAPACITY_AXIS, CacheTensor
 
 STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
@@ -63,7 +64,7 @@ def _trace_kinds(
     past = {tensor.name: torch.zeros(tensor.shape(batch, capacity), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in tensors}
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
-    with only_layers(layers, traced):
+    with only_layers(layers, traced), selecting_all(backbone.model):
         model = export_module(
             backbone.facts.architecture,
             module,
@@ -91,7 +92,6 @@ def _trace_kinds(
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])
     simplify(model)
-    state = backbone.model.state_dict()
     prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(state[name.removeprefix("model.")], name))(model)
+    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
     return model
