@@ -112,8 +112,11 @@ class Backbone:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """Shapes and special tokens, under one set of names for all architectures."""
-        config = self.config
+        """Shapes and special tokens, under one set of names for all architectures.
+
+        What differs by layer is that of the first one, for people to read; the graphs' inputs say what each layer caches.
+        """
+        config = self.config.per_layer_config[0]
         try:
             normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         except KeyError:  # the type uses the usual names

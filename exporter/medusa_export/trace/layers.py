@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_export.errors import ExportError
+from medusa_runtime.bundle.cache_layout import CacheTensor
 
 MARKER_DOMAIN = "medusa.trace"
 PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
@@ -40,11 +41,20 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     return max(found, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
 
 
-def layer_kinds(layers: torch.nn.ModuleList, layer_types: list[str]) -> list[list[int]]:
-    """Group the indices of layers with the same modules, shapes and settings, such as [[0, 2, 4], [1, 3, 5]]."""
+def layer_kinds(
+    layers: torch.nn.ModuleList, layer_types: list[str], cached: Sequence[Sequence[CacheTensor]]
+) -> list[list[int]]:
+    """Group the indices of layers with the same modules, shapes, settings and cache, such as [[0, 2, 4], [1, 3, 5]].
+
+    Args:
+        layers: the decoder's.
+        layer_types: the kind of attention of each layer.
+        cached: the tensors that each layer caches.
+    """
     kinds: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault((layer_types[index], _signature(layer)), []).append(index)
+        cache = tuple((tensor.part, tensor.kind) for tensor in cached[index])
+        kinds.setdefault((layer_types[index], cache, _signature(layer)), []).append(index)
     return list(kinds.values())
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.common.values import constant
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 
 
 class UsedEntries(ir.passes.InPlacePass):
@@ -49,6 +49,6 @@ class UsedEntries(ir.passes.InPlacePass):
 
 def _is_capacity(node: ir.Node) -> bool:
     """Whether a node reads only the capacity from a cache input's shape."""
-    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST_PREFIX):
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1
