@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_export.model.checkpoint import FULL, SLIDING
+from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.scatter_cache import ScatterCache
 
 
@@ -84,7 +85,7 @@ def _only_rows(model: PreTrainedModel, logit_rows: torch.Tensor) -> Iterator[lis
     Most models call their base model, whose result is picked from. Some call the decoder in it.
     """
     rows: list[torch.Tensor] = []
-    base, decoder = model.base_model, model.get_decoder()
+    base, decoder = model.base_model, text_decoder(model)
     running: list[bool] = []
 
     def begin(*_: Any) -> None:
