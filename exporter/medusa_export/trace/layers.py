@@ -20,7 +20,7 @@ class NoLayersError(Exception):
     """A decoder does not run one list of layers, each of them once."""
 
 
-def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+def text_decoder(model: PreTrainedModel) -> torch.nn.Module:
     """The part of a model that runs the layers: the model without its LM head, and without the parts that read images."""
     decoder = model.get_decoder()
     return decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # some call their LM head "decoder"

@@ -42,7 +42,7 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
     try:
         list_name, layers = decoder_layers(backbone.model)
-        cached = cached_tensors(backbone, module, layers)
+        cached = cached_tensors(backbone, module, list(layers))
     except NoLayersError as error:
         report(f"{error}, so the model is traced as a whole, which takes longer")
         model = _trace_whole(backbone, module, opset)
