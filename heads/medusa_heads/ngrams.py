@@ -68,7 +68,7 @@ def draft_ngrams(
         The n-grams, or None if no answer has three tokens.
     """
     try:
-        ngrams = count(training, heads.config.vocab_size)
+        ngrams = count(training, heads.vocab_size)
     except OptionError:
         return None
     if held_states is None:
