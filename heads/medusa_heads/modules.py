@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -162,7 +161,12 @@ class MedusaHeads(nn.Module):
         return self.config.vocab_size
 
     def forward(
-        self, hidden: torch.Tensor, lm_head: Any, root_ids: torch.Tensor | None = None, embedding: Any = None
+        self,
+        hidden: torch.Tensor,
+        lm_head: Any,
+        root_ids: torch.Tensor | None = None,
+        embedding: Any = None,
+        guesses: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of every head. Tokens that the LM heads have no row for have the logit -inf.
 
@@ -171,6 +175,7 @@ class MedusaHeads(nn.Module):
             lm_head: the backbone's LM head, for heads that share it and for embeddings of the root.
             root_ids: the tokens decided from these states, for heads that read them. [N]
             embedding: the backbone's input embedding, for Hydra heads.
+            guesses: the tokens that Hydra heads read after the root; by default the likeliest of the heads before. [N, K - 1]
 
         Returns:
             [N, K, V]
@@ -178,7 +183,7 @@ class MedusaHeads(nn.Module):
         if self.config.kind == "hydra" and (embedding is None or root_ids is None):
             raise ValueError("Hydra heads read tokens; give root_ids and the backbone's input embedding")
         roots = embedding(root_ids) if self.config.kind == "hydra" else self.roots(root_ids, lm_head)
-        logits = self.logits(hidden, lm_head, roots, embedding)
+        logits = self.logits(hidden, lm_head, roots, embedding, guesses)
         if not self.config.draft_rows:
             return logits
         spread = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
@@ -189,20 +194,16 @@ class MedusaHeads(nn.Module):
         hidden: torch.Tensor,
         lm_head: nn.Module,
         roots: torch.Tensor | None,
-        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        embedding: Any = None,
+        guesses: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Like `forward`, for the rows that the LM heads have. [N, C], [N, C] -> [N, K, V]
 
-        Args:
-            hidden: see `forward`.
-            lm_head: see `forward`.
-            roots: the embeddings of the roots: the result of `roots`, or for Hydra the backbone's.
-            embed: the backbone's input embedding, for Hydra. [N] -> [N, C]
+        roots: the embeddings of the roots; the result of `roots`, or for Hydra heads the backbone's.
         """
         if self.config.kind == "hydra":
             assert roots is not None
-            assert embed is not None
-            return self._chain(hidden, lm_head, roots, embed)
+            return self._chain(hidden, lm_head, roots, embedding, guesses)
         features = torch.stack([head(hidden, roots) for head in self.heads], dim=1)  # [N, K, C]
         if self.config.shared_lm_head or self.lm_head is not None:
             logits: torch.Tensor = (self.lm_head or lm_head)(features)
@@ -210,14 +211,15 @@ class MedusaHeads(nn.Module):
         return self._scaled(torch.stack([head.lm_head(features[:, k]) for k, head in enumerate(self.heads)], dim=1))
 
     def _chain(
-        self, hidden: torch.Tensor, lm_head: nn.Module, roots: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+        self, hidden: torch.Tensor, lm_head: nn.Module, roots: torch.Tensor, embedding: Any, guesses: torch.Tensor | None
     ) -> torch.Tensor:
-        """Hydra along the path of best guesses: head k reads the root and the likeliest tokens of the heads before it."""
+        """Hydra along one path: head k reads the root and a token of each head before it."""
         read, found = roots, []
-        for head in self.heads:
+        for k, head in enumerate(self.heads):
             found.append(self._scaled((head.lm_head or self.lm_head or lm_head)(head(hidden, read))))  # [N, V]
-            if len(found) < len(self.heads):
-                read = torch.cat((read, embed(found[-1].argmax(-1))), -1)
+            if k < len(self.heads) - 1:
+                token_ids = found[-1].argmax(-1) if guesses is None else guesses[:, k]
+                read = torch.cat((read, embedding(token_ids)), -1)
         return torch.stack(found, dim=1)
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:

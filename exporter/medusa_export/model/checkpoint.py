@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedT
 from transformers.utils import logging as transformers_logging
 
 from medusa_export.errors import ExportError
+from medusa_export.model.merged_config import merged_config
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
 from medusa_runtime.bundle.manifest import ModelFacts, Precision
@@ -288,7 +289,8 @@ def _resolve(source: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if path.is_file():
         raise CheckpointError(f"{source} is a file but not a GGUF file; give a directory, a hub id or a GGUF file")
-    return source, {}
+    config = merged_config(source)
+    return source, {} if config is None else {"config": config}
 
 
 def _reason(source: str, error: BaseException, part: str = "model") -> str:

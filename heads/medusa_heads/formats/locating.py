@@ -15,6 +15,11 @@ SMALL = (CONFIG_NAME, VOCABULARY_NAME, *INDEX_FILES, *(name for name in BESIDE i
 MAX_REASON = 200  # most characters quoted from the hub library's message
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Whether something that is no local path may be the name of a repository on the hub."""
+    return not Path(source).exists() and HUB_ID.fullmatch(str(source)) is not None
+
+
 def locate(source: str | Path) -> Path:
     """The path of heads. A hub id's files are fetched to the hub's cache: those of heads alone if there are any, or else all.
 
@@ -24,7 +29,7 @@ def locate(source: str | Path) -> Path:
     if Path(source).exists():
         return Path(source)
     name = str(source)
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(source):
         raise CheckpointError(f"there are no heads at {source}; make some with: medusa-export heads init MODEL -o {source}")
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - imported only if it is needed
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
