@@ -219,6 +219,8 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
 
 def _load_config(source: str, place: str, **options: Any) -> Any:
     options.pop("quantization_config", None)
+    if "config" in options:
+        return options["config"]
     try:
         return AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # as in `load_backbone`
