@@ -112,8 +112,11 @@ class Backbone:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """Shapes and special tokens, under one set of names for all architectures."""
-        config = self.config
+        """Shapes and special tokens, under one set of names for all architectures.
+
+        What differs by layer is that of the first one, for people to read; the graphs' inputs say what each layer caches.
+        """
+        config = self.config.per_layer_config[0]
         try:
             normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         except KeyError:  # the type uses the usual names
@@ -162,13 +165,13 @@ def load_backbone(
     dtype = DTYPES[precision]
     quiet_libraries()
     with opened(source) as (place, options):
-        if quantization is not None:
-            options["quantization_config"] = quantization
         _require_generation_config(Path(place))
-        options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
-        config = _load_config(source, place, options)
+        config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
         _require_plain_positions(source, text_config(config))
         loader = auto_class(source, config)
+        if quantization is not None:
+            options["quantization_config"] = quantization
+        options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
         try:
             model, loaded, integers = _load(source, place, loader, options)
         except MedusaError:
@@ -183,7 +186,6 @@ def load_backbone(
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
         require_finite(source, model)
-    if quantization is None:
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype, integers)
 
@@ -193,10 +195,10 @@ def _load(
 ) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
     """The model, what Transformers says about its loading, and the weights that are stored as integers."""
     model, loaded, integers = _load_once(place, loader, options)
-    said = text_config(model.config).vocab_size
-    if (rows := resized_rows(loaded, said)) is not None:
-        note(f"the embedding of {source} has {rows} rows, config.json says {said}; all are used")
-        config = _load_config(source, place, options)
+    config = model.config
+    if (rows := resized_rows(loaded, text_config(config).vocab_size)) is not None:
+        note(f"the embedding of {source} has {rows} rows, config.json says {text_config(config).vocab_size}; all are used")
+        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
         text_config(config).vocab_size = rows
         model, loaded, integers = _load_once(place, loader, options | {"config": config})
     return model, loaded, integers
@@ -215,10 +217,12 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
     return model, loaded, {}
 
 
-def _load_config(source: str, place: str, options: dict[str, Any]) -> Any:
-    known = {name: options[name] for name in ("gguf_file", "trust_remote_code") if name in options}
+def _load_config(source: str, place: str, **options: Any) -> Any:
+    options.pop("quantization_config", None)
+    if "config" in options:
+        return options["config"]
     try:
-        return AutoConfig.from_pretrained(place, **known)
+        return AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # as in `load_backbone`
         raise CheckpointError(reason(source, error)) from error
 

@@ -84,7 +84,8 @@ def load_packed(
     for part in (config, config.get_text_config()):
         for name in SETTINGS:
             part.__dict__.pop(name, None)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None))
+    classes = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    model_class: Any = next((known[type(config)] for known in classes if type(config) in known), None)
     if model_class is None:
         raise CheckpointError(f"{directory} is packed, and its model type {config.model_type} is none that can be unpacked")
     errors: list[CheckpointError] = []
