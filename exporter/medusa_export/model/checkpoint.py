@@ -20,6 +20,7 @@ from medusa_export.model.model_class import auto_class, is_multimodal, text_conf
 from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
+from medusa_export.model.stored_dtype import stored_dtype
 from medusa_export.progress import note
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
@@ -143,6 +144,7 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
+    layers_as_stored: bool = False,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -153,6 +155,8 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
+        layers_as_stored: with fp32, leave weights in the half precision that the files hold them in, mapped from the files. The
+            caller casts them: see `medusa_export.trace.stored_layers`.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
@@ -171,7 +175,8 @@ def load_backbone(
         loader = auto_class(source, config)
         if quantization is not None:
             options["quantization_config"] = quantization
-        options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        stored = stored_dtype(Path(place)) if layers_as_stored and precision == "fp32" and not options else None
+        options |= {"dtype": stored or dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
         try:
             model, loaded, integers = _load(source, place, loader, options)
         except MedusaError:
@@ -185,7 +190,7 @@ def load_backbone(
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
-        require_finite(source, model)
+        require_finite(source, model, as_stored=stored is not None)
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype, integers)
 

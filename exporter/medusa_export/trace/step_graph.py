@@ -16,6 +16,7 @@ from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kind
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_module import StepModule
+from medusa_export.trace.stored_layers import as_if_cast, cast_whole
 from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
 from medusa_runtime.bundle.cache_layout import BATCH_AXIS, CAPACITY_AXIS, CacheTensor
 
@@ -42,7 +43,8 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
     try:
         list_name, layers = decoder_layers(backbone.model)
-        cached = cached_tensors(backbone, module, list(layers))
+        with as_if_cast(layers, backbone.dtype):
+            cached = cached_tensors(backbone, module, list(layers))
     except NoLayersError as error:
         report(f"{error}, so the model is traced as a whole, which takes longer")
         model = _trace_whole(backbone, module, opset)
@@ -61,6 +63,7 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
 
 def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
     """Trace a decoder that does not run a list of layers once each, such as one that runs its layers several times."""
+    cast_whole(backbone.model, backbone.dtype)  # its layers' weights may be in the precision that they are stored in
     try:
         [tensors] = cached_tensors(backbone, module, [text_decoder(backbone.model)])
     except NoLayersError as error:

@@ -6,23 +6,34 @@ weights are mapped from the files, and take none that the system cannot have bac
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.trace.layers import decoder_layers
+from medusa_export.trace.layers import NoLayersError, decoder_layers
 
 
 def cast_all_but_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a model's floating-point weights in place, except those of its decoder's layers."""
-    _, layers = decoder_layers(model)
-    kept = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}
+    try:
+        _, layers = decoder_layers(model)
+        kept = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}
+    except NoLayersError:  # it is traced as a whole
+        kept = set()
+    model.config.dtype = dtype
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in kept and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+
+
+def cast_whole(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast all of a module's floating-point weights in place."""
+    module.to(dtype)
 
 
 def cast_layers_while_running(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -32,6 +43,20 @@ def cast_layers_while_running(model: PreTrainedModel, dtype: torch.dtype) -> Non
         stored: dict[torch.Tensor, torch.Tensor] = {}
         layer.register_forward_pre_hook(partial(_cast, stored, dtype))
         layer.register_forward_hook(partial(_put_back, stored), always_call=True)
+
+
+@contextmanager
+def as_if_cast(layers: Iterable[torch.nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """While open, the weights of layers have a precision, but neither values nor memory: for passes that only see shapes."""
+    tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+    stored = {tensor: tensor.data for tensor in tensors if tensor.is_floating_point() and tensor.dtype != dtype}
+    for tensor in stored:
+        tensor.data = torch.zeros((), dtype=dtype).expand(tensor.shape)
+    try:
+        yield
+    finally:
+        for tensor, data in stored.items():
+            tensor.data = data
 
 
 def _cast(stored: dict[torch.Tensor, torch.Tensor], dtype: torch.dtype, layer: torch.nn.Module, _: Any) -> None:
