@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_export.bundle.export import ExportOptions, export_bundle
 from medusa_export.bundle.read_graph import read_graph
+from medusa_export.check import compare, sides, validate
 from medusa_export.quantize import QuantizeOptions, export_quantized, quantize_bundle
 from medusa_runtime import Manifest, MedusaLM
 from tests.support import packed
@@ -108,3 +109,31 @@ def test_codes_in_mixed_groups_are_rounded_again_and_that_is_told(
     assert "the weights of the checkpoint are integers, but none that int4 can keep" in capsys.readouterr().err
     dtypes = {value.dtype for value in read_graph(tmp_path / "bundle" / "step.onnx").graph.initializers.values()}
     assert ir.DataType.UINT4 in dtypes
+
+
+def test_a_large_model_is_compared_with_its_layers_cast_one_at_a_time(
+    model: Path, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of a model that is cast as a whole, and fewer rows are compared."""
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    export_bundle(ExportOptions(str(tmp_path / "model"), heads, tmp_path / "bundle"))
+    whole = validate(tmp_path / "bundle", str(tmp_path / "model"), max_new_tokens=4)
+    monkeypatch.setattr(sides, "LARGE_PART", 0.0)
+    large = validate(tmp_path / "bundle", str(tmp_path / "model"), max_new_tokens=4)
+    assert (whole.status, large.status) == ("passed", "passed"), large.verdicts()
+    assert (len(whole.greedy), len(large.greedy)) == (6, 2)
+    assert large.greedy == whole.greedy[:2]
+    assert "the model is large: 2 of 6 built-in prompts are compared" in large.notes[0]
+
+
+def test_logits_are_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.default_rng(0)
+    found, reference = numbers.normal(size=(7, 50)), numbers.normal(size=(7, 50))
+    whole = compare.logits_difference("a", found, reference)
+    monkeypatch.setattr(compare, "BLOCK_ELEMENTS", 100)
+    parts = compare.logits_difference("a", found, reference)
+    assert parts.model_dump() == pytest.approx(whole.model_dump())
+    found[6, 3] = np.nan
+    assert not np.isfinite(compare.logits_difference("a", found, reference).max_abs)

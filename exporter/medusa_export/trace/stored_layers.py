@@ -38,7 +38,11 @@ def cast_whole(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def cast_layers_while_running(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let each of the decoder's layers compute in another precision: it is cast before it runs, and put back after it."""
-    _, layers = decoder_layers(model)
+    try:
+        _, layers = decoder_layers(model)
+    except NoLayersError:  # they do not run one by one
+        cast_whole(model, dtype)
+        return
     for layer in layers:
         stored: dict[torch.Tensor, torch.Tensor] = {}
         layer.register_forward_pre_hook(partial(_cast, stored, dtype))
