@@ -29,6 +29,7 @@ from medusa_runtime.errors import MedusaError
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
+WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
@@ -64,7 +65,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING}:
+        if unknown := set(types) - {FULL, SLIDING} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 

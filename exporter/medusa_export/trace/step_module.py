@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.model.checkpoint import FULL, SLIDING
+from medusa_export.model.checkpoint import FULL, SLIDING, WITHOUT_ATTENTION
+from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.scatter_cache import ScatterCache
+from medusa_export.trace.short_convolution import convolved_along_paths
+
+
+class UnknownStateError(Exception):
+    """A layer keeps something that its cache cannot follow."""
 
 
 class StepModule(torch.nn.Module):
@@ -35,27 +41,28 @@ class StepModule(torch.nn.Module):
         logit_rows: torch.Tensor,  # [B, R]
         past: dict[str, torch.Tensor],  # by name, such as 0.key: [B, H, S, D]
     ) -> tuple[torch.Tensor, ...]:
-        cache = ScatterCache(past, cache_lengths)
-        results = self.run(cache, input_ids, position_ids, tree_mask, logit_rows)
+        cache = ScatterCache(past, Ancestors(position_ids, tree_mask, cache_lengths))
+        results = self.run(cache, input_ids, logit_rows)
         return *results, *(cache.present[name] for name in past)
 
     def run(
         self,
         cache: ScatterCache,
         input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        tree_mask: torch.Tensor,
         logit_rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The forward pass: greedy ids [B, R], hidden rows [B, R, C] and logits [B, R, V]. What layers keep is in the cache."""
-        with _only_rows(self.model, logit_rows) as rows:
+        tokens = cache.ancestors
+        with _only_rows(self.model, logit_rows) as rows, convolved_along_paths(cache.waiting):
             logits = self.model(
                 input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=self._masks(position_ids, tree_mask, cache.cache_lengths, cache.capacity),
+                position_ids=tokens.position_ids,
+                attention_mask=self._masks(tokens.position_ids, tokens.tree_mask, tokens.cache_lengths, cache.capacity),
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
+        if cache.waiting:
+            raise UnknownStateError("it caches what a convolution reads, but calls no conv1d on it")
         return logits.argmax(-1), rows[0], logits
 
     def _masks(self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int) -> Any:
@@ -75,7 +82,8 @@ class StepModule(torch.nn.Module):
         assert self.sliding_window is not None  # a model with sliding-window layers always has it
         near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
         sliding = full & near.unsqueeze(1)
-        return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding
+        unmasked = dict.fromkeys(WITHOUT_ATTENTION & {*self.layer_types})
+        return {FULL: full, SLIDING: sliding, **unmasked} if FULL in self.layer_types else sliding
 
 
 @contextmanager
