@@ -13,6 +13,7 @@ import torch
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from medusa_export.errors import ExportError
@@ -160,6 +161,7 @@ def load_backbone(
             place,
             dtype=dtype,
             attn_implementation=attention,
+            **({"experts_implementation": attention} if attention in ALL_EXPERTS_FUNCTIONS else {}),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed, see `_require_complete`

@@ -12,6 +12,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from medusa_export.trace import experts
+
 ATTENTION_NAME = "medusa_onnx"
 HARMLESS = frozenset({"position_ids", "cache_position"})  # arguments that do not change the result
 MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
@@ -54,8 +56,9 @@ def onnx_attention(
 
 
 def register() -> None:
-    """Register ``attn_implementation="medusa_onnx"`` with Transformers. It may be called again."""
+    """Register ``attn_implementation="medusa_onnx"`` with Transformers, and its experts of that name. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, onnx_attention)
+    experts.register(ATTENTION_NAME)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
 
 

@@ -21,6 +21,7 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normali
 from torch.export import Dim
 
 from medusa_export.checkpoint import Backbone, unsupported
+from medusa_export.graph.experts import ExpandExperts
 from medusa_export.graph.reshape import ConstantReshapes
 from medusa_export.graph.rotary import FuseRotary
 from medusa_export.graph.simplify import Simplify
@@ -58,6 +59,7 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     except UnlikeLayersError as error:
         report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
         model = _trace_kinds(backbone, list_name, [[layer] for layer in range(len(layers))], opset)
+    ExpandExperts()(model)
     lm_head: Any = backbone.model.get_output_embeddings()
     tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
     TransposeWeights(frozenset(tables) if lm_head_as_table else frozenset())(model)
