@@ -25,8 +25,8 @@ PROGRAM = """
 import json, resource, sys, time
 started = time.perf_counter()
 from pathlib import Path
-from medusa_export.trt.build import build_engines
-from medusa_export.trt.options import EngineOptions
+from medusa_export.engine.build import build_engines
+from medusa_export.engine.engine_options import EngineOptions
 manifest = build_engines(EngineOptions(Path(sys.argv[1]), Path(sys.argv[2])))
 print(json.dumps({
     "precision": manifest.precision,

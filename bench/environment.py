@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from medusa_export.bench.machine import machine
+from medusa_export.measure.bench.machine import machine
 from medusa_export.provenance import FOLDERS
 from medusa_runtime.bundle.files import json_text, write_whole
 

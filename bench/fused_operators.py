@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_export.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import ExportOptions, export_bundle
 from medusa_runtime import Backend, Manifest
 from medusa_runtime.backends.choosing import open_backend
 
@@ -35,7 +35,7 @@ def export_variant(model: str, heads: Path, output: Path, left_out: tuple[str, .
     """Export without some of the fusions."""
     with ExitStack() as patches:
         for name in left_out:
-            patches.enter_context(mock.patch(f"medusa_export.trace.program.{name}"))
+            patches.enter_context(mock.patch(f"medusa_export.trace.step_graph.{name}"))
         manifest = export_bundle(ExportOptions(model, heads, output))
     backend = open_backend(output, Manifest.load(output))
     backend.resize(1, 256)

@@ -20,12 +20,12 @@ import click
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_export.bench.contest import Answer
-from medusa_export.bench.options import STEP_WIDTHS
-from medusa_export.bench.own import OwnDecoding
-from medusa_export.bench.process import SERVE, WorkerError, WorkerProcess
-from medusa_export.bench.prompts import BenchPrompt, load_prompts, of_length
-from medusa_export.bench.summary import agreement, ratio, summarize
+from medusa_export.measure.bench.bench_options import STEP_WIDTHS
+from medusa_export.measure.bench.bench_prompts import BenchPrompt, load_prompts, of_length
+from medusa_export.measure.bench.contest import Answer
+from medusa_export.measure.bench.own import OwnDecoding
+from medusa_export.measure.bench.process import SERVE, WorkerError, WorkerProcess
+from medusa_export.measure.bench.summary import agreement, ratio, summarize
 from medusa_runtime import Manifest, MedusaError, choose_backend
 from medusa_runtime.backends.gpu.backend import GpuBackend
 from medusa_runtime.backends.gpu.devices import find_gpus

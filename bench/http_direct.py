@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from http_load import timed
-from serve import serve
+from request_loop import serve
 
 from medusa_runtime import MedusaLM
 

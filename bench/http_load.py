@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import aiohttp
-from serve import Operations, serve
+from request_loop import Operations, serve
 
 PATH = "/v1/chat/completions"
 SLOW_BUFFER, SLOW_SECONDS = 4096, 300.0

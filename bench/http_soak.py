@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 from http_servers import Server, medusa_server
 
-from medusa_export.bench.process import WORKERS, WorkerProcess
+from medusa_export.measure.bench.process import WORKERS, WorkerProcess
 from serving import PROMPTS
 
 MAX_BYTES = 1 << 20

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serve import Operations, serve
+from request_loop import Operations, serve
 
 import medusa_runtime
 from medusa_runtime import GenerationResult, MedusaLM

@@ -18,7 +18,7 @@ makes the file in 8 bits from that of the fetched model's package:
     python -m venv .venv-llama
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON" \
         .venv-llama/bin/pip install 'llama-cpp-python[server]'
-    .venv-llama/bin/python exporter/medusa_export/bench/workers/serve.py with_llama_cpp --build \
+    .venv-llama/bin/python exporter/medusa_export/measure/bench/workers/request_loop.py with_llama_cpp --build \
         '{"gguf": "SmolLM2-135M-Instruct.Q4_1.gguf", "precision": "q8_0", "output": "model-q8_0.gguf"}'
 """
 
@@ -40,7 +40,7 @@ from environment import environment, publish
 from http_servers import Server, llama_cpp_server, medusa_server
 from two_checkouts import processor_seconds
 
-from medusa_export.bench.process import WORKERS, WorkerProcess
+from medusa_export.measure.bench.process import WORKERS, WorkerProcess
 from serving import PROMPTS
 
 STREAMS = (1, 4, 16)

@@ -19,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_export.checkpoint import load_backbone
-from medusa_export.validate.compare import first_divergence
+from medusa_export.check.compare import first_divergence
+from medusa_export.model.checkpoint import load_backbone
 from medusa_runtime import MedusaLM
 from medusa_runtime.bundle.files import json_text
 

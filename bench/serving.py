@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_export.bench.own import Clock
+from medusa_export.measure.bench.own import Clock
 from medusa_runtime import DynamicTree, Manifest, MedusaLM, StepCosts, open_backend
 
 PROMPTS = (

@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_export.bench.process import WORKERS, WorkerProcess
+from medusa_export.measure.bench.process import WORKERS, WorkerProcess
 from serving import PROMPTS as ALL_PROMPTS
 
 PROMPTS = ALL_PROMPTS[:8]

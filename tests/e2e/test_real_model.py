@@ -12,11 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from medusa_export.checkpoint import load_backbone
+from medusa_export.check.compare import first_divergence
 from medusa_export.cli import main
+from medusa_export.engine.flavor import TensorRT
+from medusa_export.model.checkpoint import load_backbone
 from medusa_export.recipe import library
-from medusa_export.trt.flavor import TensorRT
-from medusa_export.validate.compare import first_divergence
 from medusa_heads.formats import load_heads
 from medusa_heads.replay import Evaluation
 from medusa_runtime import CandidateTree, DecodingOptions, DynamicTree, Manifest, MedusaLM, open_backend

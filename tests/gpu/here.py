@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medusa_export.doctor.facts import find_facts
+from medusa_export.doctor.machine_facts import find_facts
 from medusa_export.doctor.verdicts import verdicts
 from medusa_runtime.backends.gpu.devices import find_gpus
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from medusa_export.validate import validate
+from medusa_export.check import validate
 from medusa_runtime import Backend, CandidateTree, DynamicTree, MedusaLM
 from tests.gpu.conftest import Open
 from tests.gpu.here import in_each_precision, needs_gpu, on_each_backend

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.export import ExportOptions, export_bundle
-from medusa_export.fetch import cache_directory
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.check import validate
+from medusa_export.engine.build import build_engines
+from medusa_export.engine.engine_options import EngineOptions
+from medusa_export.model.download import cache_directory
 from medusa_export.recipe import library
-from medusa_export.trt.build import build_engines
-from medusa_export.trt.options import EngineOptions
-from medusa_export.validate import validate
 from medusa_runtime import MedusaLM
 from tests.gpu.here import FLAVORS, GPUS, needs_gpu, on_each_backend
 

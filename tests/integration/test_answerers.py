@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_export.checkpoint import TESTED_ARCHITECTURES, Backbone, load_backbone, load_tokenizer
+from medusa_export.model.checkpoint import TESTED_ARCHITECTURES, Backbone, load_backbone, load_tokenizer
 from medusa_heads.distill import slots
 from medusa_heads.distill.answerer import Answer, Request
 from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec

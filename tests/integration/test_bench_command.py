@@ -17,11 +17,11 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from medusa_export.bench import peers
-from medusa_export.bench.contest import Contestant
-from medusa_export.bench.floor import read_bandwidth, step_weight_bytes
+from medusa_export.bundle.export import ExportOptions, export_bundle
 from medusa_export.cli import main
-from medusa_export.export import ExportOptions, export_bundle
+from medusa_export.measure.bench import peers
+from medusa_export.measure.bench.contest import Contestant
+from medusa_export.measure.bench.floor import read_bandwidth, step_weight_bytes
 from medusa_heads.formats import load_heads, save_heads
 from medusa_runtime.bundle.manifest import Manifest
 from tests.support.cli import fails

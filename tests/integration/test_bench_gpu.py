@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from medusa_export.bench.prompts import load_prompts
+from medusa_export.measure.bench.bench_prompts import load_prompts
 from medusa_runtime.backends.gpu import ort_cuda
 from medusa_runtime.backends.gpu.devices import find_gpus
 from medusa_runtime.text.codec import TextCodec

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from medusa_export.check import sides as runner
+from medusa_export.check.validation_report import BF16_ON_GPU, QUANTIZED, TOLERANCES, tolerance
 from medusa_export.cli import main
-from medusa_export.validate import runner
-from medusa_export.validate.report import BF16_ON_GPU, QUANTIZED, TOLERANCES, tolerance
 from medusa_runtime import Manifest
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import open_backend

@@ -16,14 +16,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from medusa_export.checkpoint import TESTED_ARCHITECTURES, load_backbone
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.weights_file import INLINE_BYTES
+from medusa_export.check import validate
 from medusa_export.errors import ExportError
-from medusa_export.export import ExportOptions, export_bundle
-from medusa_export.trace import attention
+from medusa_export.model.checkpoint import TESTED_ARCHITECTURES, load_backbone
+from medusa_export.trace import attention_node as attention
 from medusa_export.trace.layers import decoder_layers, layer_kinds
-from medusa_export.trace.program import trace_step
-from medusa_export.validate import validate
-from medusa_export.weights import INLINE_BYTES
+from medusa_export.trace.step_graph import trace_step
 from medusa_heads.errors import CheckpointError
 from medusa_runtime import Manifest, MedusaLM, OptionError
 from medusa_runtime.text.codec import TextCodec
@@ -64,7 +64,7 @@ def test_stamped_layers_are_the_layers_of_a_full_trace(make_model: Make, monkeyp
     kinds = layer_kinds(layers, backbone.layer_types)
     assert kinds == [[0, 2], [1, 3]]  # sliding and full attention take turns
     stamped = trace_step(backbone, 24)
-    monkeypatch.setattr("medusa_export.trace.program.layer_kinds", lambda *_: [[layer] for layer in range(4)])
+    monkeypatch.setattr("medusa_export.trace.step_graph.layer_kinds", lambda *_: [[layer] for layer in range(4)])
     full = trace_step(backbone, 24)
     assert [value.name for value in stamped.graph.inputs] == [value.name for value in full.graph.inputs]
     assert [value.name for value in stamped.graph.outputs] == [value.name for value in full.graph.outputs]
@@ -93,7 +93,7 @@ def run_step(model: ir.Model) -> list[np.ndarray]:
 def test_layers_taken_for_alike_that_differ_are_all_traced(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     attention.register()
     backbone = load_backbone(str(make_model("gemma2")), attention=attention.ATTENTION_NAME)
-    monkeypatch.setattr("medusa_export.trace.program.layer_kinds", lambda *_: [[0, 1, 2, 3]])  # the first and last differ
+    monkeypatch.setattr("medusa_export.trace.step_graph.layer_kinds", lambda *_: [[0, 1, 2, 3]])  # the first and last differ
     said: list[str] = []
     model = trace_step(backbone, 24, said.append)
     assert sum(node.op_type == "Attention" for node in model.graph) == 4
@@ -154,7 +154,7 @@ def test_an_interrupted_export_leaves_nothing_and_the_next_one_succeeds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("medusa_export.write.write_weights", interrupt)
+        patch.setattr("medusa_export.bundle.write_graphs.write_weights", interrupt)
         export_bundle(options)
     assert list(tmp_path.iterdir()) == []
     export_bundle(options)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medusa_export.checkpoint import load_backbone
-from medusa_export.export import ExportOptions, export_bundle
-from medusa_export.generation import generation_facts, switched_off
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.check import validate
+from medusa_export.model.checkpoint import load_backbone
+from medusa_export.model.generation_settings import generation_facts, switched_off
 from medusa_export.quantize import QuantizeOptions, quantize_bundle
-from medusa_export.validate import validate
 from medusa_heads.errors import CheckpointError
 from medusa_runtime import DecodingEngine, DecodingOptions, Manifest
 from medusa_runtime.backends.choosing import open_backend

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from medusa_export.checkpoint import load_backbone
 from medusa_export.cli import main
+from medusa_export.model.checkpoint import load_backbone
 from medusa_heads.formats import load_heads
 from medusa_heads.replay import Evaluation
 from medusa_runtime import CandidateTree, MedusaLM

@@ -16,12 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.tree_shapes import paths, pruned
+from medusa_export.check import validate
 from medusa_export.cli import main
-from medusa_export.export import ExportOptions, export_bundle
 from medusa_export.quantize import QuantizeOptions, quantize_bundle
-from medusa_export.quantize import bundle as quantizing
-from medusa_export.trees import paths, pruned
-from medusa_export.validate import validate
+from medusa_export.quantize import quantized_bundle as quantizing
 from medusa_runtime import CandidateTree, Manifest, MedusaLM
 from medusa_runtime.backends.base import StepOutput
 from medusa_runtime.backends.ort_cpu import OrtCpuBackend

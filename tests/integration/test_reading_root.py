@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.checkpoint import load_backbone
-from medusa_export.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.model.checkpoint import load_backbone
 from medusa_heads.formats import load_heads, save_heads
 from medusa_heads.modules import root_states
 from medusa_runtime import DecodingEngine, DecodingOptions, Manifest, open_backend

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
 from medusa_export.recipe import library
-from medusa_export.recipe.state import STATE_NAME, opened
+from medusa_export.recipe.recipe_state import STATE_NAME, opened
 from medusa_export.recipe.steps import Job, steps
 from medusa_heads.distill.store import AnswerStore, Row
 from medusa_runtime import Manifest, MedusaLM

@@ -17,16 +17,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.engine.build import build_engines
+from medusa_export.engine.design import design_engines
+from medusa_export.engine.engine_options import EngineOptions
+from medusa_export.engine.flavor import TensorRT
+from medusa_export.engine.network import Network
+from medusa_export.engine.plan import _config, write_plan
 from medusa_export.errors import ExportError
-from medusa_export.export import ExportOptions, export_bundle
-from medusa_export.trt.build import build_engines
-from medusa_export.trt.design import design_engines
-from medusa_export.trt.flavor import TensorRT
-from medusa_export.trt.network import Network
-from medusa_export.trt.options import EngineOptions
-from medusa_export.trt.plan import _config, write_plan
-from medusa_export.trt.softcap import ExpandSoftcap
-from medusa_export.trt.specialize import AdditiveMask, StaticCapacity, specialize
+from medusa_export.passes.tensorrt.expand_softcap import ExpandSoftcap
+from medusa_export.passes.tensorrt.specialize import AdditiveMask, StaticCapacity, specialize
 from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads
@@ -172,7 +172,7 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
     assert manifest.engine.compute_capabilities == ["8.9"]
     assert manifest.engine.built_with == {"gpu": "Some GPU", "cuda": "13.0"}
 
-    monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: Gpus(why_none="there is no driver"))
+    monkeypatch.setattr("medusa_export.engine.flavor.find_gpus", lambda: Gpus(why_none="there is no driver"))
     with pytest.raises(BackendError, match=r"found none \(there is no driver\); build on the target machine"):
         build_engines(options(bundle, tmp_path / "other", flavor="tensorrt"))
 
@@ -445,7 +445,7 @@ def full_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in.__dict__.update({name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
     gpus = Gpus([GpuFacts(0, "Some GPU", "8.9", 1 << 34)], "13.0")
-    monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: gpus)
+    monkeypatch.setattr("medusa_export.engine.flavor.find_gpus", lambda: gpus)
 
 
 @pytest.mark.usefixtures("full_tensorrt")
@@ -473,7 +473,7 @@ def test_full_tensorrt_gets_what_makes_engines_compatible(
         config.set_flag(flags.EXCLUDE_LEAN_RUNTIME)
         return config
 
-    monkeypatch.setattr("medusa_export.trt.plan._config", without_lean_runtime)
+    monkeypatch.setattr("medusa_export.engine.plan._config", without_lean_runtime)
     asked = options(
         get_bundle("fp16"), tmp_path / "engine", flavor="tensorrt", hardware_compatibility="ampere-plus",
         version_compatible=True, opt_level=0, workspace=4000, verbose=True,

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.export import ExportOptions, export_bundle
-from medusa_export.trt.build import build_engines
-from medusa_export.trt.design import design_engines
-from medusa_export.trt.network import Network
-from medusa_export.trt.options import EngineOptions
-from medusa_export.trt.weights import QuantizeEngineWeights, round_weight
-from medusa_export.weights import write_weights
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.weights_file import write_weights
+from medusa_export.engine.build import build_engines
+from medusa_export.engine.design import design_engines
+from medusa_export.engine.engine_options import EngineOptions
+from medusa_export.engine.network import Network
+from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights, round_weight
 from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest
 from medusa_runtime.bundle.plans import open_plan
 from tests.support.models import VOCAB_SIZE, save_random_heads, save_tiny_model

@@ -14,11 +14,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from medusa_export.check import record, validate
+from medusa_export.check.compare import divergences, first_divergence, logits_difference
+from medusa_export.check.sides import ReferenceSide
+from medusa_export.check.validation_report import TOLERANCES, ValidationReport
 from medusa_export.errors import ValidationMismatchError
-from medusa_export.validate import record, validate
-from medusa_export.validate.compare import divergences, first_divergence, logits_difference
-from medusa_export.validate.report import TOLERANCES, ValidationReport
-from medusa_export.validate.runner import ReferenceSide
 from medusa_heads.config import HeadsConfig
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads, save_heads

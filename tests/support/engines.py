@@ -7,11 +7,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from medusa_export.trt.accept import AcceptGreedily, with_acceptance
-from medusa_export.trt.design import plan_facts
-from medusa_export.trt.options import EngineOptions, default_tree_nodes, engine_limits
-from medusa_export.trt.profiles import heads_profiles, step_profiles
-from medusa_export.trt.specialize import specialize
+from medusa_export.engine.design import plan_facts
+from medusa_export.engine.engine_options import EngineOptions, default_tree_nodes, engine_limits
+from medusa_export.engine.profiles import heads_profiles, step_profiles
+from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
+from medusa_export.passes.tensorrt.specialize import specialize
 from medusa_runtime.bundle.manifest import HEADS, STEP, EngineFacts, Manifest, file_facts
 from tests.support.stand_in_tensorrt import VERSION, write_plan
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from medusa_export.trees import prior_tree
+from medusa_export.bundle.tree_shapes import prior_tree
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
 from medusa_runtime.bundle.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance
 from medusa_runtime.drafting.tree import CandidateTree

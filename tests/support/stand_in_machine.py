@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-import medusa_export.trt.build
-from medusa_export.doctor import facts, verdicts
-from medusa_export.trt.options import EngineOptions
+import medusa_export.engine.build
+from medusa_export.doctor import machine_facts as facts
+from medusa_export.doctor import verdicts
+from medusa_export.engine.engine_options import EngineOptions
 from medusa_runtime.backends.gpu import ort_cuda
 from medusa_runtime.bundle.manifest import Manifest
 from tests.support.engines import stand_in_engine
@@ -26,7 +27,7 @@ ALL_WORK = [("run", "ort-cuda"), ("run", "trt"), ("run", "trt-rtx"), ("build", "
 
 
 def build_engines(options: EngineOptions) -> Manifest:
-    """In place of `medusa_export.trt.build.build_engines`."""
+    """In place of `medusa_export.engine.build.build_engines`."""
     stand_in_engine(
         options.bundle,
         options.output,
@@ -38,7 +39,7 @@ def build_engines(options: EngineOptions) -> Manifest:
     return Manifest.load(options.output)
 
 
-for module in ("optimum.exporters.tasks", "medusa_export.validate"):  # which look for the real modules as they are imported
+for module in ("optimum.exporters.tasks", "medusa_export.check"):  # which look for the real modules as they are imported
     importlib.import_module(module)
 driver = StandInDriver(CAPABILITY)
 sys.modules["cuda.bindings.driver"] = driver  # type: ignore[assignment] # modules, as far as they are asked
@@ -46,4 +47,4 @@ sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = StandInTensorRT(driver) 
 ort_cuda.ort = StandInOrt(driver)
 facts._flavor = lambda _: facts.FlavorFacts(VERSION, [CAPABILITY])
 verdicts.verdicts = lambda _: [verdicts.Verdict(action, what, works=True, why="a stand-in") for action, what in ALL_WORK]
-medusa_export.trt.build.build_engines = build_engines
+medusa_export.engine.build.build_engines = build_engines

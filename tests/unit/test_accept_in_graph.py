@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_export.trt.accept import AcceptGreedily
+from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily
 from medusa_runtime.drafting.draft import Draft, DraftBatch
 from medusa_runtime.sampling.acceptance import accept_greedy
 from tests.support.drafts import hand_made

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_export.bench import peers, process
-from medusa_export.bench.contest import Answer, Contestant, rotated
-from medusa_export.bench.options import Sources
-from medusa_export.bench.own import Clock
-from medusa_export.bench.peers import PEERS, choose_peers
-from medusa_export.bench.process import WorkerError, WorkerProcess
-from medusa_export.bench.prompts import BenchPrompt, of_length, spread
-from medusa_export.bench.result import slower_than_plain
-from medusa_export.bench.summary import agreement, bootstrap, by_category, first_divergence, ratio, summarize
-from medusa_export.bench.workers.serve import timed
+from medusa_export.measure.bench import peers, process
+from medusa_export.measure.bench.bench_options import Sources
+from medusa_export.measure.bench.bench_prompts import BenchPrompt, of_length, spread
+from medusa_export.measure.bench.contest import Answer, Contestant, rotated
+from medusa_export.measure.bench.own import Clock
+from medusa_export.measure.bench.peers import PEERS, choose_peers
+from medusa_export.measure.bench.process import WorkerError, WorkerProcess
+from medusa_export.measure.bench.result import slower_than_plain
+from medusa_export.measure.bench.summary import agreement, bootstrap, by_category, first_divergence, ratio, summarize
+from medusa_export.measure.bench.workers.request_loop import timed
 from medusa_runtime import DecodingEngine
 from medusa_runtime.errors import OptionError
 from tests.support.fake_backend import FakeBackend
@@ -166,7 +166,7 @@ def load(settings):
 
 def start(directory: Path, **settings: object) -> WorkerProcess:
     (directory / "fake_peer.py").write_text(FAKE)
-    command = [sys.executable, str(process.SERVE), "fake_peer", json.dumps(settings)]
+    command = [sys.executable, str(process.REQUEST_LOOP), "fake_peer", json.dumps(settings)]
     return WorkerProcess("fake", command, {"PYTHONPATH": str(directory)})
 
 

@@ -6,7 +6,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medusa_export.graph.cpu import CachedAttention, MergeProjections, PackedAttention, UsedEntries, for_one_sequence
+from medusa_export.passes.ort_cpu.variants import (
+    CachedAttention,
+    MergeProjections,
+    PackedAttention,
+    UsedEntries,
+    for_one_sequence,
+)
 from tests.support.graphs import TREE_MASK, kinds, outputs, parse
 
 Arrays = dict[str, np.ndarray]

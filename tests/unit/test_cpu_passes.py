@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes.common import ShapeInferencePass
 
-from medusa_export.graph.cpu import (
+from medusa_export.passes.common.values import replace
+from medusa_export.passes.ort_cpu.variants import (
     GroupedAttention,
     IntegerProducts,
     MergeProjections,
@@ -19,7 +20,6 @@ from medusa_export.graph.cpu import (
     SkipNorm,
     UsedEntries,
 )
-from medusa_export.graph.values import replace
 from tests.support.graphs import TREE_MASK, kinds, outputs, parse, run
 
 Arrays = dict[str, np.ndarray]

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 
 from medusa_export.cli import main
-from medusa_export.doctor import facts as looking
-from medusa_export.doctor.facts import CUDA_LIBRARY, CUDA_PROVIDER, PACKAGES, Facts, FlavorFacts, find_facts
-from medusa_export.doctor.report import as_json, warnings
+from medusa_export.doctor import machine_facts as looking
+from medusa_export.doctor.doctor_report import as_json, warnings
+from medusa_export.doctor.machine_facts import CUDA_LIBRARY, CUDA_PROVIDER, PACKAGES, Facts, FlavorFacts, find_facts
 from medusa_export.doctor.verdicts import BINDINGS, EXPORT, Verdict, verdicts
 from medusa_export.packages import import_problem
 from medusa_runtime.backends.gpu.devices import Gpus
@@ -204,7 +204,7 @@ def test_full_tensorrt_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     module: Any = ModuleType("tensorrt")
     module.__version__, module.__spec__ = "11.1", SimpleNamespace()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr("medusa_export.trt.flavor.find_gpus", lambda: NO_GPU)
+    monkeypatch.setattr("medusa_export.engine.flavor.find_gpus", lambda: NO_GPU)
     found = find_facts()
     assert found.flavors["tensorrt"] == FlavorFacts("11.1", [])
     assert told(dataclasses.replace(found, gpus=NO_GPU))["build trt"].why.startswith(

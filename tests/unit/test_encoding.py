@@ -103,7 +103,7 @@ for package in (medusa_runtime, medusa_export.cli):
         importlib.import_module(module.name)
 
 from medusa_export.cli.generate import _read_schema
-from medusa_export.tune.prompts import read_prompts
+from medusa_export.measure.prompt_files import read_prompts
 from medusa_runtime import Manifest
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.text.codec import TextCodec

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 
-from medusa_export.trees import most_likely_tree
+from medusa_export.bundle.tree_shapes import most_likely_tree
 from medusa_heads.config import HeadsConfig
 from medusa_heads.evaluate import evaluate, target_ranks
 from medusa_heads.modules import MedusaHeads

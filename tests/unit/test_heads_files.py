@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.default_tree import tree_for
+from medusa_export.bundle.default_tree import tree_for
 from medusa_heads.config import HeadsConfig
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads, native, save_heads

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_export.trees import prior_tree
+from medusa_export.bundle.tree_shapes import prior_tree
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
 from medusa_runtime.arrays import TokenBuffer
 from medusa_runtime.drafting.budget import DraftBudget

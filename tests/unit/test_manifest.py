@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medusa_export.bundles import is_bundle
+from medusa_export.bundle.kinds import is_bundle
 from medusa_runtime import BundleError, Manifest
 from medusa_runtime.bundle.manifest import file_facts
 from tests.support.fake_backend import fake_manifest

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medusa_export.graph.reshape import ConstantReshapes
-from medusa_export.graph.rotary import FuseRotary
-from medusa_export.graph.simplify import Simplify
-from medusa_export.graph.transpose import TransposeWeights
-from medusa_export.graph.upcast import Upcast
+from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
+from medusa_export.passes.portable.fuse_rotary import FuseRotary
+from medusa_export.passes.portable.simplify import Simplify
+from medusa_export.passes.portable.transpose_weights import TransposeWeights
+from medusa_export.passes.portable.upcast import Upcast
 from tests.support.graphs import HEADER, kinds, parse, run
 
 ROTARY = """

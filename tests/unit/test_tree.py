@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.trees import most_likely_tree, prior_tree, pruned
+from medusa_export.bundle.tree_shapes import most_likely_tree, prior_tree, pruned
 from medusa_runtime import CandidateTree, TreeError
 
 paths = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=12)

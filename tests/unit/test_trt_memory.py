@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medusa_export.trt.memory import MappedWeights
-from medusa_export.weights import write_weights
+from medusa_export.bundle.weights_file import write_weights
+from medusa_export.engine.memory import MappedWeights
 
 
 def graph_of(tensors: dict[str, np.ndarray]) -> ir.Model:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.trt.strip import Stored, find_regions, strip_plan
+from medusa_export.engine.strip import Stored, find_regions, strip_plan
 from medusa_runtime.bundle.manifest import (
     EngineFacts,
     FileFacts,

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from medusa_export.trees import most_likely_tree
-from medusa_export.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
-from medusa_export.tune.prompts import read_prompts
-from medusa_export.tune.record import Record, ranks_of, record
-from medusa_export.tune.search import (
+from medusa_export.bundle.tree_shapes import most_likely_tree
+from medusa_export.measure.prompt_files import read_prompts
+from medusa_export.measure.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
+from medusa_export.measure.tune.record import Record, ranks_of, record
+from medusa_export.measure.tune.search import (
     EvaluatedAcceptance,
     LikelyDrafts,
     Place,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.bench.options import (
+from medusa_export.command_options.shared_options import decodes_a_bundle
+from medusa_export.measure.bench.bench_options import (
     CONTEXT_LENGTHS,
     MODES,
     PREFILL_LENGTHS,
@@ -16,12 +17,11 @@ from medusa_export.bench.options import (
     BenchOptions,
     Sources,
 )
-from medusa_export.command_options.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.files import json_text, write_whole
 from medusa_runtime.errors import MedusaError, OptionError
 
 if TYPE_CHECKING:
-    from medusa_export.bench.state import Bench
+    from medusa_export.measure.bench.contest_state import Bench
 
 INTERRUPTED = 130  # a shell's exit code for a command that Ctrl-C ended
 
@@ -135,8 +135,8 @@ def command(
     turns prompt by prompt. Each runs in its own process, which is paused while others are measured. After Ctrl-C, the results
     so far are kept.
     """
-    from medusa_export.bench.result import result_of
-    from medusa_export.bench.run import measure, prepare
+    from medusa_export.measure.bench.result import result_of
+    from medusa_export.measure.bench.run_bench import measure, prepare
 
     for target in filter(None, (json_file, csv_file, plot)):
         if not target.absolute().parent.is_dir():
@@ -163,7 +163,7 @@ def command(
 
 
 def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot: Path | None) -> None:
-    from medusa_export.bench.report import print_result, write_csv
+    from medusa_export.measure.bench.bench_report import print_result, write_csv
 
     print_result(result)
     if json_file:

@@ -14,8 +14,8 @@ def command(*, as_json: bool) -> None:
     a missing package is not an error.
     """
     from medusa_export.console import stdout_console
-    from medusa_export.doctor import report
-    from medusa_export.doctor.facts import find_facts
+    from medusa_export.doctor import doctor_report as report
+    from medusa_export.doctor.machine_facts import find_facts
     from medusa_export.doctor.verdicts import verdicts
     from medusa_runtime.bundle.files import json_text
 

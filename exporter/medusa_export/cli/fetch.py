@@ -15,6 +15,6 @@ def command(name: str, cache: Path | None) -> None:
 
     Known models: smollm2-135m-instruct (a download of 93 MB, 540 MB once unpacked to fp32).
     """
-    from medusa_export.fetch import fetch
+    from medusa_export.model.download import fetch
 
     click.echo(fetch(name, cache))

@@ -43,7 +43,7 @@ def init(
     trust_remote_code: bool,
 ) -> None:
     """Make untrained heads for MODEL. They start as copies of its LM head: they guess badly, but the output stays right."""
-    from medusa_export.checkpoint import load_backbone
+    from medusa_export.model.checkpoint import load_backbone
     from medusa_heads.config import HeadsConfig
     from medusa_heads.directories import require_new
     from medusa_heads.formats import native, save_heads

@@ -30,7 +30,7 @@ def command(
 
     If validation fails, the bundle is kept and marked as failed, and the exit code is 3.
     """
-    from medusa_export.export import ExportOptions, export_bundle
+    from medusa_export.bundle.export import ExportOptions, export_bundle
     from medusa_export.progress import note
 
     if scheme is None:
@@ -46,8 +46,8 @@ def command(
         )
     note(f"wrote {output}")
     if validate:
-        from medusa_export.validate import record
-        from medusa_export.validate import validate as compare
+        from medusa_export.check import record
+        from medusa_export.check import validate as compare
 
         report = compare(output, model, heads=options["heads"], trust_remote_code=options["trust_remote_code"])
         record(output, report)

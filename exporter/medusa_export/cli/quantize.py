@@ -59,8 +59,8 @@ def command(
     quantize_bundle(QuantizeOptions(bundle=bundle, output=output, activation_bits=as_bits(activation_bits), **options))
     note(f"wrote {output}")
     if reference is not None:
-        from medusa_export.validate import record
-        from medusa_export.validate import validate as compare
+        from medusa_export.check import record
+        from medusa_export.check import validate as compare
 
         record(output, compare(output, reference, trust_remote_code=trust_remote_code))
     click.echo(output)

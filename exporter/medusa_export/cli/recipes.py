@@ -127,7 +127,7 @@ def run(
     path = library.find(recipe)
     parsed = library.load(path, overrides)
 
-    from medusa_export.recipe.run import Choice, run_recipe
+    from medusa_export.recipe.run_recipe import Choice, run_recipe
     from medusa_export.recipe.steps import Job
 
     job = Job(parsed, path.parent, output or parsed.output, device, threads, trust_remote_code)

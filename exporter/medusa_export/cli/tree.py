@@ -43,7 +43,7 @@ def show(
     from the tuning, or from --evaluation, which treats the heads as independent; without either, none are shown.
     """
     from medusa_export.console import stdout_console
-    from medusa_export.tune.tree import Device, find_tree
+    from medusa_export.measure.tune.tune_tree import Device, find_tree
 
     if plot is not None:
         from medusa_export.plots import tree_drawing

@@ -13,8 +13,8 @@ from medusa_runtime.bundle.manifest import EngineWeights, HardwareCompatibility
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from medusa_export.trt.design import Design
-    from medusa_export.trt.inspect import Inspection
+    from medusa_export.engine.design import Design
+    from medusa_export.engine.inspect import Inspection
 
 DEFAULT = "build"
 
@@ -94,10 +94,10 @@ def command() -> None:
 @force_option
 def build(*, dry_run: bool, **options: Any) -> None:
     """Build TensorRT engines from the ONNX bundle BUNDLE."""
+    from medusa_export.engine.build import build_engines
+    from medusa_export.engine.design import design_engines
+    from medusa_export.engine.engine_options import EngineOptions
     from medusa_export.progress import note
-    from medusa_export.trt.build import build_engines
-    from medusa_export.trt.design import design_engines
-    from medusa_export.trt.options import EngineOptions
 
     asked = EngineOptions(**options)
     if dry_run:
@@ -115,7 +115,7 @@ def build(*, dry_run: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect(engine: Path, *, as_json: bool) -> None:
     """Print the GPUs, shapes and shared weights of the engine bundle ENGINE; on a GPU, its layers too."""
-    from medusa_export.trt.inspect import inspect_engines
+    from medusa_export.engine.inspect import inspect_engines
 
     found = inspect_engines(engine)
     if as_json:

@@ -54,8 +54,8 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     Nothing else should run on the machine meanwhile. A small model takes a minute or two.
     """
     from medusa_export.console import stdout_console
-    from medusa_export.tune.report import show
-    from medusa_export.tune.run import TuneOptions, tune
+    from medusa_export.measure.tune.run_tune import TuneOptions, tune
+    from medusa_export.measure.tune.tune_report import show
     from medusa_runtime.bundle.files import write_whole
 
     if json_file is not None and not json_file.absolute().parent.is_dir():

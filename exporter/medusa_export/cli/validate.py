@@ -32,7 +32,7 @@ def command(
 
     The report is written to validation.json in the bundle. Exit code 3 if a difference exceeds the tolerance.
     """
-    from medusa_export.validate import PROMPTS, record, validate
+    from medusa_export.check import PROMPTS, record, validate
 
     lines = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line.strip()] if prompts else PROMPTS
     report = validate(

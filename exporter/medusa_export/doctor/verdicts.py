@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medusa_export.doctor.facts import CUDA_PROVIDER, Facts
+from medusa_export.doctor.machine_facts import CUDA_PROVIDER, Facts
+from medusa_export.engine.flavor import install_flavor
 from medusa_export.packages import install_command
-from medusa_export.trt.flavor import install_flavor
 from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
 EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from medusa_export.checkpoint import Backbone, load_backbone
+from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.progress import stage
 from medusa_runtime.bundle.manifest import Precision
 from medusa_runtime.errors import OptionError

@@ -18,8 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from medusa_export.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.head_training.torch_devices import fast_precision, torch_device
+from medusa_export.model.checkpoint import Backbone, load_backbone, load_tokenizer
 from medusa_export.progress import count_stage, note, quiet, stage
 from medusa_export.provenance import provenance
 from medusa_heads.directories import alone_in, require_new

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from medusa_export.recipe import document
-from medusa_export.recipe.sections import SECTIONS, section
+from medusa_export.recipe.recipe_sections import SECTIONS, section
 from medusa_heads.train.settings import TrainSettings
 from medusa_runtime.errors import OptionError
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from medusa_export.export import ExportOptions, export_bundle
-from medusa_export.fetch import MODELS, cache_directory, fetch
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.check import record, validate
 from medusa_export.head_training.distillation import DistillOptions, distill
 from medusa_export.head_training.training import TrainOptions, train
+from medusa_export.model.download import MODELS, cache_directory, fetch
 from medusa_export.progress import note
+from medusa_export.recipe.recipe_sections import MACHINE
+from medusa_export.recipe.recipe_state import StepRecord, fingerprint
 from medusa_export.recipe.schema import Recipe
-from medusa_export.recipe.sections import MACHINE
-from medusa_export.recipe.state import StepRecord, fingerprint
-from medusa_export.validate import record, validate
 from medusa_heads.distill.store import ANSWERS_NAME, read_rows
 from medusa_heads.formats import native
 from medusa_heads.replay import Evaluation

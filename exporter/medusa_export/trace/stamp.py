@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from medusa_export.graph.values import add_initializer
+from medusa_export.passes.common.values import add_initializer
 from medusa_export.trace.layers import MARKER_DOMAIN
 
 WeightLookup = Callable[[str], ir.TensorProtocol]

@@ -1,0 +1,203 @@
+"""`medusa-export onnx`: reads a checkpoint and heads, writes an ONNX bundle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from medusa_export.bundle.default_tree import tree_for
+from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.write_graphs import write_graphs
+from medusa_export.model.chat_templates import chat_templates
+from medusa_export.model.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.model.generation_settings import describe, generation_facts
+from medusa_export.progress import note, stage
+from medusa_export.provenance import provenance
+from medusa_export.trace import attention_node as attention
+from medusa_export.trace.step_graph import reads_lm_head_rows, trace_heads, trace_step
+from medusa_heads.directories import new_directory, require_new
+from medusa_heads.errors import CheckpointError
+from medusa_heads.formats import load_heads
+from medusa_heads.modules import MedusaHeads
+from medusa_runtime.bundle.manifest import (
+    HEADS,
+    STEP,
+    FileFacts,
+    GenerationFacts,
+    HeadFacts,
+    Limits,
+    Manifest,
+    Precision,
+    file_facts,
+)
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
+from medusa_runtime.drafting.tree import CandidateTree
+from medusa_runtime.errors import OptionError
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
+from medusa_runtime.text.template import ChatTemplate
+
+HEAD_TOP_K = 32  # n-grams can only raise tokens that are among the candidates (docs/decisions/0019-draft-ngrams.md)
+MAX_OPSET = 25  # the newest one tested with the torch exporter and the backends
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `medusa-export onnx`; the command's help describes each."""
+
+    model: str
+    heads: Path
+    output: Path
+    precision: Precision = "fp32"
+    opset: int = attention.MIN_OPSET
+    max_seq_len: int | None = None
+    head_top_k: int | None = None
+    full_head_vocabulary: bool = False
+    tree: Path | None = None
+    tree_nodes: int = 16
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+def export_bundle(options: ExportOptions) -> Manifest:
+    """Trace the model, simplify the graphs and write a bundle. It appears whole or not at all.
+
+    Raises:
+        OptionError: an option cannot be used with this model, or the output exists.
+        CheckpointError: model or heads are missing, damaged, or do not fit each other.
+        ExportError: the model cannot be traced.
+    """
+    inputs = (options.model, options.heads)
+    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
+    if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
+        raise OptionError(
+            f"--opset must be {attention.MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
+            f"({attention.MIN_OPSET} is the first with an in-place KV cache)"
+        )
+    heads = load_heads(options.heads)
+    attention.register()
+    with stage(f"load {options.model}"):
+        backbone = load_backbone(
+            options.model,
+            options.precision,
+            attention=attention.ATTENTION_NAME,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    generation = _generation(backbone)
+    chat = chat_templates(tokenizer, options.model)
+    limits = _limits(options, backbone)
+    require_matching(heads, backbone, options.heads)
+    draft_ids = None if options.full_head_vocabulary else heads.draft_ids
+    top_k = _top_k(options, backbone.facts.vocab_size, draft_ids)
+    head_facts = _head_facts(top_k, heads, draft_ids)  # read first: tracing casts the heads
+    tree = _tree(options, head_facts)
+    with stage("trace the backbone"):
+        step = trace_step(backbone, options.opset, note, lm_head_as_table=reads_lm_head_rows(heads, draft_ids))
+    with stage("trace the heads"):
+        graphs = {STEP: step, HEADS: trace_heads(backbone, heads, top_k, options.opset, draft_ids)}
+    with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
+        files, facts = write_graphs(graphs, directory, options.precision)
+        manifest = Manifest(
+            kind="onnx",
+            model=backbone.facts,
+            heads=head_facts,
+            precision=options.precision,
+            opset=options.opset,
+            limits=limits,
+            generation=generation,
+            graphs=facts,
+            tree=tree.to_json(),
+            files=files | _write_text(tokenizer, chat, directory) | _copy_ngrams(options.heads, directory),
+            provenance=provenance(),
+        )
+        manifest.save(directory)
+    return manifest
+
+
+def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
+    if options.tree is None:
+        return tree_for(options.heads, heads.sha256, heads.num_heads, heads.top_k, options.tree_nodes)
+    tree = CandidateTree.from_file(options.tree)
+    tree.check_fits(heads.num_heads, heads.top_k)
+    return tree
+
+
+def _is_onnx_bundle(path: Path) -> bool:
+    return is_bundle(path, "onnx")
+
+
+def _generation(backbone: Backbone) -> GenerationFacts | None:
+    """The checkpoint's generation settings. A note says which of them the runtime follows."""
+    if outside := sorted({*backbone.eos_token_ids} - {*backbone.facts.eos_token_ids}):
+        note(
+            f"{backbone.source} names end-of-sequence tokens outside the vocabulary of {backbone.facts.vocab_size}: "
+            f"{', '.join(map(str, outside))}; they are left out"
+        )
+    facts = generation_facts(backbone)
+    if facts is not None:
+        note(describe(facts))
+    return facts
+
+
+def _limits(options: ExportOptions, backbone: Backbone) -> Limits:
+    longest = backbone.max_seq_len
+    max_seq_len = options.max_seq_len or longest
+    if max_seq_len > longest:
+        raise OptionError(f"--max-seq-len is {max_seq_len}, but the model supports at most {longest}; lower it")
+    return Limits(max_seq_len=max_seq_len)
+
+
+def _top_k(options: ExportOptions, vocab_size: int, draft_ids: list[int] | None) -> int:
+    """Candidates that each head returns: the option's value, or 32, or all if the vocabulary is smaller."""
+    known = vocab_size if draft_ids is None else len(draft_ids)
+    top_k = options.head_top_k or min(HEAD_TOP_K, known)
+    if top_k > vocab_size:
+        raise OptionError(f"--head-top-k is {top_k}, but the vocabulary has only {vocab_size} tokens; lower it")
+    if top_k > known:
+        raise OptionError(
+            f"--head-top-k is {top_k}, but the heads know only {known} tokens; lower it, or give --full-head-vocabulary"
+        )
+    return top_k
+
+
+def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> HeadFacts:
+    return HeadFacts(
+        num_heads=heads.config.num_heads,
+        num_layers=heads.config.num_layers,
+        top_k=top_k,
+        shared_lm_head=heads.config.shared_lm_head,
+        reads_root=heads.config.reads_root,
+        draft_vocab_size=None if draft_ids is None else len(draft_ids),
+        sha256=heads.digest(),
+    )
+
+
+def _write_text(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, directory: Path) -> dict[str, FileFacts]:
+    """Write the tokenizer and the chat templates in the form that the runtime reads."""
+    tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
+    chat.save(directory / CHAT_NAME)
+    return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
+
+
+def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:
+    """Copy the draft n-grams from the heads' directory, if there are any."""
+    source = heads / NGRAMS_NAME
+    if not source.is_file():
+        return {}
+    NGrams.load(source)  # raises if the file is damaged
+    shutil.copyfile(source, directory / NGRAMS_NAME)
+    return {NGRAMS_NAME: file_facts(directory / NGRAMS_NAME)}
+
+
+def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
+    """Raise a `CheckpointError` if the heads were made for a model of another shape."""
+    for name in ("hidden_size", "vocab_size"):
+        want, found = getattr(backbone.facts, name), getattr(heads.config, name)
+        if want != found:
+            raise CheckpointError(
+                f"the heads in {path} have {name} {found}, but {backbone.source} has {want}; "
+                f"they were made for {heads.config.base_model}"
+            )

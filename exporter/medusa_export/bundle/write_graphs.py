@@ -1,0 +1,82 @@
+"""Writes a bundle's graphs: the portable ones, those derived for one backend, and the weights that they share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from medusa_export.bundle.weights_file import total_bytes, write_weights
+from medusa_export.passes.common.roles import KEY, keep_roles
+from medusa_export.passes.ort_cpu.variants import for_one_sequence, for_ort_cpu
+from medusa_export.progress import byte_stage
+from medusa_runtime.bundle.manifest import (
+    ORT_CPU,
+    ORT_CPU_SINGLE,
+    PORTABLE,
+    STEP,
+    WEIGHTS_NAME,
+    FileFacts,
+    GraphFacts,
+    Precision,
+    TensorFacts,
+    file_facts,
+)
+
+
+def write_graphs(
+    graphs: dict[str, ir.Model], directory: Path, precision: Precision, *, activation_bits: int = 16
+) -> tuple[dict[str, FileFacts], dict[str, GraphFacts]]:
+    """Write the portable graphs, the graphs for ONNX Runtime's CPU provider, and their weights, each tensor once.
+
+    Args:
+        graphs: the portable graphs by name. Afterwards they refer to the written weights.
+        directory: the bundle's directory.
+        precision: the graphs' precision. Only float32 graphs get variants for the CPU, which has no fused kernels for others.
+        activation_bits: see `for_ort_cpu`.
+
+    Returns:
+        The entries of the files and of the graphs for the manifest.
+    """
+    with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
+        files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
+    facts = {}
+    for name, model in graphs.items():
+        facts[name] = _save(model, name, directory, PORTABLE)
+        if precision == "fp32":
+            derived = ir.load(directory / facts[name].file)
+            for_ort_cpu(derived, activation_bits)
+            facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
+    if precision == "fp32" and for_one_sequence(single := ir.load(directory / facts[STEP].file), activation_bits):
+        facts[f"{STEP}.{ORT_CPU_SINGLE}"] = _save(single, f"{STEP}.{ORT_CPU_SINGLE}", directory, ORT_CPU_SINGLE)
+    return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
+
+
+def _save(model: ir.Model, name: str, directory: Path, target: str) -> GraphFacts:
+    roles = keep_roles(model)
+    ClearMetadataAndDocStringPass()(model)
+    for node, role in roles.items():
+        node.metadata_props[KEY] = role
+    model.graph.name = name
+    model.opset_imports.pop("medusa.trace", None)
+    model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)
+    model.producer_name = "medusa-export"
+    model.producer_version = importlib.metadata.version("medusa-export")
+    file = f"{name}.onnx"
+    ir.save(model, directory / file)
+    return GraphFacts(
+        file=file,
+        target=target,
+        inputs=[_facts(value) for value in model.graph.inputs],
+        outputs=[_facts(value) for value in model.graph.outputs],
+    )
+
+
+def _facts(value: ir.Value) -> TensorFacts:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return TensorFacts(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

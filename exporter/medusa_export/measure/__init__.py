@@ -1,0 +1,1 @@
+"""Measures speed: `medusa-export bench` and `medusa-export tune`."""

@@ -1,0 +1,310 @@
+"""`medusa-export tune`: measures, searches, checks, and writes the result to the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_export.measure.prompt_files import PROMPTS, read_prompts
+from medusa_export.measure.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
+from medusa_export.measure.tune.record import record
+from medusa_export.measure.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
+from medusa_export.placement import place
+from medusa_export.progress import count_stage, note, stage
+from medusa_export.provenance import provenance
+from medusa_heads.errors import CheckpointError
+from medusa_heads.replay import Evaluation
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.cpu import cpu_name, device_key, num_cores
+from medusa_runtime.bundle.manifest import Limits, Manifest
+from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
+from medusa_runtime.drafting.costs import StepCosts, fitting_capacities, fitting_nodes
+from medusa_runtime.drafting.measuring import measure_grid
+from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
+from medusa_runtime.drafting.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning
+from medusa_runtime.errors import BundleError, CapacityError, OptionError
+from medusa_runtime.options import DecodingOptions
+from medusa_runtime.text.codec import TextCodec
+
+BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
+TOLERANCE = 0.15  # largest relative error of a prediction
+CHECKED = 3  # fewest prompts that a check decodes
+LOOKED_UP = 8  # groups of prompts that are decoded with and without prompt lookup
+LOOKUP_PAYS = 1.02  # least speed-up at which prompt lookup is used
+RECORDED_TOGETHER = 8  # answers that are recorded in one batch
+SPARE = 16  # cache entries for drafts, in addition to prompt and answer
+EVALUATION_NAME = "evaluation.json"  # in the heads' directory
+Prompts = Sequence[Sequence[int]]  # token ids
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of `medusa-export tune`; the command's help describes each."""
+
+    bundle: Path
+    heads: Path | None = None
+    evaluation: Path | None = None
+    prompts: Path | None = None
+    batch_sizes: tuple[int, ...] = ()
+    default_batch_sizes: tuple[int, ...] = BATCH_SIZES  # used if none are given, up to the bundle's largest
+    max_nodes: int = MAX_NODES
+    lengths: tuple[int, ...] = ()
+    max_new_tokens: int = 64
+    rounds: int = 5
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    cuda_graphs: bool | None = None
+
+
+def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
+    """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. This takes a minute or two.
+
+    Returns the device's name in `tuning.json`, and its tuning.
+
+    Raises:
+        OptionError: an option cannot be used, or the prompts cannot be read.
+        BundleError, BackendError: the bundle cannot be run on this machine.
+        CapacityError: a batch is larger than the bundle's limit or than memory allows.
+        CheckpointError: the evaluation is damaged, or belongs to other heads.
+    """
+    manifest = _checked(options.bundle)
+    evaluation = _evaluation(options, manifest)
+    texts = read_prompts(options.prompts) if options.prompts else PROMPTS
+    batch_sizes = _batch_sizes(options, manifest.limits)
+    max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
+    placement = place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
+    with stage("open the bundle"):
+        manifest.require_intact(options.bundle)
+        backend = open_backend(
+            options.bundle,
+            manifest,
+            placement.backend,
+            device=placement.device,
+            num_threads=options.threads,
+            cuda_graphs=options.cuda_graphs,
+        )
+    new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
+    codec = TextCodec(options.bundle)
+    prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
+    run = _Run(backend, prompts, new_tokens, options.rounds, NGrams.of_bundle(options.bundle, manifest))
+
+    costs = run.costs(batch_sizes, max_nodes, options.lengths or LENGTHS)
+    acceptance: RecordedAcceptance | EvaluatedAcceptance
+    if evaluation is not None:
+        acceptance = EvaluatedAcceptance(evaluation, manifest.heads.top_k, max_nodes)
+        source = f"the heads' evaluation ({evaluation.answers} answers, {evaluation.tokens} tokens)"
+    else:
+        acceptance = run.acceptance(max_nodes)
+        rows = len(acceptance.record.ranks)
+        source = f"{options.prompts.name if options.prompts else 'built-in prompts'} ({len(prompts)} answers, {rows} tokens)"
+    batches = []
+    with count_stage("check by decoding", len(batch_sizes), "batches") as tell:
+        for number, batch_size in enumerate(batch_sizes, start=1):
+            run.capacity(batch_size)
+            batches.append(run.tuned(Place(costs, batch_size, run.entries(batch_size)), acceptance))
+            tell(number, number - 1, 1)
+    found = DeviceTuning(
+        backend=placement.backend,
+        processor=placement.processor or cpu_name(),
+        threads=0 if placement.processor else options.threads or num_cores(),
+        cores=num_cores(),
+        provenance=provenance(),
+        costs=costs,
+        acceptance_from=source,
+        accuracy=acceptance.accuracy[:, : manifest.heads.top_k].tolist(),
+        capacity=run.entries(1),
+        batches=batches,
+    )
+    lookup = run.lookup(found)
+    backend.save()
+    backend.close()
+    pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
+    found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
+    device = device_key(placement.backend, num_threads=options.threads, processor=placement.processor)
+    keep(options.bundle, manifest, device, found)
+    return device, found
+
+
+def keep(bundle: Path, manifest: Manifest, device: str, found: DeviceTuning) -> None:
+    """Add a device to a bundle's tuning. Other devices' entries are kept, unless they are damaged or the bundle has changed."""
+    digest = manifest.content_digest()
+    devices: dict[str, DeviceTuning] = {}
+    try:
+        before = Tuning.load(bundle)
+    except BundleError as error:
+        note(f"{error}; it is replaced")
+    else:
+        if before is not None and before.bundle == digest:
+            devices = before.devices
+        elif before is not None:
+            note("the existing tuning belongs to other files; it is replaced")
+    Tuning(bundle=digest, devices=devices | {device: found}).save(bundle)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A backend together with the prompts to decode on it."""
+
+    backend: Backend
+    prompts: Prompts
+    new_tokens: int
+    rounds: int
+    ngrams: NGrams | None
+
+    def costs(self, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]) -> StepCosts:
+        """The time of steps, including the host's share."""
+        widths = [1 << power for power in range(max_nodes.bit_length()) if 1 << power < max_nodes] + [max_nodes]
+        capacities = fitting_capacities(self.backend.manifest.limits, [length + max_nodes for length in lengths], max_nodes)
+        with count_stage("step costs", self.rounds + 1, "rounds") as tell:
+            table = measure_grid(
+                self.backend, batch_sizes, widths, capacities, rounds=self.rounds, tell=lambda done: tell(done, 0, done)
+            )
+        costs = StepCosts(list(batch_sizes), widths, capacities, *table)
+        with stage("the host's share of a step"):
+            self.backend.resize(batch_sizes[-1], self.capacity(1))
+            return with_host_seconds(self.backend, costs, self.prompts)
+
+    def acceptance(self, max_nodes: int) -> RecordedAcceptance:
+        """Which drafts would have been accepted in the prompts' greedy answers."""
+        model, limits = self.backend.manifest.model, self.backend.manifest.limits
+        with count_stage("record acceptance", len(self.prompts), "answers") as tell:
+            found = record(
+                self.backend,
+                self.prompts,
+                max_new_tokens=self.new_tokens,
+                end_ids=model.eos_token_ids,
+                batch_size=min(RECORDED_TOGETHER, limits.max_batch_size or RECORDED_TOGETHER),
+                tell=lambda done: tell(done, 0, done),
+            )
+        with stage("sort the drafts"):
+            return RecordedAcceptance(found, self.backend.manifest.heads.top_k, max_nodes)
+
+    def capacity(self, batch_size: int) -> int:
+        """Resize the cache to what these answers need, and empty it. Returns the entries per slot."""
+        limits = self.backend.manifest.limits
+        longest = max(len(prompt) for prompt in self.prompts) + self.new_tokens + SPARE
+        self.backend.resize(batch_size, limits.capacity or min(longest, limits.max_seq_len))
+        return self.backend.capacity
+
+    def entries(self, batch_size: int) -> int:
+        """Cache entries of the longest sequence of a batch, averaged over the time of its decoding."""
+        groups = [self.prompts[start : start + batch_size] for start in range(0, len(self.prompts), batch_size)]
+        longest = [max(len(prompt) for prompt in group) for group in groups]
+        return round(sum(longest) / len(longest) + self.new_tokens / 2)
+
+    def tuned(self, place: Place, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> TunedBatch:
+        """The best trees for a batch size. The better one is checked by decoding."""
+        plain, static, dynamic = place.whole(1, 1.0), acceptance.static(place), acceptance.dynamic(place)
+        best = best_kind(plain, static, dynamic)
+        found = TunedBatch(batch_size=place.batch_size, best=best, plain=plain, static=static, dynamic=dynamic)
+        check = self._check(place, found, acceptance)
+        return found.model_copy(update={"check": check, "as_predicted": check and abs(check.error) <= TOLERANCE})
+
+    def _check(self, place: Place, found: TunedBatch, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> Check | None:
+        """Decode some prompts in turn without Medusa and with the best tree. None if their answers are too short."""
+        batch, count = place.batch_size, -(-CHECKED // place.batch_size) * place.batch_size
+        answers = cycled(range(len(self.prompts)), count)
+        best = {"plain": found.plain, "static": found.static, "dynamic": found.dynamic}[found.best]
+        tree = CandidateTree.from_json(found.static.tree) if found.best == "static" else None
+        if isinstance(acceptance, RecordedAcceptance) and found.best != "plain":
+            best = acceptance.replayed(place, tree or best.nodes, answers)
+        engine = DecodingEngine(
+            self.backend, DynamicTree(found.dynamic.nodes), max_batch_size=batch, costs=place.costs, reuse_prefixes=False
+        )
+        plain = DecodingOptions(max_new_tokens=self.new_tokens, medusa=False)
+        ways = {"plain": plain}
+        if found.best != "plain":
+            ways[found.best] = DecodingOptions(max_new_tokens=self.new_tokens, tree=tree)
+        # warm up: the first run may include preparation
+        full_steps(engine, [self.prompts[answer] for answer in answers[:batch]], plain, 1)
+        steps: dict[str, list[TimedStep]] = {way: [] for way in ways}
+        for start in range(0, count, batch):
+            group = [self.prompts[answer] for answer in answers[start : start + batch]]
+            for way, decoding in ways.items():
+                steps[way] += full_steps(engine, group, decoding)
+        if not all(steps.values()):
+            return None
+        return Check(
+            prompts=count,
+            steps=len(steps[found.best]),
+            predicted_tokens_per_second=best.tokens_per_second,
+            measured_tokens_per_second=rate(steps[found.best]),
+            plain_predicted_tokens_per_second=found.plain.tokens_per_second,
+            plain_measured_tokens_per_second=rate(steps["plain"]),
+        )
+
+    def lookup(self, found: DeviceTuning) -> LookupCheck | None:
+        """Decode some prompts in turn with and without prompt lookup, one at a time, with the engine of an opened tuned bundle.
+
+        Args:
+            found: the device's tuning. If batch size 1 was not tuned, the smallest one is used.
+        """
+        batch = found.batches[0].batch_size
+        count = LOOKED_UP * batch
+        prompts = [self.prompts[number * len(self.prompts) // count] for number in range(count)]  # spread over all of them
+        self.capacity(batch)
+        without, with_it = self._engine(found, batch, 0), self._engine(found, batch, LOOKUP_NODES)
+        with count_stage("try prompt lookup", count, "prompts") as tell:
+            decoding = DecodingOptions(max_new_tokens=self.new_tokens)
+            pairs = in_turn((without, with_it), prompts, decoding, lambda done: tell(done, 0, done))
+        return lookup_check(pairs, batch)
+
+    def _engine(self, found: DeviceTuning, batch: int, lookup_nodes: int) -> DecodingEngine:
+        """An engine like that of `MedusaLM.from_bundle`."""
+        tree, costs = found.choice(batch, fitting_nodes(self.backend.manifest.limits, lookup_nodes))
+        return DecodingEngine(
+            self.backend,
+            tree,
+            max_batch_size=batch,
+            costs=costs,
+            reuse_prefixes=False,
+            prompt_lookup=lookup_nodes > 0,
+            ngrams=self.ngrams,
+        )
+
+
+def _checked(bundle: Path) -> Manifest:
+    manifest = Manifest.load(bundle)
+    if manifest.validation.status == "failed":
+        raise BundleError(f"{bundle} failed its validation ({manifest.validation.report}); export it again before tuning")
+    return manifest
+
+
+def _evaluation(options: TuneOptions, manifest: Manifest) -> Evaluation | None:
+    if options.heads is not None and options.evaluation is not None:
+        raise OptionError("--heads and --evaluation exclude each other; give one")
+    place = options.heads / EVALUATION_NAME if options.heads is not None else options.evaluation
+    if place is None:
+        return None
+    evaluation = read_evaluation(place)
+    if evaluation.heads != manifest.heads.sha256:
+        raise CheckpointError(
+            f"{place} belongs to other heads ({evaluation.heads[:12]}…) than the bundle's ({manifest.heads.sha256[:12]}…); "
+            "evaluate the bundle's heads, or leave it out to measure acceptance by decoding"
+        )
+    return evaluation
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read the output of `medusa-export heads evaluate`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not an evaluation of heads ({type(error).__name__}); make one with: medusa-export heads evaluate"
+        ) from error
+
+
+def _batch_sizes(options: TuneOptions, limits: Limits) -> list[int]:
+    wanted, largest = options.batch_sizes, limits.max_batch_size
+    if wanted and largest is not None and max(wanted) > largest:
+        raise CapacityError(f"--batch-sizes has {max(wanted)}, but the bundle's largest batch is {largest}; lower it")
+    return sorted({size for size in wanted or options.default_batch_sizes if largest is None or size <= largest})

@@ -1,0 +1,1 @@
+"""Passes that derive the graphs for ONNX Runtime's CPU provider."""

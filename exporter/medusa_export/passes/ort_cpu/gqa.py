@@ -1,0 +1,184 @@
+"""Fuses attention and the cache update into one operator per layer, for one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.common.values import constant, heads_and_width, replace
+from medusa_export.passes.ort_cpu.grouped_attention import HIDDEN
+
+SWAPPED = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
+
+
+class CachedAttention(ir.passes.InPlacePass):
+    """Replace attention and the cache's operators by ``GroupQueryAttention``, for one sequence.
+
+    Needs: a float32 step graph after `UsedEntries`, with layers of ``Attention(q, k, v, mask)``. k and v are slices of a cache
+    into which ``TensorScatter`` wrote at ``cache_lengths``.
+    Result: ONNX Runtime's contributed operator, with the mask as its bias. If past and present share their memory, it writes
+    the new entries in place and copies nothing of the cache. It refuses several sequences with several tokens each. It also
+    hides later tokens from earlier ones, as the mask already does.
+
+    Its queries and keys are [B, T, H·D] and already rotated. `PackedAttention` moves the rotation into the operator.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        layers = [layer for node in model.graph if is_attention(node) and (layer := _layer(node)) is not None]
+        if layers:
+            shared = _Shared(model.graph, layers[0].used)
+            for layer in layers:
+                _replace(model.graph, layer, shared)
+            model.opset_imports["com.microsoft"] = 1
+        return ir.passes.PassResult(model, modified=bool(layers))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's attention, and the nodes that write its cache."""
+
+    attention: ir.Node
+    cuts: tuple[ir.Node, ir.Node]  # Slice: the entries in use, of keys and of values
+    key: ir.Node  # TensorScatter (past, new entries, cache_lengths)
+    value: ir.Node
+
+    @property
+    def used(self) -> ir.Value:
+        """The number of entries in use, including the new ones. [1]"""
+        used = self.cuts[0].inputs[2]
+        assert used is not None
+        return used
+
+
+def _layer(attention: ir.Node) -> _Layer | None:
+    query, mask = attention.inputs[0], attention.inputs[3] if len(attention.inputs) in (4, 5) else None
+    cuts = [_producer(value, "Slice") for value in attention.inputs[1:3]]
+    key, value = (_producer(cut.inputs[0], "TensorScatter") if cut is not None else None for cut in cuts)
+    if query is None or mask is None or cuts[0] is None or cuts[1] is None or key is None or value is None:
+        return None
+    fits = (
+        query.dtype == ir.DataType.FLOAT
+        and mask.dtype == ir.DataType.BOOL
+        and mask.shape is not None
+        and len(mask.shape) == 4
+        and mask.shape[1] == 1
+        and len(attention.outputs) == 1
+        and not attention.attributes.get_int("is_causal", 0)
+        and all(_writes_behind_lengths(node) for node in (key, value))
+        and heads_and_width(key.outputs[0]) == heads_and_width(value.outputs[0])
+    )
+    return _Layer(attention, (cuts[0], cuts[1]), key, value) if fits else None
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _writes_behind_lengths(node: ir.Node) -> bool:
+    places = node.inputs[2] if len(node.inputs) == 3 else None
+    return (
+        node.attributes.get_int("axis", -2) == 2
+        and node.attributes.get_string("mode", "linear") == "linear"
+        and places is not None
+        and places.is_graph_input()
+        and places.name == "cache_lengths"
+    )
+
+
+class _Shared:
+    """Values that all layers read. They are computed once per step."""
+
+    def __init__(self, graph: ir.Graph, used: ir.Value) -> None:
+        self._graph = graph
+        self._biases: dict[ir.Value, ir.Value] = {}
+        tape = ir.tape.Tape()
+        count = tape.op("Cast", [used], {"to": ir.DataType.INT32})
+        self.last = tape.op("Sub", [count, constant(graph, "one_int32", np.array([1], np.int32))])  # [1]
+        self.total = tape.op("Squeeze", [count])  # []
+        source = used.producer()
+        assert source is not None
+        graph.insert_after(source, tape.nodes)
+
+    def bias(self, tape: ir.tape.Tape, mask: ir.Value) -> ir.Value:
+        """The mask as numbers to add to the scores of all heads. [1, 1, T, S]"""
+        if mask not in self._biases:
+            seen, hidden = constant(self._graph, "seen", 0.0), constant(self._graph, "hidden_score", HIDDEN)
+            self._biases[mask] = tape.op("Where", [mask, seen, hidden])
+        return self._biases[mask]
+
+
+def _replace(graph: ir.Graph, layer: _Layer, shared: _Shared) -> None:
+    query, mask = layer.attention.inputs[0], layer.attention.inputs[3]
+    assert query is not None
+    assert mask is not None
+    (query_heads, width), (kv_heads, _) = heads_and_width(query), heads_and_width(layer.key.outputs[0])
+    tape = ir.tape.Tape()
+    new = [_side_by_side(graph, tape, value) for value in (query, layer.key.inputs[1], layer.value.inputs[1])]
+    bias, past = shared.bias(tape, mask), (layer.key.inputs[0], layer.value.inputs[0])
+    attended, key, value = tape.op_multi_out(
+        "GroupQueryAttention",
+        [*new, *past, shared.last, shared.total, None, None, None, bias, *layer.attention.inputs[4:]],
+        {
+            "num_heads": query_heads,
+            "kv_num_heads": kv_heads,
+            "scale": layer.attention.attributes.get_float("scale", width**-0.5),
+            "softcap": layer.attention.attributes.get_float("softcap", 0.0),
+        },
+        domain="com.microsoft",
+        num_outputs=3,
+    )
+    parted = tape.op("Reshape", [attended, constant(graph, f"parted_{query_heads}_{width}", [0, 0, query_heads, width])])
+    result = tape.op("Transpose", [parted], {"perm": SWAPPED})
+    graph.insert_before(layer.attention, tape.nodes)
+    for node, new_value in ((layer.attention, result), (layer.key, key), (layer.value, value)):
+        replace(node.outputs[0], new_value)
+    for node in (layer.attention, *layer.cuts, layer.key, layer.value):
+        graph.remove(node, safe=True)
+    _skip_swaps(graph, result, attended, query_heads * width)
+
+
+def _side_by_side(graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None) -> ir.Value:
+    """A value [B, H, T, D] as [B, T, H·D]. If it was made from such a value, that one is used, rotated if necessary."""
+    heads, width = heads_and_width(value)
+    assert value is not None
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == SWAPPED:
+        assert node.inputs[0] is not None
+        parted = node.inputs[0].producer()
+        if parted is not None and parted.op_type == "Reshape" and parted.inputs[0] is not None:
+            whole = parted.inputs[0]
+            if whole.shape is not None and len(whole.shape) == 3 and whole.shape[2] == heads * width:
+                return whole
+    elif node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
+        attributes = {name: node.attributes.get_int(name, 0) for name in ("interleaved", "rotary_embedding_dim")}
+        rotated = tape.op(
+            "RotaryEmbedding", [_side_by_side(graph, tape, node.inputs[0]), *node.inputs[1:]], attributes | {"num_heads": heads}
+        )
+        rotated.shape, rotated.type = _whole_shape(value, heads * width), value.type
+        return rotated
+    swapped = tape.op("Transpose", [value], {"perm": SWAPPED})
+    whole = tape.op("Reshape", [swapped, constant(graph, f"whole_{heads * width}", [0, 0, heads * width])])
+    whole.shape, whole.type = _whole_shape(value, heads * width), value.type
+    return whole
+
+
+def _whole_shape(value: ir.Value, width: int) -> ir.Shape:
+    assert value.shape is not None
+    return ir.Shape([value.shape[0], value.shape[2], width])
+
+
+def _skip_swaps(graph: ir.Graph, parted: ir.Value, whole: ir.Value, width: int) -> None:
+    """Remove a Transpose and Reshape back to [B, T, H·D]: the operator's output already has that shape."""
+    for node, _ in list(parted.uses()):
+        if node.op_type != "Transpose" or list(node.attributes.get_ints("perm", [])) != SWAPPED:
+            continue
+        for reshape, _ in list(node.outputs[0].uses()):
+            shape = reshape.outputs[0].shape
+            if reshape.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width:
+                replace(reshape.outputs[0], whole)
+                graph.remove(reshape, safe=True)

@@ -1,0 +1,127 @@
+"""Merges matrix products of one input with several weights into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from medusa_export.passes.common.values import constant, replace
+
+
+class MergeProjections(ir.passes.InPlacePass):
+    """Merge the query, key and value projections into one MatMul, and likewise gate and up.
+
+    Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers: all float, or all int8 under a
+    ``DequantizeLinear`` with one scale per column or per block of a column.
+    Result: one ``MatMul`` for each such group, one ``Add`` if all have a bias, and a ``Split``. Weights and biases are
+    concatenated in the graph. A runtime does that once when it loads the graph, so they are stored only once.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        groups: dict[tuple[ir.Value, str], list[ir.Node]] = {}
+        for node in model.graph:
+            if node.op_type == "MatMul" and (kind := _kind(node.inputs[1])) is not None:
+                assert node.inputs[0] is not None
+                groups.setdefault((node.inputs[0], kind), []).append(node)
+        merged = [nodes for nodes in groups.values() if len(nodes) > 1]
+        for nodes in merged:
+            _merge(model.graph, nodes)
+        return ir.passes.PassResult(model, modified=bool(merged))
+
+
+def _kind(weight: ir.Value | None) -> str | None:
+    """How a weight [K, N] is stored; None if the value is not a weight, or if a runtime cannot concatenate such weights."""
+    if weight is None:
+        return None
+    source = weight.producer()
+    if source is None:
+        is_matrix = weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2
+        return "float" if is_matrix and not weight.is_graph_input() else None
+    # not so for an embedding that is transposed first, for example
+    if not all(value is not None and value.is_initializer() for value in source.inputs):
+        return None
+    if is_int8_weight(source):
+        return "channels"
+    in_blocks = source.op_type == "DequantizeLinear" and source.attributes.get_int("block_size", 0) > 0
+    data = source.inputs[0]
+    return "blocks" if in_blocks and len(source.inputs) == 2 and data is not None and data.dtype == ir.DataType.INT8 else None
+
+
+def is_int8_weight(node: ir.Node) -> bool:
+    """Whether a node is ``DequantizeLinear`` of an int8 matrix with one scale per column and no zero point."""
+    data, scale = (*node.inputs, None, None)[:2]
+    return (
+        node.op_type == "DequantizeLinear"
+        and data is not None
+        and data.dtype == ir.DataType.INT8
+        and scale is not None
+        and scale.shape is not None
+        and len(scale.shape) == 1
+        and len(node.inputs) == 2
+        and node.attributes.get_int("axis", 1) == 1
+    )
+
+
+def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    first = nodes[0]
+    weights = [node.inputs[1] for node in nodes]
+    sizes = [_columns(weight) for weight in weights]  # the output of DequantizeLinear has the weight's shape
+    tape = ir.tape.Tape()
+    sources = [source for weight in weights if weight is not None and (source := weight.producer()) is not None]
+    if sources:
+        parts = [_joined(tape, values) for values in zip(*(source.inputs for source in sources), strict=True)]
+        weight = tape.op("DequantizeLinear", parts, dict(sources[0].attributes))
+        shape = parts[0].shape
+    else:
+        weight = _joined(tape, weights)
+        shape = weight.shape
+    assert weights[0] is not None
+    weight.shape, weight.type = shape, weights[0].type
+    whole = tape.op("MatMul", [first.inputs[0], weight])
+    sums = [found for node in nodes if (found := _sum_with_bias(node)) is not None]
+    if len(sums) == len(nodes):
+        whole = tape.op("Add", [whole, _joined(tape, [bias for _, bias in sums])])
+        for node, (added, _) in zip(nodes, sums, strict=True):
+            replace(added.outputs[0], node.outputs[0])
+            graph.remove(added, safe=True)
+    split = ir.node(
+        "Split",
+        [whole, constant(graph, "split_" + "_".join(map(str, sizes)), sizes)],
+        {"axis": -1},
+        num_outputs=len(nodes),
+    )
+    graph.insert_before(first, [*tape.nodes, split])
+    for node, part in zip(nodes, split.outputs, strict=True):
+        replace(node.outputs[0], part)
+        graph.remove(node, safe=True)
+
+
+def _sum_with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The ``Add`` that is the product's only reader, and its bias, an initializer [N]."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    bias = uses[0].node.inputs[1 - uses[0].idx]
+    is_vector = bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1
+    return (uses[0].node, bias) if bias is not None and is_vector and bias.shape == [_columns(node.inputs[1])] else None
+
+
+def _joined(tape: ir.tape.Tape, values: Sequence[ir.Value | None]) -> ir.Value:
+    """Values of one type, concatenated along their last axis."""
+    first = values[0]
+    assert first is not None
+    assert first.shape is not None
+    result = tape.op("Concat", values, {"axis": -1})
+    last = sum(_columns(value) for value in values)
+    result.shape, result.type = ir.Shape([*first.shape[:-1], last]), first.type
+    return result
+
+
+def _columns(value: ir.Value | None) -> int:
+    assert value is not None
+    assert value.shape is not None
+    size = value.shape[-1]
+    assert isinstance(size, int)
+    return size

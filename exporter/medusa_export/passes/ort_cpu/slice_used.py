@@ -1,0 +1,60 @@
+"""Slices the cache to the entries in use, so that attention does not cost its whole capacity."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.common.values import constant
+
+CAPACITY_AXIS = 2  # of a cache tensor: [B, Hkv, S, D]
+
+
+class UsedEntries(ir.passes.InPlacePass):
+    """Slice keys, values and mask to the longest sequence of the batch, including its new tokens.
+
+    Needs: a step graph whose ``Attention`` nodes read the outputs of ``TensorScatter``, and whose mask takes the capacity from
+    the shape of a cache input.
+    Result: the same graph with ``max(cache_lengths) + T`` instead of the capacity, so a step costs only the entries in use.
+    Keys and values in use are copied once per step.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        graph = model.graph
+        inputs = {value.name: value for value in graph.inputs}
+        lengths, ids = inputs.get("cache_lengths"), inputs.get("input_ids")
+        attentions = [node for node in graph if is_attention(node) and _is_cache(node.inputs[1])]
+        if lengths is None or ids is None or not attentions:
+            return ir.passes.PassResult(model, modified=False)
+        tape = ir.tape.Tape()
+        tokens = tape.op("Shape", [ids], {"start": 1, "end": 2})  # [1]
+        used = tape.op("Add", [tape.op("ReduceMax", [lengths], {"keepdims": 1}), tokens])  # [1]
+        used.shape, used.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+        used.name = "used_entries"
+        for node in [node for node in graph if _is_capacity(node)]:
+            node.outputs[0].replace_all_uses_with(used)
+        graph.insert_before(graph[0], tape.nodes)
+        zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
+        for node in attentions:
+            for place in (1, 2):
+                cache = node.inputs[place]
+                assert cache is not None
+                cut = ir.node("Slice", [cache, zero, used, axis])
+                cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
+                cut.outputs[0].type = cache.type
+                graph.insert_before(node, cut)
+                node.replace_input_with(place, cut.outputs[0])
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _is_cache(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "TensorScatter"
+
+
+def _is_capacity(node: ir.Node) -> bool:
+    """Whether a node reads only the capacity from a cache input's shape."""
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith("past."):
+        return False
+    return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1

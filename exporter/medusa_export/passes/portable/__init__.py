@@ -1,0 +1,1 @@
+"""Passes on the portable graphs, which all backends read."""

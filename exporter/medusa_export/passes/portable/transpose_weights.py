@@ -1,0 +1,56 @@
+"""Stores weights in the layout that MatMul reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_export.passes.common.values import add_initializer, shape_of
+
+
+class TransposeWeights(ir.passes.InPlacePass):
+    """Store a linear layer's weight as [in, out] instead of transposing it when the graph is loaded.
+
+    Needs: ``MatMul(x, Transpose(weight))``, which a trace of ``nn.Linear`` contains.
+    Result: ``MatMul(x, weight)`` with the transposed weight, which is computed only when it is written. A weight that is also
+    read in its own layout (a tied embedding) is not changed, so that it is stored once.
+
+    Args:
+        left_alone: names of weights that another graph of the bundle reads in their own layout; they are not changed.
+    """
+
+    def __init__(self, left_alone: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.left_alone = left_alone
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        modified = False
+        for name, weight in list(model.graph.initializers.items()):
+            uses = [usage.node for usage in weight.uses()]
+            if (
+                name in self.left_alone
+                or not uses
+                or not all(_is_plain_transpose(node) for node in uses)
+                or weight.const_value is None
+            ):
+                continue
+            del model.graph.initializers[name]
+            value = add_initializer(model.graph, name, _transposed(name, weight.const_value))
+            for node in uses:
+                node.outputs[0].replace_all_uses_with(value)
+                model.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _is_plain_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and node.attributes.get_ints("perm", ()) == (1, 0)
+
+
+def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def evaluate() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+
+    shape = ir.Shape(list(reversed(shape_of(tensor))))
+    return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=name, cache=False)

@@ -1,0 +1,1 @@
+"""Passes that derive TensorRT's step graph."""

@@ -1,0 +1,203 @@
+"""`medusa-export quantize`: reads a bundle, writes a quantised bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.write_graphs import write_graphs
+from medusa_export.check.quality import compare
+from medusa_export.errors import QualityError
+from medusa_export.measure.prompt_files import read_prompts
+from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
+from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
+from medusa_export.progress import note, stage
+from medusa_export.provenance import provenance
+from medusa_export.quantize.calibration_text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, answered, pieces
+from medusa_heads.directories import new_directory, require_new
+from medusa_runtime import DecodingEngine, DynamicTree
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest, QuantizationFacts, Scheme, ValidationFacts, file_facts
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
+from medusa_runtime.errors import BundleError, OptionError
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME, TextCodec
+
+SMOOTHING = 0.5  # best in the paper for models like Llama, and in our measurements for SmolLM2
+LAYERS = frozenset({"layers", "h", "blocks"})  # the names that models give to their list of layers
+MLP = ("mlp", "feed_forward", "ffn")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `medusa-export quantize`; the command's help describes each."""
+
+    bundle: Path
+    output: Path
+    scheme: Scheme = "int8"
+    activation_bits: Literal[8, 16] | None = None
+    calibration_prompts: Path | None = None
+    quality_prompts: Path | None = None
+    quality_text: Path | None = None
+    max_kl: float | None = None
+    force: bool = False
+
+
+def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifest:
+    """Export a checkpoint to a quantised bundle, by way of a float32 bundle that is deleted.
+
+    Raises:
+        OptionError: the export's precision is not fp32.
+        MedusaError: see `export_bundle` and `quantize_bundle`.
+    """
+    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[export.model, export.heads])
+    if export.precision != "fp32":
+        raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
+    parent = options.output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".medusa-export-", dir=parent) as scratch:
+        whole = Path(scratch) / "bundle"
+        export_bundle(dataclasses.replace(export, output=whole))
+        return quantize_bundle(dataclasses.replace(options, bundle=whole))
+
+
+def quantize_bundle(options: QuantizeOptions) -> Manifest:
+    """Quantise a bundle's weights, measure the loss of quality, and write a new bundle. It appears whole or not at all.
+
+    Raises:
+        OptionError: the output exists, or a text file cannot be used.
+        BundleError: the bundle is not a float32 ONNX bundle, is already quantised, or has files that do not match its manifest.
+        QualityError: the result differs from the original by more than `max_kl`. Nothing is written.
+    """
+    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle])
+    source = _source(options.bundle)
+    codec = TextCodec(options.bundle)
+    if options.activation_bits is not None and options.scheme != "int8":
+        raise OptionError(f"--activation-bits only applies to --scheme int8, not {options.scheme}; leave it out")
+    activation_bits = (options.activation_bits or 16) if options.scheme == "int8" else 8
+    smoothing = SMOOTHING if options.activation_bits == 8 else 0.0
+    if options.calibration_prompts is not None and not smoothing:
+        raise OptionError("--calibration-prompts only applies to --scheme int8 with --activation-bits 8; leave it out")
+    quality_prompts = read_prompts(options.quality_prompts) if options.quality_prompts else QUALITY_PROMPTS
+    calibration_prompts = read_prompts(options.calibration_prompts) if options.calibration_prompts else CALIBRATION_PROMPTS
+    graphs = {name: ir.load(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
+    before = open_backend(options.bundle, source, "ort-cpu")
+    ngrams = NGrams.of_bundle(options.bundle, source)
+    engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
+    text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
+    with stage("answer prompts with the original"):
+        answers, stats = answered(engine, codec, quality_prompts)
+    if smoothing:
+        with stage("find the outliers of the activations"):
+            known, _ = answered(engine, codec, calibration_prompts)
+            Smooth(_maxima(options.bundle, source, known), smoothing)(graphs[STEP])
+    gathered = tables(graphs.values())
+    for model in graphs.values():
+        QuantizeWeights(_storage(options.scheme), gathered)(model)
+    with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
+        files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
+        for name in (TOKENIZER_NAME, CHAT_NAME, *({NGRAMS_NAME} & source.files.keys())):
+            shutil.copyfile(options.bundle / name, directory / name)
+            files[name] = file_facts(directory / name)
+        manifest = source.model_copy(
+            update={
+                "graphs": facts,
+                "files": files,
+                "provenance": provenance(),
+                "validation": ValidationFacts(status="not run"),
+            }
+        )
+        with stage("measure the quality"):
+            after = open_backend(directory, manifest, "ort-cpu")
+            quality = compare(before, after, text or answers)
+            _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
+            quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step
+        note(quality.line())
+        if options.max_kl is not None and not quality.mean_kl <= options.max_kl:
+            raise QualityError(
+                f"the mean KL divergence is {quality.mean_kl:.4f} nats, more than --max-kl {options.max_kl}; nothing was "
+                "written. The closest to the original are int8-blocks, and int8 with --activation-bits 16"
+            )
+        manifest.quantization = QuantizationFacts(
+            scheme=options.scheme,
+            activation_bits=activation_bits,
+            smoothing=smoothing,
+            source_bundle=source.content_digest(),
+            quality=quality.model_dump(),
+            max_kl=options.max_kl,
+        )
+        manifest.save(directory)
+    return manifest
+
+
+def _source(bundle: Path) -> Manifest:
+    source = Manifest.load(bundle)
+    if source.kind != "onnx":
+        raise BundleError(f"{bundle} is a {source.kind} bundle; quantize the ONNX bundle that it was built from")
+    if source.quantization is not None:
+        raise BundleError(
+            f"{bundle} is already quantised ({source.quantization.scheme}); quantize the bundle that it was made from"
+        )
+    if source.precision != "fp32":
+        raise BundleError(f"{bundle} is in {source.precision}; quantize a bundle that was exported with --dtype fp32")
+    source.require_intact(bundle)
+    return source
+
+
+def _is_onnx_bundle(path: Path) -> bool:
+    return is_bundle(path, "onnx")
+
+
+def _storage(scheme: Scheme) -> Callable[[str], Storage]:
+    """How to store each weight, by its name. Embeddings, LM head and Medusa heads keep 8 bits, as 4 bits hurt them most."""
+
+    def storage(name: str) -> Storage:
+        if scheme in ("int8", "int8-blocks"):
+            return scheme
+        parts = name.lower().split(".")
+        in_layers = parts[0] != "heads" and not LAYERS.isdisjoint(parts)
+        is_mlp = any(piece in part for part in parts for piece in MLP)
+        return "int4" if in_layers and (scheme == "int4" or is_mlp) else "int8-blocks"
+
+    return storage
+
+
+def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> dict[str, Vector]:
+    """Measure on texts the largest magnitude per channel of each activation that can be smoothed."""
+    import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
+
+    model = ir.load(bundle / source.graphs[STEP].file)
+    found = junctions(model)
+    names = with_maxima(model, found)
+    if not names:
+        raise OptionError("the activations of this model cannot be smoothed, so 8 bits are too few; use --activation-bits 16")
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+    options.log_severity_level = 3  # errors only: it warns that the cache is copied, which is intended here
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    largest: dict[str, Vector] = {}
+    facts = source.model
+    for text in texts:
+        count = len(text)
+        feeds = {
+            "input_ids": np.array([text], np.int64),
+            "position_ids": np.arange(count)[None],
+            "tree_mask": np.tri(count, dtype=np.bool_)[None],
+            "cache_lengths": np.zeros(1, np.int64),
+            "logit_rows": np.array([[count - 1]]),
+        }
+        empty = np.zeros((1, facts.num_kv_heads, count, facts.head_dim), np.float32)
+        feeds |= {f"past.{layer}.{part}": empty for layer in range(facts.num_layers) for part in ("key", "value")}
+        for junction, values in zip(found, session.run(names, feeds), strict=True):
+            name = junction.activation.name or ""
+            largest[name] = np.maximum(largest.get(name, values), values)
+    return largest

@@ -1,0 +1,106 @@
+"""The attention of a traced decoder: the standard ``Attention`` and ``TensorScatter`` operators instead of its own kernels.
+
+Transformers can replace a model's attention by name. Ours emits the ONNX operator directly, so we copy no model code and can
+trace every architecture that uses the attention interface.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
+from medusa_export.trace import experts_node
+
+ATTENTION_NAME = "medusa_onnx"
+# Arguments that do not change the result: our masks say the same (`is_causal`, `sliding_window`), they are about training or
+# what else is returned, or the rotary embedding has used them already.
+HARMLESS = frozenset(
+    {"cache_position", "dropout", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"}
+)
+MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
+
+
+class UnknownAttentionError(Exception):
+    """A model's attention is not plain scaled dot-product attention."""
+
+
+def onnx_attention(
+    _: torch.nn.Module,
+    query: torch.Tensor,  # [B, Hq, T, D]
+    key: torch.Tensor,  # [B, Hkv, S, D]
+    value: torch.Tensor,  # [B, Hkv, S, D]
+    attention_mask: torch.Tensor,  # [B, 1, T, S] bool
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [Hq]: sinks, one more score for each query head
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention as one ``Attention`` node, or ``SinkAttention``. Returns [B, T, Hq, D].
+
+    Raises:
+        UnknownAttentionError: the model passes an argument that could change the result.
+    """
+    given = {name for name, value in others.items() if value is not None and not name.startswith("output_")}
+    if unknown := sorted(given - HARMLESS):
+        raise UnknownAttentionError(f"its attention has the extra inputs {', '.join(unknown)}")
+    batch, heads, tokens, width = query.shape
+    attributes: dict[str, Any] = {"scale": float(scaling if scaling is not None else width**-0.5)}
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    attended = torch.onnx.ops.symbolic(
+        "Attention" if s_aux is None else f"{SINK_DOMAIN}::{SINK_ATTENTION}",
+        [query, key, value, attention_mask] if s_aux is None else [query, key, value, attention_mask, s_aux],
+        attrs=attributes,
+        dtype=query.dtype,
+        shape=(batch, heads, tokens, value.shape[-1]),
+        version=MIN_OPSET if s_aux is None else 1,
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Register ``attn_implementation="medusa_onnx"`` with Transformers, and its experts of that name. It may be called again."""
+    AttentionInterface.register(ATTENTION_NAME, onnx_attention)
+    experts_node.register(ATTENTION_NAME)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+
+
+class ScatterCache:
+    """The preallocated KV cache of a traced model: new entries are written at each sequence's length.
+
+    It has the methods of Transformers' ``Cache`` that decoders call.
+    """
+
+    is_compileable = False
+
+    def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], cache_lengths: torch.Tensor) -> None:
+        self.past = past  # layer -> key, value: [B, Hkv, S, D]
+        self.cache_lengths = cache_lengths  # [B]
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        past_key, past_value = self.past[layer]
+        self.present[layer] = (self._scatter(past_key, key), self._scatter(past_value, value))
+        return self.present[layer]
+
+    def _scatter(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            [buffer, new, self.cache_lengths],
+            attrs={"axis": 2, "mode": "linear"},
+            dtype=buffer.dtype,
+            shape=buffer.shape,
+            version=MIN_OPSET,
+        )
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def get_max_cache_shape(self, *_: Any) -> int:
+        return next(iter(self.past.values()))[0].shape[2]

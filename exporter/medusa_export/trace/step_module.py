@@ -1,0 +1,78 @@
+"""The computation of the step graph, in torch: a forward pass over new tokens, and the reductions that verification needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from medusa_export.model.checkpoint import FULL, SLIDING
+from medusa_export.trace.attention_node import ScatterCache
+
+
+class StepModule(torch.nn.Module):
+    """A causal LM with the inputs and outputs of docs/onnx-contract.md, for tracing.
+
+    Only the layers in ``past`` run; see `medusa_export.trace.layers`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer_types: list[str], sliding_window: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.layer_types = layer_types
+        self.sliding_window = sliding_window
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [B, T]
+        position_ids: torch.Tensor,  # [B, T]
+        tree_mask: torch.Tensor,  # [B, T, T] bool
+        cache_lengths: torch.Tensor,  # [B]
+        logit_rows: torch.Tensor,  # [B, R]
+        past: dict[str, tuple[torch.Tensor, torch.Tensor]],  # layer -> key, value: [B, Hkv, S, D]
+    ) -> tuple[torch.Tensor, ...]:
+        cache = ScatterCache({int(layer): pair for layer, pair in past.items()}, cache_lengths)
+        rows: list[torch.Tensor] = []
+
+        def keep_rows(_: Any, __: Any, output: Any) -> Any:  # so that the LM head computes only the requested rows
+            hidden = output.last_hidden_state  # [B, T, C]
+            picked = torch.gather(hidden, 1, logit_rows.unsqueeze(2).expand(-1, -1, hidden.shape[-1]))  # [B, R, C]
+            rows.append(picked)
+            output.last_hidden_state = picked
+            return output
+
+        base: torch.nn.Module = self.model.base_model
+        handle = base.register_forward_hook(keep_rows)
+        try:
+            logits = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=self._masks(position_ids, tree_mask, cache_lengths, cache.get_max_cache_shape()),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits  # [B, R, V]
+        finally:
+            handle.remove()
+        greedy_ids = logits.argmax(-1)  # [B, R]
+        present = [tensor for layer in past for tensor in cache.present[int(layer)]]
+        return greedy_ids, rows[0], logits, *present
+
+    def _masks(self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int) -> Any:
+        tokens = position_ids.shape[1]
+        slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
+        offset = slots - cache_lengths.unsqueeze(
+            1
+        )  # [B, S]: negative for cached entries, then the new tokens, then unused entries
+        cached = offset < 0
+        new = (offset >= 0) & (offset < tokens)
+        index = offset.clamp(0, tokens - 1)  # [B, S]
+        among_new = torch.gather(tree_mask, 2, index.unsqueeze(1).expand(-1, tokens, -1))  # [B, T, S]
+        full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
+        if SLIDING not in self.layer_types:
+            return full
+        key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
+        assert self.sliding_window is not None  # a model with sliding-window layers always has it
+        near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
+        sliding = full & near.unsqueeze(1)
+        return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding
