@@ -17,7 +17,8 @@ from medusa_export.model.generation_settings import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention_node as attention
-from medusa_export.trace.step_graph import reads_lm_head_rows, trace_heads, trace_step
+from medusa_export.trace.heads_graph import reads_lm_head_rows, trace_heads
+from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads

@@ -18,9 +18,7 @@ from medusa_export.trace import experts_node
 ATTENTION_NAME = "medusa_onnx"
 # Arguments that do not change the result: our masks say the same (`is_causal`, `sliding_window`), they are about training or
 # what else is returned, or the rotary embedding has used them already.
-HARMLESS = frozenset(
-    {"cache_position", "dropout", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"}
-)
+HARMLESS = frozenset({"cache_position", "dropout", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"})
 MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 
@@ -63,44 +61,7 @@ def onnx_attention(
 
 
 def register() -> None:
-    """Register ``attn_implementation="medusa_onnx"`` with Transformers, and its experts of that name. It may be called again."""
+    """Register ``attn_implementation="medusa_onnx"`` with Transformers, and experts of that name. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, onnx_attention)
     experts_node.register(ATTENTION_NAME)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
-
-
-class ScatterCache:
-    """The preallocated KV cache of a traced model: new entries are written at each sequence's length.
-
-    It has the methods of Transformers' ``Cache`` that decoders call.
-    """
-
-    is_compileable = False
-
-    def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], cache_lengths: torch.Tensor) -> None:
-        self.past = past  # layer -> key, value: [B, Hkv, S, D]
-        self.cache_lengths = cache_lengths  # [B]
-        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        past_key, past_value = self.past[layer]
-        self.present[layer] = (self._scatter(past_key, key), self._scatter(past_value, value))
-        return self.present[layer]
-
-    def _scatter(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return torch.onnx.ops.symbolic(
-            "TensorScatter",
-            [buffer, new, self.cache_lengths],
-            attrs={"axis": 2, "mode": "linear"},
-            dtype=buffer.dtype,
-            shape=buffer.shape,
-            version=MIN_OPSET,
-        )
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def get_max_cache_shape(self, *_: Any) -> int:
-        return next(iter(self.past.values()))[0].shape[2]

@@ -1,7 +1,7 @@
 """The experts of a traced mixture-of-experts layer: one marker node per layer or per linear layer of the experts.
 
 Transformers can replace the computation of all experts by name (`use_experts_implementation`), as it can for attention. Ours
-emits nodes of the domain ``medusa.experts``, which `medusa_export.passes.portable.expand_experts.ExpandExperts` turns into standard operators.
+emits nodes of the domain ``medusa.experts``, which the pass `ExpandExperts` turns into standard operators.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def onnx_experts(
     experts = top_k_index.reshape(-1)  # [N·K]
     rows = hidden_states.unsqueeze(1).expand(-1, chosen, -1).reshape(count * chosen, -1)
     inner = expert_linear(rows, experts, up, up_bias, transposed=self.is_transposed)
-    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    inner = gate(inner) if (gate := _gate(self)) else self.act_fn(inner)
     result = expert_linear(inner, experts, down, down_bias, transposed=self.is_transposed)
     if self.has_post_expert_norm:
         result = self.post_expert_norm(result)
@@ -125,11 +125,16 @@ def recognise(experts: Any) -> Activation | None:
     else:
         candidates = ((Activation(name), function) for name, function in UNGATED.items())
     with torch.no_grad():
-        wanted = experts._apply_gate(probe) if experts.has_gate else experts.act_fn(probe)
+        wanted = gate(probe) if (gate := _gate(experts)) else experts.act_fn(probe)
         for activation, function in candidates:
             if torch.allclose(function(probe), wanted, rtol=1e-5, atol=1e-6):
                 return activation
     return None
+
+
+def _gate(experts: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What Transformers computes from the first layer's output, if that has a gate."""
+    return experts._apply_gate if experts.has_gate else None  # noqa: SLF001 - Transformers' own experts functions call it
 
 
 def _swiglus(experts: Any) -> Iterator[Activation]:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_export.model.checkpoint import FULL, SLIDING
-from medusa_export.trace.attention_node import ScatterCache
+from medusa_export.trace.scatter_cache import ScatterCache
 
 
 class StepModule(torch.nn.Module):

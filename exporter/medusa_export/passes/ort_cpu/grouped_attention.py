@@ -33,7 +33,8 @@ class GroupedAttention(ir.passes.InPlacePass):
 
 def _fits(node: ir.Node) -> bool:
     query, key, mask = node.inputs[0], node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
-    if query is None or key is None or mask is None or len(node.inputs) > (5 if node.op_type == SINK_ATTENTION else 4) or len(node.outputs) != 1:
+    most = 5 if node.op_type == SINK_ATTENTION else 4
+    if query is None or key is None or mask is None or len(node.inputs) > most or len(node.outputs) != 1:
         return False
     known = all(
         value.shape is not None and len(value.shape) == 4 and all(isinstance(value.shape[axis], int) for axis in (1, 3))

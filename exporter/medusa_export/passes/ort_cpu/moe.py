@@ -34,15 +34,14 @@ class FuseExperts(ir.passes.InPlacePass):
 
 def _fuse(graph: ir.Graph, layer: Part) -> bool:
     x, ids, weights, up, down = (layer.read(role) for role in ("x", "ids", "weights", "up", "down"))
-    if layer.facts["activation"] not in NAMES or x.dtype != ir.DataType.FLOAT or weights.dtype != ir.DataType.FLOAT or down.shape is None:
+    fits = layer.facts["activation"] in NAMES and x.dtype == weights.dtype == ir.DataType.FLOAT
+    if not fits or down.shape is None:
         return False
     tape = ir.tape.Tape()
     biases = [layer.read(role) if role in layer.nodes else None for role in ("up_bias", "down_bias")]
     routing = _routing(graph, tape, ids, weights, int(str(down.shape[0])))
     logits = tape.op("Log", [tape.op("Max", [routing, constant(graph, "tiny", TINY)])])
-    fused = tape.op(
-        "MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft"
-    )
+    fused = tape.op("MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft")
     total = tape.op("ReduceSum", [weights, constant(graph, "last_axis", [-1])], {"keepdims": 1})
     result = tape.op("Mul", [fused, total])
     node = layer.nodes["result"]

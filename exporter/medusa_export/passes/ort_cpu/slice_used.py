@@ -5,9 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.common.values import constant
-
-CAPACITY_AXIS = 2  # of a cache tensor: [B, Hkv, S, D]
 
 
 class UsedEntries(ir.passes.InPlacePass):
@@ -55,6 +54,6 @@ def _is_cache(value: ir.Value | None) -> bool:
 
 def _is_capacity(node: ir.Node) -> bool:
     """Whether a node reads only the capacity from a cache input's shape."""
-    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith("past."):
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST_PREFIX):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1
