@@ -29,7 +29,7 @@ TESTED_ARCHITECTURES = (
 MAX_REASON = 300  # most characters quoted from another library's message
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Backbone:
         types = getattr(config, "layer_types", None)
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
-        if unknown := set(types) - {FULL, SLIDING}:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED}:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return list(types)
 
@@ -66,6 +66,11 @@ class Backbone:
         if getattr(self.config, "use_sliding_window", True):
             return getattr(self.config, "sliding_window", None)
         return None
+
+    @property
+    def chunk_size(self) -> int | None:
+        """The positions of a chunk, if the model has layers that attend only within one."""
+        return getattr(self.config, "attention_chunk_size", None)
 
     @property
     def max_seq_len(self) -> int:

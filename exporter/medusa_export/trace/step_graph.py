@@ -17,6 +17,7 @@ from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
+from medusa_export.trace.step_masks import StepMasks
 from medusa_export.trace.step_module import StepModule
 from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, torch_tensor
 
@@ -59,7 +60,8 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
 def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], opset: int) -> ir.Model:
     traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
     _, layers = decoder_layers(backbone.model)
-    module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
+    masks = StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)
+    module = StepModule(backbone.model, masks).eval()
     batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes above 1, all different
     facts = backbone.facts
     shape = (batch, facts.num_kv_heads, capacity, facts.head_dim)

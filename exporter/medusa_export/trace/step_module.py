@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.model.checkpoint import FULL, SLIDING
 from medusa_export.trace.scatter_cache import ScatterCache
+from medusa_export.trace.step_masks import StepMasks
 
 
 class StepModule(torch.nn.Module):
@@ -17,11 +17,10 @@ class StepModule(torch.nn.Module):
     Only the layers in ``past`` run; see `medusa_export.trace.layers`.
     """
 
-    def __init__(self, model: PreTrainedModel, layer_types: list[str], sliding_window: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, masks: StepMasks) -> None:
         super().__init__()
         self.model = model
-        self.layer_types = layer_types
-        self.sliding_window = sliding_window
+        self.masks = masks
 
     def forward(
         self,
@@ -48,7 +47,7 @@ class StepModule(torch.nn.Module):
             logits = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                attention_mask=self._masks(position_ids, tree_mask, cache_lengths, cache.get_max_cache_shape()),
+                attention_mask=self.masks(position_ids, tree_mask, cache_lengths, cache.get_max_cache_shape()),
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
@@ -57,22 +56,3 @@ class StepModule(torch.nn.Module):
         greedy_ids = logits.argmax(-1)  # [B, R]
         present = [tensor for layer in past for tensor in cache.present[int(layer)]]
         return greedy_ids, rows[0], logits, *present
-
-    def _masks(self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int) -> Any:
-        tokens = position_ids.shape[1]
-        slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
-        offset = slots - cache_lengths.unsqueeze(
-            1
-        )  # [B, S]: negative for cached entries, then the new tokens, then unused entries
-        cached = offset < 0
-        new = (offset >= 0) & (offset < tokens)
-        index = offset.clamp(0, tokens - 1)  # [B, S]
-        among_new = torch.gather(tree_mask, 2, index.unsqueeze(1).expand(-1, tokens, -1))  # [B, T, S]
-        full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
-        if SLIDING not in self.layer_types:
-            return full
-        key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
-        assert self.sliding_window is not None  # a model with sliding-window layers always has it
-        near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
-        sliding = full & near.unsqueeze(1)
-        return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding

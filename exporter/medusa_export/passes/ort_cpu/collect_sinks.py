@@ -22,7 +22,7 @@ class CollectSinks(ir.passes.InPlacePass):
         """Rewrite in place."""
         found = parts(model.graph, SINKS)
         for part in found:
-            attributes = {name: part.facts[name] for name in ("scale", "softcap") if name in part.facts}
+            attributes: dict[str, float] = {name: part.facts[name] for name in ("scale", "softcap") if name in part.facts}
             inputs = [part.read(role) for role in ROLES]
             node = ir.node(SINK_ATTENTION, inputs, attributes, domain=SINK_DOMAIN)
             model.graph.insert_before(part.nodes["result"], node)

@@ -43,7 +43,9 @@ def _fuse(graph: ir.Graph, layer: Part) -> bool:
     logits = tape.op("Log", [tape.op("Max", [routing, constant(graph, "tiny", TINY)])])
     fused = tape.op("MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft")
     total = tape.op("ReduceSum", [weights, constant(graph, "last_axis", [-1])], {"keepdims": 1})
-    result = tape.op("Mul", [fused, total])
+    # The kernel of ONNX Runtime 1.31 gives zeros if its output takes the place of x, so x must be read once more after it.
+    kept = tape.op("Where", [constant(graph, "always", np.bool_(True)), fused, x])  # noqa: FBT003
+    result = tape.op("Mul", [kept, total])
     node = layer.nodes["result"]
     graph.insert_before(node, tape.nodes)
     replace(layer.result, result)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.roles import note_role
-from medusa_export.passes.common.values import add_initializer, constant, replace
+from medusa_export.passes.common.values import add_initializer, constant, replace, shape_of
 
 EXPERTS_DOMAIN = "medusa.experts"  # of the markers
 EXPERTS, EXPERT_LINEAR = "Experts", "ExpertLinear"  # its operators
@@ -95,7 +95,7 @@ class _Expansion:
             return value
         tensor, name = value.const_value, value.name or ""
         assert tensor is not None
-        shape = list(tensor.shape)
+        shape = list(shape_of(tensor))
         if transposed:
             shape[1:] = shape[:0:-1]
 
@@ -148,8 +148,8 @@ class _Expansion:
         """Assign the pairs to blocks, in order. ids: the expert of each pair, [N, K] or [S]."""
         op, sizes = self.tape.op, self.sizes(ids, chosen, num_experts)
         axis0, axis1 = self.constant("axis_0", [0]), self.constant("axis_1", [1])
-        first = self.constant("first", np.int64(0))  # type: ignore[arg-type]
-        step = self.constant("step", np.int64(1))  # type: ignore[arg-type]
+        first = self.constant("first", np.int64(0))
+        step = self.constant("step", np.int64(1))
         column = self.mark(op("Reshape", [ids, self.constant("column", [-1, 1])]), "ids")  # [S, 1]
         each = constant(self.graph, f"experts_each_{num_experts}", np.arange(num_experts)[None])
         member = op("Cast", [op("Equal", [column, each])], {"to": ir.DataType.INT64})  # [S, E]

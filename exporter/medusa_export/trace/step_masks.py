@@ -1,0 +1,53 @@
+"""The masks of a step, one for each kind of attention that a model's layers have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from medusa_export.model.checkpoint import CHUNKED, FULL, SLIDING
+
+
+@dataclass(frozen=True)
+class StepMasks:
+    """What a model's layers may attend to.
+
+    Args:
+        layer_types: the kind of attention of each layer: `FULL`, `SLIDING` or `CHUNKED`.
+        sliding_window: how many positions back a `SLIDING` layer attends, itself included.
+        chunk_size: a `CHUNKED` layer attends to tokens whose position is in the same chunk of this many.
+    """
+
+    layer_types: list[str]
+    sliding_window: int | None
+    chunk_size: int | None
+
+    def __call__(
+        self,
+        position_ids: torch.Tensor,  # [B, T]
+        tree_mask: torch.Tensor,  # [B, T, T] bool
+        cache_lengths: torch.Tensor,  # [B]
+        capacity: int,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The masks [B, 1, T, S], by kind; a single one if all layers have the same kind."""
+        tokens = position_ids.shape[1]
+        slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
+        offset = slots - cache_lengths.unsqueeze(1)  # [B, S]: negative for cached entries, then new tokens, then unused
+        cached = offset < 0
+        new = (offset >= 0) & (offset < tokens)
+        index = offset.clamp(0, tokens - 1)  # [B, S]
+        among_new = torch.gather(tree_mask, 2, index.unsqueeze(1).expand(-1, tokens, -1))  # [B, T, S]
+        full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
+        kinds = set(self.layer_types)
+        masks = {FULL: full} if FULL in kinds else {}
+        if kinds != {FULL}:
+            keys = torch.where(cached, slots, torch.gather(position_ids, 1, index)).unsqueeze(1)  # [B, 1, S]
+            queries = position_ids.unsqueeze(2)  # [B, T, 1]
+            if SLIDING in kinds:
+                assert self.sliding_window is not None  # a model with sliding-window layers always has it
+                masks[SLIDING] = full & (queries - keys < self.sliding_window).unsqueeze(1)
+            if CHUNKED in kinds:
+                assert self.chunk_size is not None
+                masks[CHUNKED] = full & (queries // self.chunk_size == keys // self.chunk_size).unsqueeze(1)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
