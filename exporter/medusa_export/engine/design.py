@@ -49,7 +49,7 @@ class Design:
             AcceptGreedily()(model)
         if (weights := self.options.weights) != "as-is":
             eight_bits = name == HEADS and weights == "int4"  # 4 bits hurt the heads most
-            QuantizeEngineWeights("int8" if eight_bits else weights, self.source.model.vocab_size)(model)
+            QuantizeEngineWeights("int8" if eight_bits else weights)(model)
         return model
 
     def plan_sizes(self) -> dict[str, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.masks import HIDDEN
 from medusa_export.passes.common.values import heads_and_width
 
 SINK_DOMAIN, SINK_ATTENTION = "medusa.attention", "SinkAttention"  # Attention with a fifth input: the sinks [Hq]
-HIDDEN = {ir.DataType.FLOAT: -1.7e38, ir.DataType.FLOAT16: -32752.0, ir.DataType.BFLOAT16: -1.7e38}  # lowest / 2
 
 
 def is_attention(node: ir.Node) -> bool:

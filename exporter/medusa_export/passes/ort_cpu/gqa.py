@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
-from medusa_export.passes.ort_cpu.grouped_attention import HIDDEN
 
 SWAPPED = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 
@@ -107,8 +107,7 @@ class _Shared:
     def bias(self, tape: ir.tape.Tape, mask: ir.Value) -> ir.Value:
         """The mask as numbers to add to the scores of all heads. [1, 1, T, S]"""
         if mask not in self._biases:
-            seen, hidden = constant(self._graph, "seen", 0.0), constant(self._graph, "hidden_score", HIDDEN)
-            self._biases[mask] = tape.op("Where", [mask, seen, hidden])
+            self._biases[mask] = additive_mask(self._graph, tape, mask, ir.DataType.FLOAT)
         return self._biases[mask]
 
 

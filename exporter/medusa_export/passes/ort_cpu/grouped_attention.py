@@ -5,9 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, is_attention
+from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
-
-HIDDEN = -1.7e38  # half the lowest float32, so that adding a score cannot overflow
 
 
 class GroupedAttention(ir.passes.InPlacePass):
@@ -85,5 +84,5 @@ def _share(graph: ir.Graph, tape: ir.tape.Tape, scores: ir.Value, column: ir.Val
 
 def _bias(graph: ir.Graph, tape: ir.tape.Tape, mask: ir.Value, groups: int) -> ir.Value:
     """The mask as numbers to add to the scores, repeated for each query head of a group. [B, 1, G·T, S]"""
-    bias = tape.op("Where", [mask, constant(graph, "seen", 0.0), constant(graph, "hidden_score", HIDDEN)])
+    bias = additive_mask(graph, tape, mask, ir.DataType.FLOAT)
     return bias if groups == 1 else tape.op("Concat", [bias] * groups, {"axis": 2})
