@@ -87,6 +87,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    if backbone.is_multimodal:
+        note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
     generation = _generation(backbone)
     chat = chat_templates(tokenizer, options.model)
     limits = _limits(options, backbone)

@@ -10,26 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
-from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from medusa_export.errors import ExportError
+from medusa_export.model.model_class import auto_class, is_multimodal, text_config
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
 from medusa_runtime.bundle.manifest import ModelFacts, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TESTED_ARCHITECTURES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt2",
-    "gpt_neox", "starcoder2", "stablelm", "cohere2",
-)  # fmt: skip
 MAX_REASON = 300  # most characters quoted from another library's message
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
+SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
+SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
 
 @dataclass
@@ -43,7 +41,12 @@ class Backbone:
     @property
     def config(self) -> Any:
         """The text model's configuration."""
-        return self.model.config.get_text_config()
+        return text_config(self.model.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the checkpoint has parts besides its text decoder, which are left out."""
+        return is_multimodal(self.model.config)
 
     @cached_property
     def layer_types(self) -> list[str]:
@@ -56,9 +59,10 @@ class Backbone:
         types = getattr(config, "layer_types", None)
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
+        types = [FULL if kind == SELECTING else kind for kind in types]
         if unknown := set(types) - {FULL, SLIDING, CHUNKED}:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
-        return list(types)
+        return types
 
     @property
     def sliding_window(self) -> int | None:
@@ -77,9 +81,10 @@ class Backbone:
         """The longest sequence that a cache can serve.
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
-        cache cannot follow that, so the limit is that length.
+        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
         """
         longest = int(self._setting("max_position_embeddings"))
+        longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -161,8 +166,11 @@ def load_backbone(
     dtype = DTYPES[precision]
     _require_generation_config(Path(place))
     _quiet()
+    config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
+    _require_plain_positions(source, text_config(config))
+    loader = auto_class(source, config)
     try:
-        model, loaded = TasksManager.get_model_class_for_task("text-generation").from_pretrained(
+        model, loaded = loader.from_pretrained(
             place,
             dtype=dtype,
             attn_implementation=attention,
@@ -179,10 +187,17 @@ def load_backbone(
             raise unsupported(source) from error
         raise CheckpointError(_reason(source, error)) from error
     _require_complete(source, loaded)
-    _require_plain_positions(source, model.config.get_text_config())
     if quantization is None:
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype)
+
+
+def _load_config(source: str, place: str, **options: Any) -> Any:
+    options.pop("quantization_config", None)
+    try:
+        return AutoConfig.from_pretrained(place, **options)
+    except Exception as error:  # as in `load_backbone`
+        raise CheckpointError(_reason(source, error)) from error
 
 
 def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone:
@@ -247,8 +262,7 @@ def _rope_settings(config: Any) -> list[dict[str, Any]]:
 
 def unsupported(what: str, detail: str = "its attention cannot be replaced") -> ExportError:
     """The error to raise for an architecture that cannot be traced."""
-    known = ", ".join(TESTED_ARCHITECTURES)
-    return ExportError(f"{what} is not supported ({detail}); known to work: {known}")
+    return ExportError(f"{what} is not supported: {detail} (docs/architectures.md lists what is)")
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -17,8 +17,11 @@ from medusa_export.trace import experts_node
 
 ATTENTION_NAME = "medusa_onnx"
 # Arguments that do not change the result: our masks say the same (`is_causal`, `sliding_window`), they are about training or
-# what else is returned, or the rotary embedding has used them already.
-HARMLESS = frozenset({"cache_position", "dropout", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"})
+# what else is returned, the rotary embedding has used them already, or they select tokens that are all of them (``indices``,
+# see `medusa_export.trace.selection`).
+HARMLESS = frozenset(
+    {"cache_position", "dropout", "indices", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"}
+)
 MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 

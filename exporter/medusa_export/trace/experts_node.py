@@ -121,7 +121,7 @@ def recognise(experts: Any) -> Activation | None:
     probe = torch.cat([probe, probe.flip(0) * 0.37, 40 * probe])  # [6, 2·I]: beyond any limit, too
     candidates: Iterator[tuple[Activation, Callable[[torch.Tensor], torch.Tensor]]]
     if experts.has_gate:
-        candidates = ((found, _swiglu(found)) for found in _swiglus(experts))
+        candidates = ((found, swiglu(found)) for found in _swiglus(experts))
     else:
         candidates = ((Activation(name), function) for name, function in UNGATED.items())
     with torch.no_grad():
@@ -144,7 +144,9 @@ def _swiglus(experts: Any) -> Iterator[Activation]:
         yield Activation("swiglu", interleaved, alpha, beta, limit)
 
 
-def _swiglu(form: Activation) -> Callable[[torch.Tensor], torch.Tensor]:
+def swiglu(form: Activation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that an `Activation` of that name describes."""
+
     def compute(inner: torch.Tensor) -> torch.Tensor:
         gate, up = (inner[..., ::2], inner[..., 1::2]) if form.interleaved else inner.chunk(2, dim=-1)
         if form.limit:

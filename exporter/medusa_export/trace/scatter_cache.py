@@ -16,6 +16,7 @@ class ScatterCache:
     """
 
     is_compileable = False
+    is_initialized = True  # so that no prompt is taken for the first part of one
 
     def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], cache_lengths: torch.Tensor) -> None:
         self.past = past  # layer -> key, value: [B, Hkv, S, D]
@@ -28,6 +29,11 @@ class ScatterCache:
         past_key, past_value = self.past[layer]
         self.present[layer] = (self._scatter(past_key, key), self._scatter(past_value, value))
         return self.present[layer]
+
+    @staticmethod
+    def update_indexer(key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What scores the tokens to select is not cached; see `medusa_export.trace.selection`."""
+        return key
 
     def _scatter(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return torch.onnx.ops.symbolic(

@@ -16,10 +16,11 @@ from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_masks import StepMasks
 from medusa_export.trace.step_module import StepModule
-from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, torch_tensor
+from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
 
 STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
 STEP_OUTPUTS = ("greedy_ids", "hidden", "logits")
@@ -70,7 +71,7 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     }
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
-    with only_layers(layers, traced):
+    with only_layers(layers, traced), selecting_all(backbone.model):
         model = export_module(
             facts.architecture,
             module,
@@ -98,7 +99,6 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     name_values(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
     simplify(model)
-    state = backbone.model.state_dict()
     prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, prefix, lambda name: torch_tensor(state[name.removeprefix("model.")], name))(model)
+    StampLayers(kinds, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
     return model

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -64,6 +64,14 @@ def simplify(model: ir.Model) -> None:
 def name_values(values: Any, names: list[str]) -> None:
     for value, name in zip(values, names, strict=True):
         value.name = name
+
+
+def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A module's tensor by its dotted name: a parameter, or a buffer, which a state dict may lack."""
+    tensor: Any = module
+    for part in name.split("."):
+        tensor = getattr(tensor, part)
+    return cast("torch.Tensor", tensor)
 
 
 def torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:

@@ -44,7 +44,7 @@ def _fuse(graph: ir.Graph, layer: Part) -> bool:
     fused = tape.op("MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft")
     total = tape.op("ReduceSum", [weights, constant(graph, "last_axis", [-1])], {"keepdims": 1})
     # The kernel of ONNX Runtime 1.31 gives zeros if its output takes the place of x, so x must be read once more after it.
-    kept = tape.op("Where", [constant(graph, "always", np.bool_(True)), fused, x])  # noqa: FBT003
+    kept = tape.op("Where", [constant(graph, "always", np.bool_(True)), fused, x])
     result = tape.op("Mul", [kept, total])
     node = layer.nodes["result"]
     graph.insert_before(node, tape.nodes)
