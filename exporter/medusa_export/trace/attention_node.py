@@ -48,19 +48,33 @@ def onnx_attention(
     given = {name for name, value in others.items() if value is not None and not name.startswith("output_")}
     if unknown := sorted(given - HARMLESS):
         raise UnknownAttentionError(f"its attention has the extra inputs {', '.join(unknown)}")
-    batch, heads, tokens, width = query.shape
-    attributes: dict[str, Any] = {"scale": float(scaling if scaling is not None else width**-0.5)}
-    if softcap:
-        attributes["softcap"] = float(softcap)
-    attended = torch.onnx.ops.symbolic(
-        "Attention" if s_aux is None else f"{SINK_DOMAIN}::{SINK_ATTENTION}",
-        [query, key, value, attention_mask] if s_aux is None else [query, key, value, attention_mask, s_aux],
+    width = query.shape[-1]
+    scale = scaling if scaling is not None else width**-0.5
+    attended = attention_node(query, key, value, attention_mask, s_aux, scale=float(scale), softcap=softcap)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def attention_node(
+    query: torch.Tensor,  # [B, Hq, T, D]
+    key: torch.Tensor,  # [B, Hkv, S, D]
+    value: torch.Tensor,  # [B, Hkv, S, D]
+    mask: torch.Tensor,  # [B, 1, T, S] bool
+    sinks: torch.Tensor | None = None,  # [Hq]
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The node ``Attention``, or ``SinkAttention`` if there are sinks. [B, Hq, T, D]"""
+    batch, heads, tokens, _ = query.shape
+    attributes: dict[str, Any] = {"scale": scale} | ({"softcap": float(softcap)} if softcap else {})
+    return torch.onnx.ops.symbolic(
+        "Attention" if sinks is None else f"{SINK_DOMAIN}::{SINK_ATTENTION}",
+        [query, key, value, mask] if sinks is None else [query, key, value, mask, sinks],
         attrs=attributes,
         dtype=query.dtype,
         shape=(batch, heads, tokens, value.shape[-1]),
-        version=MIN_OPSET if s_aux is None else 1,
+        version=MIN_OPSET if sinks is None else 1,
     )
-    return attended.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:

@@ -16,6 +16,7 @@ from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.own_attention import has_own_attention, require_known
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_masks import StepMasks
@@ -42,6 +43,7 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     Raises:
         ExportError: the model cannot be traced.
     """
+    require_known(backbone.model)
     recognise_activations(backbone.model)
     list_name, layers = decoder_layers(backbone.model)
     kinds = layer_kinds(layers, backbone.layer_types)
@@ -93,7 +95,8 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
             },
             opset,
         )
-    if sum(is_attention(node) for node in model.graph) != len(traced):
+    found = sum(is_attention(node) for node in model.graph)
+    if found != len(traced) and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
     pairs = [f"{layer}.{part}" for layer in traced for part in ("key", "value")]
     name_values(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])

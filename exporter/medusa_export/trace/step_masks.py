@@ -8,6 +8,8 @@ import torch
 
 from medusa_export.model.checkpoint import CHUNKED, FULL, SLIDING
 
+Masks = torch.Tensor | dict[str, torch.Tensor]  # [B, 1, T, S]: one for all layers, or by the layers' kind of attention
+
 
 @dataclass(frozen=True)
 class StepMasks:
@@ -29,8 +31,8 @@ class StepMasks:
         tree_mask: torch.Tensor,  # [B, T, T] bool
         cache_lengths: torch.Tensor,  # [B]
         capacity: int,
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The masks [B, 1, T, S], by kind; a single one if all layers have the same kind."""
+    ) -> tuple[Masks, torch.Tensor]:
+        """The masks, and the position of each cache entry and new token [B, S]."""
         tokens = position_ids.shape[1]
         slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
         offset = slots - cache_lengths.unsqueeze(1)  # [B, S]: negative for cached entries, then new tokens, then unused
@@ -41,8 +43,9 @@ class StepMasks:
         full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
         kinds = set(self.layer_types)
         masks = {FULL: full} if FULL in kinds else {}
+        key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
         if kinds != {FULL}:
-            keys = torch.where(cached, slots, torch.gather(position_ids, 1, index)).unsqueeze(1)  # [B, 1, S]
+            keys = key_positions.unsqueeze(1)  # [B, 1, S]
             queries = position_ids.unsqueeze(2)  # [B, T, 1]
             if SLIDING in kinds:
                 assert self.sliding_window is not None  # a model with sliding-window layers always has it
@@ -50,4 +53,4 @@ class StepMasks:
             if CHUNKED in kinds:
                 assert self.chunk_size is not None
                 masks[CHUNKED] = full & (queries // self.chunk_size == keys // self.chunk_size).unsqueeze(1)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return (masks if len(masks) > 1 else next(iter(masks.values()))), key_positions

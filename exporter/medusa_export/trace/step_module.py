@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from medusa_export.trace.own_attention import attention_methods, own_attention
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.step_masks import StepMasks
 
@@ -23,6 +24,7 @@ class StepModule(torch.nn.Module):
         super().__init__()
         self.model = model
         self.masks = masks
+        self.methods = attention_methods(model)
 
     def forward(
         self,
@@ -34,11 +36,15 @@ class StepModule(torch.nn.Module):
         past: dict[str, tuple[torch.Tensor, torch.Tensor]],  # layer -> key, value: [B, Hkv, S, D]
     ) -> tuple[torch.Tensor, ...]:
         cache = ScatterCache({int(layer): pair for layer, pair in past.items()}, cache_lengths)
-        with _only_rows(self.model, logit_rows) as rows:
+        masks, key_positions = self.masks(position_ids, tree_mask, cache_lengths, cache.get_max_cache_shape())
+        with (
+            _only_rows(self.model, logit_rows) as rows,
+            own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
+        ):
             logits = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                attention_mask=self.masks(position_ids, tree_mask, cache_lengths, cache.get_max_cache_shape()),
+                attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
@@ -69,8 +75,10 @@ def _only_rows(model: PreTrainedModel, logit_rows: torch.Tensor) -> Iterator[lis
         output.last_hidden_state = picked
         return output
 
-    handles = [base.register_forward_pre_hook(begin)]
-    handles += [module.register_forward_hook(keep_rows) for module in dict.fromkeys((base, decoder)) if module is not model]
+    handles = [base.register_forward_pre_hook(begin)] if base is not model else []
+    inner = [module for module in dict.fromkeys((base, decoder)) if module is not model]
+    inner = inner or [module for module in model.children() if isinstance(module, PreTrainedModel)]  # of an unusual name
+    handles += [module.register_forward_hook(keep_rows) for module in inner]
     try:
         yield rows
     finally:
