@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from medusa_export.errors import ExportError
 from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
@@ -28,8 +29,9 @@ from medusa_runtime.errors import MedusaError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GENERATION_CONFIG = "generation_config.json"
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
+OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
@@ -62,10 +64,12 @@ class Backbone:
         """
         config = self.config
         types = getattr(config, "layer_types", None)
+        if types is None and (own := getattr(config, "attention_layers", None)) is not None:
+            types = [OWN_KINDS.get(kind, kind) for kind in own]
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING} - WITHOUT_ATTENTION:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
@@ -73,18 +77,26 @@ class Backbone:
     def sliding_window(self) -> int | None:
         """How many tokens back a sliding-window layer attends; None if the model has no such layers."""
         if getattr(self.config, "use_sliding_window", True):
-            return getattr(self.config, "sliding_window", None)
+            return getattr(self.config, "sliding_window", None) or getattr(self.config, "window_size", None)
         return None
+
+    @property
+    def chunk_size(self) -> int | None:
+        """The positions of a chunk, if the model has layers that attend only within one."""
+        return getattr(self.config, "attention_chunk_size", None)
 
     @property
     def max_seq_len(self) -> int:
         """The longest sequence that a cache can serve.
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
-        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
+        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all. Scores
+        that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`.
         """
         longest = int(self._setting("max_position_embeddings"))
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
+        if getattr(self.config, "attn_temperature_tuning", False):
+            longest = min(longest, self.config.floor_scale - 1)
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -173,6 +185,8 @@ def load_backbone(
         if quantization is not None:
             options["quantization_config"] = quantization
         options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        if attention in ALL_EXPERTS_FUNCTIONS:
+            options["experts_implementation"] = attention
         try:
             model, loaded, integers = _load(source, place, loader, options)
         except MedusaError:
@@ -180,8 +194,8 @@ def load_backbone(
         except Exception as error:  # a damaged checkpoint can make the library raise anything
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the class has only eager attention
                 return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
-            if attention not in {"eager", "sdpa"} and attention in str(error):  # the class looked it up in its own table
-                raise unsupported(source) from error
+            if attention not in {"eager", "sdpa"} and attention in str(error):  # a class with attention code of its own
+                return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
             raise CheckpointError(reason(source, error)) from error
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))

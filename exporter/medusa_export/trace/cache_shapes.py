@@ -15,6 +15,7 @@ from medusa_export.model.checkpoint import Backbone, unsupported
 from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.attention_node import counted
 from medusa_export.trace.layers import NoLayersError
+from medusa_export.trace.own_attention import has_own_attention
 from medusa_export.trace.quiet import quiet_torch
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.step_module import StepModule
@@ -24,6 +25,7 @@ from medusa_runtime.errors import first_line
 DTYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 TOKENS = 2
+RECURRENT = frozenset({"linear_attention", "mamba"})  # kinds of layers that keep a state, wherever they keep it
 
 
 class RecordingCache(ScatterCache):
@@ -50,9 +52,9 @@ class RecordingCache(ScatterCache):
         """A part of a layer that knows the layer's number begins."""
         self.mixer = mixer
 
-    def update_recurrent_state(self, state: torch.Tensor, layer: int, *_: Any, **__: Any) -> torch.Tensor:
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:
         """Note which layer would keep a state, for a message that names them all."""
-        self.recurrent[layer] = type(self.mixer).__name__
+        self.recurrent[layer_idx] = type(self.mixer).__name__
         return state
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
@@ -95,18 +97,28 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
         finally:
             for hook in hooks:
                 hook.remove()
-    if cache.recurrent:
-        kept = f"{len(cache.recurrent)} of its {len(layers)} layers keep a recurrent state"
-        classes = ", ".join(sorted({*cache.recurrent.values()}))
-        raise unsupported(what, f"{kept} ({classes}), which a tree of drafts cannot branch")
+    _require_states_that_branch(backbone, cache)
     for index in range(len(layers)):
         if (runs := cache.num_runs[index]) != 1:
             raise NoLayersError(f"its layer {index} runs {runs} times in a step")
-    if not any(cache.tensors):
-        raise unsupported(what, "it caches no keys and values")
-    if len(attending) < sum(tensor.part == "key" for layer in cache.tensors for tensor in layer):
+    if not has_own_attention(backbone.model) and len(attending) < sum(
+        tensor.part == "key" for layer in cache.tensors for tensor in layer
+    ):
         raise unsupported(what)
     return cache.tensors
+
+
+def _require_states_that_branch(backbone: Backbone, cache: RecordingCache) -> None:
+    what, depth = backbone.facts.architecture, len(cache.tensors)
+    if cache.recurrent:
+        kept, classes = f"{len(cache.recurrent)} of its {depth} layers", ", ".join(sorted({*cache.recurrent.values()}))
+        raise unsupported(what, f"{kept} keep a recurrent state ({classes}), which a tree of drafts cannot branch")
+    kinds = dict(zip(range(depth), backbone.layer_types, strict=False))
+    if hidden := [index for index, kind in kinds.items() if kind in RECURRENT and not cache.tensors[index]]:
+        kept = f"{len(hidden)} of its {depth} layers ({kinds[hidden[0]]})"
+        raise unsupported(what, f"{kept} keep a state outside of the cache, which a tree of drafts cannot branch")
+    if not any(cache.tensors):
+        raise unsupported(what, "it caches no keys and values")
 
 
 def _fake_tensors() -> FakeTensorMode:

@@ -52,13 +52,13 @@ class ScatterCache:
         self.waiting.append(ShortConvolution(states, cached, self.ancestors))
         return states
 
-    def update_recurrent_state(self, state: torch.Tensor, layer: int, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
         """A state of all tokens so far cannot be cached.
 
         Raises:
             RecurrentStateError: always.
         """
-        raise RecurrentStateError(f"its layer {layer} keeps a recurrent state, which a tree of drafts cannot branch")
+        raise RecurrentStateError(f"its layer {layer_idx} keeps a recurrent state, which a tree of drafts cannot branch")
 
     @staticmethod
     def get_conv_state(*_: Any, **__: Any) -> None:
@@ -76,10 +76,9 @@ class ScatterCache:
     def is_recording_past(*_: Any) -> bool:
         return False
 
-    @staticmethod
-    def update_indexer(key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """What scores the tokens to select is not cached; see `medusa_export.trace.selection`."""
-        return key
+    def update_indexer(self, key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What scores the tokens to select, [B, T, D], is not cached; see `medusa_export.trace.selection`."""
+        return key.new_zeros(key.shape[0], self.capacity, key.shape[-1])
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Cache what a layer keeps of new tokens. [B, H, T, D] -> [B, H, S, D]"""
