@@ -90,8 +90,8 @@ class Backbone:
         """The longest sequence that a cache can serve.
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
-        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all. Scores
-        that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`.
+        cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
+        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`.
         """
         longest = int(self._setting("max_position_embeddings"))
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
