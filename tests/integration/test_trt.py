@@ -25,8 +25,10 @@ from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.network import Network
 from medusa_export.engine.plan import _config, write_plan
 from medusa_export.errors import ExportError
+from medusa_export.passes.tensorrt.additive_mask import AdditiveMask
 from medusa_export.passes.tensorrt.expand_softcap import ExpandSoftcap
-from medusa_export.passes.tensorrt.specialize import AdditiveMask, StaticCapacity, specialize
+from medusa_export.passes.tensorrt.specialize import specialize
+from medusa_export.passes.tensorrt.static_capacity import StaticCapacity
 from medusa_heads.config import HeadsConfig
 from medusa_heads.formats import native
 from medusa_heads.modules import MedusaHeads

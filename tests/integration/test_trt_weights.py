@@ -18,7 +18,8 @@ from medusa_export.engine.build import build_engines
 from medusa_export.engine.design import design_engines
 from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.engine.network import Network
-from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights, round_weight
+from medusa_export.passes.common.rounding import round_symmetrically
+from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights
 from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest
 from medusa_runtime.bundle.plans import open_plan
 from tests.support.models import VOCAB_SIZE, save_random_heads, save_tiny_model
@@ -109,7 +110,7 @@ def test_products_read_rounded_weights_and_gathers_the_table_as_it_was(bundles: 
     assert len(kinds) == 2 * 5 + 1  # k and v are small
     [gather] = [node for node in model.graph if node.op_type == "Gather"]
     assert gather.inputs[0] is initializers["model.lm_head.weight"]
-    assert not QuantizeEngineWeights("int8", VOCAB_SIZE)(model).modified
+    assert not QuantizeEngineWeights("int8")(model).modified
     heads = design_engines(options(bundles["fp16"], tmp_path / "engine", weights="int4")).graph(HEADS)
     stored = {node.inputs[0].dtype for node in heads.graph if node.op_type == "DequantizeLinear" and node.inputs[0]}
     assert stored == {ir.DataType.INT8}
@@ -119,7 +120,7 @@ def test_products_read_rounded_weights_and_gathers_the_table_as_it_was(bundles: 
 def test_codes_are_nearest_to_the_weight(seed: int, kind: str, groups: int, size: float) -> None:
     weight = (np.random.default_rng(seed).standard_normal((64, 8)) * size).astype(np.float32)
     weight[:, 3] = 0
-    codes, scales = round_weight(weight, kind, ir.DataType.FLOAT, groups)
+    codes, scales = round_symmetrically(weight, kind, ir.DataType.FLOAT, groups)
     assert scales.shape == (groups, 8)
     scale = np.repeat(scales.astype(np.float32), 64 // groups, axis=0)
     error = np.abs(codes.astype(np.float32) * scale - weight)
@@ -134,7 +135,7 @@ def test_codes_are_nearest_to_the_weight(seed: int, kind: str, groups: int, size
 def test_four_bits_cut_off_what_is_far_out() -> None:
     weight = np.full((64, 1), 0.5, np.float32)
     weight[0] = 1.0
-    codes, scales = round_weight(weight, "int4", ir.DataType.FLOAT)
+    codes, scales = round_symmetrically(weight, "int4", ir.DataType.FLOAT)
     assert float(scales[0, 0]) < 1 / 7
     error = np.square(codes.astype(np.float32) * scales.astype(np.float32) - weight).sum()
     assert error < np.square(np.rint(weight * 7) / 7 - weight).sum()

@@ -146,12 +146,28 @@ UNPACKED: list[tuple[int, dict[str, str]]] = [
     (8, {}),  # half a head is narrower than the operator takes
     (16, {"(k2, cos, sin)": "(k2, other, sin)"}),
     (16, {"<num_heads = 4>": "<num_heads = 4, interleaved = 1>"}),
-    (16, {"num_heads = ": "interleaved = 1, num_heads = "}),
     (16, {"q = RotaryEmbedding <num_heads = 4> (q2, cos, sin)": "q = Neg (q2)"}),
     (16, {"k0 = MatMul (x, wk)": "k3 = MatMul (x, wk)\n  k0 = Neg (k3)"}),
     (16, {"v1 = Reshape (v0, kv_parts)": "v3 = Neg (v0)\n  v1 = Reshape (v3, kv_parts)"}),
     (16, {"q = RotaryEmbedding": "q3 = Neg (q2)\n  q = RotaryEmbedding", "(q2, cos": "(q3, cos"}),
 ]
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_interleaved_and_partial_rotations_are_packed_too(width: int, interleaved: int, parts: int) -> None:
+    rotated = width // parts
+    attributes = f"interleaved = {interleaved}, rotary_embedding_dim = {0 if parts == 1 else rotated}, num_heads = "
+    model = layer(width, {"num_heads = ": attributes, "HALF": str(rotated // 2)})
+    arrays = feeds(5, 4, width)
+    arrays |= {name: arrays[name][..., : rotated // 2] for name in ("cos", "sin", "other")}
+    before = outputs(model, **given(model, arrays))
+    UsedEntries()(model)
+    assert CachedAttention()(model).modified
+    MergeProjections()(model)
+    assert PackedAttention()(model).modified
+    require_same(before, outputs(model, **given(model, arrays)), 9)
 
 
 @pytest.mark.parametrize(("width", "changes"), UNPACKED)

@@ -4,52 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 
 from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
-from medusa_export.passes.portable.fuse_rotary import FuseRotary
 from medusa_export.passes.portable.simplify import Simplify
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.passes.portable.upcast import Upcast
 from tests.support.graphs import HEADER, kinds, parse, run
-
-ROTARY = """
-g (float[B,2,T,8] x, float[B,T,4] f) => (float[B,2,T,8] y) <int64[1] one = {{1}}, int64[1] zero = {{0}},
-   int64[1] half = {{{half}}}, int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}, float scale = {{0.5}}>
-{{
-  c = Concat <axis = -1> (f, {second})
-  cos0 = Cos(c)
-  cos1 = Mul(cos0, scale)
-  sin1 = Sin(c)
-  cos = Unsqueeze(cos1, one)
-  sin = Unsqueeze(sin1, one)
-  x1 = Slice(x, zero, half, last, one)
-  x2 = Slice(x, half, end, last, one)
-  n = Neg(x2)
-  r = Concat <axis = -1> (n, x1)
-  a = Mul(x, cos)
-  b = Mul(r, sin)
-  y = Add(a, b)
-}}"""
-
-
-def test_rotary_embedding_is_fused() -> None:
-    rng = np.random.default_rng(0)
-    feeds = {"x": rng.normal(size=(2, 2, 3, 8)).astype("f"), "f": rng.normal(size=(2, 3, 4)).astype("f")}
-    model = parse(ROTARY.format(half=4, second="f"))
-    before = run(model, **feeds)
-    assert FuseRotary()(model).modified
-    Simplify()(model)
-    assert kinds(model).count("RotaryEmbedding") == 1
-    assert "Neg" not in kinds(model)
-    np.testing.assert_allclose(run(model, **feeds), before, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("change", [{"half": 3, "second": "f"}, {"half": 4, "second": "g"}])
-def test_what_is_no_rotation_by_halves_is_left_alone(change) -> None:
-    text = ROTARY.format(**change).replace("c = Concat", "g = Neg(f)\n  c = Concat")
-    model = parse(text)
-    assert not FuseRotary()(model).modified
 
 
 def test_computed_reshape_targets_become_constants() -> None:

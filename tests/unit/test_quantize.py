@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from medusa_export.check.quality import CHUNK, Quality, compare
-from medusa_export.passes.quantize.integer_weights import (
-    BLOCK_SIZE,
-    QuantizeWeights,
-    Storage,
-    to_int8,
-    to_int8_blocks,
-    to_uint4,
-)
+from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
+from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage
 from medusa_export.passes.quantize.smooth import Smooth, junctions, with_maxima
 from medusa_export.quantize.calibration_text import MOST_PIECES, PIECE_TOKENS, answered, pieces
 from medusa_runtime import DecodingEngine, OptionError

@@ -6,18 +6,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from medusa_export.bundle.default_tree import tree_for
 from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.text_files import TextFiles
 from medusa_export.bundle.write_graphs import write_graphs
-from medusa_export.model.chat_templates import chat_templates
-from medusa_export.model.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.generation_settings import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention_node as attention
-from medusa_export.trace.step_graph import reads_lm_head_rows, trace_heads, trace_step
+from medusa_export.trace.heads_graph import reads_lm_head_rows, trace_heads
+from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
@@ -38,8 +37,6 @@ from medusa_runtime.bundle.manifest import (
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
-from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
-from medusa_runtime.text.template import ChatTemplate
 
 HEAD_TOP_K = 32  # n-grams can only raise tokens that are among the candidates (docs/decisions/0019-draft-ngrams.md)
 MAX_OPSET = 25  # the newest one tested with the torch exporter and the backends
@@ -88,9 +85,11 @@ def export_bundle(options: ExportOptions) -> Manifest:
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
         )
-        tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+        text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
+    text.check(backbone)
+    if backbone.is_multimodal:
+        note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
     generation = _generation(backbone)
-    chat = chat_templates(tokenizer, options.model)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, heads_path)
     draft_ids = _draft_ids(options, heads)
@@ -113,7 +112,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             generation=generation,
             graphs=facts,
             tree=tree.to_json(),
-            files=files | _write_text(tokenizer, chat, directory) | _copy_ngrams(heads_path, directory),
+            files=files | text.write(directory) | _copy_ngrams(heads_path, directory),
             provenance=provenance(),
         )
         manifest.save(directory)
@@ -200,13 +199,6 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
         draft_vocab_size=None if draft_ids is None else len(draft_ids),
         sha256=heads.digest(),
     )
-
-
-def _write_text(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, directory: Path) -> dict[str, FileFacts]:
-    """Write the tokenizer and the chat templates in the form that the runtime reads."""
-    tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
-    chat.save(directory / CHAT_NAME)
-    return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 
 def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:

@@ -17,9 +17,10 @@ from medusa_export.engine.engine_options import (
 from medusa_export.engine.estimate import activation_bytes, cache_bytes, io_bytes, plan_bytes, weight_bytes
 from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.profiles import Profile, heads_profiles, largest_sizes, step_profiles
+from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
 from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights
-from medusa_export.passes.tensorrt.specialize import CAPACITY_AXIS, PAST_PREFIX, specialize
+from medusa_export.passes.tensorrt.specialize import specialize
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, Limits, Manifest, TensorFacts
 
 
@@ -48,7 +49,7 @@ class Design:
             AcceptGreedily()(model)
         if (weights := self.options.weights) != "as-is":
             eight_bits = name == HEADS and weights == "int4"  # 4 bits hurt the heads most
-            QuantizeEngineWeights("int8" if eight_bits else weights, self.source.model.vocab_size)(model)
+            QuantizeEngineWeights("int8" if eight_bits else weights)(model)
         return model
 
     def plan_sizes(self) -> dict[str, int]:

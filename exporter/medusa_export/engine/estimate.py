@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.cache_inputs import PAST_PREFIX
 from medusa_export.passes.common.values import heads_and_width
-from medusa_export.passes.tensorrt.specialize import PAST_PREFIX
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, TensorFacts
 
 PRESENT_PREFIX = "present."

@@ -11,7 +11,7 @@ import torch
 from medusa_export.bundle.export import require_matching
 from medusa_export.head_training.torch_devices import load_on_device
 from medusa_export.head_training.training import examples_without
-from medusa_export.model.checkpoint import load_tokenizer
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_export.progress import count_stage, note, stage
 from medusa_heads.formats import load_heads, native
 from medusa_heads.ngrams import draft_ngrams

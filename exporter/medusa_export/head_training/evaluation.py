@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.bundle.export import require_matching
 from medusa_export.head_training.torch_devices import load_on_device
-from medusa_export.model.checkpoint import load_tokenizer
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_export.progress import count_stage, note, stage
 from medusa_heads.evaluate import evaluate as judge
 from medusa_heads.formats import load_heads

@@ -13,7 +13,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 ATTENTION_NAME = "medusa_onnx"
-HARMLESS = frozenset({"position_ids", "cache_position"})  # arguments that do not change the result
+# Arguments that do not change the result. Selected tokens (``indices``) are all of them, see `medusa_export.trace.selection`.
+HARMLESS = frozenset({"position_ids", "cache_position", "indices"})
 MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 
@@ -57,40 +58,3 @@ def register() -> None:
     """Register ``attn_implementation="medusa_onnx"`` with Transformers. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, onnx_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
-
-
-class ScatterCache:
-    """The preallocated KV cache of a traced model: new entries are written at each sequence's length.
-
-    It has the methods of Transformers' ``Cache`` that decoders call.
-    """
-
-    is_compileable = False
-
-    def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], cache_lengths: torch.Tensor) -> None:
-        self.past = past  # layer -> key, value: [B, Hkv, S, D]
-        self.cache_lengths = cache_lengths  # [B]
-        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        past_key, past_value = self.past[layer]
-        self.present[layer] = (self._scatter(past_key, key), self._scatter(past_value, value))
-        return self.present[layer]
-
-    def _scatter(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return torch.onnx.ops.symbolic(
-            "TensorScatter",
-            [buffer, new, self.cache_lengths],
-            attrs={"axis": 2, "mode": "linear"},
-            dtype=buffer.dtype,
-            shape=buffer.shape,
-            version=MIN_OPSET,
-        )
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def get_max_cache_shape(self, *_: Any) -> int:
-        return next(iter(self.past.values()))[0].shape[2]

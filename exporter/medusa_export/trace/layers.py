@@ -17,18 +17,27 @@ PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The decoder's layers and their dotted name: the first ModuleList whose length is the configuration's number of layers.
+    """The text decoder's layers and their dotted name in the model.
+
+    They are the ModuleList of the decoder whose length is the configuration's number of layers; of several such lists, the one
+    with the most parameters.
 
     Raises:
-        ExportError: the model has no such list.
+        ExportError: the decoder has no such list.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise ExportError(
-        f"{type(model).__name__} is not supported: it has no ModuleList of {depth} layers, and layers are traced one by one"
-    )
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and id(module) in inside
+    ]
+    if not found:
+        raise ExportError(
+            f"{type(model).__name__} is not supported: it has no ModuleList of {depth} layers, and layers are traced one by one"
+        )
+    return max(found, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
 
 
 def layer_kinds(layers: torch.nn.ModuleList, layer_types: list[str]) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -180,6 +181,7 @@ class StampLayers(ir.passes.InPlacePass):
                 return graph.initializers[name]
             return value
 
+        sizes = {name for value in graph.inputs for name in _symbols(value.shape)}
         for node in block.nodes:
             copy = ir.Node(
                 node.domain,
@@ -190,7 +192,11 @@ class StampLayers(ir.passes.InPlacePass):
                 name=f"layers.{layer}.{node.name}",
             )
             for before, after in zip(node.outputs, copy.outputs, strict=True):
-                after.name, after.shape, after.type = f"layers.{layer}.{before.name}", before.shape, before.type
+                after.name, after.shape, after.type = (
+                    f"layers.{layer}.{before.name}",
+                    known_sizes(before.shape, sizes),
+                    before.type,
+                )
                 values[before] = after
             graph.append(copy)
         present = [values[value] for value in block.present]
@@ -199,6 +205,26 @@ class StampLayers(ir.passes.InPlacePass):
         result = mapped(block.exit.inputs[0])
         assert result is not None
         return result, past, present
+
+
+def known_sizes(shape: ir.Shape | None, sizes: set[str]) -> ir.Shape | None:
+    """A shape without the names of sizes that depend on data, such as an expert's number of tokens.
+
+    In each layer they are others, and ONNX Runtime takes sizes of one name for equal.
+
+    Args:
+        shape: a value's shape, in which a size may be an expression.
+        sizes: the names of the inputs' sizes.
+    """
+    if shape is None:
+        return None
+    return ir.Shape([size if isinstance(size, int) or _symbols([size]) <= sizes else None for size in shape])
+
+
+def _symbols(shape: Iterable[int | ir.SymbolicDim] | None) -> set[str]:
+    return {
+        name for size in shape or () if not isinstance(size, int) for name in re.findall(r"[A-Za-z_]\w*", size.value or "?")
+    }
 
 
 def _like(value: ir.Value, name: str) -> ir.Value:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from medusa_export.model.checkpoint import FULL, SLIDING
-from medusa_export.trace.attention_node import ScatterCache
+from medusa_export.trace.scatter_cache import ScatterCache
 
 
 class StepModule(torch.nn.Module):
@@ -33,18 +35,7 @@ class StepModule(torch.nn.Module):
         past: dict[str, tuple[torch.Tensor, torch.Tensor]],  # layer -> key, value: [B, Hkv, S, D]
     ) -> tuple[torch.Tensor, ...]:
         cache = ScatterCache({int(layer): pair for layer, pair in past.items()}, cache_lengths)
-        rows: list[torch.Tensor] = []
-
-        def keep_rows(_: Any, __: Any, output: Any) -> Any:  # so that the LM head computes only the requested rows
-            hidden = output.last_hidden_state  # [B, T, C]
-            picked = torch.gather(hidden, 1, logit_rows.unsqueeze(2).expand(-1, -1, hidden.shape[-1]))  # [B, R, C]
-            rows.append(picked)
-            output.last_hidden_state = picked
-            return output
-
-        base: torch.nn.Module = self.model.base_model
-        handle = base.register_forward_hook(keep_rows)
-        try:
+        with _only_rows(self.model, logit_rows) as rows:
             logits = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -52,8 +43,6 @@ class StepModule(torch.nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
-        finally:
-            handle.remove()
         greedy_ids = logits.argmax(-1)  # [B, R]
         present = [tensor for layer in past for tensor in cache.present[int(layer)]]
         return greedy_ids, rows[0], logits, *present
@@ -76,3 +65,34 @@ class StepModule(torch.nn.Module):
         near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
         sliding = full & near.unsqueeze(1)
         return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding
+
+
+@contextmanager
+def _only_rows(model: PreTrainedModel, logit_rows: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """While open, the LM head computes only the requested rows [B, R]. Yields a list that gets their hidden states, [B, R, C].
+
+    Most models call their base model, whose result is picked from. Some call the decoder in it.
+    """
+    rows: list[torch.Tensor] = []
+    base, decoder = model.base_model, model.get_decoder()
+    running: list[bool] = []
+
+    def begin(*_: Any) -> None:
+        running.append(True)
+
+    def keep_rows(module: torch.nn.Module, _: Any, output: Any) -> Any:
+        if running and module is not base:
+            return output
+        hidden = output.last_hidden_state  # [B, T, C]
+        picked = torch.gather(hidden, 1, logit_rows.unsqueeze(2).expand(-1, -1, hidden.shape[-1]))  # [B, R, C]
+        rows.append(picked)
+        output.last_hidden_state = picked
+        return output
+
+    handles = [base.register_forward_pre_hook(begin)]
+    handles += [module.register_forward_hook(keep_rows) for module in dict.fromkeys((base, decoder)) if module is not model]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,17 @@ def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generi
             data = np.array(data, np.float32 if isinstance(data, float) else np.int64)
         add_initializer(graph, name, ir.tensor(np.asarray(data), name=name))
     return graph.initializers[name]
+
+
+def lazy_tensor(
+    name: str, dtype: ir.DataType, shape: Sequence[int | ir.SymbolicDim], make: Callable[[], npt.NDArray[np.generic]]
+) -> ir.LazyTensor:
+    """A tensor that is computed when it is written, so that at most one is in memory."""
+
+    def evaluate() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(make()).view(dtype.numpy()), dtype=dtype, name=name)
+
+    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
-from medusa_export.passes.ort_cpu.grouped_attention import HIDDEN
 
+WIDTH_MULTIPLE = 8  # the operator refuses heads of other sizes
 SWAPPED = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 
 
@@ -17,7 +18,7 @@ class CachedAttention(ir.passes.InPlacePass):
     """Replace attention and the cache's operators by ``GroupQueryAttention``, for one sequence.
 
     Needs: a float32 step graph after `UsedEntries`, with layers of ``Attention(q, k, v, mask)``. k and v are slices of a cache
-    into which ``TensorScatter`` wrote at ``cache_lengths``.
+    into which ``TensorScatter`` wrote at ``cache_lengths``. Heads whose size is a multiple of 8.
     Result: ONNX Runtime's contributed operator, with the mask as its bias. If past and present share their memory, it writes
     the new entries in place and copies nothing of the cache. It refuses several sequences with several tokens each. It also
     hides later tokens from earlier ones, as the mask already does.
@@ -69,6 +70,7 @@ def _layer(attention: ir.Node) -> _Layer | None:
         and not attention.attributes.get_int("is_causal", 0)
         and all(_writes_behind_lengths(node) for node in (key, value))
         and heads_and_width(key.outputs[0]) == heads_and_width(value.outputs[0])
+        and heads_and_width(query)[1] % WIDTH_MULTIPLE == 0
     )
     return _Layer(attention, (cuts[0], cuts[1]), key, value) if fits else None
 
@@ -106,8 +108,7 @@ class _Shared:
     def bias(self, tape: ir.tape.Tape, mask: ir.Value) -> ir.Value:
         """The mask as numbers to add to the scores of all heads. [1, 1, T, S]"""
         if mask not in self._biases:
-            seen, hidden = constant(self._graph, "seen", 0.0), constant(self._graph, "hidden_score", HIDDEN)
-            self._biases[mask] = tape.op("Where", [mask, seen, hidden])
+            self._biases[mask] = additive_mask(self._graph, tape, mask, ir.DataType.FLOAT)
         return self._biases[mask]
 
 

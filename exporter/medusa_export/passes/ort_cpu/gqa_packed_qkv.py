@@ -2,63 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import constant, heads_and_width
 
-HALF_WIDTHS = 8  # half the head size must be a multiple of this
+ANGLES = 8  # the operator takes a multiple of so many angles a head
 
 
-class PackedAttention(ir.passes.InPlacePass):
+class PackedAttention(GraphPass):
     """Give ``GroupQueryAttention`` the whole merged projection, and let it rotate queries and keys.
 
     Needs: the operator as `CachedAttention` makes it. Its query, key and value are the three parts of one ``Split``; query and
-    key pass through ``RotaryEmbedding`` with the same cos and sin, computed from ``position_ids``.
+    key pass through ``RotaryEmbedding`` with the same cos and sin, computed from ``position_ids``, and the same attributes.
     Result: the operator's first input is the whole projection. The operator indexes cos/sin tables by position id, and the
     tables need a row for each entry in use. We pass the cos/sin rows of this step's T tokens as the first T table rows and
     0…T-1 as position ids, so the model's own computation of the angles is kept.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         inputs = {value.name: value for value in model.graph.inputs}
-        found = [
-            (node, *parts)
-            for node in model.graph
-            if node.op_type == "GroupQueryAttention" and (parts := _packable(node)) is not None
-        ]
         tables: _Tables | None = None
-        for node, whole, cos, sin in found:
+        count = 0
+        for node in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
+            found = _packing(node)
+            if isinstance(found, str):
+                self.decline(found)
+                continue
             tape = ir.tape.Tape()
             tables = tables or _Tables(model.graph, tape, inputs["input_ids"], inputs["cache_lengths"])
-            rotation = [tables.of(tape, value, half=heads_and_width(node.inputs[3])[1] // 2) for value in (cos, sin)]
+            rotation = [tables.of(tape, value, half=found.num_angles) for value in (found.cos, found.sin)]
             model.graph.insert_before(node, tape.nodes)
-            for place, value in enumerate([whole, None, None, *node.inputs[3:7], *rotation, tables.numbers]):
+            for place, value in enumerate([found.projection, None, None, *node.inputs[3:7], *rotation, tables.numbers]):
                 node.replace_input_with(place, value)
             node.attributes.add(ir.AttrInt64("do_rotary", 1))
-        return ir.passes.PassResult(model, modified=bool(found))
+            node.attributes.add(ir.AttrInt64("rotary_interleaved", int(found.interleaved)))
+            count += 1
+        return count
 
 
-def _packable(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """The merged projection of a node's query, key and value, and the cos and sin of their rotation [1, T, D / 2]."""
+@dataclass(frozen=True)
+class _Packing:
+    """What the operator reads instead: the merged projection, and the angles of its rotation [1, T, number of angles]."""
+
+    projection: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    num_angles: int  # half the rotated width of a head
+    interleaved: bool
+
+
+def _packing(node: ir.Node) -> _Packing | str:
+    """What a node's query, key and value are made of; or why the operator cannot make them itself."""
     rotations = [value.producer() for value in node.inputs[:2] if value is not None]
-    if len(rotations) != 2 or any(rotation is None or not _rotates_all(rotation) for rotation in rotations):
-        return None
-    query, key = (rotation.inputs for rotation in rotations if rotation is not None)
-    parts, (cos, sin) = [query[0], key[0], node.inputs[2]], query[1:]
-    split = query[0].producer() if query[0] is not None else None
-    if split is None or split.op_type != "Split" or list(split.outputs) != parts or key[1:] != query[1:]:
-        return None
-    fits = heads_and_width(node.inputs[3])[1] % (2 * HALF_WIDTHS) == 0
-    return (split.inputs[0], cos, sin) if fits and split.inputs[0] and cos and sin else None
-
-
-def _rotates_all(node: ir.Node) -> bool:
-    """Whether a node rotates whole heads, not interleaved, by angles given for each token."""
-    others = ("interleaved", "rotary_embedding_dim")
-    is_rotation = node.op_type == "RotaryEmbedding" and len(node.inputs) == 3
-    return is_rotation and not any(node.attributes.get_int(name, 0) for name in others)
+    query, key = rotations if len(rotations) == 2 else (None, None)
+    if (
+        query is None
+        or key is None
+        or not all(one.op_type == "RotaryEmbedding" and len(one.inputs) == 3 for one in (query, key))
+    ):
+        return "queries and keys are not rotated by angles given for each token"
+    named = ("interleaved", "rotary_embedding_dim")
+    interleaved, width = (query.attributes.get_int(name, 0) for name in named)
+    if query.inputs[1:] != key.inputs[1:] or [key.attributes.get_int(name, 0) for name in named] != [interleaved, width]:
+        return "queries and keys are rotated differently"
+    parts, (cos, sin) = [query.inputs[0], key.inputs[0], node.inputs[2]], query.inputs[1:]
+    split = parts[0].producer() if parts[0] is not None else None
+    if split is None or split.op_type != "Split" or list(split.outputs) != parts or split.inputs[0] is None:
+        return "queries, keys and values are not the three parts of one projection"
+    num_angles = (width or heads_and_width(node.inputs[3])[1]) // 2
+    if num_angles % ANGLES or cos is None or sin is None:
+        return f"a head is rotated by {num_angles} angles, and the operator takes multiples of {ANGLES}"
+    return _Packing(split.inputs[0], cos, sin, num_angles, bool(interleaved))
 
 
 class _Tables:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
-
-HIDDEN = -1.7e38  # half the lowest float32, so that adding a score cannot overflow
 
 
 class GroupedAttention(ir.passes.InPlacePass):
@@ -72,5 +71,5 @@ def _expand(graph: ir.Graph, attention: ir.Node, biases: dict[tuple[ir.Value, in
 
 def _bias(graph: ir.Graph, tape: ir.tape.Tape, mask: ir.Value, groups: int) -> ir.Value:
     """The mask as numbers to add to the scores, repeated for each query head of a group. [B, 1, G·T, S]"""
-    bias = tape.op("Where", [mask, constant(graph, "seen", 0.0), constant(graph, "hidden_score", HIDDEN)])
+    bias = additive_mask(graph, tape, mask, ir.DataType.FLOAT)
     return bias if groups == 1 else tape.op("Concat", [bias] * groups, {"axis": 2})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.common.values import constant
-
-CAPACITY_AXIS = 2  # of a cache tensor: [B, Hkv, S, D]
 
 
 class UsedEntries(ir.passes.InPlacePass):
@@ -35,15 +34,17 @@ class UsedEntries(ir.passes.InPlacePass):
             node.outputs[0].replace_all_uses_with(used)
         graph.insert_before(graph[0], tape.nodes)
         zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
-        for node in attentions:
-            for place in (1, 2):
-                cache = node.inputs[place]
-                assert cache is not None
-                cut = ir.node("Slice", [cache, zero, used, axis])
-                cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
-                cut.outputs[0].type = cache.type
-                graph.insert_before(node, cut)
-                node.replace_input_with(place, cut.outputs[0])
+        for cache in dict.fromkeys(node.inputs[place] for node in attentions for place in (1, 2)):
+            assert cache is not None
+            cut = ir.node("Slice", [cache, zero, used, axis])
+            cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
+            cut.outputs[0].type = cache.type
+            readers = list(cache.uses())  # attention, and masks that are made from what is cached
+            producer = cache.producer()
+            assert producer is not None
+            graph.insert_after(producer, cut)
+            for reader, place in readers:
+                reader.replace_input_with(place, cut.outputs[0])
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -54,6 +55,6 @@ def _is_cache(value: ir.Value | None) -> bool:
 
 def _is_capacity(node: ir.Node) -> bool:
     """Whether a node reads only the capacity from a cache input's shape."""
-    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith("past."):
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST_PREFIX):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1

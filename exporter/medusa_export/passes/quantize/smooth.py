@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from medusa_export.passes.common.linears import Linear, linears
 from medusa_export.passes.common.values import shape_of
-from medusa_export.passes.quantize.integer_weights import Linear, linears
 
 Vector = npt.NDArray[np.float32]
 
@@ -28,7 +28,7 @@ class Junction:
 def junctions(model: ir.Model) -> list[Junction]:
     """The activations of a step graph that can be smoothed: outputs of norms, and of gated activations before a MatMul."""
     by_input: dict[ir.Value, list[Linear]] = {}
-    for linear in linears(model):
+    for linear in linears(model.graph):
         assert linear.node.inputs[0] is not None
         by_input.setdefault(linear.node.inputs[0], []).append(linear)
     found = []
@@ -106,7 +106,7 @@ class Smooth(ir.passes.InPlacePass):
             scale = self._scale(largest, junction.readers)
             _multiply(junction.source, np.float32(1) / scale, junction.source_axis)
             for reader in junction.readers:
-                _multiply(reader.weight, scale, 1 if reader.transposed else 0)
+                _multiply(reader.weight, scale, reader.input_axis)
             modified = True
         return ir.passes.PassResult(model, modified)
 

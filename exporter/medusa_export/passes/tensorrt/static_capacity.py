@@ -1,0 +1,33 @@
+"""Makes the capacity of the KV cache static."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, cache_inputs
+
+
+class StaticCapacity(ir.passes.InPlacePass):
+    """Make the cache's capacity static: TensorRT can update a cache in place only then.
+
+    Needs: ``past.*`` inputs of shape [B, Hkv, S, D] with one name for S.
+    Result: S is a number, in these and in all other shapes. Batch, tokens and rows stay dynamic.
+
+    Args:
+        capacity: S, the entries per slot.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        pasts = cache_inputs(model.graph)
+        names = {value.shape[CAPACITY_AXIS] for value in pasts if value.shape is not None}
+        modified = False
+        for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
+            if value.shape is not None and any(size in names for size in value.shape):
+                value.shape = ir.Shape([self.capacity if size in names else size for size in value.shape])
+                modified = True
+        return ir.passes.PassResult(model, modified)

@@ -1,0 +1,92 @@
+"""Turns a torch module into a simplified ONNX graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+    TopologicalSortPass,
+)
+from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+
+from medusa_export.model.checkpoint import unsupported
+from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
+from medusa_export.passes.portable.fuse_rotary import FuseRotary
+from medusa_export.passes.portable.simplify import Simplify
+from medusa_runtime.errors import first_line
+
+
+def export_module(
+    what: str,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: dict[str, Any],
+    opset: int,
+) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                args,
+                kwargs=kwargs,
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,  # `Simplify` does the necessary part in a fraction of the time
+                verbose=False,
+            )
+        except Exception as error:  # the exporter wraps any exception of a model's code
+            raise unsupported(what, first_line(error.__cause__ or error)) from error
+    assert program is not None
+    return program.model
+
+
+def simplify(model: ir.Model) -> None:
+    Simplify()(model)
+    fuse_rms_normalization(model)
+    FuseRotary()(model)
+    ConstantReshapes()(model)
+    ir.passes.Sequential(
+        IdentityEliminationPass(), CommonSubexpressionEliminationPass(), TopologicalSortPass(), RemoveUnusedNodesPass()
+    )(model)
+
+
+def name_values(values: Any, names: list[str]) -> None:
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A module's tensor by its dotted name: a parameter, or a buffer, which a state dict may lack."""
+    tensor: Any = module
+    for part in name.split("."):
+        tensor = getattr(tensor, part)
+    return cast("torch.Tensor", tensor)
+
+
+def torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
+    return ir.tensor_adapters.TorchTensor(tensor.detach(), name=name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the torch exporter: its warnings are for its developers."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.setLevel(level)

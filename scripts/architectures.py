@@ -1,0 +1,47 @@
+"""Find out what works for each decoder type of Transformers, on tiny random models, and write it as JSON.
+
+python scripts/architectures.py --all --json build/architectures.json
+python scripts/architectures.py llama mixtral --only-float
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.support.architectures import check_apart, warm_up
+from tests.support.zoo import TYPES
+
+
+def main() -> None:
+    """Check the types, one after another, and print a line for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="decoder types, such as mixtral")
+    parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--json", type=Path, help="where to write what was found; rows of other types are kept")
+    parser.add_argument("--only-float", action="store_true", help="export and validate; no int8, no TensorRT-RTX engines")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one type")
+    options = parser.parse_args()
+    if unknown := sorted({*options.types} - {*TYPES}):
+        parser.error(f"unknown type {unknown[0]}; known: {', '.join(TYPES)}")
+    rows = json.loads(options.json.read_text()) if options.json is not None and options.json.is_file() else {}
+    warm_up()
+    for model_type in TYPES if options.all else options.types:
+        with TemporaryDirectory() as scratch:
+            further = not options.only_float
+            row = check_apart(model_type, Path(scratch) / "type", options.timeout, quantize=further, engines=further)
+        seconds = sum(row.seconds.values())
+        print(f"{model_type:22} {row.outcome:8} {row.work:7} {seconds:6.1f} s  {row.reason}", flush=True)
+        rows[model_type] = row.to_json()
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

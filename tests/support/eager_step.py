@@ -1,0 +1,79 @@
+"""Run the module that is traced in PyTorch, without tracing it: what the step graph will compute, in a few milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, *, scale: float, softcap: float = 0.0
+) -> torch.Tensor:
+    """The standard operator, with grouped heads."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ value
+
+
+def tensor_scatter(buffer: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor, *, axis: int, mode: str) -> torch.Tensor:
+    """The standard operator, on axis 2 of [B, H, S, D]."""
+    assert (axis, mode) == (2, "linear")
+    places = (lengths[:, None] + torch.arange(new.shape[2]))[:, None, :, None]
+    return buffer.scatter(2, places.expand(-1, *new.shape[1:2], -1, new.shape[3]), new)
+
+
+OPERATORS = {"Attention": attention, "TensorScatter": tensor_scatter}
+
+
+@contextmanager
+def computed() -> Iterator[None]:
+    """While open, the operators that are only named in a trace are computed."""
+    before = torch.onnx.ops.symbolic
+
+    def compute(name: str, inputs: list[Any], attrs: dict[str, Any] | None = None, **_: Any) -> Any:
+        if name.startswith("medusa.trace::"):
+            return inputs[0]
+        return OPERATORS[name](*inputs, **(attrs or {}))
+
+    torch.onnx.ops.symbolic = compute
+    try:
+        yield
+    finally:
+        torch.onnx.ops.symbolic = before
+
+
+@torch.no_grad()
+def chain_and_tree(module: torch.nn.Module, past: dict[str, Any], token_ids: list[int], branch: list[int]) -> np.ndarray:
+    """Logits of a text that is read in two chunks, then of two continuations side by side. [T + A, V]
+
+    The text's last tokens and the branch are a tree: both follow the first half of the text.
+    """
+    half = len(token_ids) // 2
+    first, rest = token_ids[:half], token_ids[half:]
+    found = []
+    _, _, logits, *present = module(*_chain(first, 0), past)
+    found.append(logits[0])
+    past = {name: tuple(present[2 * place : 2 * place + 2]) for place, name in enumerate(past)}
+    nodes = [*rest, *branch]
+    mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+    for start, size in ((0, len(rest)), (len(rest), len(branch))):
+        mask[start : start + size, start : start + size] = torch.ones(size, size, dtype=torch.bool).tril()
+    positions = [half + place for place in (*range(len(rest)), *range(len(branch)))]
+    tree = (torch.tensor([nodes]), torch.tensor([positions]), mask[None], torch.tensor([half]), torch.arange(len(nodes))[None])
+    found.append(module(*tree, past)[2][0])
+    return torch.cat(found).numpy()
+
+
+def _chain(token_ids: list[int], start: int) -> tuple[torch.Tensor, ...]:
+    count = len(token_ids)
+    places = torch.arange(count)[None]
+    mask = torch.ones(1, count, count, dtype=torch.bool).tril()
+    return torch.tensor([token_ids]), places + start, mask, torch.tensor([start]), places

@@ -1,0 +1,63 @@
+"""Which modules of a model are its decoder's layers, and what copies of a traced layer must not share."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from medusa_export.errors import ExportError
+from medusa_export.trace.layers import decoder_layers
+from medusa_export.trace.selection import selecting_all
+from medusa_export.trace.stamp import known_sizes
+from medusa_export.trace.torch_to_onnx import tensor_of
+from tests.support.multimodal import make_multimodal_model
+from tests.support.zoo import NUM_LAYERS, make_model
+
+
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen2_5_vl", "idefics3"])
+def test_a_multimodal_models_layers_are_those_of_its_text_decoder(model_type: str) -> None:
+    model = make_multimodal_model(model_type)
+    alike = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == NUM_LAYERS
+    ]
+    assert len(alike) > 1  # the image tower is as deep
+    name, layers = decoder_layers(model)
+    assert layers is model.get_submodule(name) is model.get_decoder().layers
+
+
+def test_of_several_lists_as_long_the_layers_are_the_largest() -> None:
+    model = make_model("llama")
+    gates = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(NUM_LAYERS))
+    model.model._modules = {"gates": gates, **model.model._modules}
+    assert decoder_layers(model)[0] == "model.layers"
+
+
+def test_a_model_without_a_list_of_its_layers_is_refused() -> None:
+    model = make_model("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ExportError, match="no ModuleList of 7 layers"):
+        decoder_layers(model)
+
+
+def test_sizes_that_depend_on_data_are_not_those_of_another_layer() -> None:
+    shape = known_sizes(ir.Shape(["batch", "2*num_tokens", "u0", "batch*u1", 64]), {"batch", "num_tokens"})
+    assert shape == ir.Shape(["batch", "2*num_tokens", None, None, 64])
+    assert known_sizes(None, set()) is None
+
+
+def test_a_buffer_that_no_state_dict_has_is_found() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.register_buffer("scale", torch.full((2,), 3.0), persistent=False)
+    assert "model.layers.1.mlp.scale" not in model.state_dict()
+    assert tensor_of(model, "model.layers.1.mlp.scale") is model.model.layers[1].mlp.scale
+    assert tensor_of(model, "lm_head.weight") is model.lm_head.weight
+
+
+def test_a_selection_is_only_undone_while_tracing() -> None:
+    model = make_model("doge")
+    attention = model.model.layers[0].self_attn
+    with pytest.raises(KeyError), selecting_all(model):
+        assert attention.keep_window_size > 1 << 40
+        raise KeyError
+    assert attention.keep_window_size == 128
