@@ -11,6 +11,7 @@ from medusa_export.command_options.shared_options import force_option, trust_rem
 
 if TYPE_CHECKING:
     from medusa_heads.modules import MedusaHeads
+    from medusa_runtime.bundle.manifest import Precision
 
 FORMATS = (  # `medusa_heads.formats.NAMES`, which is not imported for --help
     "medusa-export", "medusa-0.1", "medusa-1.0", "medusa-v2", "vllm", "tgi", "modelopt", "tensorrt-llm", "mlc", "axolotl",
@@ -92,5 +93,5 @@ def _lm_head(model: str, heads: MedusaHeads, *, trust_remote_code: bool) -> Any:
     from medusa_export.model.checkpoint import DTYPES, load_backbone
 
     dtype = next(heads.parameters()).dtype
-    precision = next((name for name, known in DTYPES.items() if known == dtype), "fp32")
-    return load_backbone(model, precision, trust_remote_code=trust_remote_code).model.get_output_embeddings()
+    precisions: list[Precision] = [name for name, known in DTYPES.items() if known == dtype]
+    return load_backbone(model, *precisions[:1], trust_remote_code=trust_remote_code).model.get_output_embeddings()
