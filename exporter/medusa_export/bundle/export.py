@@ -67,7 +67,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: model or heads are missing, damaged, or do not fit each other.
         ExportError: the model cannot be traced.
     """
-    inputs: list[str | Path] = [options.model, *([] if options.heads is None else [options.heads])]
+    inputs: list[str | Path] = [options.model] if options.heads is None else [options.model, options.heads]
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.common.values import constant
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 
 
 class UsedEntries(ir.passes.InPlacePass):
     """Slice keys, values and mask to the longest sequence of the batch, including its new tokens.
 
-    Needs: a step graph whose ``Attention`` nodes read the outputs of ``TensorScatter``, and whose mask takes the capacity from
-    the shape of a cache input.
+    Needs: a step graph that writes its cache with ``TensorScatter``, and whose mask takes the capacity from the shape of a
+    cache input.
     Result: the same graph with ``max(cache_lengths) + T`` instead of the capacity, so a step costs only the entries in use.
     Keys and values in use are copied once per step.
     """
@@ -22,8 +22,8 @@ class UsedEntries(ir.passes.InPlacePass):
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         lengths, ids = inputs.get("cache_lengths"), inputs.get("input_ids")
-        attentions = [node for node in graph if node.op_type == "Attention" and _is_cache(node.inputs[1])]
-        if lengths is None or ids is None or not attentions:
+        caches = [node.outputs[0] for node in graph if node.op_type == "TensorScatter"]
+        if lengths is None or ids is None or not caches:
             return ir.passes.PassResult(model, modified=False)
         tape = ir.tape.Tape()
         tokens = tape.op("Shape", [ids], {"start": 1, "end": 2})  # [1]
@@ -34,12 +34,11 @@ class UsedEntries(ir.passes.InPlacePass):
             node.outputs[0].replace_all_uses_with(used)
         graph.insert_before(graph[0], tape.nodes)
         zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
-        for cache in dict.fromkeys(node.inputs[place] for node in attentions for place in (1, 2)):
-            assert cache is not None
+        for cache in caches:
+            readers = list(cache.uses())  # attention, what expands latent entries, masks that are made from entries
             cut = ir.node("Slice", [cache, zero, used, axis])
             cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
             cut.outputs[0].type = cache.type
-            readers = list(cache.uses())  # attention, and masks that are made from what is cached
             producer = cache.producer()
             assert producer is not None
             graph.insert_after(producer, cut)
@@ -48,13 +47,8 @@ class UsedEntries(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _is_cache(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    return producer is not None and producer.op_type == "TensorScatter"
-
-
 def _is_capacity(node: ir.Node) -> bool:
     """Whether a node reads only the capacity from a cache input's shape."""
-    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST_PREFIX):
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1

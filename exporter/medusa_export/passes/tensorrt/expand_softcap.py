@@ -30,6 +30,7 @@ def _expand(graph: ir.Graph, attention: ir.Node) -> None:
     assert query is not None
     assert query.dtype is not None
     dtype, (query_heads, width), (kv_heads, _) = query.dtype, heads_and_width(query), heads_and_width(key)
+    value_width = heads_and_width(value)[1]
     scale = attention.attributes["scale"].as_float() if "scale" in attention.attributes else width**-0.5
     cap = attention.attributes["softcap"].as_float()
     tape = ir.tape.Tape()
@@ -49,7 +50,7 @@ def _expand(graph: ir.Graph, attention: ir.Node) -> None:
     masked = tape.op("Add", [capped, tape.op("Unsqueeze", [mask, group_axis])])
     weights = tape.op("Softmax", [masked], {"axis": -1})
     attended = tape.op("MatMul", [weights, tape.op("Unsqueeze", [value, group_axis])])  # [B, Hkv, G, T, D]
-    result = tape.op("Reshape", [attended, constant([0, query_heads, -1, width])])  # [B, Hq, T, D]
+    result = tape.op("Reshape", [attended, constant([0, query_heads, -1, value_width])])  # [B, Hq, T, D]
 
     graph.insert_before(attention, tape.nodes)
     attention.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
