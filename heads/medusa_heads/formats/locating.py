@@ -19,7 +19,7 @@ MAX_REASON = 200  # most characters quoted from the hub library's message
 
 def is_hub_id(source: str | Path) -> bool:
     """Whether something that is no local path may be the name of a repository on the hub."""
-    return not Path(source).exists() and HUB_ID.fullmatch(str(source)) is not None
+    return not Path(source).exists() and HUB_ID.fullmatch(Path(source).as_posix()) is not None
 
 
 def locate(source: str | Path) -> Path:
@@ -30,7 +30,7 @@ def locate(source: str | Path) -> Path:
     """
     if Path(source).exists():
         return Path(source)
-    name = str(source)
+    name = Path(source).as_posix()
     if not is_hub_id(source):
         raise CheckpointError(f"there are no heads at {source}; make some with: medusa-export heads init MODEL -o {source}")
     found = _snapshot(name, *SMALL, WEIGHTS_NAME, *HEADS_FILES)
