@@ -213,7 +213,7 @@ def _load(
     config = model.config
     if (rows := resized_rows(loaded, text_config(config).vocab_size)) is not None:
         note(f"the embedding of {source} has {rows} rows, config.json says {text_config(config).vocab_size}; all are used")
-        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
+        config = options.get("config") or AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
         text_config(config).vocab_size = rows
         model, loaded, integers = _load_once(place, loader, options | {"config": config})
     return model, loaded, integers
@@ -233,6 +233,8 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
 
 
 def _load_config(source: str, place: str, **options: Any) -> Any:
+    if "config" in options:
+        return options["config"]
     options.pop("quantization_config", None)
     if "config" in options:
         return options["config"]
