@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.weights_file import write_weights
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.generation_settings import generation_facts, greedy_config
@@ -41,7 +42,7 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
         return
     with TemporaryDirectory(prefix="medusa-export-") as scratch:
         try:
-            models = {facts.file: ir.load(bundle / facts.file) for facts in manifest.graphs.values()}
+            models = {facts.file: read_graph(bundle / facts.file) for facts in manifest.graphs.values()}
             for model in models.values():
                 Upcast()(model)
             write_weights(models.values(), Path(scratch))

@@ -183,7 +183,7 @@ def load_backbone(
     quiet_libraries()
     with opened(source) as (place, options):
         _require_generation_config(Path(place))
-        config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
+        config = _load_config(source, place, options | {"trust_remote_code": trust_remote_code})
         loader = _loader(source, config, before_loading)
         if quantization is not None:
             options["quantization_config"] = quantization
@@ -222,10 +222,10 @@ def _load(
 ) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
     """The model, what Transformers says about its loading, and the weights that are stored as integers."""
     model, loaded, integers = _load_once(place, loader, options)
-    config = model.config
-    if (rows := resized_rows(loaded, text_config(config).vocab_size)) is not None:
-        note(f"the embedding of {source} has {rows} rows, config.json says {text_config(config).vocab_size}; all are used")
-        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
+    said = text_config(model.config).vocab_size
+    if (rows := resized_rows(loaded, said)) is not None:
+        note(f"the embedding of {source} has {rows} rows, config.json says {said}; all are used")
+        config = _load_config(source, place, options)
         text_config(config).vocab_size = rows
         model, loaded, integers = _load_once(place, loader, options | {"config": config})
     return model, loaded, integers
@@ -244,12 +244,12 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
     return model, loaded, {}
 
 
-def _load_config(source: str, place: str, **options: Any) -> Any:
-    options.pop("quantization_config", None)
+def _load_config(source: str, place: str, options: dict[str, Any]) -> Any:
     if "config" in options:
         return options["config"]
+    known = {name: options[name] for name in ("gguf_file", "trust_remote_code") if name in options}
     try:
-        return AutoConfig.from_pretrained(place, **options)
+        return AutoConfig.from_pretrained(place, **known)
     except Exception as error:  # as in `load_backbone`
         raise CheckpointError(reason(source, error)) from error
 
