@@ -89,6 +89,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
     text.check(backbone)
     if backbone.is_multimodal:
         note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
+    if options.precision == "bf16":
+        note("a bf16 bundle runs on GPUs alone: ONNX Runtime has no bfloat16 kernels for CPUs. For both, export fp16")
     generation = _generation(backbone)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, heads_path)

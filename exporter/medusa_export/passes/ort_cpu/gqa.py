@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.attention_math import is_attention
 from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
 
@@ -29,7 +30,7 @@ class CachedAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        layers = [layer for node in model.graph if node.op_type == "Attention" and (layer := _layer(node)) is not None]
+        layers = [layer for node in model.graph if is_attention(node) and (layer := _layer(node)) is not None]
         if layers:
             shared = _Shared(model.graph, layers[0].used)
             for layer in layers:
@@ -56,7 +57,7 @@ class _Layer:
 
 
 def _layer(attention: ir.Node) -> _Layer | None:
-    query, mask = attention.inputs[0], attention.inputs[3] if len(attention.inputs) == 4 else None
+    query, mask = attention.inputs[0], attention.inputs[3] if len(attention.inputs) in (4, 5) else None
     cuts = [_producer(value, "Slice") for value in attention.inputs[1:3]]
     key, value = (_producer(cut.inputs[0], "TensorScatter") if cut is not None else None for cut in cuts)
     if query is None or mask is None or cuts[0] is None or cuts[1] is None or key is None or value is None:
@@ -121,10 +122,10 @@ def _replace(graph: ir.Graph, layer: _Layer, shared: _Shared) -> None:
     (query_heads, width), (kv_heads, _) = heads_and_width(query), heads_and_width(layer.key.outputs[0])
     tape = ir.tape.Tape()
     new = [_side_by_side(graph, tape, value) for value in (query, layer.key.inputs[1], layer.value.inputs[1])]
-    bias = shared.bias(tape, mask)
+    bias, past = shared.bias(tape, mask), (layer.key.inputs[0], layer.value.inputs[0])
     attended, key, value = tape.op_multi_out(
         "GroupQueryAttention",
-        [*new, layer.key.inputs[0], layer.value.inputs[0], shared.last, shared.total, None, None, None, bias],
+        [*new, *past, shared.last, shared.total, None, None, None, bias, *layer.attention.inputs[4:]],
         {
             "num_heads": query_heads,
             "kv_num_heads": kv_heads,
