@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,8 @@ from medusa_runtime.errors import MedusaError
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
+ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
+WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
 OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
@@ -90,8 +93,15 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
+        Llama 4 scales queries by positions that it counts itself, beginning with the `floor_scale`-th token. A model with ALiBi
+        has no limit, if its configuration names none.
         """
-        longest = int(self._setting("max_position_embeddings"))
+        longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
+        if longest is None and not hasattr(sys.modules[type(self.model).__module__], ALIBI):
+            self._setting("max_position_embeddings")  # raises
+        longest = int(longest or WITHOUT_END)
+        if getattr(self.config, "attn_temperature_tuning", False) and getattr(self.config, "floor_scale", None):
+            longest = min(longest, int(self.config.floor_scale) - 1)
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":

@@ -41,7 +41,7 @@ class ScatterCache:
             [buffer, new, self.cache_lengths],
             attrs={"axis": 2, "mode": "linear"},
             dtype=buffer.dtype,
-            shape=buffer.shape,
+            shape=(*new.shape[:2], buffer.shape[2], new.shape[3]),  # the batch by its name in the step, not in the cache
             version=MIN_OPSET,
         )
 

@@ -71,7 +71,7 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
     past = {
         str(layer): (torch.zeros(shape, dtype=backbone.dtype), torch.zeros(shape, dtype=backbone.dtype)) for layer in traced
     }
-    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
+    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=max(backbone.max_seq_len, tokens))
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
     with only_layers(layers, traced), selecting_all(backbone.model):
         model = export_module(

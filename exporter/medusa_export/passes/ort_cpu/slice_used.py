@@ -35,10 +35,10 @@ class UsedEntries(ir.passes.InPlacePass):
         graph.insert_before(graph[0], tape.nodes)
         zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
         for cache in caches:
+            readers = list(cache.uses())  # attention, and masks that are made from what is cached
             cut = ir.node("Slice", [cache, zero, used, axis])
             cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
             cut.outputs[0].type = cache.type
-            readers = list(cache.uses())  # attention, and masks that are made from what is cached
             producer = cache.producer()
             assert producer is not None
             graph.insert_after(producer, cut)
