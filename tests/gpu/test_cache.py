@@ -85,8 +85,7 @@ def test_the_cache_is_updated_where_it_is(backend: str, open_gpu: Open, capfd: p
 
 def _addresses(gpu: GpuBackend) -> list[int]:
     assert gpu._cache is not None
-    model = gpu.manifest.model
-    return [gpu._cache.address(layer, part, 0) for layer in range(model.num_layers) for part in (0, 1)]
+    return [memory.address for _, memory in gpu._cache.tensors(0, 1)]
 
 
 @on_each_backend

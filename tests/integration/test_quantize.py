@@ -97,7 +97,8 @@ def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[
     def step(slot: int, start: np.ndarray, mask: np.ndarray, depths: np.ndarray) -> None:
         if spoil:  # entries that no sequence of this step reaches
             used = int(start.max()) + mask.shape[1]
-            backend._cache[:, :, slot : slot + len(start), :, used:] = np.nan
+            for array in backend._cache.arrays:
+                array[:, slot : slot + len(start), :, used:] = np.nan
         tokens = rng.integers(0, VOCAB_SIZE, mask.shape[:2])
         rows = np.arange(mask.shape[1])[None].repeat(len(start), 0)
         inputs = (tokens, start[:, None] + depths, mask, start, rows)
@@ -106,7 +107,8 @@ def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[
         assert output.logits is not None
         found.extend([output.logits.copy(), output.greedy_ids])
         if spoil:
-            backend._cache[np.isnan(backend._cache)] = 0
+            for array in backend._cache.arrays:
+                array[np.isnan(array)] = 0
 
     for slot, length in enumerate(lengths):
         for start, stop in ((0, 7), (7, length)) if slot == 0 else ((0, length),):

@@ -229,7 +229,7 @@ def test_numbers_that_are_not_finite_are_told(bundle) -> None:
     step(backend, 1)
     rows = np.arange(4)[None]
     good = backend.step(IDS, rows + 4, np.tri(4, dtype=bool)[None], np.array([4]), rows)
-    backend._cache[..., 1, :] = np.nan
+    backend._cache.arrays[0][..., 1, :] = np.nan
     bad = backend.step(IDS, rows + 4, np.tri(4, dtype=bool)[None], np.array([4]), rows)
     assert (good.finite.tolist(), bad.finite.tolist()) == ([[True] * 4], [[False] * 4])
     backend.close()

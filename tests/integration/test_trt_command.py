@@ -64,7 +64,7 @@ def test_a_dry_run_builds_nothing_and_tells_sizes(bundle: Path, engine: Path, tm
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "engine").exists()
     assert "verify" in done.stdout
-    assert "KV cache = 2 · 2 layers · 2 sequences · 2 heads · 128 slots · 16 · 2 bytes" in done.stdout
+    assert "KV cache = 2 sequences · (4 of [2, S, 16] float16), S = 128 entries" in done.stdout
     facts = Manifest.load(engine)
     assert facts.engine is not None
     memory = facts.engine.device_memory

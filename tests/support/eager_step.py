@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from medusa_export.model.checkpoint import Backbone
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
 from medusa_export.passes.portable.expand_experts import EXPERT_LINEAR, EXPERTS, EXPERTS_DOMAIN
+from medusa_export.trace.cache_shapes import cached_tensors
 from medusa_export.trace.experts_node import UNGATED, Activation, swiglu
+from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
+from medusa_export.trace.step_module import StepModule
 
 
 def attention(
@@ -114,8 +118,19 @@ def computed() -> Iterator[None]:
         torch.onnx.ops.symbolic = before
 
 
+def empty_cache(backbone: Backbone, module: StepModule, capacity: int = 64) -> dict[str, torch.Tensor]:
+    """The cache of one sequence, before its first step."""
+    try:
+        cached = cached_tensors(backbone, module, decoder_layers(backbone.model)[1])
+    except NoLayersError:
+        cached = cached_tensors(backbone, module, [text_decoder(backbone.model)])
+    return {tensor.name: torch.zeros(tensor.shape(1, capacity)) for layer in cached for tensor in layer}
+
+
 @torch.no_grad()
-def chain_and_tree(module: torch.nn.Module, past: dict[str, Any], token_ids: list[int], branch: list[int]) -> np.ndarray:
+def chain_and_tree(
+    module: torch.nn.Module, past: dict[str, torch.Tensor], token_ids: list[int], branch: list[int]
+) -> np.ndarray:
     """Logits of a text that is read in two chunks, then of two continuations side by side. [T + A, V]
 
     The text's last tokens and the branch are a tree: both follow the first half of the text.
@@ -125,7 +140,7 @@ def chain_and_tree(module: torch.nn.Module, past: dict[str, Any], token_ids: lis
     found = []
     _, _, logits, *present = module(*_chain(first, 0), past)
     found.append(logits[0])
-    past = {name: tuple(present[2 * place : 2 * place + 2]) for place, name in enumerate(past)}
+    past = dict(zip(past, present, strict=True))
     nodes = [*rest, *branch]
     mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
     for start, size in ((0, len(rest)), (len(rest), len(branch))):

@@ -10,7 +10,7 @@ import numpy as np
 
 from medusa_export.bundle.tree_shapes import prior_tree
 from medusa_runtime.backends.base import HeadOutput, StepOutput, require_room, require_slots
-from medusa_runtime.bundle.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance
+from medusa_runtime.bundle.manifest import GraphFacts, HeadFacts, Limits, Manifest, ModelFacts, Provenance, TensorFacts
 from medusa_runtime.drafting.tree import CandidateTree
 
 VOCAB_SIZE = 50
@@ -37,6 +37,15 @@ def greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return context[len(prompt) :]
 
 
+def fake_step() -> GraphFacts:
+    """A step graph with the smallest cache."""
+    past, present = (
+        [TensorFacts(name=f"{when}.0.{part}", dtype="float", shape=["batch", 1, "capacity", 8]) for part in ("key", "value")]
+        for when in ("past", "present")
+    )
+    return GraphFacts(file="step.onnx", target="portable", inputs=past, outputs=present)
+
+
 def fake_manifest(num_heads: int = 3, top_k: int = 4, tree: CandidateTree | None = None, **limits: int) -> Manifest:
     return Manifest(
         kind="onnx",
@@ -48,7 +57,7 @@ def fake_manifest(num_heads: int = 3, top_k: int = 4, tree: CandidateTree | None
         precision="fp32",
         opset=24,
         limits=Limits(**({"max_seq_len": 200} | limits)),
-        graphs={name: GraphFacts(file=f"{name}.onnx", target="portable", inputs=[], outputs=[]) for name in ("step", "heads")},
+        graphs={"step": fake_step(), "heads": GraphFacts(file="heads.onnx", target="portable", inputs=[], outputs=[])},
         tree=(tree or prior_tree(num_heads, top_k, 8)).to_json(),
         files={},
         provenance=Provenance(command=[], versions={}, created=""),

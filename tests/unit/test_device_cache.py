@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -11,53 +13,75 @@ from hypothesis import strategies as st
 
 from medusa_runtime.backends.gpu.cache import SWAP_ENTRIES, DeviceCache
 from medusa_runtime.backends.gpu.driver import Gpu
-from medusa_runtime.bundle.manifest import ModelFacts
 from medusa_runtime.errors import CapacityError
+from tests.support.caches import UNEQUAL, layout_of
 from tests.support.stand_in_cuda import StandInDriver
 
 LAYERS, HEADS, WIDTH, SLOTS, CAPACITY = 2, 3, 4, 3, 160
-MODEL = ModelFacts(
-    name="m", architecture="A", vocab_size=9, hidden_size=8, num_layers=LAYERS, num_attention_heads=3, num_kv_heads=HEADS,
-    head_dim=WIDTH, eos_token_ids=[],
-)  # fmt: skip
+EQUAL = {f"{layer}.{part}": (HEADS, WIDTH) for layer in range(LAYERS) for part in ("key", "value")}
 
 
 class Both:
-    """A cache on the stand-in, and what it must hold."""
+    """A cache on the stand-in, and what each of its tensors must hold, [slots, H, S, D]."""
 
-    def __init__(self, slots: int = SLOTS, capacity: int = CAPACITY, memory: int = 1 << 24) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[int, int]] = EQUAL,
+        slots: int = SLOTS,
+        capacity: int = CAPACITY,
+        memory: int = 1 << 24,
+    ) -> None:
         self.driver = StandInDriver(memory=memory)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, "cuda.bindings.driver", self.driver)
             self.gpu = Gpu()
-        self.cache = DeviceCache(self.gpu, MODEL, 2, slots, capacity)
+        self.layout = layout_of(tensors, dict.fromkeys(tensors, "float16"))
+        self.cache = DeviceCache(self.gpu, self.layout, slots, capacity)
         self.gpu.synchronize()
-        self.wanted = np.random.default_rng(0).integers(0, 9999, (2 * LAYERS, slots, HEADS, capacity, WIDTH)).astype(np.int16)
-        self.raw()[:] = self.wanted.reshape(-1)
+        random, self.wanted = np.random.default_rng(0), {}
+        for tensor, raw in zip(self.layout.tensors, self.raw(self.cache).values(), strict=True):
+            raw[:] = self.wanted[tensor.name] = random.integers(0, 9999, raw.shape).astype(np.int16)
 
-    def raw(self) -> np.ndarray:
-        return self.driver.room(self.cache.address(0, 0, 0), self.cache.num_bytes, on_device=True).view(np.int16)
+    def raw(self, cache: DeviceCache) -> dict[str, np.ndarray]:
+        """The memory of each tensor on the stand-in, by name and in the layout's order."""
+        found = {}
+        for tensor, memory in cache.tensors(0, cache.num_slots):
+            size = 2 * math.prod(memory.shape)
+            found[tensor.name] = self.driver.room(memory.address, size, on_device=True).view(np.int16).reshape(memory.shape)
+        return {tensor.name: found[tensor.name] for tensor in self.layout.tensors}
 
     def check(self) -> None:
         self.gpu.synchronize()
-        np.testing.assert_array_equal(self.raw().reshape(self.wanted.shape), self.wanted)
+        for name, found in self.raw(self.cache).items():
+            np.testing.assert_array_equal(found, self.wanted[name])
 
 
-def test_a_new_cache_is_zero_and_its_tensors_are_where_they_are_said_to_be() -> None:
-    both = Both()
-    fresh = DeviceCache(both.gpu, MODEL, 2, SLOTS, CAPACITY)
+either = pytest.mark.parametrize("tensors", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+
+
+@either
+def test_a_new_cache_is_zero_and_its_tensors_are_where_they_are_said_to_be(tensors: Mapping[str, tuple[int, int]]) -> None:
+    both = Both(tensors)
+    fresh = DeviceCache(both.gpu, both.layout, SLOTS, CAPACITY)
     both.gpu.synchronize()
-    assert not both.driver.room(fresh.address(0, 0, 0), fresh.num_bytes, on_device=True).any()
-    values = both.driver.room(both.cache.address(1, 1, 2), HEADS * CAPACITY * WIDTH * 2, on_device=True).view(np.int16)
-    np.testing.assert_array_equal(values, both.wanted[3, 2].reshape(-1))
+    assert not any(raw.any() for raw in both.raw(fresh).values())
+    both.check()  # no tensor lies on another one
+    whole = {tensor.name: memory for tensor, memory in both.cache.tensors(0, SLOTS)}
+    for tensor, memory in both.cache.tensors(2, 1):
+        assert memory.shape == tensor.shape(1, CAPACITY)
+        assert memory.address == whole[tensor.name].address + 2 * CAPACITY * tensor.entry_bytes
+        assert whole[tensor.name].address % 256 == 0
 
 
-@settings(max_examples=40, deadline=None)
+@either
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, SLOTS - 1), st.integers(0, 40), st.sets(st.integers(1, 40), max_size=12))
-def test_entries_of_accepted_nodes_move_to_the_front(slot: int, start: int, later: set[int]) -> None:
-    both, nodes = Both(), np.array([0, *sorted(later)])
-    entries = both.wanted[:, slot]  # [2L, Hkv, S, D]
-    entries[:, :, start : start + len(nodes)] = entries[:, :, start + nodes]
+def test_entries_of_accepted_nodes_move_to_the_front(
+    tensors: Mapping[str, tuple[int, int]], slot: int, start: int, later: set[int]
+) -> None:
+    both, nodes = Both(tensors), np.array([0, *sorted(later)])
+    for wanted in both.wanted.values():
+        wanted[slot, :, start : start + len(nodes)] = wanted[slot][:, start + nodes]
     both.cache.move(slot, start, nodes)
     both.check()
 
@@ -69,37 +93,42 @@ def test_what_stands_in_place_is_not_touched() -> None:
     assert both.driver.take_calls() == []
 
 
+@either
 @pytest.mark.parametrize("length", [0, 1, SWAP_ENTRIES, SWAP_ENTRIES + 3, CAPACITY])
-def test_slots_are_copied_and_exchanged_as_far_as_they_are_filled(length: int) -> None:
-    both = Both()
-    both.wanted[:, 2, :, :length] = both.wanted[:, 0, :, :length]
+def test_slots_are_copied_and_exchanged_as_far_as_they_are_filled(tensors: Mapping[str, tuple[int, int]], length: int) -> None:
+    both = Both(tensors)
+    for wanted in both.wanted.values():
+        wanted[2, :, :length] = wanted[0, :, :length]
     both.cache.copy(0, 2, length)
     both.check()
-    both.wanted[:, [0, 1], :, :length] = both.wanted[:, [1, 0], :, :length]
+    for wanted in both.wanted.values():
+        wanted[[0, 1], :, :length] = wanted[[1, 0], :, :length]
     both.cache.swap(0, 1, length)
     both.check()
 
 
+@either
 @pytest.mark.parametrize("slots", [1, SLOTS])
-def test_entries_are_cleared(slots: int) -> None:
-    both = Both(slots)
-    both.wanted[:, slots - 1, :, 3:50] = 0
+def test_entries_are_cleared(tensors: Mapping[str, tuple[int, int]], slots: int) -> None:
+    both = Both(tensors, slots)
+    for wanted in both.wanted.values():
+        wanted[slots - 1, :, 3:50] = 0
     both.cache.clear(slots - 1, 3, 50)
     both.cache.clear(0, 60, 60)
     both.check()
 
 
-def test_another_cache_takes_over_what_is_kept() -> None:
-    both = Both()
-    larger = DeviceCache(both.gpu, MODEL, 2, SLOTS + 1, CAPACITY + 64)
+@either
+def test_another_cache_takes_over_what_is_kept(tensors: Mapping[str, tuple[int, int]]) -> None:
+    both = Both(tensors)
+    larger = DeviceCache(both.gpu, both.layout, SLOTS + 1, CAPACITY + 64)
     larger.take(both.cache, [5, 0, CAPACITY])
     both.gpu.synchronize()
-    found = both.driver.room(larger.address(0, 0, 0), larger.num_bytes, on_device=True).view(np.int16)
-    found = found.reshape(2 * LAYERS, SLOTS + 1, HEADS, CAPACITY + 64, WIDTH)
-    wanted = np.zeros_like(found)
-    wanted[:, 0, :, :5] = both.wanted[:, 0, :, :5]
-    wanted[:, 2, :, :CAPACITY] = both.wanted[:, 2]
-    np.testing.assert_array_equal(found, wanted)
+    for name, found in both.raw(larger).items():
+        wanted = np.zeros_like(found)
+        wanted[0, :, :5] = both.wanted[name][0, :, :5]
+        wanted[2, :, :CAPACITY] = both.wanted[name][2]
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_too_little_memory_is_told_with_both_numbers() -> None:
@@ -113,7 +142,7 @@ def test_too_little_memory_is_told_with_both_numbers() -> None:
 def test_memory_goes_back_when_nobody_holds_it() -> None:
     both = Both()
     used = both.driver.used()
-    spare = DeviceCache(both.gpu, MODEL, 2, 1, 64)
+    spare = DeviceCache(both.gpu, both.layout, 1, 64)
     assert both.driver.used() > used
     del spare
     assert both.driver.used() == used

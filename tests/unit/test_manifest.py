@@ -103,7 +103,8 @@ def an_engine(plan: str, source: str = "../source") -> dict:
     """An engine's facts, as far as they are needed."""
     whole = {"size": 1, "sha256": "", "regions": []}
     return {
-        "flavor": "rtx", "tensorrt_version": "1", "compute_capabilities": [], "aliases": {}, "source_bundle": "",
+        "flavor": "rtx", "tensorrt_version": "1", "compute_capabilities": [], "source_bundle": "",
+        "aliases": {f"present.0.{part}": f"past.0.{part}" for part in ("key", "value")},
         "profiles": {"prefill": {}, "verify": {}, "heads": {}},
         "shared_weights": {"source": source, "file": {"size": 1, "sha256": ""}, "plans": {plan: whole}},
     }  # fmt: skip

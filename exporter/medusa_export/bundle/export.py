@@ -20,6 +20,8 @@ from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
+from medusa_heads.formats.locating import is_hub_id, locate
+from medusa_heads.formats.merged import has_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.bundle.manifest import (
     HEADS,
@@ -45,7 +47,7 @@ class ExportOptions:
     """Options of `medusa-export onnx`; the command's help describes each."""
 
     model: str
-    heads: Path
+    heads: Path | None  # None: those in the model
     output: Path
     precision: Precision = "fp32"
     opset: int = attention.MIN_OPSET
@@ -66,14 +68,15 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: model or heads are missing, damaged, or do not fit each other.
         ExportError: the model cannot be traced.
     """
-    inputs = (options.model, options.heads)
+    inputs: list[str | Path] = [options.model] if options.heads is None else [options.model, options.heads]
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
             f"--opset must be {attention.MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
             f"({attention.MIN_OPSET} is the first with an in-place KV cache)"
         )
-    heads = load_heads(options.heads)
+    heads_path = heads_place(options.model, options.heads)
+    heads = load_heads(heads_path, note)
     attention.register()
     with stage(f"load {options.model}"):
         backbone = load_backbone(
@@ -88,11 +91,11 @@ def export_bundle(options: ExportOptions) -> Manifest:
         note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
     generation = _generation(backbone)
     limits = _limits(options, backbone)
-    require_matching(heads, backbone, options.heads)
-    draft_ids = None if options.full_head_vocabulary else heads.draft_ids
+    require_matching(heads, backbone, heads_path)
+    draft_ids = _draft_ids(options, heads)
     top_k = _top_k(options, backbone.facts.vocab_size, draft_ids)
     head_facts = _head_facts(top_k, heads, draft_ids)  # read first: tracing casts the heads
-    tree = _tree(options, head_facts)
+    tree = _tree(options, heads_path, head_facts)
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note, lm_head_as_table=reads_lm_head_rows(heads, draft_ids))
     with stage("trace the heads"):
@@ -109,16 +112,40 @@ def export_bundle(options: ExportOptions) -> Manifest:
             generation=generation,
             graphs=facts,
             tree=tree.to_json(),
-            files=files | text.write(directory) | _copy_ngrams(options.heads, directory),
+            files=files | text.write(directory) | _copy_ngrams(heads_path, directory),
             provenance=provenance(),
         )
         manifest.save(directory)
     return manifest
 
 
-def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
+def heads_place(model: str, heads: Path | None) -> Path:
+    """The path of the heads: those given, or those in the model, if it is a merged checkpoint.
+
+    Raises:
+        OptionError: no heads are given, and the model has none.
+        CheckpointError: there are none where they should be, or a file is damaged.
+    """
+    if heads is not None:
+        return locate(heads)
+    if is_hub_id(model) or Path(model).is_dir():
+        place = locate(model)
+        if has_heads(place):
+            return place
+    raise OptionError(f"{model} has no heads in it; give some with --heads (medusa-export train and heads init make them)")
+
+
+def _draft_ids(options: ExportOptions, heads: MedusaHeads) -> list[int] | None:
+    if not options.full_head_vocabulary:
+        return heads.draft_ids
+    if heads.config.draft_rows:
+        raise OptionError("--full-head-vocabulary does not go with these heads: their LM heads know only the draft vocabulary")
+    return None
+
+
+def _tree(options: ExportOptions, heads_path: Path, heads: HeadFacts) -> CandidateTree:
     if options.tree is None:
-        return tree_for(options.heads, heads.sha256, heads.num_heads, heads.top_k, options.tree_nodes)
+        return tree_for(heads_path, heads.sha256, heads.num_heads, heads.top_k, options.tree_nodes)
     tree = CandidateTree.from_file(options.tree)
     tree.check_fits(heads.num_heads, heads.top_k)
     return tree
@@ -168,7 +195,7 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
         num_layers=heads.config.num_layers,
         top_k=top_k,
         shared_lm_head=heads.config.shared_lm_head,
-        reads_root=heads.config.reads_root,
+        reads_root=heads.reads_tokens,
         draft_vocab_size=None if draft_ids is None else len(draft_ids),
         sha256=heads.digest(),
     )
@@ -185,7 +212,12 @@ def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:
 
 
 def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
-    """Raise a `CheckpointError` if the heads were made for a model of another shape."""
+    """Raise a `CheckpointError` if the heads were made for a model of another shape.
+
+    If they do not tell the size of the vocabulary, it is the model's from here on.
+    """
+    if heads.config.vocab_size is None:
+        heads.config = heads.config.model_copy(update={"vocab_size": backbone.facts.vocab_size})
     for name in ("hidden_size", "vocab_size"):
         want, found = getattr(backbone.facts, name), getattr(heads.config, name)
         if want != found:

@@ -126,6 +126,8 @@ def inspect(engine: Path, *, as_json: bool) -> None:
 
 def _tell_design(design: Design) -> None:
     from medusa_export.console import stdout_console
+    from medusa_runtime.bundle.cache_layout import CacheLayout
+    from medusa_runtime.bundle.manifest import STEP
 
     facts, limits = design.source.model, design.limits
     console = stdout_console()
@@ -135,8 +137,8 @@ def _tell_design(design: Design) -> None:
     console.print(_size_table("plans on disk (approximate)", design.plan_sizes()))
     console.print(_size_table("GPU memory (approximate upper bound)", _in_words(design.device_memory())))
     console.print(
-        f"KV cache = 2 · {facts.num_layers} layers · {limits.max_batch_size} sequences · {facts.num_kv_heads} heads · "
-        f"{limits.capacity} slots · {facts.head_dim} · {4 if design.source.precision == 'fp32' else 2} bytes",
+        f"KV cache = {limits.max_batch_size} sequences · ({CacheLayout.of(design.graphs[STEP]).describe()}), "
+        f"S = {limits.capacity} entries",
         soft_wrap=True,
     )
 
@@ -175,8 +177,8 @@ def _tell_inspection(found: Inspection) -> None:
 
 
 def _is_further_cache(tensor: str) -> bool:
-    """Whether the tensor is part of the KV cache but not ``past.0.key`` or ``present.0.key``, which stand for all of them."""
-    return tensor.startswith(("past.", "present.")) and not tensor.endswith(".0.key")
+    """Whether the tensor is part of the KV cache but not one of layer 0, which stand for all of them."""
+    return tensor.startswith(("past.", "present.")) and tensor.split(".")[1] != "0"
 
 
 def _profile_table(profiles: dict[str, dict[str, dict[str, list[int]]]]) -> Table:

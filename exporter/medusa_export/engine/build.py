@@ -21,6 +21,7 @@ from medusa_export.errors import ExportError
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_heads.directories import new_directory, require_new
+from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import (
     HEADS,
     STEP,
@@ -118,15 +119,15 @@ def _network(design: Design, name: str, directory: Path) -> Iterator[Network]:
         network = Network.parse(design.tensorrt, name, model, weights, tell)
         network.check_contract(design.graphs[name])
         if name == STEP:
-            _check_in_place(network.aliases(), design.source.model.num_layers)
+            _check_in_place(network.aliases(), CacheLayout.of(design.graphs[name]))
         yield network
 
 
-def _check_in_place(aliases: dict[str, str], num_layers: int) -> None:
-    for pair in (f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")):
-        if (found := aliases.get(f"present.{pair}")) != f"past.{pair}":
+def _check_in_place(aliases: dict[str, str], layout: CacheLayout) -> None:
+    for tensor in layout.tensors:
+        if (found := aliases.get(tensor.present)) != tensor.past:
             raise ExportError(
-                f"present.{pair} must be past.{pair} updated in place, but TensorRT updates {found or 'no cache'}"
+                f"{tensor.present} must be {tensor.past} updated in place, but TensorRT updates {found or 'no cache'}"
             )
 
 

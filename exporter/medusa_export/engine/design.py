@@ -17,10 +17,10 @@ from medusa_export.engine.engine_options import (
 from medusa_export.engine.estimate import activation_bytes, cache_bytes, io_bytes, plan_bytes, weight_bytes
 from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.profiles import Profile, heads_profiles, largest_sizes, step_profiles
-from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
 from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights
 from medusa_export.passes.tensorrt.specialize import specialize
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, Limits, Manifest, TensorFacts
 
 
@@ -100,7 +100,7 @@ def design_engines(options: EngineOptions) -> Design:
 
 def plan_facts(portable: GraphFacts, name: str, target: str, capacity: int) -> GraphFacts:
     """The facts of the engine built from a portable graph: the same, except for a static capacity."""
-    symbols = {tensor.shape[CAPACITY_AXIS] for tensor in portable.inputs if tensor.name.startswith(PAST_PREFIX)}
+    symbols = {tensor.shape[CAPACITY_AXIS] for tensor in portable.inputs if tensor.name.startswith(PAST)}
 
     def fixed(tensor: TensorFacts) -> TensorFacts:
         return tensor.model_copy(update={"shape": [capacity if size in symbols else size for size in tensor.shape]})

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from medusa_export.passes.common.cache_inputs import PAST_PREFIX
 from medusa_export.passes.common.values import heads_and_width
+from medusa_runtime.bundle.cache_layout import PAST, PRESENT, CacheLayout
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, TensorFacts
 
-PRESENT_PREFIX = "present."
 # Bytes of a plan in addition to its weights, measured with TensorRT-RTX 1.7:
 KERNEL_BYTES = {STEP: 4_000_000, HEADS: 400_000}
 NODE_BYTES, ROUNDED_BYTES = 12_000, 90_000  # for each node, and for each quantised weight
@@ -33,16 +32,14 @@ def plan_bytes(name: str, model: ir.Model) -> int:
 
 
 def cache_bytes(step: GraphFacts, sizes: Mapping[str, int]) -> int:
-    """Bytes of the KV cache, which is updated in place: 2 · layers · B · Hkv · S · D · bytes of the dtype."""
-    return sum(_bytes(tensor, sizes) for tensor in step.inputs if tensor.name.startswith(PAST_PREFIX))
+    """Bytes of the cache, which is updated in place."""
+    return CacheLayout.of(step).entry_bytes * sizes["batch"] * sizes["capacity"]
 
 
 def io_bytes(graph: GraphFacts, sizes: Mapping[str, int]) -> int:
     """Bytes of a graph's inputs and outputs, without the cache."""
     return sum(
-        _bytes(tensor, sizes)
-        for tensor in (*graph.inputs, *graph.outputs)
-        if not tensor.name.startswith((PAST_PREFIX, PRESENT_PREFIX))
+        _bytes(tensor, sizes) for tensor in (*graph.inputs, *graph.outputs) if not tensor.name.startswith((PAST, PRESENT))
     )
 
 

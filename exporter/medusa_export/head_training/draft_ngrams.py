@@ -66,7 +66,7 @@ def make_ngrams(options: NGramOptions) -> Path:
             )
         with stage("count and fit"):
             heads = heads.to(model.device, model.dtype)
-            ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states)
+            ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states, model.get_input_embeddings())
     if ngrams is None:
         raise OptionError("the answers are too short or too few to count n-grams; use more data")
     note(f"{int((ngrams.cells > 0).sum())} of {len(ngrams.cells)} cells of the table hold an n-gram")

@@ -131,8 +131,11 @@ class Backbone:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """Shapes and special tokens, under one set of names for all architectures."""
-        config = self.config
+        """Shapes and special tokens, under one set of names for all architectures.
+
+        What differs by layer is that of the first one, for people to read; the graphs' inputs say what each layer caches.
+        """
+        config = self.config.per_layer_config[0]
         try:
             normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         except KeyError:  # the type uses the usual names
@@ -237,6 +240,8 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
 
 def _load_config(source: str, place: str, **options: Any) -> Any:
     options.pop("quantization_config", None)
+    if "config" in options:
+        return options["config"]
     try:
         return AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # as in `load_backbone`

@@ -11,6 +11,7 @@ import torch
 from medusa_export.progress import note
 from medusa_heads.errors import CheckpointError
 
+HEADS = "medusa_head"  # the start of the names of the heads in a merged checkpoint
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -32,7 +33,7 @@ def check_unused(source: str, unused: Iterable[str], config: Any) -> None:
     Raises:
         CheckpointError: they are those of layers beyond the number that the configuration names.
     """
-    names = sorted(unused)
+    names = sorted(name for name in unused if not name.startswith(HEADS))
     layers = config.num_hidden_layers
     known = layers + int(getattr(config, "num_nextn_predict_layers", None) or 0)  # layers that only predict further tokens
     beyond = [name for name in names if (found := LAYER.search(f".{name}")) and int(found[1]) >= known]

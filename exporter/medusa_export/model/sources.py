@@ -13,6 +13,7 @@ from transformers import GgufConfig
 from transformers.utils.hub import cached_file
 
 from medusa_export.model.gguf_parts import merge_parts
+from medusa_export.model.merged_config import merged_config
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
 
@@ -36,7 +37,8 @@ def opened(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     place, file = located(source)
     if file is None:
-        yield place, {}
+        config = merged_config(place)
+        yield place, {} if config is None else {"config": config}
     elif (parts := _parts(Path(place), file)) is None:
         yield place, _gguf_options(file)
     else:

@@ -85,7 +85,7 @@ def load_tokenizer(
             raise CheckpointError(
                 f"the tokenizer of {source} has no fast form, and the runtime needs one; add a tokenizer.json"
             )
-        file = None if options else file_of(place, FILE)
+        file = None if "gguf_file" in options else file_of(place, FILE)
         if file is not None:
             _use_file(tokenizer, file, source, _named(place), tell)
     return tokenizer

@@ -27,6 +27,7 @@ from medusa_export.quantize.calibration_text import CALIBRATION_PROMPTS, QUALITY
 from medusa_heads.directories import new_directory, require_new
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest, QuantizationFacts, Scheme, ValidationFacts, file_facts
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.errors import BundleError, OptionError
@@ -59,7 +60,12 @@ def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifes
         OptionError: the export's precision is not fp32.
         MedusaError: see `export_bundle` and `quantize_bundle`.
     """
-    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[export.model, export.heads])
+    require_new(
+        options.output,
+        _is_onnx_bundle,
+        force=options.force,
+        inputs=[place for place in (export.model, export.heads) if place is not None],
+    )
     if export.precision != "fp32":
         raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
     parent = options.output.absolute().parent
@@ -185,7 +191,7 @@ def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> d
     options.log_severity_level = 3  # errors only: it warns that the cache is copied, which is intended here
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     largest: dict[str, Vector] = {}
-    facts = source.model
+    layout = CacheLayout.of(source.graphs[STEP])
     for text in texts:
         count = len(text)
         feeds = {
@@ -195,8 +201,7 @@ def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> d
             "cache_lengths": np.zeros(1, np.int64),
             "logit_rows": np.array([[count - 1]]),
         }
-        empty = np.zeros((1, facts.num_kv_heads, count, facts.head_dim), np.float32)
-        feeds |= {f"past.{layer}.{part}": empty for layer in range(facts.num_layers) for part in ("key", "value")}
+        feeds |= {tensor.past: np.zeros(tensor.shape(1, count), np.float32) for tensor in layout.tensors}
         for junction, values in zip(found, session.run(names, feeds), strict=True):
             name = junction.activation.name or ""
             largest[name] = np.maximum(largest.get(name, values), values)

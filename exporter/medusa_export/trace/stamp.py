@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from medusa_export.passes.common.values import add_initializer
 from medusa_export.trace.layers import MARKER_DOMAIN
+from medusa_runtime.bundle.cache_layout import CacheTensor
 
 WeightLookup = Callable[[str], ir.TensorProtocol]
 
@@ -25,20 +26,22 @@ class LayerBlock:
     layer: int
     entry: ir.Node  # LayerInput
     exit: ir.Node  # LayerOutput
-    past: tuple[ir.Value, ir.Value]
-    present: tuple[ir.Value, ir.Value]
+    past: tuple[ir.Value, ...]  # what it caches, in the order of its layer's tensors
+    present: tuple[ir.Value, ...]
     nodes: list[ir.Node] = field(default_factory=list)  # in topological order
 
 
 class StampLayers(ir.passes.InPlacePass):
     """Replace the traced layers by all layers of the model, each a copy of the first layer of its kind.
 
-    Needs: a trace made under `only_layers`, with a past and a present value for each traced layer.
+    Needs: a trace made under `only_layers`, with a past and a present value for each tensor that a traced layer caches. A
+    layer that reads another layer's cache reads it of a traced one.
     Result: no markers; past inputs and present outputs for every layer, in order; the weights of layers that were not traced,
     looked up by name.
 
     Args:
         kinds: layer indices grouped by kind. The first and the last of each kind were traced.
+        cached: the tensors that each layer caches; those of layers of one kind correspond by their order.
         prefix: the start of a layer's weight names, such as ``model.layers.{layer}.``.
         weights: finds a weight by name.
 
@@ -46,9 +49,11 @@ class StampLayers(ir.passes.InPlacePass):
         UnlikeLayersError: the first and the last layer of a kind have different traces. All layers must then be traced.
     """
 
-    def __init__(self, kinds: list[list[int]], prefix: str, weights: WeightLookup) -> None:
+    def __init__(
+        self, kinds: list[list[int]], cached: Sequence[Sequence[CacheTensor]], prefix: str, weights: WeightLookup
+    ) -> None:
         super().__init__()
-        self.kinds, self.prefix, self.weights = kinds, prefix, weights
+        self.kinds, self.cached, self.prefix, self.weights = kinds, cached, prefix, weights
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Copy the layers in place."""
@@ -64,10 +69,13 @@ class StampLayers(ir.passes.InPlacePass):
         assert hidden is not None  # a marker always has an input
         pasts: list[ir.Value] = []
         presents: list[ir.Value] = []
+        stamped: dict[ir.Value, ir.Value] = {}  # cache values of the trace -> those of the same layer's copy
         for layer in sorted(representative):
-            hidden, past, present = self._copy(graph, representative[layer], layer, hidden)
+            hidden, past, present = self._copy(graph, representative[layer], layer, hidden, stamped)
             pasts += past
             presents += present
+            if layer in blocks:
+                stamped |= zip((*blocks[layer].past, *blocks[layer].present), (*past, *present), strict=True)
         result.replace_all_uses_with(hidden, replace_graph_outputs=True)
 
         traced_pasts = {value for block in ordered for value in block.past}
@@ -76,8 +84,8 @@ class StampLayers(ir.passes.InPlacePass):
         graph.outputs[:] = [*(value for value in graph.outputs if value not in traced_presents), *presents]
         for block in reversed(ordered):
             graph.remove([block.entry, *block.nodes, block.exit], safe=True)
-            for value, stamped in zip(block.past, pasts[2 * block.layer : 2 * block.layer + 2], strict=True):
-                value.replace_all_uses_with(stamped)
+            for value in block.past:
+                value.replace_all_uses_with(stamped[value])
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
@@ -96,8 +104,8 @@ class StampLayers(ir.passes.InPlacePass):
                     layer,
                     markers["LayerInput", layer],
                     markers["LayerOutput", layer],
-                    (inputs[f"past.{layer}.key"], inputs[f"past.{layer}.value"]),
-                    (outputs[f"present.{layer}.key"], outputs[f"present.{layer}.value"]),
+                    tuple(inputs[tensor.past] for tensor in self.cached[layer]),
+                    tuple(outputs[tensor.present] for tensor in self.cached[layer]),
                 )
                 block.nodes = self._private_nodes(graph, block)
                 yield block
@@ -115,8 +123,9 @@ class StampLayers(ir.passes.InPlacePass):
         inside = {*nodes, block.exit}
         for node in nodes:
             for output in node.outputs:
-                leaks = output.is_graph_output() and output not in block.present
-                if leaks or any(usage.node not in inside for usage in output.uses()):
+                if output in block.present:  # later layers may read it
+                    continue
+                if output.is_graph_output() or any(usage.node not in inside for usage in output.uses()):
                     raise UnlikeLayersError(f"{output.name} of layer {block.layer} is used outside it")
         return nodes
 
@@ -139,7 +148,7 @@ class StampLayers(ir.passes.InPlacePass):
         prefix = self.prefix.format(layer=block.layer)
         names: dict[ir.Value, object] = {
             block.entry.outputs[0]: "hidden",
-            **dict(zip(block.past, ("key", "value"), strict=True)),
+            **{value: ("past", place) for place, value in enumerate(block.past)},
         }
 
         def describe(value: ir.Value | None) -> object:
@@ -164,11 +173,11 @@ class StampLayers(ir.passes.InPlacePass):
         return described
 
     def _copy(
-        self, graph: ir.Graph, block: LayerBlock, layer: int, hidden: ir.Value
+        self, graph: ir.Graph, block: LayerBlock, layer: int, hidden: ir.Value, stamped: Mapping[ir.Value, ir.Value]
     ) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
         """Append a copy of the block as the given layer. Returns its result, its past inputs and its present outputs."""
-        past = [_like(value, f"past.{layer}.{part}") for value, part in zip(block.past, ("key", "value"), strict=True)]
-        values: dict[ir.Value, ir.Value] = {block.entry.outputs[0]: hidden, **dict(zip(block.past, past, strict=True))}
+        past = [_like(value, tensor.past) for value, tensor in zip(block.past, self.cached[layer], strict=True)]
+        values = {**stamped, block.entry.outputs[0]: hidden, **dict(zip(block.past, past, strict=True))}
         old, new = self.prefix.format(layer=block.layer), self.prefix.format(layer=layer)
 
         def mapped(value: ir.Value | None) -> ir.Value | None:
@@ -200,8 +209,8 @@ class StampLayers(ir.passes.InPlacePass):
                 values[before] = after
             graph.append(copy)
         present = [values[value] for value in block.present]
-        for value, part in zip(present, ("key", "value"), strict=True):
-            value.name = f"present.{layer}.{part}"
+        for value, tensor in zip(present, self.cached[layer], strict=True):
+            value.name = tensor.present
         result = mapped(block.exit.inputs[0])
         assert result is not None
         return result, past, present

@@ -14,14 +14,15 @@ from medusa_export.passes.common.attention_math import is_attention
 from medusa_export.passes.portable.expand_experts import ExpandExperts
 from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
-from medusa_export.trace.experts_node import recognise_activations
-from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
+from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kinds, only_layers, text_decoder
 from medusa_export.trace.own_attention import has_own_attention, require_known
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_masks import StepMasks
 from medusa_export.trace.step_module import StepModule
 from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
+from medusa_runtime.bundle.cache_layout import BATCH_AXIS, CAPACITY_AXIS, CacheTensor
 
 STEP_INPUTS = ("input_ids", "position_ids", "tree_mask", "cache_lengths", "logit_rows")
 STEP_OUTPUTS = ("greedy_ids", "hidden", "logits")
@@ -44,14 +45,21 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
         ExportError: the model cannot be traced.
     """
     require_known(backbone.model)
-    recognise_activations(backbone.model)
-    list_name, layers = decoder_layers(backbone.model)
-    kinds = layer_kinds(layers, backbone.layer_types)
+    masks = StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)
+    module = StepModule(backbone.model, masks).eval()
     try:
-        model = _trace_kinds(backbone, list_name, kinds, opset)
-    except UnlikeLayersError as error:
-        report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
-        model = _trace_kinds(backbone, list_name, [[layer] for layer in range(len(layers))], opset)
+        list_name, layers = decoder_layers(backbone.model)
+        cached = cached_tensors(backbone, module, list(layers))
+    except NoLayersError as error:
+        report(f"{error}, so the model is traced as a whole, which takes longer")
+        model = _trace_whole(backbone, module, opset)
+    else:
+        kinds = layer_kinds(layers, backbone.layer_types, cached)
+        try:
+            model = _trace_kinds(backbone, module, list_name, kinds, cached, opset)
+        except UnlikeLayersError as error:
+            report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
+            model = _trace_kinds(backbone, module, list_name, [[layer] for layer in range(len(layers))], cached, opset)
     ExpandExperts()(model)
     ExpandSinks()(model)
     lm_head: Any = backbone.model.get_output_embeddings()
@@ -60,22 +68,36 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     return model
 
 
-def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], opset: int) -> ir.Model:
+def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
+    """Trace a decoder that does not run a list of layers once each, such as one that runs its layers several times."""
+    try:
+        [tensors] = cached_tensors(backbone, module, [text_decoder(backbone.model)])
+    except NoLayersError as error:
+        raise unsupported(backbone.facts.architecture, str(error)) from error
+    return _trace(backbone, module, tensors, opset)
+
+
+def _trace_kinds(
+    backbone: Backbone, module: StepModule, list_name: str, kinds: list[list[int]], cached: list[list[CacheTensor]], opset: int
+) -> ir.Model:
     traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
     _, layers = decoder_layers(backbone.model)
-    masks = StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)
-    module = StepModule(backbone.model, masks).eval()
+    with only_layers(layers, traced):
+        model = _trace(backbone, module, [tensor for layer in traced for tensor in cached[layer]], opset)
+    prefix = f"model.{list_name}.{{layer}}."
+    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
+    return model
+
+
+def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], opset: int) -> ir.Model:
+    """The graph of a step that caches the given tensors."""
     batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes above 1, all different
-    facts = backbone.facts
-    shape = (batch, facts.num_kv_heads, capacity, facts.head_dim)
-    past = {
-        str(layer): (torch.zeros(shape, dtype=backbone.dtype), torch.zeros(shape, dtype=backbone.dtype)) for layer in traced
-    }
+    past = {tensor.name: torch.zeros(tensor.shape(batch, capacity), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in tensors}
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=max(backbone.max_seq_len, tokens))
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
-    with only_layers(layers, traced), selecting_all(backbone.model):
+    with selecting_all(backbone.model):
         model = export_module(
-            facts.architecture,
+            backbone.facts.architecture,
             module,
             (
                 torch.ones(batch, tokens, dtype=torch.long),
@@ -91,17 +113,16 @@ def _trace_kinds(backbone: Backbone, list_name: str, kinds: list[list[int]], ops
                 "tree_mask": {0: b, 1: t, 2: t},
                 "cache_lengths": {0: b},
                 "logit_rows": {0: b, 1: r},
-                "past": {str(layer): ({0: b, 2: s}, {0: b, 2: s}) for layer in traced},
+                "past": {tensor.name: {BATCH_AXIS: b, CAPACITY_AXIS: s} for tensor in tensors},
             },
             opset,
         )
     found = sum(is_attention(node) for node in model.graph)
-    if found != len(traced) and not (found == 0 and has_own_attention(backbone.model)):
+    # Layers that read another layer's keys attend too, so there may be more nodes than keys.
+    few = found < sum(tensor.part == "key" for tensor in tensors)
+    if few and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
-    pairs = [f"{layer}.{part}" for layer in traced for part in ("key", "value")]
-    name_values(model.graph.inputs, [*STEP_INPUTS, *(f"past.{pair}" for pair in pairs)])
-    name_values(model.graph.outputs, [*STEP_OUTPUTS, *(f"present.{pair}" for pair in pairs)])
+    name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
+    name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])
     simplify(model)
-    prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
     return model

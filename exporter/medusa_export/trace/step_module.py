@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from medusa_export.trace.experts_node import recognise_activations
+from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.own_attention import attention_methods, own_attention
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.step_masks import StepMasks
@@ -25,6 +27,7 @@ class StepModule(torch.nn.Module):
         self.model = model
         self.masks = masks
         self.methods = attention_methods(model)
+        recognise_activations(model)
 
     def forward(
         self,
@@ -33,10 +36,22 @@ class StepModule(torch.nn.Module):
         tree_mask: torch.Tensor,  # [B, T, T] bool
         cache_lengths: torch.Tensor,  # [B]
         logit_rows: torch.Tensor,  # [B, R]
-        past: dict[str, tuple[torch.Tensor, torch.Tensor]],  # layer -> key, value: [B, Hkv, S, D]
+        past: dict[str, torch.Tensor],  # by name, such as 0.key: [B, H, S, D]
     ) -> tuple[torch.Tensor, ...]:
-        cache = ScatterCache({int(layer): pair for layer, pair in past.items()}, cache_lengths)
-        masks, key_positions = self.masks(position_ids, tree_mask, cache_lengths, cache.get_max_cache_shape())
+        cache = ScatterCache(past, cache_lengths)
+        results = self.run(cache, input_ids, position_ids, tree_mask, logit_rows)
+        return *results, *(cache.present[name] for name in past)
+
+    def run(
+        self,
+        cache: ScatterCache,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        tree_mask: torch.Tensor,
+        logit_rows: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The forward pass: greedy ids [B, R], hidden rows [B, R, C] and logits [B, R, V]. What layers keep is in the cache."""
+        masks, key_positions = self.masks(position_ids, tree_mask, cache.cache_lengths, cache.capacity)
         with (
             _only_rows(self.model, logit_rows) as rows,
             own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
@@ -48,9 +63,7 @@ class StepModule(torch.nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
-        greedy_ids = logits.argmax(-1)  # [B, R]
-        present = [tensor for layer in past for tensor in cache.present[int(layer)]]
-        return greedy_ids, rows[0], logits, *present
+        return logits.argmax(-1), rows[0], logits
 
 
 @contextmanager
@@ -60,7 +73,7 @@ def _only_rows(model: PreTrainedModel, logit_rows: torch.Tensor) -> Iterator[lis
     Most models call their base model, whose result is picked from. Some call the decoder in it.
     """
     rows: list[torch.Tensor] = []
-    base, decoder = model.base_model, model.get_decoder()
+    base, decoder = model.base_model, text_decoder(model)
     running: list[bool] = []
 
     def begin(*_: Any) -> None:

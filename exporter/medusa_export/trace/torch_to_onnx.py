@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -22,6 +18,7 @@ from medusa_export.model.checkpoint import unsupported
 from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
 from medusa_export.passes.portable.fuse_rotary import FuseRotary
 from medusa_export.passes.portable.simplify import Simplify
+from medusa_export.trace.quiet import quiet_torch
 from medusa_runtime.errors import first_line
 
 
@@ -33,7 +30,7 @@ def export_module(
     dynamic_shapes: dict[str, Any],
     opset: int,
 ) -> ir.Model:
-    with _quiet(), torch.no_grad():
+    with quiet_torch(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module,
@@ -76,17 +73,3 @@ def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 def torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
     return ir.tensor_adapters.TorchTensor(tensor.detach(), name=name)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the torch exporter: its warnings are for its developers."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            log.setLevel(level)

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.arrays import BoolArray, FloatArray, IntArray
-from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.bundle.cache_layout import CacheLayout
+from medusa_runtime.bundle.manifest import STEP, Manifest
 from medusa_runtime.errors import BackendError, CapacityError
 
 CAPACITY_BUCKET = 64  # entries a cache grows by at least
@@ -157,10 +158,8 @@ def not_finite() -> BackendError:
 
 
 def cache_entry_bytes(manifest: Manifest) -> int:
-    """Bytes of one token's entry in the cache, keys and values of all layers together."""
-    model = manifest.model
-    item_bytes = 4 if manifest.precision == "fp32" else 2
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * item_bytes
+    """Bytes of one token's entry in the cache, all tensors together."""
+    return CacheLayout.of(manifest.graphs[STEP]).entry_bytes
 
 
 def bucket(capacity: int) -> int:

@@ -1,10 +1,8 @@
-"""ONNX Runtime on the CPU: the cache is one NumPy array that the graph reads and writes in place."""
+"""ONNX Runtime on the CPU: the graph reads and writes the cache in place."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +11,11 @@ import numpy.typing as npt
 
 from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
+from medusa_runtime.backends.host_cache import HostCache
+from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import check_num_threads
-from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, Manifest
-from medusa_runtime.errors import BackendError, CapacityError, ClosedError, MissingExtraError, first_line
+from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, STEP, Manifest
+from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, first_line
 
 try:
     import onnxruntime as ort
@@ -24,8 +24,7 @@ except ImportError as error:
 
 from medusa_runtime.backends.ort_sessions import StepSessions, open_graph, trim_memory
 
-CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
-PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+DTYPES = {"fp32": np.float32, "fp16": np.float16}
 Inputs = dict[str, npt.NDArray[np.generic]]
 
 
@@ -45,39 +44,38 @@ class OrtCpuBackend:
     def __init__(self, bundle: str | Path, manifest: Manifest, num_threads: int = 0) -> None:
         if manifest.kind != "onnx":
             raise BackendError(f"ort-cpu runs ONNX bundles; {bundle} is a {manifest.kind} bundle")
-        if manifest.precision not in CACHE_DTYPES:
+        if manifest.precision not in DTYPES:
             raise BackendError(
                 f"ONNX Runtime has no {manifest.precision} kernels for the CPU; export with --dtype fp32 or fp16, "
                 "or run it on a GPU (medusa-export doctor says what that takes)"
             )
         self.manifest = manifest
-        self._dtype = np.dtype(CACHE_DTYPES[manifest.precision])
+        self._dtype = np.dtype(DTYPES[manifest.precision])
         bundle, num_threads = Path(bundle).resolve(), check_num_threads(num_threads)
         self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
         self._steps: StepSessions | None = StepSessions(bundle, manifest, num_threads, self._bindings.clear)
         self._heads_session = open_graph(bundle, manifest, HEADS, manifest.graph(HEADS, ORT_CPU), num_threads)
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._logits = np.empty(0, self._dtype)  # room for the largest logits asked for so far
-        self._cache = self._new_cache(num_slots=0, capacity=0)
+        self._cache = HostCache(CacheLayout.of(manifest.graphs[STEP]), num_slots=0, capacity=0)
 
     @property
     def num_slots(self) -> int:
         """See `Backend.num_slots`."""
-        return int(self._cache.shape[2])
+        return self._cache.num_slots
 
     @property
     def capacity(self) -> int:
         """See `Backend.capacity`."""
-        return int(self._cache.shape[4])
+        return self._cache.capacity
 
     def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:
         """See `Backend.resize`. The capacity is rounded up to a bucket; memory that no entry is written to is not taken."""
         steps = self._open_steps()
-        resized = self._new_cache(num_slots, bucket(capacity))
+        resized = HostCache(self._cache.layout, num_slots, bucket(capacity))
         if num_slots == 1:
             steps.want_one()
-        for slot, length in enumerate(lengths):
-            resized[:, :, slot, :, :length] = self._cache[:, :, slot, :, :length]
+        resized.take(self._cache, lengths)
         self._cache = resized
         self._bindings.clear()
 
@@ -139,26 +137,19 @@ class OrtCpuBackend:
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:
         """See `Backend.commit`."""
-        first = int(np.argmax(nodes != np.arange(len(nodes))))  # entries that are in place already are not moved
-        if nodes[first] == first:
-            return
-        entries = self._cache[:, :, slot]  # [L, 2, Hkv, S, D]
-        entries[:, :, :, start + first : start + len(nodes)] = entries[:, :, :, start + nodes[first:]]
+        self._cache.move(slot, start, nodes)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Backend.copy`."""
-        self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
+        self._cache.copy(source, target, length)
 
     def swap(self, a: int, b: int, length: int) -> None:
         """See `Backend.swap`."""
-        for keys_or_values in itertools.chain.from_iterable(self._cache[:, :, :, :, :length]):  # [slots, Hkv, length, D]
-            one = keys_or_values[a].copy()  # small enough for the processor's cache
-            keys_or_values[a] = keys_or_values[b]
-            keys_or_values[b] = one
+        self._cache.swap(a, b, length)
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """See `Backend.clear`."""
-        self._cache[:, :, slot, :, start:stop] = 0
+        self._cache.clear(slot, start, stop)
 
     def save(self) -> None:
         """See `Backend.save`: there is nothing to keep."""
@@ -172,7 +163,7 @@ class OrtCpuBackend:
         self._steps = None
         del self._heads_session
         self._hidden, self._logits = self._hidden[:0].copy(), self._logits[:0].copy()
-        self._cache = self._new_cache(num_slots=0, capacity=0)
+        self._cache = HostCache(self._cache.layout, num_slots=0, capacity=0)
         trim_memory()
 
     def _open_steps(self) -> StepSessions:
@@ -193,17 +184,6 @@ class OrtCpuBackend:
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
 
-    def _new_cache(self, num_slots: int, capacity: int) -> npt.NDArray[np.floating]:
-        model = self.manifest.model
-        shape = (model.num_layers, 2, num_slots, model.num_kv_heads, capacity, model.head_dim)
-        size = math.prod(shape) * self._dtype.itemsize
-        try:
-            # Zeros that take memory only as they are written to. NumPy would take huge pages, as soon as a slot is begun.
-            memory = mmap.mmap(-1, max(size, 1), **PRIVATE)
-        except (OSError, OverflowError) as error:
-            raise CapacityError(f"no memory for a cache of {num_slots} times {capacity} entries") from error
-        return np.frombuffer(memory, self._dtype, math.prod(shape)).reshape(shape)  # [L, 2, slots, Hkv, S, D]
-
     def _binding(self, session: ort.InferenceSession, first_slot: int, batch: int, *, with_logits: bool) -> ort.IOBinding:
         """The cache of some neighbouring slots, bound as input and output: the graph writes into the array itself.
 
@@ -212,11 +192,10 @@ class OrtCpuBackend:
         key = (first_slot, batch, with_logits)
         if key not in self._bindings:
             binding = session.io_binding()
-            for layer, pair in enumerate(self._cache[:, :, first_slot : first_slot + batch]):
-                for name, array in zip(("key", "value"), pair, strict=True):
-                    shared = ort.OrtValue.ortvalue_from_numpy(array)
-                    binding.bind_ortvalue_input(f"past.{layer}.{name}", shared)
-                    binding.bind_ortvalue_output(f"present.{layer}.{name}", shared)
+            for tensor, array in self._cache.tensors(first_slot, batch):
+                shared = ort.OrtValue.ortvalue_from_numpy(array)
+                binding.bind_ortvalue_input(tensor.past, shared)
+                binding.bind_ortvalue_output(tensor.present, shared)
             self._bindings[key] = binding
         return self._bindings[key]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import available_memory, has_exact_products, num_cores
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
 from medusa_runtime.errors import BackendError, first_line
@@ -190,7 +191,7 @@ def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, n
         session = ort.InferenceSession(bundle / graph.file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         raise BackendError(f"ONNX Runtime cannot open {bundle / graph.file}: {first_line(error)}") from error
-    _require_contract(session, manifest, name, graph)
+    _require_contract(session, name, graph, CacheLayout.of(manifest.graphs[STEP]))
     return session
 
 
@@ -200,16 +201,16 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _require_contract(session: ort.InferenceSession, manifest: Manifest, name: str, facts: GraphFacts) -> None:
-    """Refuse a graph that differs from the manifest, or whose cache has another shape than the model's."""
-    model = manifest.model
+def _require_contract(session: ort.InferenceSession, name: str, facts: GraphFacts, cache: CacheLayout) -> None:
+    """Refuse a graph that differs from the manifest, or a step graph whose cache has another layout than the bundle's."""
     found = [(tensor.name, list(tensor.shape)) for tensor in session.get_inputs()]
-    cache: list[int | str] = ["batch", model.num_kv_heads, "capacity", model.head_dim]
-    expected = [(tensor.name, tensor.shape) for tensor in facts.inputs if not tensor.name.startswith("past.")]
-    if name == STEP:
-        expected += [(f"past.{layer}.{part}", cache) for layer in range(model.num_layers) for part in ("key", "value")]
-    for have, want in itertools.zip_longest(found, expected):
+    for have, want in itertools.zip_longest(found, ((tensor.name, tensor.shape) for tensor in facts.inputs)):
         if have != want:
             raise BackendError(f"{facts.file} has the input {have}, the manifest says {want}; export the bundle again")
     if missing := {tensor.name for tensor in facts.outputs} - {tensor.name for tensor in session.get_outputs()}:
         raise BackendError(f"{facts.file} lacks the output {min(missing)}; export the bundle again")
+    if name == STEP and (own := CacheLayout.of(facts)) != cache:
+        raise BackendError(
+            f"the cache of {facts.file} is {own.describe()}, that of the bundle's step is {cache.describe()}; "
+            "export the bundle again"
+        )

@@ -74,6 +74,7 @@ class SlotPool:
         self._reuse_prefixes = reuse_prefixes
         self._max_bytes = max_bytes
         self._fixed = backend.manifest.limits.capacity
+        self._entry_bytes = cache_entry_bytes(backend.manifest)
         self._clock = itertools.count(1)
         self._num_small = 0  # sequences admitted in a row that needed less than 1/SHRINK of the cache
         self.num_decoding = 0
@@ -88,8 +89,8 @@ class SlotPool:
     @property
     def use(self) -> CacheUse:
         """How much is used now. Another thread may ask."""
-        manifest, entry_bytes = self._backend.manifest, cache_entry_bytes(self._backend.manifest)
-        most = self._num_slots * (self._fixed or manifest.limits.max_seq_len)
+        entry_bytes = self._entry_bytes
+        most = self._num_slots * (self._fixed or self._backend.manifest.limits.max_seq_len)
         if self._max_bytes is not None:
             most = min(most, self._max_bytes // entry_bytes)
         num_entries = sum(slot.length for slot in list(self._slots) if slot.sequence is not None)
@@ -262,7 +263,7 @@ class SlotPool:
 
     def _resize(self, num_slots: int, capacity: int) -> None:
         """Change the cache's size; on an error nothing has changed."""
-        needed = cache_entry_bytes(self._backend.manifest) * num_slots * (self._fixed or bucket(capacity))
+        needed = self._entry_bytes * num_slots * (self._fixed or bucket(capacity))
         if self._max_bytes is not None and needed > self._max_bytes:
             raise CapacityError(
                 f"a cache of {num_slots} times {self._fixed or bucket(capacity)} entries takes {needed} bytes, "

@@ -19,7 +19,8 @@ class CachedAttention(ir.passes.InPlacePass):
     """Replace attention and the cache's operators by ``GroupQueryAttention``, for one sequence.
 
     Needs: a float32 step graph after `UsedEntries`, with layers of ``Attention(q, k, v, mask)``. k and v are slices of a cache
-    into which ``TensorScatter`` wrote at ``cache_lengths``. Heads whose size is a multiple of 8.
+    into which ``TensorScatter`` wrote at ``cache_lengths``. Values are as wide as keys, and no other layer reads them. Heads
+    whose size is a multiple of 8.
     Result: ONNX Runtime's contributed operator, with the mask as its bias. If past and present share their memory, it writes
     the new entries in place and copies nothing of the cache. It refuses several sequences with several tokens each. It also
     hides later tokens from earlier ones, as the mask already does.
@@ -71,6 +72,7 @@ def _layer(attention: ir.Node) -> _Layer | None:
         and not attention.attributes.get_int("is_causal", 0)
         and all(_writes_behind_lengths(node) for node in (key, value))
         and heads_and_width(key.outputs[0]) == heads_and_width(value.outputs[0])
+        and all(len(node.outputs[0].uses()) == 1 for node in (*(cut for cut in cuts if cut is not None), key, value))
         and heads_and_width(query)[1] % WIDTH_MULTIPLE == 0
     )
     return _Layer(attention, (cuts[0], cuts[1]), key, value) if fits else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, PAST_PREFIX
 from medusa_export.passes.common.values import constant
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 
 
 class UsedEntries(ir.passes.InPlacePass):
     """Slice keys, values and mask to the longest sequence of the batch, including its new tokens.
 
-    Needs: a step graph that attends to the outputs of ``TensorScatter``, and whose mask takes the capacity from the shape of a
+    Needs: a step graph that writes its cache with ``TensorScatter``, and whose mask takes the capacity from the shape of a
     cache input.
     Result: the same graph with ``max(cache_lengths) + T`` instead of the capacity, so a step costs only the entries in use.
     Keys and values in use are copied once per step.
@@ -35,7 +35,7 @@ class UsedEntries(ir.passes.InPlacePass):
         graph.insert_before(graph[0], tape.nodes)
         zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
         for cache in caches:
-            readers = list(cache.uses())  # attention, and masks that are made from what is cached
+            readers = list(cache.uses())  # attention, what expands latent entries, masks that are made from entries
             cut = ir.node("Slice", [cache, zero, used, axis])
             cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
             cut.outputs[0].type = cache.type
@@ -49,6 +49,6 @@ class UsedEntries(ir.passes.InPlacePass):
 
 def _is_capacity(node: ir.Node) -> bool:
     """Whether a node reads only the capacity from a cache input's shape."""
-    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST_PREFIX):
+    if node.op_type != "Shape" or node.inputs[0] is None or not (node.inputs[0].name or "").startswith(PAST):
         return False
     return node.attributes.get_int("start", 0) == CAPACITY_AXIS and node.attributes.get_int("end", 0) == CAPACITY_AXIS + 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.passes.common.cache_inputs import CAPACITY_AXIS, cache_inputs
+from medusa_export.passes.common.cache_inputs import cache_inputs
+from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS
 
 
 class StaticCapacity(ir.passes.InPlacePass):

@@ -16,7 +16,8 @@ from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.backends.gpu.cache import DeviceCache
 from medusa_runtime.backends.gpu.driver import Gpu
-from medusa_runtime.backends.gpu.step import ACCEPTED_HIDDEN, DTYPES, Executor, Shape, StepBuffers, Work
+from medusa_runtime.backends.gpu.step import ACCEPTED_HIDDEN, Executor, Shape, StepBuffers, Work
+from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import STEP, Manifest
 from medusa_runtime.errors import BackendError, CapacityError, ClosedError
 
@@ -52,6 +53,7 @@ class GpuBackend:
         self._captures = cuda_graphs and executor.can_be_captured
         self._accepts = ACCEPTED_HIDDEN in {tensor.name for tensor in manifest.graphs[STEP].outputs}
         self._buffers = StepBuffers(gpu, manifest, accepts=self._accepts)
+        self._layout = CacheLayout.of(manifest.graphs[STEP])
         self._cache: DeviceCache | None = None
         self._works: OrderedDict[Shape, Work] = OrderedDict()
         self._num_rows = 0  # R of the last step
@@ -91,8 +93,7 @@ class GpuBackend:
             for slot in range(num_slots):
                 self._cache.clear(slot, lengths[slot] if slot < len(lengths) else 0, self._cache.capacity)
             return
-        item_size = np.dtype(DTYPES[self.manifest.precision]).itemsize
-        resized = DeviceCache(self.gpu, self.manifest.model, item_size, *size)
+        resized = DeviceCache(self.gpu, self._layout, *size)
         if self._cache is not None:
             resized.take(self._cache, lengths)
         self._forget()

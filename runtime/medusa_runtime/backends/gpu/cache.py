@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from medusa_runtime.arrays import IntArray
+from medusa_runtime.backends.gpu.buffers import Tensor, aligned
 from medusa_runtime.backends.gpu.driver import Block, Gpu
-from medusa_runtime.bundle.manifest import ModelFacts
+from medusa_runtime.bundle.cache_layout import CacheLayout, CacheTensor
 
 SWAP_ENTRIES = 64  # entries that are exchanged at a time, through spare memory of that size
 
 
-class DeviceCache:
-    """Keys and values of all layers, [L, 2, slots, Hkv, S, D], in one allocation.
+class _Group:
+    """Tensors of equal shape that lie one after another, [N, slots, H, S, D], from a place in the cache's memory on.
 
-    A layer's keys of some neighbouring slots are one tensor [B, Hkv, S, D]. Entries are moved in all layers and heads at once,
-    by one copy that is queued on the GPU's stream.
+    Entries are moved in all of its tensors and heads by one copy.
+    """
+
+    def __init__(self, tensors: tuple[CacheTensor, ...], offset: int, num_slots: int, capacity: int) -> None:
+        self.tensors, self.offset, self.num_heads = tensors, offset, tensors[0].heads
+        self.num_slots, self.capacity = num_slots, capacity
+        self.entry = tensors[0].width * tensors[0].item_bytes  # bytes of an entry in one head
+        self.slot = self.num_heads * capacity * self.entry
+        self.num_bytes = len(tensors) * num_slots * self.slot
+
+    def block(self, address: int, slot: int, start: int, count: int) -> Block:
+        """Some entries of a slot, in all tensors and heads. address: of the memory that the group lies in."""
+        return Block(
+            address=address + self.offset + slot * self.slot + start * self.entry,
+            width=count * self.entry,
+            height=self.num_heads,
+            depth=len(self.tensors),
+            pitch=self.capacity * self.entry,
+            rows=self.num_slots * self.num_heads,
+        )
+
+
+def _groups(layout: CacheLayout, num_slots: int, capacity: int) -> list[_Group]:
+    groups, offset = [], 0
+    for tensors in layout.groups:
+        groups.append(_Group(tensors, offset, num_slots, capacity))
+        offset = aligned(offset + groups[-1].num_bytes)
+    return groups
+
+
+class DeviceCache:
+    """The cache of some slots, in one allocation. Tensors of equal shape lie side by side, [N, slots, H, S, D].
+
+    A tensor's entries of some neighbouring slots are one tensor [B, H, S, D]. Entries are moved by one copy for each group of
+    equal tensors, which is queued on the GPU's stream.
 
     Args:
         gpu: the GPU that holds it.
-        model: the model's shape.
-        item_size: bytes of a number.
+        layout: the tensors.
         num_slots: sequences that it has room for.
         capacity: S, entries of each slot.
 
@@ -28,21 +61,22 @@ class DeviceCache:
         CapacityError: the GPU has no memory for it.
     """
 
-    def __init__(self, gpu: Gpu, model: ModelFacts, item_size: int, num_slots: int, capacity: int) -> None:
+    def __init__(self, gpu: Gpu, layout: CacheLayout, num_slots: int, capacity: int) -> None:
         self._gpu = gpu
         self.num_slots, self.capacity = num_slots, capacity
-        self._num_tensors, self._num_heads = 2 * model.num_layers, model.num_kv_heads
-        self._entry = model.head_dim * item_size  # bytes of an entry in one head
-        self._slot = self._num_heads * capacity * self._entry
-        self.num_bytes = self._num_tensors * num_slots * self._slot
+        self._groups = _groups(layout, num_slots, capacity)
+        self.num_bytes = _end(self._groups)
         what = f"a cache of {num_slots} times {capacity} entries"
         self._memory = gpu.allocate(self.num_bytes, what)
-        spare = self._num_tensors * self._num_heads * SWAP_ENTRIES * self._entry if num_slots > 1 else 0
-        self._spare = gpu.allocate(spare, "exchanging slots")
+        self._spares = _groups(layout, 1, SWAP_ENTRIES) if num_slots > 1 else []
+        self._spare = gpu.allocate(_end(self._spares), "exchanging slots")
 
-    def address(self, layer: int, part: int, first_slot: int) -> int:
-        """The address of a layer's keys (part 0) or values (part 1) of a slot."""
-        return self._memory.address + ((2 * layer + part) * self.num_slots + first_slot) * self._slot
+    def tensors(self, first_slot: int, batch: int) -> Iterator[tuple[CacheTensor, Tensor]]:
+        """Every tensor with the memory that belongs to some neighbouring slots, [B, H, S, D]."""
+        for group in self._groups:
+            for index, tensor in enumerate(group.tensors):
+                address = self._memory.address + group.offset + (index * self.num_slots + first_slot) * group.slot
+                yield tensor, Tensor(address, tensor.shape(batch, self.capacity))
 
     def move(self, slot: int, start: int, nodes: IntArray) -> None:
         """Move a slot's entries at ``start + nodes`` to ``start, start + 1 …``. nodes: [A], ascending."""
@@ -54,49 +88,46 @@ class DeviceCache:
             while count < longest and target + count < len(nodes) and nodes[target + count] == source + count:
                 count += 1
             if source != target:
-                self._copy(self._block(slot, start + target, count), self._block(slot, start + source, count))
+                for group in self._groups:
+                    self._copy(self._block(group, slot, start + target, count), self._block(group, slot, start + source, count))
             target += count
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         if length:
-            self._copy(self._block(target, 0, length), self._block(source, 0, length))
+            for group in self._groups:
+                self._copy(self._block(group, target, 0, length), self._block(group, source, 0, length))
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first `length` entries of two slots."""
         for start in range(0, length, SWAP_ENTRIES):
             count = min(SWAP_ENTRIES, length - start)
-            one, other, spare = self._block(a, start, count), self._block(b, start, count), self._spare_block(count)
-            self._copy(spare, one)
-            self._copy(one, other)
-            self._copy(other, spare)
+            for group, room in zip(self._groups, self._spares, strict=True):
+                one, other = self._block(group, a, start, count), self._block(group, b, start, count)
+                spare = room.block(self._spare.address, 0, 0, count)
+                self._copy(spare, one)
+                self._copy(one, other)
+                self._copy(other, spare)
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zero a slot's entries from `start` to `stop`."""
         if start < stop:
-            self._gpu.clear_block(self._block(slot, start, stop - start))
+            for group in self._groups:
+                self._gpu.clear_block(self._block(group, slot, start, stop - start))
 
     def take(self, other: DeviceCache, lengths: Sequence[int]) -> None:
-        """Copy the first entries of another cache's slots, ``lengths[i]`` of slot i."""
+        """Copy the first entries of another cache's slots, ``lengths[i]`` of slot i. Both have one layout."""
         for slot, length in enumerate(lengths):
             if length:
-                self._copy(self._block(slot, 0, length), other._block(slot, 0, length))
+                for group, source in zip(self._groups, other._groups, strict=True):
+                    self._copy(self._block(group, slot, 0, length), other._block(source, slot, 0, length))
 
     def _copy(self, target: Block, source: Block) -> None:
         self._gpu.copy_block(target, source)
 
-    def _block(self, slot: int, start: int, count: int) -> Block:
-        """Some entries of a slot, in all layers and heads."""
-        return Block(
-            address=self._memory.address + slot * self._slot + start * self._entry,
-            width=count * self._entry,
-            height=self._num_heads,
-            depth=self._num_tensors,
-            pitch=self.capacity * self._entry,
-            rows=self.num_slots * self._num_heads,
-        )
+    def _block(self, group: _Group, slot: int, start: int, count: int) -> Block:
+        return group.block(self._memory.address, slot, start, count)
 
-    def _spare_block(self, count: int) -> Block:
-        width, heads = count * self._entry, self._num_heads
-        pitch = SWAP_ENTRIES * self._entry
-        return Block(self._spare.address, width, heads, self._num_tensors, pitch, heads)
+
+def _end(groups: list[_Group]) -> int:
+    return groups[-1].offset + groups[-1].num_bytes if groups else 0

@@ -227,11 +227,8 @@ class StepBuffers:
     def _step_call(self, shape: Shape, cache: DeviceCache, up: Layout, down: Layout, logits: Layout) -> Call:
         model, batch = self._manifest.model, shape.batch
         tensors = {name: self._up.tensor(place) for name, place in up.places.items()}
-        cached = (batch, model.num_kv_heads, cache.capacity, model.head_dim)
-        for layer in range(model.num_layers):
-            for part, name in enumerate(("key", "value")):
-                shared = Tensor(cache.address(layer, part, shape.first_slot), cached)
-                tensors[f"past.{layer}.{name}"] = tensors[f"present.{layer}.{name}"] = shared
+        for cached, shared in cache.tensors(shape.first_slot, batch):
+            tensors[cached.past] = tensors[cached.present] = shared
         tensors["greedy_ids"] = self._down.tensor(down.places["greedy_ids"])
         tensors["hidden"] = Tensor(self._hidden.address, (batch, shape.rows, model.hidden_size))
         if shape.with_logits or self._fetches_all:
