@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from medusa_export.bundle.weights_file import total_bytes, write_weights
+from medusa_export.passes.common.roles import KEY, keep_roles
 from medusa_export.passes.ort_cpu.variants import for_one_sequence, for_ort_cpu
 from medusa_export.progress import byte_stage
 from medusa_runtime.bundle.manifest import (
@@ -54,7 +55,10 @@ def write_graphs(
 
 
 def _save(model: ir.Model, name: str, directory: Path, target: str) -> GraphFacts:
+    roles = keep_roles(model)
     ClearMetadataAndDocStringPass()(model)
+    for node, role in roles.items():
+        node.metadata_props[KEY] = role
     model.graph.name = name
     model.opset_imports.pop("medusa.trace", None)
     model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.weights_file import write_weights
@@ -26,7 +27,7 @@ from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 from medusa_runtime.backends.choosing import Placement, open_backend
 from medusa_runtime.bundle.cpu import memory_limit
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, Manifest
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, GraphFacts, Manifest
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, first_line
 
@@ -63,7 +64,20 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
             raise BundleError(f"the graphs of {bundle} cannot be read: {first_line(error)}") from error
         for file, model in models.items():
             ir.save(model, Path(scratch) / file)
-        yield Path(scratch), manifest.model_copy(update={"precision": "fp32"}), [BF16_NOTE]
+        graphs = {name: _in_float32(facts) for name, facts in manifest.graphs.items()}
+        yield Path(scratch), manifest.model_copy(update={"precision": "fp32", "graphs": graphs}), [BF16_NOTE]
+
+
+def _in_float32(facts: GraphFacts) -> GraphFacts:
+    """What a graph reads and gives after `Upcast`."""
+    tensors = {
+        part: [
+            tensor.model_copy(update={"dtype": "float32"}) if tensor.dtype == "bfloat16" else tensor
+            for tensor in getattr(facts, part)
+        ]
+        for part in ("inputs", "outputs")
+    }
+    return facts.model_copy(update=tensors)
 
 
 def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:
@@ -266,10 +280,13 @@ class ReferenceSide:
     def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:
         """Logits after every token of each continuation of a prompt. For a path of A tokens: [A, V]
 
-        The prompt runs once. The paths run as one batch on its cache; shorter paths are padded at their end.
+        The prompt runs once. The paths run as one batch on its cache; shorter paths are padded at their end. If the model keeps
+        states, which no batch can share, each path runs with its prompt.
         """
         model, longest = self.backbone.model, max(map(len, paths))
         cache = model(torch.tensor([list(prompt_ids)]), use_cache=True).past_key_values
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+            return [self.logits([*prompt_ids, *path])[len(prompt_ids) :] for path in paths]
         cache.batch_repeat_interleave(len(paths))
         padded = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths])
         logits = model(padded, past_key_values=cache, use_cache=True).logits.numpy()

@@ -10,11 +10,16 @@ import torch
 from torch.export import Dim
 
 from medusa_export.model.checkpoint import Backbone, unsupported
+from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.portable.expand_experts import ExpandExperts
+from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
 from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kinds, only_layers, text_decoder
+from medusa_export.trace.own_attention import has_own_attention, require_known
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
+from medusa_export.trace.step_masks import StepMasks
 from medusa_export.trace.step_module import StepModule
 from medusa_export.trace.stored_layers import as_if_cast, cast_whole
 from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
@@ -40,7 +45,8 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     Raises:
         ExportError: the model cannot be traced.
     """
-    module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
+    require_known(backbone.model)
+    module = step_module(backbone)
     try:
         list_name, layers = decoder_layers(backbone.model)
         with as_if_cast(layers, backbone.dtype):
@@ -55,10 +61,17 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
         except UnlikeLayersError as error:
             report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
             model = _trace_kinds(backbone, module, list_name, [[layer] for layer in range(len(layers))], cached, opset)
+    ExpandExperts()(model)
+    ExpandSinks()(model)
     lm_head: Any = backbone.model.get_output_embeddings()
     tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
     TransposeWeights(frozenset(tables) if lm_head_as_table else frozenset())(model)
     return model
+
+
+def step_module(backbone: Backbone) -> StepModule:
+    """The module that is traced."""
+    return StepModule(backbone.model, StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)).eval()
 
 
 def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
@@ -89,7 +102,7 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
     """The graph of a step that caches the given tensors."""
     batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes above 1, all different
     past = {tensor.name: torch.zeros(tensor.shape(batch, capacity), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in tensors}
-    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
+    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=max(backbone.max_seq_len, tokens))
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
     with selecting_all(backbone.model):
         model = export_module(
@@ -113,8 +126,10 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
             },
             opset,
         )
+    found = sum(is_attention(node) for node in model.graph)
     # Layers that read another layer's keys attend too, so there may be more nodes than keys.
-    if sum(node.op_type == "Attention" for node in model.graph) < sum(tensor.part == "key" for tensor in tensors):
+    few = found < sum(tensor.part == "key" for tensor in tensors)
+    if few and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])

@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.model.checkpoint import FULL, SLIDING
+from medusa_export.trace.ancestors import Ancestors
+from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import text_decoder
+from medusa_export.trace.own_attention import attention_methods, own_attention
+from medusa_export.trace.real_rotary import real_rotary
 from medusa_export.trace.scatter_cache import ScatterCache
+from medusa_export.trace.short_convolution import convolved_along_paths
+from medusa_export.trace.step_masks import StepMasks
+
+
+class UnknownStateError(Exception):
+    """A layer keeps something that its cache cannot follow."""
 
 
 class StepModule(torch.nn.Module):
@@ -20,11 +29,12 @@ class StepModule(torch.nn.Module):
     Only the layers in ``past`` run; see `medusa_export.trace.layers`.
     """
 
-    def __init__(self, model: PreTrainedModel, layer_types: list[str], sliding_window: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, masks: StepMasks) -> None:
         super().__init__()
         self.model = model
-        self.layer_types = layer_types
-        self.sliding_window = sliding_window
+        self.masks = masks
+        self.methods = attention_methods(model)
+        recognise_activations(model)
 
     def forward(
         self,
@@ -35,47 +45,35 @@ class StepModule(torch.nn.Module):
         logit_rows: torch.Tensor,  # [B, R]
         past: dict[str, torch.Tensor],  # by name, such as 0.key: [B, H, S, D]
     ) -> tuple[torch.Tensor, ...]:
-        cache = ScatterCache(past, cache_lengths)
-        results = self.run(cache, input_ids, position_ids, tree_mask, logit_rows)
+        cache = ScatterCache(past, Ancestors(position_ids, tree_mask, cache_lengths))
+        results = self.run(cache, input_ids, logit_rows)
         return *results, *(cache.present[name] for name in past)
 
     def run(
         self,
         cache: ScatterCache,
         input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        tree_mask: torch.Tensor,
         logit_rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The forward pass: greedy ids [B, R], hidden rows [B, R, C] and logits [B, R, V]. What layers keep is in the cache."""
-        with _only_rows(self.model, logit_rows) as rows:
+        tokens = cache.ancestors
+        masks, key_positions = self.masks(tokens.position_ids, tokens.tree_mask, tokens.cache_lengths, cache.capacity)
+        with (
+            _only_rows(self.model, logit_rows) as rows,
+            convolved_along_paths(cache.waiting),
+            own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
+            real_rotary(self.model),
+        ):
             logits = self.model(
                 input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=self._masks(position_ids, tree_mask, cache.cache_lengths, cache.capacity),
+                position_ids=tokens.position_ids,
+                attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
+        if cache.waiting:
+            raise UnknownStateError("it caches what a convolution reads, but calls no conv1d on it")
         return logits.argmax(-1), rows[0], logits
-
-    def _masks(self, position_ids: torch.Tensor, tree_mask: torch.Tensor, cache_lengths: torch.Tensor, capacity: int) -> Any:
-        tokens = position_ids.shape[1]
-        slots = torch.arange(capacity).unsqueeze(0)  # [1, S]
-        offset = slots - cache_lengths.unsqueeze(
-            1
-        )  # [B, S]: negative for cached entries, then the new tokens, then unused entries
-        cached = offset < 0
-        new = (offset >= 0) & (offset < tokens)
-        index = offset.clamp(0, tokens - 1)  # [B, S]
-        among_new = torch.gather(tree_mask, 2, index.unsqueeze(1).expand(-1, tokens, -1))  # [B, T, S]
-        full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
-        if SLIDING not in self.layer_types:
-            return full
-        key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
-        assert self.sliding_window is not None  # a model with sliding-window layers always has it
-        near = position_ids.unsqueeze(2) - key_positions.unsqueeze(1) < self.sliding_window  # [B, T, S]
-        sliding = full & near.unsqueeze(1)
-        return {FULL: full, SLIDING: sliding} if FULL in self.layer_types else sliding
 
 
 @contextmanager
@@ -100,8 +98,10 @@ def _only_rows(model: PreTrainedModel, logit_rows: torch.Tensor) -> Iterator[lis
         output.last_hidden_state = picked
         return output
 
-    handles = [base.register_forward_pre_hook(begin)]
-    handles += [module.register_forward_hook(keep_rows) for module in dict.fromkeys((base, decoder)) if module is not model]
+    handles = [base.register_forward_pre_hook(begin)] if base is not model else []
+    inner = [module for module in dict.fromkeys((base, decoder)) if module is not model]
+    inner = inner or [module for module in model.children() if isinstance(module, PreTrainedModel)]  # of an unusual name
+    handles += [module.register_forward_hook(keep_rows) for module in inner]
     try:
         yield rows
     finally:

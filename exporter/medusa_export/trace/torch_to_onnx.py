@@ -71,10 +71,10 @@ def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
     return cast("torch.Tensor", tensor)
 
 
-def torch_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
-    """A weight of a graph. One that is stored in another half precision is cast when it is written."""
+def torch_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> ir.TensorProtocol:
+    """A weight of a graph. One that is kept in another precision is cast when it is written."""
     stored = tensor.detach()
-    if stored.dtype not in {torch.float16, torch.bfloat16} or stored.dtype == dtype:
+    if dtype is None or dtype == stored.dtype or not stored.is_floating_point():
         return ir.tensor_adapters.TorchTensor(stored, name=name)
     return ir.LazyTensor(
         lambda: ir.tensor_adapters.TorchTensor(stored.to(dtype), name=name),
