@@ -92,7 +92,14 @@ def tensor_scatter(buffer: torch.Tensor, new: torch.Tensor, lengths: torch.Tenso
     return buffer.scatter(2, places.expand(-1, *new.shape[1:2], -1, new.shape[3]), new)
 
 
+def gather_nd(data: torch.Tensor, indices: torch.Tensor, *, batch_dims: int) -> torch.Tensor:
+    """The standard operator: entries of [B, H, S, C] by pairs of head and place, [B, N, 2]."""
+    assert batch_dims == 1
+    return data[torch.arange(len(data))[:, None], indices[..., 0], indices[..., 1]]
+
+
 OPERATORS = {
+    "GatherND": gather_nd,
     "Attention": attention,
     "TensorScatter": tensor_scatter,
     f"{SINK_DOMAIN}::{SINK_ATTENTION}": sink_attention,

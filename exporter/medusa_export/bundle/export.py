@@ -20,8 +20,7 @@ from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
-from medusa_heads.formats.locating import is_hub_id, locate
-from medusa_heads.formats.merged import has_heads
+from medusa_heads.formats.locating import locate, locate_merged
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.bundle.manifest import (
     HEADS,
@@ -89,6 +88,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
     text.check(backbone)
     if backbone.is_multimodal:
         note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
+    if options.precision == "bf16":
+        note("a bf16 bundle runs on GPUs alone: ONNX Runtime has no bfloat16 kernels for CPUs. For both, export fp16")
     generation = _generation(backbone)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, heads_path)
@@ -128,10 +129,9 @@ def heads_place(model: str, heads: Path | None) -> Path:
     """
     if heads is not None:
         return locate(heads)
-    if is_hub_id(model) or Path(model).is_dir():
-        place = locate(model)
-        if has_heads(place):
-            return place
+    place = locate_merged(model)
+    if place is not None:
+        return place
     raise OptionError(f"{model} has no heads in it; give some with --heads (medusa-export train and heads init make them)")
 
 

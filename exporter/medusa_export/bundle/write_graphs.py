@@ -46,10 +46,10 @@ def write_graphs(
     for name, model in graphs.items():
         facts[name] = _save(model, name, directory, PORTABLE)
         if precision == "fp32":
-            derived = ir.load(directory / facts[name].file)
+            derived = model.clone()
             for_ort_cpu(derived, activation_bits)
             facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
-    if precision == "fp32" and for_one_sequence(single := ir.load(directory / facts[STEP].file), activation_bits):
+    if precision == "fp32" and for_one_sequence(single := graphs[STEP].clone(), activation_bits):
         facts[f"{STEP}.{ORT_CPU_SINGLE}"] = _save(single, f"{STEP}.{ORT_CPU_SINGLE}", directory, ORT_CPU_SINGLE)
     return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
 

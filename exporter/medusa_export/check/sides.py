@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.weights_file import write_weights
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.generation_settings import generation_facts, greedy_config
@@ -40,7 +42,7 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
         return
     with TemporaryDirectory(prefix="medusa-export-") as scratch:
         try:
-            models = {facts.file: ir.load(bundle / facts.file) for facts in manifest.graphs.values()}
+            models = {facts.file: read_graph(bundle / facts.file) for facts in manifest.graphs.values()}
             for model in models.values():
                 Upcast()(model)
             write_weights(models.values(), Path(scratch))
@@ -247,10 +249,13 @@ class ReferenceSide:
     def path_logits(self, prompt_ids: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Rows]:
         """Logits after every token of each continuation of a prompt. For a path of A tokens: [A, V]
 
-        The prompt runs once. The paths run as one batch on its cache; shorter paths are padded at their end.
+        The prompt runs once. The paths run as one batch on its cache; shorter paths are padded at their end. If the model keeps
+        states, which no batch can share, each path runs with its prompt.
         """
         model, longest = self.backbone.model, max(map(len, paths))
         cache = model(torch.tensor([list(prompt_ids)]), use_cache=True).past_key_values
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+            return [self.logits([*prompt_ids, *path])[len(prompt_ids) :] for path in paths]
         cache.batch_repeat_interleave(len(paths))
         padded = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths])
         logits = model(padded, past_key_values=cache, use_cache=True).logits.numpy()

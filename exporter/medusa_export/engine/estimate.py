@@ -89,4 +89,9 @@ def _bytes(tensor: TensorFacts, sizes: Mapping[str, int]) -> int:
 
 
 def _size(size: int | str | ir.SymbolicDim, sizes: Mapping[str, int]) -> int:
-    return size if isinstance(size, int) else sizes[str(size)]
+    if isinstance(size, int):
+        return size
+    found = ir.SymbolicDim(str(size)).evaluate(sizes)  # a name, or an expression such as batch*num_tokens
+    if not isinstance(found, int):
+        raise KeyError(f"the dimension {size} has no known size")
+    return found

@@ -33,6 +33,7 @@ GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
 WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
+WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
@@ -71,7 +72,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING, CHUNKED}:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
@@ -93,16 +94,16 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
-        Llama 4 scales queries by positions that it counts itself, beginning with the `floor_scale`-th token. A model with ALiBi
-        has no limit, if its configuration names none.
+        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`. A model with ALiBi has no
+        limit, if its configuration names none.
         """
         longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
         if longest is None and not hasattr(sys.modules[type(self.model).__module__], ALIBI):
             self._setting("max_position_embeddings")  # raises
         longest = int(longest or WITHOUT_END)
-        if getattr(self.config, "attn_temperature_tuning", False) and getattr(self.config, "floor_scale", None):
-            longest = min(longest, int(self.config.floor_scale) - 1)
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
+        if getattr(self.config, "attn_temperature_tuning", False):
+            longest = min(longest, self.config.floor_scale - 1)
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -185,7 +186,7 @@ def load_backbone(
     quiet_libraries()
     with opened(source) as (place, options):
         _require_generation_config(Path(place))
-        config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
+        config = _load_config(source, place, options | {"trust_remote_code": trust_remote_code})
         _require_plain_positions(source, text_config(config))
         loader = auto_class(source, config)
         if quantization is not None:
@@ -216,10 +217,10 @@ def _load(
 ) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
     """The model, what Transformers says about its loading, and the weights that are stored as integers."""
     model, loaded, integers = _load_once(place, loader, options)
-    config = model.config
-    if (rows := resized_rows(loaded, text_config(config).vocab_size)) is not None:
-        note(f"the embedding of {source} has {rows} rows, config.json says {text_config(config).vocab_size}; all are used")
-        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
+    said = text_config(model.config).vocab_size
+    if (rows := resized_rows(loaded, said)) is not None:
+        note(f"the embedding of {source} has {rows} rows, config.json says {said}; all are used")
+        config = _load_config(source, place, options)
         text_config(config).vocab_size = rows
         model, loaded, integers = _load_once(place, loader, options | {"config": config})
     return model, loaded, integers
@@ -238,12 +239,12 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
     return model, loaded, {}
 
 
-def _load_config(source: str, place: str, **options: Any) -> Any:
-    options.pop("quantization_config", None)
+def _load_config(source: str, place: str, options: dict[str, Any]) -> Any:
     if "config" in options:
         return options["config"]
+    known = {name: options[name] for name in ("gguf_file", "trust_remote_code") if name in options}
     try:
-        return AutoConfig.from_pretrained(place, **options)
+        return AutoConfig.from_pretrained(place, **known)
     except Exception as error:  # as in `load_backbone`
         raise CheckpointError(reason(source, error)) from error
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from medusa_export.model.checkpoint import Backbone, unsupported
+from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.attention_node import counted
 from medusa_export.trace.layers import NoLayersError
 from medusa_export.trace.own_attention import has_own_attention
@@ -24,14 +25,17 @@ from medusa_runtime.errors import first_line
 DTYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 TOKENS = 2
+RECURRENT = frozenset({"linear_attention", "mamba"})  # kinds of layers that keep a state, wherever they keep it
 
 
 class RecordingCache(ScatterCache):
     """A cache without memory, which notes what layers write to it. ``current`` is the layer that runs."""
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__({}, torch.zeros(1, dtype=torch.long))
+    def __init__(self, num_layers: int, ancestors: Ancestors) -> None:
+        super().__init__({}, ancestors)
         self.current: int | None = None
+        self.mixer: torch.nn.Module | None = None  # the part of the layer that runs and knows its number
+        self.recurrent: dict[int, str] = {}  # by layer: the class of what keeps a recurrent state
         self.num_runs: Counter[int] = Counter()
         self.tensors: list[list[CacheTensor]] = [[] for _ in range(num_layers)]
 
@@ -43,6 +47,15 @@ class RecordingCache(ScatterCache):
         """A layer's forward pass begins."""
         self.current = layer
         self.num_runs[layer] += 1
+
+    def enter(self, mixer: torch.nn.Module, *_: Any) -> None:
+        """A part of a layer that knows the layer's number begins."""
+        self.mixer = mixer
+
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:
+        """Note which layer would keep a state, for a message that names them all."""
+        self.recurrent[layer_idx] = type(self.mixer).__name__
+        return state
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
         if self.current is None:
@@ -65,33 +78,47 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
         NoLayersError: a layer does not run once in a step, or something is cached outside of the layers.
         ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
-    cache = RecordingCache(len(layers))
-    hooks = [layer.register_forward_pre_hook(partial(cache.begin, index)) for index, layer in enumerate(layers)]
-    try:
-        with quiet_torch(), _fake_tensors(), torch.no_grad(), counted() as attending:
-            ids = torch.zeros(1, TOKENS, dtype=torch.long)
-            mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
-            module.run(cache, ids, ids.clone(), mask, torch.zeros(1, 1, dtype=torch.long))
-    except NoLayersError:
-        raise
-    except GuardOnDataDependentSymNode as error:
-        raise unsupported(
-            backbone.facts.architecture, "what it computes next depends on values, as in a loop over experts"
-        ) from error
-    except Exception as error:  # a model's code can raise anything
-        raise unsupported(backbone.facts.architecture, first_line(error)) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    what = backbone.facts.architecture
+    with quiet_torch(), _fake_tensors(), torch.no_grad(), counted() as attending:
+        ids = torch.zeros(1, TOKENS, dtype=torch.long)
+        mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
+        cache = RecordingCache(len(layers), Ancestors(ids, mask, torch.zeros(1, dtype=torch.long)))
+        hooks = [layer.register_forward_pre_hook(partial(cache.begin, index)) for index, layer in enumerate(layers)]
+        parts = [part for layer in layers for part in layer.modules() if hasattr(part, "layer_idx")]
+        hooks += [part.register_forward_pre_hook(cache.enter) for part in parts]
+        try:
+            module.run(cache, ids, torch.zeros(1, 1, dtype=torch.long))
+        except NoLayersError:
+            raise
+        except GuardOnDataDependentSymNode as error:
+            raise unsupported(what, "what it computes next depends on values, as in a loop over experts") from error
+        except Exception as error:  # a model's code can raise anything
+            raise unsupported(what, first_line(error)) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+    _require_states_that_branch(backbone, cache)
     for index in range(len(layers)):
         if (runs := cache.num_runs[index]) != 1:
             raise NoLayersError(f"its layer {index} runs {runs} times in a step")
-    if not any(cache.tensors):
-        raise unsupported(backbone.facts.architecture, "it caches no keys and values")
-    few = len(attending) < sum(tensor.part == "key" for layer in cache.tensors for tensor in layer)
-    if few and not has_own_attention(backbone.model):
-        raise unsupported(backbone.facts.architecture)
+    if not has_own_attention(backbone.model) and len(attending) < sum(
+        tensor.part == "key" for layer in cache.tensors for tensor in layer
+    ):
+        raise unsupported(what)
     return cache.tensors
+
+
+def _require_states_that_branch(backbone: Backbone, cache: RecordingCache) -> None:
+    what, depth = backbone.facts.architecture, len(cache.tensors)
+    if cache.recurrent:
+        kept, classes = f"{len(cache.recurrent)} of its {depth} layers", ", ".join(sorted({*cache.recurrent.values()}))
+        raise unsupported(what, f"{kept} keep a recurrent state ({classes}), which a tree of drafts cannot branch")
+    kinds = dict(zip(range(depth), backbone.layer_types, strict=False))
+    if hidden := [index for index, kind in kinds.items() if kind in RECURRENT and not cache.tensors[index]]:
+        kept = f"{len(hidden)} of its {depth} layers ({kinds[hidden[0]]})"
+        raise unsupported(what, f"{kept} keep a state outside of the cache, which a tree of drafts cannot branch")
+    if not any(cache.tensors):
+        raise unsupported(what, "it caches no keys and values")
 
 
 def _fake_tensors() -> FakeTensorMode:

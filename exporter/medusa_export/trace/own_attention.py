@@ -70,7 +70,7 @@ def own_attention(model: PreTrainedModel, masks: Masks, key_positions: torch.Ten
     if not has_own_attention(model):
         yield masks
         return
-    by_kind = masks if isinstance(masks, dict) else dict.fromkeys((FULL, SLIDING), masks)
+    by_kind: dict[str, Any] = masks if isinstance(masks, dict) else dict.fromkeys((FULL, SLIDING), masks)
     with ExitStack() as stack:
         for module, method in methods.items():
             stack.enter_context(patch.object(module, METHOD, partial(_attend, method.scale, by_kind[method.kind])))

@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 
+from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.attention_node import MIN_OPSET
+from medusa_export.trace.short_convolution import ShortConvolution
 from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS
+
+
+class RecurrentStateError(Exception):
+    """A layer keeps a state of all tokens so far."""
 
 
 class ScatterCache:
@@ -17,16 +23,16 @@ class ScatterCache:
 
     Args:
         past: by name, such as ``0.key``: [B, H, S, D].
-        cache_lengths: valid entries of each sequence. [B]
+        ancestors: of the new tokens.
     """
 
     is_compileable = False
     is_initialized = True  # so that no prompt is taken for the first part of one
 
-    def __init__(self, past: dict[str, torch.Tensor], cache_lengths: torch.Tensor) -> None:
-        self.past = past
-        self.cache_lengths = cache_lengths
+    def __init__(self, past: dict[str, torch.Tensor], ancestors: Ancestors) -> None:
+        self.past, self.ancestors = past, ancestors
         self.present: dict[str, torch.Tensor] = {}
+        self.waiting: list[ShortConvolution] = []  # convolutions whose input was cached, and which were not computed yet
 
     @property
     def capacity(self) -> int:
@@ -39,17 +45,47 @@ class ScatterCache:
         """Cache the keys and values of new tokens, [B, Hkv, T, D]. Returns those of all entries, [B, Hkv, S, D]."""
         return self.write(f"{layer}.key", key), self.write(f"{layer}.value", value)
 
+    def update_conv_state(self, states: torch.Tensor, layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        """Cache what a short convolution reads, [B, C, T]. The convolution that follows is `ShortConvolution`'s."""
+        name = f"{layer}.conv{state_idx or ''}"
+        cached = self.write(name, states.transpose(1, 2).unsqueeze(1))
+        self.waiting.append(ShortConvolution(states, cached, self.ancestors))
+        return states
+
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
+        """A state of all tokens so far cannot be cached.
+
+        Raises:
+            RecurrentStateError: always.
+        """
+        raise RecurrentStateError(f"its layer {layer_idx} keeps a recurrent state, which a tree of drafts cannot branch")
+
     @staticmethod
-    def update_indexer(key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """What scores the tokens to select is not cached; see `medusa_export.trace.selection`."""
-        return key
+    def get_conv_state(*_: Any, **__: Any) -> None:
+        """There is no state apart from the entries: decoders then take the path of a prompt."""
+
+    @staticmethod
+    def get_recurrent_state(*_: Any, **__: Any) -> None:
+        """As `get_conv_state`."""
+
+    @staticmethod
+    def has_previous_state(*_: Any, **__: Any) -> bool:
+        return False
+
+    @staticmethod
+    def is_recording_past(*_: Any) -> bool:
+        return False
+
+    def update_indexer(self, key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What scores the tokens to select, [B, T, D], is not cached; see `medusa_export.trace.selection`."""
+        return key.new_zeros(key.shape[0], self.capacity, key.shape[-1])
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Cache what a layer keeps of new tokens. [B, H, T, D] -> [B, H, S, D]"""
         past = self.past[name]
         self.present[name] = torch.onnx.ops.symbolic(
             "TensorScatter",
-            [past, new, self.cache_lengths],
+            [past, new, self.ancestors.cache_lengths],
             attrs={"axis": CAPACITY_AXIS, "mode": "linear"},
             dtype=past.dtype,
             shape=(*new.shape[:2], past.shape[2], new.shape[3]),  # the batch by its name in the step, not in the cache

@@ -45,8 +45,7 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
         ExportError: the model cannot be traced.
     """
     require_known(backbone.model)
-    masks = StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)
-    module = StepModule(backbone.model, masks).eval()
+    module = step_module(backbone)
     try:
         list_name, layers = decoder_layers(backbone.model)
         cached = cached_tensors(backbone, module, list(layers))
@@ -66,6 +65,11 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
     TransposeWeights(frozenset(tables) if lm_head_as_table else frozenset())(model)
     return model
+
+
+def step_module(backbone: Backbone) -> StepModule:
+    """The module that is traced."""
+    return StepModule(backbone.model, StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)).eval()
 
 
 def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
@@ -117,10 +121,9 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
             },
             opset,
         )
-    found = sum(is_attention(node) for node in model.graph)
     # Layers that read another layer's keys attend too, so there may be more nodes than keys.
-    few = found < sum(tensor.part == "key" for tensor in tensors)
-    if few and not (found == 0 and has_own_attention(backbone.model)):
+    found = sum(is_attention(node) for node in model.graph)
+    if found < sum(tensor.part == "key" for tensor in tensors) and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])

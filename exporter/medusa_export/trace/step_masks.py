@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from medusa_export.model.checkpoint import CHUNKED, FULL, SLIDING
+from medusa_export.model.checkpoint import CHUNKED, FULL, SLIDING, WITHOUT_ATTENTION
 
-Masks = torch.Tensor | dict[str, torch.Tensor]  # [B, 1, T, S]: one for all layers, or by the layers' kind of attention
+Masks = torch.Tensor | dict[str, Any]  # [B, 1, T, S]: one for all layers, or by the layers' kind; None for one without
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class StepMasks:
         index = offset.clamp(0, tokens - 1)  # [B, S]
         among_new = torch.gather(tree_mask, 2, index.unsqueeze(1).expand(-1, tokens, -1))  # [B, T, S]
         full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
-        kinds = set(self.layer_types)
+        kinds = set(self.layer_types) - WITHOUT_ATTENTION
         masks = {FULL: full} if FULL in kinds else {}
         key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
         if kinds != {FULL}:
@@ -53,4 +54,6 @@ class StepMasks:
             if CHUNKED in kinds:
                 assert self.chunk_size is not None
                 masks[CHUNKED] = full & (queries // self.chunk_size == keys // self.chunk_size).unsqueeze(1)
-        return (masks if len(masks) > 1 else next(iter(masks.values()))), key_positions
+        if len(masks) == 1:
+            return next(iter(masks.values())), key_positions
+        return masks | dict.fromkeys(WITHOUT_ATTENTION & {*self.layer_types}), key_positions

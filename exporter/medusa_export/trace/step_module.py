@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.own_attention import attention_methods, own_attention
 from medusa_export.trace.real_rotary import complex_rotary, real_rotary
 from medusa_export.trace.scatter_cache import ScatterCache
+from medusa_export.trace.short_convolution import convolved_along_paths
 from medusa_export.trace.step_masks import StepMasks
+
+
+class UnknownStateError(Exception):
+    """A layer keeps something that its cache cannot follow."""
 
 
 class StepModule(torch.nn.Module):
@@ -40,32 +46,34 @@ class StepModule(torch.nn.Module):
         logit_rows: torch.Tensor,  # [B, R]
         past: dict[str, torch.Tensor],  # by name, such as 0.key: [B, H, S, D]
     ) -> tuple[torch.Tensor, ...]:
-        cache = ScatterCache(past, cache_lengths)
-        results = self.run(cache, input_ids, position_ids, tree_mask, logit_rows)
+        cache = ScatterCache(past, Ancestors(position_ids, tree_mask, cache_lengths))
+        results = self.run(cache, input_ids, logit_rows)
         return *results, *(cache.present[name] for name in past)
 
     def run(
         self,
         cache: ScatterCache,
         input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        tree_mask: torch.Tensor,
         logit_rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The forward pass: greedy ids [B, R], hidden rows [B, R, C] and logits [B, R, V]. What layers keep is in the cache."""
-        masks, key_positions = self.masks(position_ids, tree_mask, cache.cache_lengths, cache.capacity)
+        tokens = cache.ancestors
+        masks, key_positions = self.masks(tokens.position_ids, tokens.tree_mask, tokens.cache_lengths, cache.capacity)
         with (
             _only_rows(self.model, logit_rows) as rows,
+            convolved_along_paths(cache.waiting),
             own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
             real_rotary(self.model, self.heads_axis),
         ):
             logits = self.model(
                 input_ids=input_ids,
-                position_ids=position_ids,
+                position_ids=tokens.position_ids,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
             ).logits  # [B, R, V]
+        if cache.waiting:
+            raise UnknownStateError("it caches what a convolution reads, but calls no conv1d on it")
         return logits.argmax(-1), rows[0], logits
 
 

@@ -9,12 +9,12 @@ from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 
 
 class UsedEntries(ir.passes.InPlacePass):
-    """Slice keys, values and mask to the longest sequence of the batch, including its new tokens.
+    """Slice what is cached, and the mask, to the longest sequence of the batch, including its new tokens.
 
-    Needs: a step graph that writes its cache with ``TensorScatter``, and whose mask takes the capacity from the shape of a
-    cache input.
+    Needs: a step graph whose layers read the outputs of ``TensorScatter``, and whose mask takes the capacity from the shape of
+    a cache input.
     Result: the same graph with ``max(cache_lengths) + T`` instead of the capacity, so a step costs only the entries in use.
-    Keys and values in use are copied once per step.
+    Entries in use are copied once per step. Those that are gathered by their numbers are not sliced.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -22,7 +22,7 @@ class UsedEntries(ir.passes.InPlacePass):
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         lengths, ids = inputs.get("cache_lengths"), inputs.get("input_ids")
-        caches = [node.outputs[0] for node in graph if node.op_type == "TensorScatter"]
+        caches = [node.outputs[0] for node in graph if node.op_type == "TensorScatter" and _is_read_whole(node.outputs[0])]
         if lengths is None or ids is None or not caches:
             return ir.passes.PassResult(model, modified=False)
         tape = ir.tape.Tape()
@@ -35,7 +35,7 @@ class UsedEntries(ir.passes.InPlacePass):
         graph.insert_before(graph[0], tape.nodes)
         zero, axis = constant(graph, "used_start", [0]), constant(graph, "used_axis", [CAPACITY_AXIS])
         for cache in caches:
-            readers = list(cache.uses())  # attention, what expands latent entries, masks that are made from entries
+            readers = list(cache.uses())  # attention, masks that are made from what is cached, keys that are made of latents
             cut = ir.node("Slice", [cache, zero, used, axis])
             cut.outputs[0].shape = None if cache.shape is None else ir.Shape([*cache.shape[:2], "used", *cache.shape[3:]])
             cut.outputs[0].type = cache.type
@@ -45,6 +45,10 @@ class UsedEntries(ir.passes.InPlacePass):
             for reader, place in readers:
                 reader.replace_input_with(place, cut.outputs[0])
         return ir.passes.PassResult(model, modified=True)
+
+
+def _is_read_whole(cache: ir.Value) -> bool:
+    return any(reader.op_type != "GatherND" for reader, _ in cache.uses())
 
 
 def _is_capacity(node: ir.Node) -> bool:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.tensorrt.additive_mask import AdditiveMask
 from medusa_export.passes.tensorrt.expand_softcap import ExpandSoftcap
+from medusa_export.passes.tensorrt.pad_heads import PadHeads
 from medusa_export.passes.tensorrt.static_capacity import StaticCapacity
 from medusa_runtime.bundle.manifest import Precision
 
@@ -18,6 +19,7 @@ def specialize(model: ir.Model, precision: Precision, capacity: int) -> None:
     StaticCapacity(capacity)(model)
     AdditiveMask()(model)
     ExpandSoftcap()(model)
+    PadHeads()(model)
     if precision == "fp32":
         DecomposableAttention()(model)
 

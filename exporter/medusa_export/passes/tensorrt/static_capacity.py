@@ -25,10 +25,15 @@ class StaticCapacity(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
         pasts = cache_inputs(model.graph)
-        names = {value.shape[CAPACITY_AXIS] for value in pasts if value.shape is not None}
+        names = {str(value.shape[CAPACITY_AXIS]): self.capacity for value in pasts if value.shape is not None}
         modified = False
         for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
-            if value.shape is not None and any(size in names for size in value.shape):
-                value.shape = ir.Shape([self.capacity if size in names else size for size in value.shape])
+            if value.shape is not None and any(_names(size) & names.keys() for size in value.shape):
+                value.shape = ir.Shape([size if isinstance(size, int) else size.evaluate(names) for size in value.shape])
                 modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _names(size: int | ir.SymbolicDim) -> frozenset[str]:
+    """The names in a dimension, which may be an expression such as batch*capacity."""
+    return frozenset(size.free_symbols()) if isinstance(size, ir.SymbolicDim) and size.value is not None else frozenset()
