@@ -32,9 +32,9 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.flo
 GENERATION_CONFIG = "generation_config.json"
 BeforeLoading = Callable[[str, Any, Any], None]  # of source, class and configuration
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
-WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
 WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
+WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
@@ -95,16 +95,16 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
-        Llama 4 scales queries by positions that it counts itself, beginning with the `floor_scale`-th token. A model with ALiBi
-        has no limit, if its configuration names none.
+        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`. A model with
+        ALiBi has no limit, if its configuration names none.
         """
         longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
         if longest is None and not hasattr(sys.modules[type(self.model).__module__], ALIBI):
             self._setting("max_position_embeddings")  # raises
         longest = int(longest or WITHOUT_END)
-        if getattr(self.config, "attn_temperature_tuning", False) and getattr(self.config, "floor_scale", None):
-            longest = min(longest, int(self.config.floor_scale) - 1)
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
+        if getattr(self.config, "attn_temperature_tuning", False):
+            longest = min(longest, self.config.floor_scale - 1)
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")

@@ -13,7 +13,7 @@ from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.own_attention import attention_methods, own_attention
-from medusa_export.trace.real_rotary import real_rotary
+from medusa_export.trace.real_rotary import complex_rotary, real_rotary
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.short_convolution import convolved_along_paths
 from medusa_export.trace.step_masks import StepMasks
@@ -34,6 +34,7 @@ class StepModule(torch.nn.Module):
         self.model = model
         self.masks = masks
         self.methods = attention_methods(model)
+        self.heads_axis = complex_rotary(model)
         recognise_activations(model)
 
     def forward(
@@ -62,7 +63,7 @@ class StepModule(torch.nn.Module):
             _only_rows(self.model, logit_rows) as rows,
             convolved_along_paths(cache.waiting),
             own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
-            real_rotary(self.model),
+            real_rotary(self.model, self.heads_axis),
         ):
             logits = self.model(
                 input_ids=input_ids,

@@ -70,7 +70,7 @@ def _quantize(
 ) -> None:
     name, tensor, experts = weight.name or "", weight.const_value, gather.inputs[1]
     assert tensor is not None
-    count, outputs, inputs = (int(size) for size in shape_of(tensor))
+    count, outputs, inputs = (int(str(size)) for size in shape_of(tensor))
 
     def rounded(place: int) -> npt.NDArray[np.generic]:
         found = [round_expert(matrix, bits, block)[place] for matrix in tensor.numpy()]
@@ -125,5 +125,4 @@ def round_expert(weight: npt.NDArray[np.float32], bits: Literal[4, 8], block: in
 
 
 def _two_in_a_byte(codes: Codes) -> Codes:
-    packed: Codes = codes[:, ::2] | (codes[:, 1::2] << 4)
-    return packed
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
