@@ -18,7 +18,7 @@ from medusa_export.errors import ExportError
 from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
 from medusa_export.model.library_messages import quiet_libraries, reason
 from medusa_export.model.loaded_weights import check_unused, require_complete, require_finite, resized_rows
-from medusa_export.model.model_class import auto_class, is_multimodal, text_config
+from medusa_export.model.model_class import auto_class, is_multimodal, name_base_model, text_config
 from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
@@ -207,6 +207,7 @@ def load_backbone(
             if attention not in {"eager", "sdpa"} and attention in str(error):  # a class with attention code of its own
                 return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
             raise CheckpointError(reason(source, error)) from error
+    name_base_model(model)
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
