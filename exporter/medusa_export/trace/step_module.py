@@ -13,6 +13,7 @@ from medusa_export.model.checkpoint import FULL, SLIDING, WITHOUT_ATTENTION
 from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.short_convolution import convolved_along_paths
+from medusa_export.trace.state_space import scanned_along_paths
 
 
 class UnknownStateError(Exception):
@@ -52,7 +53,11 @@ class StepModule(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The forward pass: greedy ids [B, R], hidden rows [B, R, C] and logits [B, R, V]. What layers keep is in the cache."""
         tokens = cache.ancestors
-        with _only_rows(self.model, logit_rows) as rows, convolved_along_paths(cache.waiting):
+        with (
+            _only_rows(self.model, logit_rows) as rows,
+            convolved_along_paths(cache.waiting),
+            scanned_along_paths(self.model, cache),
+        ):
             logits = self.model(
                 input_ids=input_ids,
                 position_ids=tokens.position_ids,
