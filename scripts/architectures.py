@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import transformers
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.architectures import check_apart, warm_up
+from tests.support.architectures_page import page
 from tests.support.zoo import TYPES
 
 
@@ -24,14 +27,17 @@ def main() -> None:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="decoder types, such as mixtral")
     parser.add_argument("--all", action="store_true", help="all of them")
     parser.add_argument("--json", type=Path, help="where to write what was found; rows of other types are kept")
+    parser.add_argument("--page", type=Path, help="where to write the page with the rows of the JSON file")
     parser.add_argument("--only-float", action="store_true", help="export and validate; no int8, no TensorRT-RTX engines")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one type")
     options = parser.parse_args()
     if unknown := sorted({*options.types} - {*TYPES}):
         parser.error(f"unknown type {unknown[0]}; known: {', '.join(TYPES)}")
     rows = json.loads(options.json.read_text()) if options.json is not None and options.json.is_file() else {}
-    warm_up()
-    for model_type in TYPES if options.all else options.types:
+    types = TYPES if options.all else options.types
+    if types:
+        warm_up()
+    for model_type in types:
         with TemporaryDirectory() as scratch:
             further = not options.only_float
             row = check_apart(model_type, Path(scratch) / "type", options.timeout, quantize=further, engines=further)
@@ -41,6 +47,8 @@ def main() -> None:
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    if options.page is not None:
+        options.page.write_text(page(rows.values(), transformers.__version__))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from medusa_heads.replay import (
 from medusa_heads.train.hidden import HiddenStates
 from medusa_runtime.drafting.tree import CandidateTree
 
-ROWS = 512  # rows whose logits are in memory at a time
+ROWS = 128  # rows whose logits are in memory at a time
 
 
 @torch.no_grad()
-def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, rows: IntArray | None = None) -> IntArray:
+def target_ranks(
+    heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, rows: IntArray | None = None, embedding: Any = None
+) -> IntArray:
     """The rank (from 0) of the right token in each head's guesses, at each row. TOP_K stands for all further ranks. [n, K]
 
     Args:
@@ -36,6 +39,7 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
         lm_head: the backbone's LM head.
         states: hidden states of the held-out answers.
         rows: the rows to use, or None for all.
+        embedding: the backbone's input embedding, for Hydra heads. They read the likeliest guesses, as exported heads do.
     """
     index = np.arange(len(states.next_ids)) if rows is None else rows
     parameter = next(lm_head.parameters())
@@ -44,9 +48,8 @@ def target_ranks(heads: MedusaHeads, lm_head: nn.Module, states: HiddenStates, r
         part = index[start : start + ROWS]
         targets = torch.from_numpy(states.targets(part, heads.config.num_heads)).to(parameter.device)  # [n, K]
         hidden = torch.from_numpy(np.asarray(states.rows[part])).to(parameter.device, parameter.dtype)  # [n, C]
-        roots = heads.roots(torch.from_numpy(states.next_ids[part]).to(parameter.device), lm_head)  # [n, C]
-        for k, head in enumerate(heads.heads):
-            logits = (head.lm_head or lm_head)(head(hidden, roots))  # [n, V]
+        root_ids = torch.from_numpy(states.next_ids[part]).to(parameter.device)
+        for k, logits in enumerate(heads(hidden, lm_head, root_ids, embedding).unbind(1)):  # [n, V]
             target = targets[:, k : k + 1].clamp(min=0)
             right = logits.gather(1, target)
             after = torch.arange(logits.shape[1], device=logits.device) > target  # of equal logits, the lower id ranks first
@@ -66,6 +69,7 @@ def evaluate(
     data: str,
     trees: Sequence[CandidateTree] = (),
     nodes: Sequence[int] = TREE_NODES,
+    embedding: Any = None,
 ) -> Evaluation:
     """Measure the accuracy per head and rank, and the tokens per step of given trees and of the best trees of some sizes.
 
@@ -77,8 +81,9 @@ def evaluate(
         data: digest of the answers.
         trees: the given trees.
         nodes: sizes of the trees to search.
+        embedding: the backbone's input embedding, for Hydra heads.
     """
-    ranks = target_ranks(heads, lm_head, states)
+    ranks = target_ranks(heads, lm_head, states, embedding=embedding)
     accuracy = accuracies(ranks)
     answer = np.searchsorted(states.starts, np.arange(len(ranks)), side="right") - 1  # [P]
     searched, judged = (answer % 2 == 0), (answer % 2 == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ def count(examples: Sequence[Example], vocab_size: int, *, max_cells: int = MAX_
 
 
 def draft_ngrams(
-    heads: MedusaHeads, lm_head: nn.Module, training: Sequence[Example], held_states: HiddenStates | None
+    heads: MedusaHeads, lm_head: nn.Module, training: Sequence[Example], held_states: HiddenStates | None, embedding: Any = None
 ) -> NGrams | None:
     """N-grams of the answers that heads were trained on, with weights fitted on held-out answers.
 
@@ -63,12 +64,13 @@ def draft_ngrams(
         lm_head: the backbone's LM head.
         training: the answers that the heads were trained on.
         held_states: hidden states of the held-out answers, or None if there are none.
+        embedding: the backbone's input embedding, for Hydra heads.
 
     Returns:
         The n-grams, or None if no answer has three tokens.
     """
     try:
-        ngrams = count(training, heads.config.vocab_size)
+        ngrams = count(training, heads.vocab_size)
     except OptionError:
         return None
     if held_states is None:
@@ -76,11 +78,16 @@ def draft_ngrams(
     parameter = next(lm_head.parameters())
     rows = torch.from_numpy(np.array(held_states.rows[:MAX_ROWS])).to(parameter.device, parameter.dtype)
     root_ids = torch.from_numpy(held_states.next_ids[:MAX_ROWS]).to(parameter.device)
-    return ngrams.with_weights(fit(ngrams, held_states, *head_candidates(heads, lm_head, rows, root_ids)))
+    return ngrams.with_weights(fit(ngrams, held_states, *head_candidates(heads, lm_head, rows, root_ids, embedding=embedding)))
 
 
 def head_candidates(
-    heads: MedusaHeads, lm_head: nn.Module, rows: torch.Tensor, root_ids: torch.Tensor, top_k: int = TOP_K
+    heads: MedusaHeads,
+    lm_head: nn.Module,
+    rows: torch.Tensor,
+    root_ids: torch.Tensor,
+    top_k: int = TOP_K,
+    embedding: Any = None,
 ) -> tuple[IntArray, FloatArray]:
     """The candidates that exported heads would return: ids and log-probabilities, best first.
 
@@ -90,7 +97,7 @@ def head_candidates(
     ids, log_probs = [], []
     with torch.no_grad():
         for part, roots in zip(rows.split(ROWS), root_ids.split(ROWS), strict=True):
-            logits = heads(part, lm_head, roots)  # [n, K, V]
+            logits = heads(part, lm_head, roots, embedding)  # [n, K, V]
             if known is not None:
                 logits = logits[..., known]
             best, places = logits.float().log_softmax(-1).topk(min(top_k, logits.shape[-1]))

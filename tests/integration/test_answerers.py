@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_export.model.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.model.checkpoint import Backbone, load_backbone
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_heads.distill import slots
 from medusa_heads.distill.answerer import Answer, Request
 from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec

@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from medusa_export.cli import main
-from medusa_export.model.checkpoint import load_backbone, load_tokenizer
+from medusa_export.model.checkpoint import load_backbone
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_heads.formats import load_heads
 from medusa_heads.replay import Evaluation
 from medusa_heads.tokens import CheckpointCodec

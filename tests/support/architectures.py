@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from tests.support.zoo import save_zoo_model
 
 PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many words", "a fox")
 NEW_TOKENS = 24
+
+VERDICTS = {"prompts": "logits of prompts", "tree": "logits of tree", "greedy": "greedy"}  # column -> how a verdict begins
 
 Outcome = Literal["passes", "refused", "fails"]
 Work = Literal["none", "loaded", "traced"]  # what was done before a refusal
@@ -65,19 +67,28 @@ def check_type(model_type: str, directory: Path, *, quantize: bool = True, engin
     except Exception as error:  # noqa: BLE001 - a traceback is an outcome, of the worst kind
         row.reason = _last_line(error)
         return row
-    _check(row, "validate", lambda: _validated(bundle, model, heads))
-    if quantize and row.checks["validate"] == "passes":
-        _check(row, "int8", lambda: _quantized(bundle, model, directory / "int8"))
-    if engines and row.checks["validate"] == "passes":
-        _check(row, "engines", lambda: _built(bundle, directory / "engine"))
+    _check(row, "validate", lambda: _compared(row, bundle, model, heads))
+    if row.checks["validate"] == "passes":
+        if quantize:
+            _check(row, "int8", lambda: _quantized(bundle, model, directory / "int8"))
+        if engines:
+            _check(row, "engines", lambda: _built(bundle, directory / "engine"))
     failed = {name: found for name, found in row.checks.items() if found != "passes"}
     row.outcome, row.reason = ("fails", "; ".join(f"{n}: {f}" for n, f in failed.items())) if failed else ("passes", "")
     return row
 
 
-def _validated(bundle: Path, model: Path, heads: Path | None) -> str:
+def _compared(row: Row, bundle: Path, model: Path, heads: Path) -> str:
+    """Compare a bundle with PyTorch. Each of the page's columns gets its part of the verdicts."""
     report = validate(bundle, str(model), heads=heads, prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
-    failed = [f"{name}: {found}" for name, (passed, found) in report.verdicts().items() if not passed]
+    for column, start in VERDICTS.items():
+        parts = {name: verdict for name, verdict in report.verdicts().items() if name.startswith(start)}
+        row.checks[column] = _failures(parts)
+    return _failures(report.verdicts())
+
+
+def _failures(verdicts: Mapping[str, tuple[bool, str]]) -> str:
+    failed = [f"{name}: {found}" for name, (passed, found) in verdicts.items() if not passed]
     return "; ".join(failed) or "passes"
 
 
@@ -85,7 +96,7 @@ def _quantized(bundle: Path, model: Path, output: Path) -> str:
     prompts = output.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     quantize_bundle(QuantizeOptions(bundle, output, quality_prompts=prompts, max_kl=0.25))
-    return _validated(output, model, None)
+    return _failures(validate(output, str(model), prompts=PROMPTS, max_new_tokens=NEW_TOKENS).verdicts())
 
 
 def _built(bundle: Path, output: Path) -> str:

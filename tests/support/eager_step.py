@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from medusa_export.model.checkpoint import Backbone
+from medusa_export.trace.cache_shapes import cached_tensors
+from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
+from medusa_export.trace.step_module import StepModule
+
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, *, scale: float, softcap: float = 0.0
@@ -30,7 +35,19 @@ def tensor_scatter(buffer: torch.Tensor, new: torch.Tensor, lengths: torch.Tenso
     return buffer.scatter(2, places.expand(-1, *new.shape[1:2], -1, new.shape[3]), new)
 
 
-OPERATORS = {"Attention": attention, "TensorScatter": tensor_scatter}
+def gather_nd(data: torch.Tensor, index: torch.Tensor, *, batch_dims: int) -> torch.Tensor:
+    """The standard operator, for rows of [B, H, S, C] by head and entry, [B, N, 2]."""
+    assert batch_dims == 1
+    return torch.stack([rows[places[:, 0], places[:, 1]] for rows, places in zip(data, index, strict=True)])
+
+
+def cumulative_sum(data: torch.Tensor, axis: torch.Tensor, *, exclusive: int, reverse: int) -> torch.Tensor:
+    """The standard operator, of what comes after each element."""
+    assert (exclusive, reverse) == (1, 1)
+    return data.flip(int(axis)).cumsum(int(axis)).flip(int(axis)) - data
+
+
+OPERATORS = {"Attention": attention, "TensorScatter": tensor_scatter, "GatherND": gather_nd, "CumSum": cumulative_sum}
 
 
 @contextmanager
@@ -50,8 +67,19 @@ def computed() -> Iterator[None]:
         torch.onnx.ops.symbolic = before
 
 
+def empty_cache(backbone: Backbone, module: StepModule, capacity: int = 64) -> dict[str, torch.Tensor]:
+    """The cache of one sequence, before its first step."""
+    try:
+        cached = cached_tensors(backbone, module, decoder_layers(backbone.model)[1])
+    except NoLayersError:
+        cached = cached_tensors(backbone, module, [text_decoder(backbone.model)])
+    return {tensor.name: torch.zeros(tensor.shape(1, capacity)) for layer in cached for tensor in layer}
+
+
 @torch.no_grad()
-def chain_and_tree(module: torch.nn.Module, past: dict[str, Any], token_ids: list[int], branch: list[int]) -> np.ndarray:
+def chain_and_tree(
+    module: torch.nn.Module, past: dict[str, torch.Tensor], token_ids: list[int], branch: list[int]
+) -> np.ndarray:
     """Logits of a text that is read in two chunks, then of two continuations side by side. [T + A, V]
 
     The text's last tokens and the branch are a tree: both follow the first half of the text.
@@ -61,7 +89,7 @@ def chain_and_tree(module: torch.nn.Module, past: dict[str, Any], token_ids: lis
     found = []
     _, _, logits, *present = module(*_chain(first, 0), past)
     found.append(logits[0])
-    past = {name: tuple(present[2 * place : 2 * place + 2]) for place, name in enumerate(past)}
+    past = dict(zip(past, present, strict=True))
     nodes = [*rest, *branch]
     mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
     for start, size in ((0, len(rest)), (len(rest), len(branch))):

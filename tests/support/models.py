@@ -86,7 +86,7 @@ def save_random_heads(
     model: Path, output: Path, *, num_heads: int = 3, num_layers: int = 2, reads_root: bool = True, **settings: Any
 ) -> Path:
     """Save random heads (not untrained ones, which all guess alike) that fit a tiny model."""
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
     torch.manual_seed(1)
     heads = MedusaHeads(
         HeadsConfig(

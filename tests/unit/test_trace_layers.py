@@ -6,8 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from medusa_export.errors import ExportError
-from medusa_export.trace.layers import decoder_layers
+from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import known_sizes
 from medusa_export.trace.torch_to_onnx import tensor_of
@@ -33,11 +32,23 @@ def test_of_several_lists_as_long_the_layers_are_the_largest() -> None:
     assert decoder_layers(model)[0] == "model.layers"
 
 
-def test_a_model_without_a_list_of_its_layers_is_refused() -> None:
+def test_the_layers_are_found_whatever_the_configuration_counts() -> None:
+    model = make_model("longcat_flash")  # counts two for each layer, which attends twice
+    name, layers = decoder_layers(model)
+    assert (name, len(layers), model.config.num_hidden_layers) == ("model.layers", 2, 4)
+
+
+def test_a_model_without_a_list_of_layers_says_so() -> None:
     model = make_model("llama")
-    model.config.num_hidden_layers = 7
-    with pytest.raises(ExportError, match="no ModuleList of 7 layers"):
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(NoLayersError, match="no list of layers"):
         decoder_layers(model)
+
+
+@pytest.mark.parametrize(("model_type", "decoder"), [("opt", "model.decoder"), ("modernbert-decoder", "model")])
+def test_the_decoder_is_what_runs_the_layers(model_type: str, decoder: str) -> None:
+    model = make_model(model_type)
+    assert text_decoder(model) is model.get_submodule(decoder)
 
 
 def test_sizes_that_depend_on_data_are_not_those_of_another_layer() -> None:

@@ -6,13 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from medusa_export.bundle.default_tree import tree_for
 from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.text_files import TextFiles
 from medusa_export.bundle.write_graphs import write_graphs
-from medusa_export.model.chat_templates import chat_templates
-from medusa_export.model.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.generation_settings import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
@@ -22,6 +20,8 @@ from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
+from medusa_heads.formats.locating import is_hub_id, locate
+from medusa_heads.formats.merged import has_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.bundle.manifest import (
     HEADS,
@@ -37,8 +37,6 @@ from medusa_runtime.bundle.manifest import (
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
-from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME
-from medusa_runtime.text.template import ChatTemplate
 
 HEAD_TOP_K = 32  # n-grams can only raise tokens that are among the candidates (docs/decisions/0019-draft-ngrams.md)
 MAX_OPSET = 25  # the newest one tested with the torch exporter and the backends
@@ -49,7 +47,7 @@ class ExportOptions:
     """Options of `medusa-export onnx`; the command's help describes each."""
 
     model: str
-    heads: Path
+    heads: Path | None  # None: those in the model
     output: Path
     precision: Precision = "fp32"
     opset: int = attention.MIN_OPSET
@@ -70,14 +68,15 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: model or heads are missing, damaged, or do not fit each other.
         ExportError: the model cannot be traced.
     """
-    inputs = (options.model, options.heads)
+    inputs: list[str | Path] = [options.model] if options.heads is None else [options.model, options.heads]
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
             f"--opset must be {attention.MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
             f"({attention.MIN_OPSET} is the first with an in-place KV cache)"
         )
-    heads = load_heads(options.heads)
+    heads_path = heads_place(options.model, options.heads)
+    heads = load_heads(heads_path, note)
     attention.register()
     with stage(f"load {options.model}"):
         backbone = load_backbone(
@@ -86,17 +85,17 @@ def export_bundle(options: ExportOptions) -> Manifest:
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
         )
-        tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+        text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
+    text.check(backbone)
     if backbone.is_multimodal:
         note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
     generation = _generation(backbone)
-    chat = chat_templates(tokenizer, options.model)
     limits = _limits(options, backbone)
-    require_matching(heads, backbone, options.heads)
-    draft_ids = None if options.full_head_vocabulary else heads.draft_ids
+    require_matching(heads, backbone, heads_path)
+    draft_ids = _draft_ids(options, heads)
     top_k = _top_k(options, backbone.facts.vocab_size, draft_ids)
     head_facts = _head_facts(top_k, heads, draft_ids)  # read first: tracing casts the heads
-    tree = _tree(options, head_facts)
+    tree = _tree(options, heads_path, head_facts)
     with stage("trace the backbone"):
         step = trace_step(backbone, options.opset, note, lm_head_as_table=reads_lm_head_rows(heads, draft_ids))
     with stage("trace the heads"):
@@ -113,16 +112,40 @@ def export_bundle(options: ExportOptions) -> Manifest:
             generation=generation,
             graphs=facts,
             tree=tree.to_json(),
-            files=files | _write_text(tokenizer, chat, directory) | _copy_ngrams(options.heads, directory),
+            files=files | text.write(directory) | _copy_ngrams(heads_path, directory),
             provenance=provenance(),
         )
         manifest.save(directory)
     return manifest
 
 
-def _tree(options: ExportOptions, heads: HeadFacts) -> CandidateTree:
+def heads_place(model: str, heads: Path | None) -> Path:
+    """The path of the heads: those given, or those in the model, if it is a merged checkpoint.
+
+    Raises:
+        OptionError: no heads are given, and the model has none.
+        CheckpointError: there are none where they should be, or a file is damaged.
+    """
+    if heads is not None:
+        return locate(heads)
+    if is_hub_id(model) or Path(model).is_dir():
+        place = locate(model)
+        if has_heads(place):
+            return place
+    raise OptionError(f"{model} has no heads in it; give some with --heads (medusa-export train and heads init make them)")
+
+
+def _draft_ids(options: ExportOptions, heads: MedusaHeads) -> list[int] | None:
+    if not options.full_head_vocabulary:
+        return heads.draft_ids
+    if heads.config.draft_rows:
+        raise OptionError("--full-head-vocabulary does not go with these heads: their LM heads know only the draft vocabulary")
+    return None
+
+
+def _tree(options: ExportOptions, heads_path: Path, heads: HeadFacts) -> CandidateTree:
     if options.tree is None:
-        return tree_for(options.heads, heads.sha256, heads.num_heads, heads.top_k, options.tree_nodes)
+        return tree_for(heads_path, heads.sha256, heads.num_heads, heads.top_k, options.tree_nodes)
     tree = CandidateTree.from_file(options.tree)
     tree.check_fits(heads.num_heads, heads.top_k)
     return tree
@@ -172,17 +195,10 @@ def _head_facts(top_k: int, heads: MedusaHeads, draft_ids: list[int] | None) -> 
         num_layers=heads.config.num_layers,
         top_k=top_k,
         shared_lm_head=heads.config.shared_lm_head,
-        reads_root=heads.config.reads_root,
+        reads_root=heads.reads_tokens,
         draft_vocab_size=None if draft_ids is None else len(draft_ids),
         sha256=heads.digest(),
     )
-
-
-def _write_text(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, directory: Path) -> dict[str, FileFacts]:
-    """Write the tokenizer and the chat templates in the form that the runtime reads."""
-    tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_NAME))
-    chat.save(directory / CHAT_NAME)
-    return {name: file_facts(directory / name) for name in (TOKENIZER_NAME, CHAT_NAME)}
 
 
 def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:
@@ -196,7 +212,12 @@ def _copy_ngrams(heads: Path, directory: Path) -> dict[str, FileFacts]:
 
 
 def require_matching(heads: MedusaHeads, backbone: Backbone, path: Path) -> None:
-    """Raise a `CheckpointError` if the heads were made for a model of another shape."""
+    """Raise a `CheckpointError` if the heads were made for a model of another shape.
+
+    If they do not tell the size of the vocabulary, it is the model's from here on.
+    """
+    if heads.config.vocab_size is None:
+        heads.config = heads.config.model_copy(update={"vocab_size": backbone.facts.vocab_size})
     for name in ("hidden_size", "vocab_size"):
         want, found = getattr(backbone.facts, name), getattr(heads.config, name)
         if want != found:

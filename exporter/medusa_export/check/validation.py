@@ -167,7 +167,7 @@ def _compare(
 
 
 def _matching_heads(path: Path, manifest: Manifest, reference: ReferenceSide) -> MedusaHeads:
-    heads = load_heads(path)
+    heads = load_heads(path, note)
     require_matching(heads, reference.backbone, path)
     known = manifest.heads.draft_vocab_size
     if heads.digest() != manifest.heads.sha256 or (known is not None and known != len(heads.draft_ids or ())):
@@ -256,8 +256,12 @@ def _compare_heads(prompt_ids: list[int], side: BundleSide, torch_side: Referenc
     found = side.proposed()
     known = heads.draft_ids if side.backend.manifest.heads.draft_vocab_size else None
     with torch.no_grad():
-        lm_head, root_ids = torch_side.backbone.model.get_output_embeddings(), torch.tensor([side.root_id])
-        logits = heads(torch_side.hidden(prompt_ids), lm_head, root_ids)  # [1, K, V]
+        model, root_ids = torch_side.backbone.model, torch.tensor([side.root_id])
+        guesses = torch.from_numpy(
+            found.token_ids[:, :-1, 0]
+        )  # Hydra heads read these; near ties must not change what they read
+        lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        logits = heads(torch_side.hidden(prompt_ids), lm_head, root_ids, embedding, guesses)  # [1, K, V]
         if known is not None:
             unknown = torch.ones(logits.shape[-1], dtype=torch.bool)
             unknown[known] = False

@@ -30,7 +30,7 @@ def command(
 
     If validation fails, the bundle is kept and marked as failed, and the exit code is 3.
     """
-    from medusa_export.bundle.export import ExportOptions, export_bundle
+    from medusa_export.bundle.export import ExportOptions, export_bundle, heads_place
     from medusa_export.progress import note
 
     if scheme is None:
@@ -49,6 +49,8 @@ def command(
         from medusa_export.check import record
         from medusa_export.check import validate as compare
 
-        report = compare(output, model, heads=options["heads"], trust_remote_code=options["trust_remote_code"])
+        report = compare(
+            output, model, heads=heads_place(model, options["heads"]), trust_remote_code=options["trust_remote_code"]
+        )
         record(output, report)
     click.echo(output)

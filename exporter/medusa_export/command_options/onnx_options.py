@@ -16,7 +16,11 @@ from medusa_export.command_options.shared_options import (
 )
 
 onnx_options = combined(
-    click.option("--heads", required=True, type=click.Path(path_type=Path), help="Heads made for MODEL (see `heads init`)."),
+    click.option(
+        "--heads",
+        type=click.Path(path_type=Path),
+        help="Heads made for MODEL: directory, file or hub id, in any known format. [default: those in MODEL, if it has any]",
+    ),
     click.option(
         "-o",
         "--output",

@@ -174,7 +174,8 @@ def _open_transformers(options: DistillOptions) -> _Model:
     import torch  # noqa: PLC0415 - bundles need no PyTorch
 
     from medusa_export.head_training.torch_devices import fast_precision, torch_device  # noqa: PLC0415
-    from medusa_export.model.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
+    from medusa_export.model.checkpoint import load_backbone  # noqa: PLC0415
+    from medusa_export.model.tokenizer import load_tokenizer  # noqa: PLC0415
     from medusa_heads.distill import slots  # noqa: PLC0415
     from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
     from medusa_heads.train.hidden import backbone_digest  # noqa: PLC0415
@@ -224,7 +225,7 @@ def _open_bundle(options: DistillOptions) -> _Model:
 
 
 def _open_endpoint(options: DistillOptions) -> _Model:
-    from medusa_export.model.checkpoint import load_tokenizer  # noqa: PLC0415
+    from medusa_export.model.tokenizer import load_tokenizer  # noqa: PLC0415
     from medusa_heads.distill.endpoint import EndpointAnswerer  # noqa: PLC0415
     from medusa_heads.tokens import CheckpointCodec  # noqa: PLC0415
 

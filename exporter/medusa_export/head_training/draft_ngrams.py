@@ -11,7 +11,7 @@ import torch
 from medusa_export.bundle.export import require_matching
 from medusa_export.head_training.torch_devices import load_on_device
 from medusa_export.head_training.training import examples_without
-from medusa_export.model.checkpoint import load_tokenizer
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_export.progress import count_stage, note, stage
 from medusa_heads.formats import load_heads, native
 from medusa_heads.ngrams import draft_ngrams
@@ -66,7 +66,7 @@ def make_ngrams(options: NGramOptions) -> Path:
             )
         with stage("count and fit"):
             heads = heads.to(model.device, model.dtype)
-            ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states)
+            ngrams = draft_ngrams(heads, model.get_output_embeddings(), training, states, model.get_input_embeddings())
     if ngrams is None:
         raise OptionError("the answers are too short or too few to count n-grams; use more data")
     note(f"{int((ngrams.cells > 0).sum())} of {len(ngrams.cells)} cells of the table hold an n-gram")

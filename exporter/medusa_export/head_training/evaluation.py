@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from medusa_export.bundle.export import require_matching
 from medusa_export.head_training.torch_devices import load_on_device
-from medusa_export.model.checkpoint import load_tokenizer
-from medusa_export.progress import count_stage, stage
+from medusa_export.model.tokenizer import load_tokenizer
+from medusa_export.progress import count_stage, note, stage
 from medusa_heads.evaluate import evaluate as judge
 from medusa_heads.formats import load_heads
 from medusa_heads.replay import TOP_K, TREE_NODES, Evaluation
@@ -52,7 +52,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         CheckpointError: model or heads cannot be loaded, or do not fit each other.
         TreeError: a tree does not fit the heads.
     """
-    heads = load_heads(options.heads)
+    heads = load_heads(options.heads, note)
     own_digest = heads.digest()
     trees = [CandidateTree.from_file(path) for path in options.trees]
     for tree in trees:
@@ -79,6 +79,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
                 data=digest(examples),
                 trees=trees,
                 nodes=options.nodes,
+                embedding=model.get_input_embeddings(),
             )
 
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from medusa_export.head_training.torch_devices import fast_precision, torch_device
-from medusa_export.model.checkpoint import Backbone, load_backbone, load_tokenizer
+from medusa_export.model.checkpoint import Backbone, load_backbone
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_export.progress import count_stage, note, quiet, stage
 from medusa_export.provenance import provenance
 from medusa_heads.directories import alone_in, require_new

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
-from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PreTrainedModel
 
 from medusa_export.errors import ExportError
+from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
+from medusa_export.model.library_messages import quiet_libraries, reason
+from medusa_export.model.loaded_weights import check_unused, require_complete, require_finite, resized_rows
 from medusa_export.model.model_class import auto_class, is_multimodal, text_config
+from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
+from medusa_export.model.packed.tensors import LazyIntegers
+from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
+from medusa_export.progress import note
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
 from medusa_runtime.bundle.manifest import ModelFacts, Precision
+from medusa_runtime.errors import MedusaError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MAX_REASON = 300  # most characters quoted from another library's message
-ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
+HYBRID = "hybrid"  # full attention beside another part that reads no mask
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
@@ -37,6 +42,7 @@ class Backbone:
     source: str
     model: PreTrainedModel
     dtype: torch.dtype
+    integers: Mapping[str, LazyIntegers] = field(default_factory=dict)  # weights that the checkpoint stores as integers
 
     @property
     def config(self) -> Any:
@@ -60,7 +66,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING} - WITHOUT_ATTENTION:
+        if unknown := set(types) - {FULL, SLIDING, HYBRID} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
@@ -143,8 +149,8 @@ def load_backbone(
     """Load a causal LM for inference on the CPU.
 
     Args:
-        source: a directory, a hub id, or a GGUF file (whose weights are dequantised). For a directory with a LoRA adapter,
-        its base model is loaded and the adapter merged into it.
+        source: a directory, a hub id, or a GGUF file (see `medusa_export.model.sources.opened`). Packed weights are unpacked.
+            For a directory with a LoRA adapter, its base model is loaded and the adapter merged into it.
         precision: the precision that the weights are cast to.
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -154,72 +160,83 @@ def load_backbone(
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
         ExportError: the architecture does not support an attention of that name.
     """
-    if (Path(source) / ADAPTER_CONFIG).is_file():
+    if is_adapter(source):
         if quantization is not None:
             raise CheckpointError(f"{source} is an adapter and cannot be loaded quantised; merge it into its model first")
         return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
-    place, options = _resolve(source)
-    if quantization is not None:
-        options["quantization_config"] = quantization
     dtype = DTYPES[precision]
-    _require_generation_config(Path(place))
-    _quiet()
-    config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
-    _require_plain_positions(source, text_config(config))
-    loader = auto_class(source, config)
-    try:
-        model, loaded = loader.from_pretrained(
-            place,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed, see `_require_complete`
-            **options,
-        )
-    except Exception as error:  # a damaged checkpoint can make the library raise anything
-        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the architecture has only eager attention
-            return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
-        if attention not in {"eager", "sdpa"} and attention in str(error):  # the class looked it up in its own table
-            raise unsupported(source) from error
-        raise CheckpointError(_reason(source, error)) from error
-    _require_complete(source, loaded)
+    quiet_libraries()
+    with opened(source) as (place, options):
+        _require_generation_config(Path(place))
+        config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
+        _require_plain_positions(source, text_config(config))
+        loader = auto_class(source, config)
+        if quantization is not None:
+            options["quantization_config"] = quantization
+        options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        try:
+            model, loaded, integers = _load(source, place, loader, options)
+        except MedusaError:
+            raise
+        except Exception as error:  # a damaged checkpoint can make the library raise anything
+            if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the class has only eager attention
+                return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
+            if attention not in {"eager", "sdpa"} and attention in str(error):  # the class looked it up in its own table
+                raise unsupported(source) from error
+            raise CheckpointError(reason(source, error)) from error
+    require_complete(source, loaded)
+    check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
+        require_finite(source, model)
         _forget_quantization(model)
-    return Backbone(source, model.eval(), dtype)
+    return Backbone(source, model.eval(), dtype, integers)
+
+
+def _load(
+    source: str, place: str, loader: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
+    """The model, what Transformers says about its loading, and the weights that are stored as integers."""
+    model, loaded, integers = _load_once(place, loader, options)
+    config = model.config
+    if (rows := resized_rows(loaded, text_config(config).vocab_size)) is not None:
+        note(f"the embedding of {source} has {rows} rows, config.json says {text_config(config).vocab_size}; all are used")
+        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
+        text_config(config).vocab_size = rows
+        model, loaded, integers = _load_once(place, loader, options | {"config": config})
+    return model, loaded, integers
+
+
+def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
+    options = options | {"ignore_mismatched_sizes": True}  # so that they are listed, see `require_complete`
+    if "quantization_config" not in options:
+        files = {name: read_settings(place, name) for name in SETTINGS_FILES}
+        if settings := settings_of(read_settings(place, CONFIG), files):
+            unpacked = load_packed(local_directory(place), settings, **options)
+            if unpacked.note:
+                note(unpacked.note)
+            return unpacked.model, unpacked.loaded, unpacked.integers
+    model, loaded = loader.from_pretrained(place, output_loading_info=True, **options)
+    return model, loaded, {}
 
 
 def _load_config(source: str, place: str, **options: Any) -> Any:
     options.pop("quantization_config", None)
+    if "config" in options:
+        return options["config"]
     try:
         return AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # as in `load_backbone`
-        raise CheckpointError(_reason(source, error)) from error
+        raise CheckpointError(reason(source, error)) from error
 
 
 def _with_adapter(source: str, precision: Precision, **options: Any) -> Backbone:
     """An adapter's base model, with the adapter merged into it before any cast."""
-    from peft import PeftModel  # noqa: PLC0415 - the train extra
-
-    base = load_backbone(_adapter_base(source), "fp32", **options)
+    base = load_backbone(adapter_base(source), "fp32", **options)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft calls deprecated functions of Transformers
-            model: Any = PeftModel.from_pretrained(base.model, source).merge_and_unload()
+        model = merge_adapter(base.model, source)
     except Exception as error:  # as in `load_backbone`
-        raise CheckpointError(_reason(source, error, "adapter")) from error
+        raise CheckpointError(reason(source, error, "adapter")) from error
     return Backbone(source, model.to(DTYPES[precision]).eval(), DTYPES[precision])
-
-
-def _adapter_base(source: str) -> str:
-    place = Path(source) / ADAPTER_CONFIG
-    try:
-        base = read_json(place)["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str):
-        raise CheckpointError(f"{place} is damaged: it does not name its base model; save the adapter again")
-    return base
 
 
 def _require_generation_config(directory: Path) -> None:
@@ -233,14 +250,6 @@ def _require_generation_config(directory: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} is damaged: it must be a JSON object")
-
-
-def _require_complete(source: str, loaded: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights: Transformers would fill them with random numbers."""
-    for kind, names in (("lacks", loaded["missing_keys"]), ("has another shape for", loaded["mismatched_keys"])):
-        if names:
-            first = min(name if isinstance(name, str) else name[0] for name in names)
-            raise CheckpointError(f"{source} {kind} {len(names)} of the model's weights, such as {first}")
 
 
 def _require_plain_positions(source: str, config: Any) -> None:
@@ -260,61 +269,6 @@ def _rope_settings(config: Any) -> list[dict[str, Any]]:
 def unsupported(what: str, detail: str = "its attention cannot be replaced") -> ExportError:
     """The error to raise for an architecture that cannot be traced."""
     return ExportError(f"{what} is not supported: {detail} (docs/architectures.md lists what is)")
-
-
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: it has no tokenizer, or none that the runtime can read.
-    """
-    if (Path(source) / ADAPTER_CONFIG).is_file():
-        return load_tokenizer(_adapter_base(source), trust_remote_code=trust_remote_code)
-    place, options = _resolve(source)
-    options.pop("quantization_config", None)
-    _quiet()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # as in `load_backbone`
-        raise CheckpointError(_reason(source, error, "tokenizer")) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise CheckpointError(f"the tokenizer of {source} has no fast form, and the runtime needs one; add a tokenizer.json")
-    return tokenizer
-
-
-def _quiet() -> None:
-    """Silence the libraries: the important part of their messages is in our one-line errors."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-
-
-def _resolve(source: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options with which Transformers finds a checkpoint."""
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            found = (
-                f"give one of its GGUF files: {', '.join(file.name for file in files)}" if files else "it is not a checkpoint"
-            )
-            raise CheckpointError(f"{source} has no config.json; {found}")
-        path = files[0]
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"there is no file {path}")
-        return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    if path.is_file():
-        raise CheckpointError(f"{source} is a file but not a GGUF file; give a directory, a hub id or a GGUF file")
-    return source, {}
-
-
-def _reason(source: str, error: BaseException, part: str = "model") -> str:
-    text = " ".join(str(error).split()) or type(error).__name__  # some libraries put the reason in their second line
-    line = text if len(text) <= MAX_REASON else text[:MAX_REASON] + " …"
-    if not Path(source).exists() and isinstance(error, OSError):
-        return f"there is no {part} {source!r}: it is not a local directory or GGUF file, and the hub does not have it ({line})"
-    return f"the {part} of {source} cannot be loaded: {line}"
 
 
 def _forget_quantization(model: Any) -> None:

@@ -66,7 +66,8 @@ def fetch(name: str, directory: Path | None = None) -> Path:
     if (target / "config.json").is_file():
         note(f"{name} is already fetched")
         return target
-    from medusa_export.model.checkpoint import load_backbone, load_tokenizer  # noqa: PLC0415
+    from medusa_export.model.checkpoint import load_backbone  # noqa: PLC0415
+    from medusa_export.model.tokenizer import load_tokenizer  # noqa: PLC0415
 
     if target.exists():
         raise CheckpointError(f"{target} exists but is not a model; delete it and fetch again")

@@ -60,7 +60,12 @@ def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifes
         OptionError: the export's precision is not fp32.
         MedusaError: see `export_bundle` and `quantize_bundle`.
     """
-    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[export.model, export.heads])
+    require_new(
+        options.output,
+        _is_onnx_bundle,
+        force=options.force,
+        inputs=[place for place in (export.model, export.heads) if place is not None],
+    )
     if export.precision != "fp32":
         raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
     parent = options.output.absolute().parent

@@ -20,6 +20,7 @@ class Ancestors:
     position_ids: torch.Tensor  # [B, T]
     tree_mask: torch.Tensor  # [B, T, T] bool
     cache_lengths: torch.Tensor  # [B]
+    entries_axis: torch.Tensor = field(default_factory=lambda: torch.tensor(2))  # S in [B, H, S]; one constant for all layers
     _entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def offsets(self, capacity: int) -> torch.Tensor:

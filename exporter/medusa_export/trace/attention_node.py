@@ -6,6 +6,8 @@ trace every architecture that uses the attention interface.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,3 +60,19 @@ def register() -> None:
     """Register ``attn_implementation="medusa_onnx"`` with Transformers. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, onnx_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+
+
+@contextmanager
+def counted() -> Iterator[list[torch.nn.Module]]:
+    """While open, note each attention that runs by its module."""
+    modules: list[torch.nn.Module] = []
+
+    def note_and_attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        modules.append(module)
+        return onnx_attention(module, *args, **kwargs)
+
+    AttentionInterface.register(ATTENTION_NAME, note_and_attend)
+    try:
+        yield modules
+    finally:
+        register()

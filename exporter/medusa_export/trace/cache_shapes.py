@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from medusa_export.model.checkpoint import Backbone, unsupported
 from medusa_export.trace.ancestors import Ancestors
+from medusa_export.trace.attention_node import counted
+from medusa_export.trace.layers import NoLayersError
 from medusa_export.trace.quiet import quiet_torch
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.step_module import StepModule
@@ -54,7 +58,7 @@ class RecordingCache(ScatterCache):
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
         if self.current is None:
-            raise ValueError(f"{name} is cached outside of the decoder's layers")
+            raise NoLayersError(f"{name} is cached outside of the decoder's layers")
         if new.dim() != 4 or new.shape[CAPACITY_AXIS] != TOKENS or new.dtype not in DTYPES:
             raise ValueError(f"{name} is cached as {new.dtype} {list(new.shape)}, which is not an entry a token")
         tensor = CacheTensor(name, new.shape[1], new.shape[3], DTYPES[new.dtype])
@@ -64,23 +68,28 @@ class RecordingCache(ScatterCache):
         return new
 
 
-def cached_tensors(backbone: Backbone, module: StepModule, layers: torch.nn.ModuleList) -> list[list[CacheTensor]]:
+def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torch.nn.Module]) -> list[list[CacheTensor]]:
     """The tensors that each decoder layer writes to the cache, in the order of writing. A layer may have none.
 
     The pass runs on fake tensors: it knows shapes and dtypes alone, and takes no time and memory for a large model.
 
     Raises:
-        ExportError: a layer runs several times in a step, or what it caches is not one entry a token.
+        NoLayersError: a layer does not run once in a step, or something is cached outside of the layers.
+        ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
     what = backbone.facts.architecture
-    with quiet_torch(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with quiet_torch(), _fake_tensors(), torch.no_grad(), counted() as attending:
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
         cache = RecordingCache(len(layers), Ancestors(ids, mask, torch.zeros(1, dtype=torch.long)))
         hooks = [layer.register_forward_pre_hook(partial(cache.begin, index)) for index, layer in enumerate(layers)]
-        hooks += [part.register_forward_pre_hook(cache.enter) for part in layers.modules() if hasattr(part, "layer_idx")]
+        hooks += [part.register_forward_pre_hook(cache.enter) for part in _mixers(layers)]
         try:
             module.run(cache, ids, torch.zeros(1, 1, dtype=torch.long))
+        except NoLayersError:
+            raise
+        except GuardOnDataDependentSymNode as error:
+            raise unsupported(what, "what it computes next depends on values, as in a loop over experts") from error
         except Exception as error:  # a model's code can raise anything
             raise unsupported(what, first_line(error)) from error
         finally:
@@ -92,5 +101,19 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: torch.nn.Modu
         raise unsupported(what, f"{kept} ({classes}), which a tree of drafts cannot branch")
     for index in range(len(layers)):
         if (runs := cache.num_runs[index]) != 1:
-            raise unsupported(what, f"its layer {index} runs {runs} times in a forward pass")
+            raise NoLayersError(f"its layer {index} runs {runs} times in a step")
+    if not any(cache.tensors):
+        raise unsupported(what, "it caches no keys and values")
+    if len(attending) < sum(tensor.part == "key" for layer in cache.tensors for tensor in layer):
+        raise unsupported(what)
     return cache.tensors
+
+
+def _mixers(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The parts of layers that know their layer's number, since they cache something."""
+    return [part for layer in layers for part in layer.modules() if hasattr(part, "layer_idx")]
+
+
+def _fake_tensors() -> FakeTensorMode:
+    """Tensors without values. Sizes that depend on values, such as an expert's number of tokens, are symbols."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

@@ -23,32 +23,45 @@ class HeadsModule(torch.nn.Module):
         lm_head: the backbone's LM head: heads can share it, and heads that read the root use its rows as embeddings.
         top_k: candidates of each head.
         draft_ids: the tokens that heads choose from, or None for all. Logits of other tokens are not computed.
+        embedding: the backbone's input embedding, for Hydra heads.
     """
 
-    def __init__(self, heads: MedusaHeads, lm_head: torch.nn.Module, top_k: int, draft_ids: list[int] | None) -> None:
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        lm_head: torch.nn.Module,
+        top_k: int,
+        draft_ids: list[int] | None,
+        embedding: torch.nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.heads, self.lm_head, self.top_k = heads, lm_head, top_k
+        self.embedding = embedding if heads.config.kind == "hydra" else None
         if heads.config.reads_root and heads.draft_ids is not None:
-            table = torch.full((heads.config.vocab_size,), -1)
+            table = torch.full((heads.vocab_size,), -1)
             table[heads.draft_ids] = torch.tensor(heads.draft_ids) if draft_ids is None else torch.arange(len(draft_ids))
             self.root_places = torch.nn.Buffer(table, persistent=False)
         if draft_ids is not None:
             self.lm_head = _rows(lm_head, draft_ids)
             self.draft_ids = torch.nn.Buffer(torch.tensor(draft_ids), persistent=False)
+        if draft_ids is not None and not heads.config.draft_rows:
             self.heads = copy.deepcopy(heads)
-            for head in self.heads.heads:
-                if head.lm_head is not None:
-                    head.lm_head = _rows(head.lm_head, draft_ids)
+            for owner in (self.heads, *self.heads.heads):
+                if owner.lm_head is not None:
+                    owner.lm_head = _rows(owner.lm_head, draft_ids)
 
     def forward(self, hidden: torch.Tensor, root_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates and their log-probabilities. [B, C], and [B] if heads read the root -> [B, K, M] and [B, K, M]"""
+        """Candidates and their log-probabilities. [B, C], and [B] if heads read the root -> [B, K, M] and [B, K, M]
+
+        Each Hydra head reads the first candidates of the heads before it.
+        """
         roots = None
-        if root_ids is not None:
+        if self.embedding is not None:
+            roots = self.embedding(root_ids)
+        elif root_ids is not None:
             lm_head: Any = self.lm_head
             roots = root_states(lm_head.weight, self.root_places[root_ids] if hasattr(self, "root_places") else root_ids)
-        logits = self.heads.logits(
-            hidden, self.lm_head, roots
-        ).float()  # [B, K, V], where V is the size of the draft vocabulary
+        logits = self.heads.logits(hidden, self.lm_head, roots, self.embedding).float()  # [B, K, V or the draft vocabulary]
         best, places = torch.topk(logits, self.top_k, dim=-1)
         head_ids = self.draft_ids[places] if hasattr(self, "draft_ids") else places
         return head_ids, best - torch.logsumexp(logits, -1, keepdim=True)
@@ -83,9 +96,10 @@ def trace_heads(backbone: Backbone, heads: MedusaHeads, top_k: int, opset: int, 
     Raises:
         ExportError: the heads cannot be traced.
     """
-    module = HeadsModule(heads.to(backbone.dtype), backbone.model.get_output_embeddings(), top_k, draft_ids).eval()
+    output, embedding = backbone.model.get_output_embeddings(), backbone.model.get_input_embeddings()
+    module = HeadsModule(heads.to(backbone.dtype), output, top_k, draft_ids, embedding).eval()
     inputs = {"hidden": torch.zeros(2, backbone.facts.hidden_size, dtype=backbone.dtype)}
-    if heads.config.reads_root:
+    if heads.reads_tokens:
         inputs["root_ids"] = torch.zeros(2, dtype=torch.long)
     batch = Dim("batch", min=1, max=1 << 16)
     model = export_module("heads", module, (), inputs, {name: {0: batch} for name in inputs}, opset)

@@ -10,35 +10,41 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.errors import ExportError
 from medusa_runtime.bundle.cache_layout import CacheTensor
 
 MARKER_DOMAIN = "medusa.trace"
 PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
+class NoLayersError(Exception):
+    """A decoder does not run one list of layers, each of them once."""
+
+
+def text_decoder(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of a model that runs the layers: the model without its LM head, and without the parts that read images."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # some call their LM head "decoder"
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     """The text decoder's layers and their dotted name in the model.
 
-    They are the ModuleList of the decoder whose length is the configuration's number of layers; of several such lists, the one
-    with the most parameters.
+    They are the decoder's largest ModuleList by parameters, of those as long as the configuration says if there are any.
 
     Raises:
-        ExportError: the decoder has no such list.
+        NoLayersError: the decoder has no ModuleList.
     """
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
-    found = [
+    inside = {id(module) for module in text_decoder(model).modules()}
+    lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and id(module) in inside
+        if isinstance(module, torch.nn.ModuleList) and id(module) in inside
     ]
-    if not found:
-        raise ExportError(
-            f"{type(model).__name__} is not supported: it has no ModuleList of {depth} layers, and layers are traced one by one"
-        )
-    return max(found, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
+    if not lists:
+        raise NoLayersError("its decoder has no list of layers")
+    as_long = [(name, module) for name, module in lists if len(module) == depth]
+    return max(as_long or lists, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
 
 
 def layer_kinds(

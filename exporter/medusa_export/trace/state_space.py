@@ -64,7 +64,7 @@ def _decays(cache: ScatterCache, A: torch.Tensor, dt: torch.Tensor, steps: torch
     among_cached = torch.where((offsets < 0).unsqueeze(1), A.reshape(1, -1, 1) * steps, 0.0)  # [B, H, S]
     after = torch.onnx.ops.symbolic(
         "CumSum",
-        [among_cached, torch.tensor(2)],
+        [among_cached, new.entries_axis],
         attrs={"exclusive": 1, "reverse": 1},
         dtype=among_cached.dtype,
         shape=among_cached.shape,

@@ -12,7 +12,7 @@ from torch.export import Dim
 from medusa_export.model.checkpoint import Backbone, unsupported
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
-from medusa_export.trace.layers import decoder_layers, layer_kinds, only_layers
+from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kinds, only_layers, text_decoder
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_module import StepModule
@@ -39,19 +39,33 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     Raises:
         ExportError: the model cannot be traced.
     """
-    list_name, layers = decoder_layers(backbone.model)
     module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
-    cached = cached_tensors(backbone, module, layers)
-    kinds = layer_kinds(layers, backbone.layer_types, cached)
     try:
-        model = _trace_kinds(backbone, module, list_name, kinds, cached, opset)
-    except UnlikeLayersError as error:
-        report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
-        model = _trace_kinds(backbone, module, list_name, [[layer] for layer in range(len(layers))], cached, opset)
+        list_name, layers = decoder_layers(backbone.model)
+        cached = cached_tensors(backbone, module, list(layers))
+    except NoLayersError as error:
+        report(f"{error}, so the model is traced as a whole, which takes longer")
+        model = _trace_whole(backbone, module, opset)
+    else:
+        kinds = layer_kinds(layers, backbone.layer_types, cached)
+        try:
+            model = _trace_kinds(backbone, module, list_name, kinds, cached, opset)
+        except UnlikeLayersError as error:
+            report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
+            model = _trace_kinds(backbone, module, list_name, [[layer] for layer in range(len(layers))], cached, opset)
     lm_head: Any = backbone.model.get_output_embeddings()
     tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
     TransposeWeights(frozenset(tables) if lm_head_as_table else frozenset())(model)
     return model
+
+
+def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
+    """Trace a decoder that does not run a list of layers once each, such as one that runs its layers several times."""
+    try:
+        [tensors] = cached_tensors(backbone, module, [text_decoder(backbone.model)])
+    except NoLayersError as error:
+        raise unsupported(backbone.facts.architecture, str(error)) from error
+    return _trace(backbone, module, tensors, opset)
 
 
 def _trace_kinds(
@@ -59,12 +73,20 @@ def _trace_kinds(
 ) -> ir.Model:
     traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
     _, layers = decoder_layers(backbone.model)
+    with only_layers(layers, traced):
+        model = _trace(backbone, module, [tensor for layer in traced for tensor in cached[layer]], opset)
+    prefix = f"model.{list_name}.{{layer}}."
+    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
+    return model
+
+
+def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], opset: int) -> ir.Model:
+    """The graph of a step that caches the given tensors."""
     batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes above 1, all different
-    tensors = [tensor for layer in traced for tensor in cached[layer]]
     past = {tensor.name: torch.zeros(tensor.shape(batch, capacity), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in tensors}
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
-    with only_layers(layers, traced), selecting_all(backbone.model):
+    with selecting_all(backbone.model):
         model = export_module(
             backbone.facts.architecture,
             module,
@@ -92,6 +114,4 @@ def _trace_kinds(
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])
     simplify(model)
-    prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
     return model

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.model.checkpoint import FULL, SLIDING, WITHOUT_ATTENTION
 from medusa_export.trace.ancestors import Ancestors
+from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.short_convolution import convolved_along_paths
 from medusa_export.trace.state_space import scanned_along_paths
@@ -97,7 +98,7 @@ def _only_rows(model: PreTrainedModel, logit_rows: torch.Tensor) -> Iterator[lis
     Most models call their base model, whose result is picked from. Some call the decoder in it.
     """
     rows: list[torch.Tensor] = []
-    base, decoder = model.base_model, model.get_decoder()
+    base, decoder = model.base_model, text_decoder(model)
     running: list[bool] = []
 
     def begin(*_: Any) -> None:

@@ -66,7 +66,7 @@ def save(
         CheckpointError: the directory cannot be written.
     """
     with new_directory(path, is_alone, force=force) as directory:
-        (directory / CONFIG_NAME).write_text(heads.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (directory / CONFIG_NAME).write_text(json.dumps(heads.config.stored(), indent=2) + "\n", encoding="utf-8")
         if heads.draft_ids is not None:
             (directory / VOCABULARY_NAME).write_text(json.dumps(heads.draft_ids) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
@@ -94,8 +94,9 @@ def load(path: Path) -> MedusaHeads:
         raise CheckpointError(f"the heads in {path} are damaged or incomplete: {first_line(error)}") from error
     if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise CheckpointError(f"the heads in {path} have {strange[0]} as {tensors[strange[0]].dtype}; it must be a float type")
+    draft_ids = _load_vocabulary(path / VOCABULARY_NAME, config)
     with torch.device("meta"):
-        heads = MedusaHeads(config)
+        heads = MedusaHeads(config, draft_ids)
     expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -105,19 +106,27 @@ def load(path: Path) -> MedusaHeads:
             f"but must be {expected.get(name, 'absent')}"
         )
     heads.load_state_dict(tensors, assign=True)
-    heads.draft_ids = _load_vocabulary(path / VOCABULARY_NAME, config.vocab_size)
     return heads.eval()
 
 
-def _load_vocabulary(path: Path, vocab_size: int) -> list[int] | None:
+def _load_vocabulary(path: Path, config: HeadsConfig) -> list[int] | None:
     if not path.exists():
+        if config.draft_rows:
+            raise CheckpointError(f"the heads in {path.parent} lack {path.name}: their LM heads have rows only for its tokens")
         return None
     try:
+        if config.kind == "hydra":
+            raise ValueError("Hydra heads have no draft vocabulary")
         token_ids: list[int] = read_json(path)
-        if not all(type(token) is int for token in token_ids) or sorted(set(token_ids)) != token_ids:
-            raise ValueError("it must be an ascending list of token ids")
-        if not token_ids or not 0 <= token_ids[0] <= token_ids[-1] < vocab_size:
-            raise ValueError(f"its token ids must be below the vocabulary size {vocab_size}")
+        require_draft_vocabulary(token_ids, config.vocab_size)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"the heads' {path} cannot be used: {error}") from error
     return token_ids
+
+
+def require_draft_vocabulary(token_ids: list[int], vocab_size: int | None) -> None:
+    """Raise a `ValueError` unless these are distinct token ids of the vocabulary."""
+    if not all(type(token) is int for token in token_ids) or len(set(token_ids)) != len(list(token_ids)):
+        raise ValueError("it must be a list of token ids, each once")
+    if not token_ids or min(token_ids) < 0 or (vocab_size is not None and max(token_ids) >= vocab_size):
+        raise ValueError(f"its token ids must be below the vocabulary size {vocab_size}")

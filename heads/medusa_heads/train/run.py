@@ -251,6 +251,11 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
         heads.start_from(source.model.get_output_embeddings())
         return heads
     heads = load_heads(settings.start_from).float()
+    if foreign := heads.config.foreign():
+        told = ", ".join(f"{name} {value}" for name, value in foreign.items())
+        raise CheckpointError(f"the heads in {settings.start_from} can be exported but not trained ({told}); start from others")
+    if heads.config.vocab_size is None:
+        heads.config = heads.config.model_copy(update={"vocab_size": wanted.vocab_size})
     for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "shared_lm_head", "reads_root"):
         found, asked = getattr(heads.config, name), getattr(wanted, name)
         if found != asked:

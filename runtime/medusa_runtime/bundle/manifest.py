@@ -77,7 +77,7 @@ class HeadFacts(_Model):
     """The facts about the Medusa heads that the runtime needs."""
 
     num_heads: Count
-    num_layers: Count = Field(description="residual blocks of each head")
+    num_layers: int = Field(ge=0, lt=1 << 31, description="residual blocks of each head")
     top_k: Count = Field(description="candidates that a head returns")
     shared_lm_head: bool
     reads_root: bool = Field(default=False, description="they read the root token: their graph has the input `root_ids`")

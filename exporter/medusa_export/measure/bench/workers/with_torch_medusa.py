@@ -23,6 +23,16 @@ class _Heads:
 
     def __init__(self, directory: Path, lm_head: torch.Tensor, dtype: torch.dtype) -> None:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if foreign := config.keys() & {
+            "kind",
+            "block_bias",
+            "one_block",
+            "one_lm_head",
+            "lm_head_bias",
+            "draft_rows",
+            "logit_scale",
+        }:
+            raise SystemExit(f"the heads in {directory} have the setting {min(foreign)}, which this worker does not compute")
         tensors = {
             name: tensor.to(lm_head.device, dtype) for name, tensor in load_file(directory / "heads.safetensors").items()
         }

@@ -1,0 +1,78 @@
+"""The page docs/architectures.md, made from what was found for each decoder type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+COLUMNS = {  # check -> its heading
+    "prompts": "prompts",
+    "tree": "trees",
+    "greedy": "greedy",
+    "int8": "int8",
+    "engines": "TensorRT-RTX",
+}
+YES, NO, NOT_TRIED = "yes", "**no**", ""
+HEAD = """# Architectures
+
+Every decoder type of Transformers {transformers} that `AutoModelForCausalLM` can make is exported here as a tiny random
+model that has each of the type's mechanisms (experts, sliding windows, sinks, …), and compared with PyTorch. No type
+has code of its own: what works goes by mechanism. **{passing} of {all} pass**; the others are refused in one line,
+before any work.
+
+This page is made by a program, on any machine with the `dev` extra:
+
+```console
+$ python scripts/architectures.py --all --json build/architectures.json --page docs/architectures.md
+```
+
+The columns: logits after every token of prompts, read whole and in chunks (*prompts*), and after every node of a
+candidate tree (*trees*), differ from PyTorch's by rounding alone, for the portable graphs and those for the CPU; greedy
+decoding through the runtime, with and without Medusa, gives PyTorch's tokens (*greedy*); a bundle rounded to 8 bits
+passes its own checks (*int8*); and engines are built from the graphs, which needs no GPU (*TensorRT-RTX*). CI repeats
+the first three for every type, and the last two for one type of each mechanism.
+
+A checkpoint of such a type works like its tiny model unless its settings ask for something else; `medusa-export onnx`
+compares each export with PyTorch. [Bring your own model](bring-your-own-model.md) says what a refusal means.
+
+## Types that pass
+
+"""
+
+
+def page(rows: Iterable[dict[str, Any]], transformers: str) -> str:
+    """The page, as Markdown."""
+    ordered = sorted(rows, key=lambda row: row["model_type"])
+    passing = [row for row in ordered if row["outcome"] == "passes"]
+    text = HEAD.format(transformers=transformers, passing=len(passing), all=len(ordered))
+    text += _line(["type", "class", *COLUMNS.values()]) + _line(["---"] * (2 + len(COLUMNS)))
+    text += "".join(table_row(row) for row in passing)
+    text += "\n## Types that are refused\n\n" + _line(["type", "class", "reason"]) + _line(["---"] * 3)
+    return text + "".join(table_row(row) for row in ordered if row["outcome"] != "passes")
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """A type's line in one of the page's tables."""
+    cells = [f"`{row['model_type']}`", f"`{row['architecture']}`"]
+    if row["outcome"] == "passes":
+        return _line([*cells, *(_cell(row["checks"].get(check)) for check in COLUMNS)])
+    return _line([*cells, reason(row)])
+
+
+def reason(row: dict[str, Any]) -> str:
+    """Why a type is refused, without the name of the class that the line begins with and the page that it points to."""
+    text = row["reason"].removeprefix(f"{row['architecture']} is not supported: ")
+    return text.replace(" (docs/architectures.md lists what is)", "").replace("|", "\\|")
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """The lines of a page's tables, by type."""
+    return {line.split("`")[1]: line + "\n" for line in text.splitlines() if line.startswith("| `")}
+
+
+def _cell(found: str | None) -> str:
+    return NOT_TRIED if found is None else YES if found == "passes" else NO
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
