@@ -50,7 +50,8 @@ def scan(
     queries = C.float().transpose(1, 2)  # [B, G, T, N]
     scores = torch.matmul(queries, keys.transpose(2, 3)).unsqueeze(2)  # [B, G, 1, T, S]
     weights = (decays * steps.unsqueeze(2)).reshape(batch, groups, heads // groups, tokens, -1) * scores
-    result = torch.matmul(weights.reshape(batch, heads, tokens, -1), inputs).transpose(1, 2)  # [B, T, H, P]
+    result = torch.matmul(weights.reshape(batch, heads, tokens, -1), inputs).transpose(1, 2).contiguous()
+    # [B, T, H, P]; callers view it as [B, T, H·P]
     return result if D is None else result + D.float().unsqueeze(-1) * states.float()
 
 

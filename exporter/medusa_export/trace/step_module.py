@@ -13,12 +13,8 @@ from medusa_export.model.checkpoint import FULL, SLIDING, WITHOUT_ATTENTION
 from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.scatter_cache import ScatterCache
-from medusa_export.trace.short_convolution import convolved_along_paths
+from medusa_export.trace.short_convolution import UnknownStateError, convolved_along_paths
 from medusa_export.trace.state_space import scanned_along_paths
-
-
-class UnknownStateError(Exception):
-    """A layer keeps something that its cache cannot follow."""
 
 
 class StepModule(torch.nn.Module):
