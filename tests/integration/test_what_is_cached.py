@@ -97,6 +97,14 @@ def test_a_state_that_cannot_branch_is_refused_by_name(model_type: str, reason: 
         cached_tensors(backbone, module_of(backbone), decoder_layers(backbone.model)[1])
 
 
+def test_such_a_state_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_zoo_model(tmp_path / "model", "olmo_hybrid")
+    heads = save_random_heads(model, tmp_path / "heads")
+    monkeypatch.setattr("medusa_export.model.checkpoint._load", lambda *_: pytest.fail("weights are loaded"))
+    with pytest.raises(ExportError, match="keep a recurrent state"):
+        export_bundle(ExportOptions(str(model), heads, tmp_path / "bundle"))
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings"), [("lfm2", {}), ("gemma4_text", {"enable_moe_block": False}), ("minicpm3", {}), ("bamba", {})]
 )

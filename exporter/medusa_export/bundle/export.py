@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from medusa_export.bundle.default_tree import tree_for
@@ -15,6 +16,7 @@ from medusa_export.model.generation_settings import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention_node as attention
+from medusa_export.trace.before_loading import refuse_states
 from medusa_export.trace.heads_graph import reads_lm_head_rows, trace_heads
 from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
@@ -84,6 +86,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             options.precision,
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
+            check=partial(refuse_states, options.model, trust_remote_code=options.trust_remote_code),
         )
         text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
     text.check(backbone)

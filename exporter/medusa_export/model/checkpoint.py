@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +145,7 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
+    check: Callable[[Any, Any], None] = lambda *_: None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -155,6 +156,7 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
+        check: called with the configuration and Transformers' class before weights are loaded; it may refuse the model.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
@@ -163,7 +165,7 @@ def load_backbone(
     if is_adapter(source):
         if quantization is not None:
             raise CheckpointError(f"{source} is an adapter and cannot be loaded quantised; merge it into its model first")
-        return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
+        return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code, check=check)
     dtype = DTYPES[precision]
     quiet_libraries()
     with opened(source) as (place, options):
@@ -171,6 +173,7 @@ def load_backbone(
         config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
         _require_plain_positions(source, text_config(config))
         loader = auto_class(source, config)
+        check(config, loader)
         if quantization is not None:
             options["quantization_config"] = quantization
         options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}

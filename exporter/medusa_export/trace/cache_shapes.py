@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import Backbone, unsupported
 from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.attention_node import counted
@@ -24,6 +25,10 @@ from medusa_runtime.errors import first_line
 DTYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 TOKENS = 2
+
+
+class RecurrentLayersError(ExportError):
+    """Layers keep a recurrent state."""
 
 
 class RecordingCache(ScatterCache):
@@ -68,17 +73,26 @@ class RecordingCache(ScatterCache):
         return new
 
 
-def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torch.nn.Module]) -> list[list[CacheTensor]]:
+def cached_tensors(
+    backbone: Backbone, module: StepModule, layers: Sequence[torch.nn.Module], mode: FakeTensorMode | None = None
+) -> list[list[CacheTensor]]:
     """The tensors that each decoder layer writes to the cache, in the order of writing. A layer may have none.
 
     The pass runs on fake tensors: it knows shapes and dtypes alone, and takes no time and memory for a large model.
 
+    Args:
+        backbone: the model.
+        module: its step.
+        layers: its decoder's layers.
+        mode: that the model was made in, if it is itself of fake tensors.
+
     Raises:
+        RecurrentLayersError: layers keep a recurrent state.
         NoLayersError: a layer does not run once in a step, or something is cached outside of the layers.
         ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
     what = backbone.facts.architecture
-    with quiet_torch(), _fake_tensors(), torch.no_grad(), counted() as attending:
+    with quiet_torch(), mode or fake_tensors(), torch.no_grad(), counted() as attending:
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
         cache = RecordingCache(len(layers), Ancestors(ids, mask, torch.zeros(1, dtype=torch.long)))
@@ -98,7 +112,7 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
     if cache.recurrent:
         kept = f"{len(cache.recurrent)} of its {len(layers)} layers keep a recurrent state"
         classes = ", ".join(sorted({*cache.recurrent.values()}))
-        raise unsupported(what, f"{kept} ({classes}), which a tree of drafts cannot branch")
+        raise RecurrentLayersError(str(unsupported(what, f"{kept} ({classes}), which a tree of drafts cannot branch")))
     for index in range(len(layers)):
         if (runs := cache.num_runs[index]) != 1:
             raise NoLayersError(f"its layer {index} runs {runs} times in a step")
@@ -114,6 +128,6 @@ def _mixers(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     return [part for layer in layers for part in layer.modules() if hasattr(part, "layer_idx")]
 
 
-def _fake_tensors() -> FakeTensorMode:
+def fake_tensors() -> FakeTensorMode:
     """Tensors without values. Sizes that depend on values, such as an expert's number of tokens, are symbols."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
