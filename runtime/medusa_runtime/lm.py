@@ -22,6 +22,7 @@ from medusa_runtime.service.results import GenerationChunk, GenerationResult, He
 from medusa_runtime.service.worker import Worker
 from medusa_runtime.text.codec import Prompt, TextCodec
 from medusa_runtime.text.grammar import GrammarCompiler
+from medusa_runtime.text.token_ids import open_codec
 
 AnyPrompt = Prompt | Sequence[int]  # text, messages, or token ids
 
@@ -120,7 +121,7 @@ class MedusaLM:
             verify_files=verify_files,
             allow_failed=allow_failed,
         )
-        return cls(engine, TextCodec(path), max_queue=max_queue)
+        return cls(engine, open_codec(path, engine.backend.manifest), max_queue=max_queue)
 
     @property
     def manifest(self) -> Manifest:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, cast
 
-from medusa_runtime import Manifest, MedusaLM, MissingExtraError, Placement, ServiceStats
+from medusa_runtime import Manifest, MedusaLM, MissingExtraError, OptionError, Placement, ServiceStats
 from medusa_serve.errors import ApiError, not_ready
 from medusa_serve.guards.body import Budget
 from medusa_serve.prompts import Formats
@@ -42,6 +42,10 @@ class ServedBundle:
     manifest: Manifest
     placement: Placement
     load: Callable[[], MedusaLM]  # called once, in a thread of its own
+
+    def __post_init__(self) -> None:
+        if not self.manifest.has_text:
+            raise OptionError(f"{self.manifest.model.name} has no tokenizer, and clients send text; it cannot be served")
 
 
 class Turn:

@@ -213,5 +213,5 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_of_several_gguf_files_one_has_to_be_named(tmp_path: Path) -> None:
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).touch()
-    message = f"{tmp_path} has no config.json; give one of its GGUF files: a.gguf, b.gguf"
+    message = f"{tmp_path} has no config.json; give one of its GGUF files as {tmp_path}:FILE: a.gguf, b.gguf"
     fails(run("heads", "init", tmp_path, "-o", tmp_path / "new"), 1, message)

@@ -15,7 +15,7 @@ from medusa_export.model.checkpoint import Backbone
 from medusa_export.trace import attention_node as attention
 from medusa_export.trace.cache_shapes import cached_tensors
 from medusa_export.trace.layers import decoder_layers
-from medusa_export.trace.step_module import StepModule
+from medusa_export.trace.step_graph import step_module
 from medusa_runtime import Manifest
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from tests.support.eager_step import chain_and_tree, computed, empty_cache
@@ -38,10 +38,6 @@ def backbone_of(model_type: str, **settings: object) -> Backbone:
     return Backbone("tiny", model, torch.float32)
 
 
-def module_of(backbone: Backbone) -> StepModule:
-    return StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
-
-
 @pytest.mark.parametrize(
     ("model_type", "settings", "wanted"),
     [
@@ -53,7 +49,7 @@ def module_of(backbone: Backbone) -> StepModule:
 )
 def test_what_a_layer_caches_is_seen(model_type: str, settings: dict[str, object], wanted: dict[str, tuple[int, int]]) -> None:
     backbone = backbone_of(model_type, **settings)
-    found = cached_tensors(backbone, module_of(backbone), decoder_layers(backbone.model)[1])
+    found = cached_tensors(backbone, step_module(backbone), decoder_layers(backbone.model)[1])
     if wanted is not None:
         assert {tensor.name: (tensor.heads, tensor.width) for layer in found for tensor in layer} == wanted
     else:
@@ -73,7 +69,7 @@ def test_chunks_and_trees_are_those_of_pytorch(model_type: str) -> None:
     with torch.no_grad():
         chain = own(torch.tensor([TEXT]), use_cache=False).logits[0]
         branch = own(torch.tensor([TEXT[:half] + BRANCH]), use_cache=False).logits[0, half:]
-    module = module_of(backbone)
+    module = step_module(backbone)
     past = empty_cache(backbone, module)
     with computed():
         found = chain_and_tree(module, past, TEXT, BRANCH)
@@ -87,14 +83,14 @@ def test_chunks_and_trees_are_those_of_pytorch(model_type: str) -> None:
             "qwen3_5_text",
             r"2 of its 4 layers keep a recurrent state \(Qwen3_5GatedDeltaNet\), which a tree of drafts cannot branch",
         ),
-        ("jamba", r"3 of its 4 layers keep a recurrent state \(JambaMambaMixer\)"),
+        ("olmo_hybrid", r"2 of its 4 layers keep a recurrent state \(OlmoHybridGatedDeltaNet\)"),
         ("recurrent_gemma", "it convolves over tokens without caching what it reads"),
     ],
 )
 def test_a_state_that_cannot_branch_is_refused_by_name(model_type: str, reason: str) -> None:
     backbone = backbone_of(model_type)
     with pytest.raises(ExportError, match=reason):
-        cached_tensors(backbone, module_of(backbone), decoder_layers(backbone.model)[1])
+        cached_tensors(backbone, step_module(backbone), decoder_layers(backbone.model)[1])
 
 
 def test_such_a_state_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,12 @@ def rows_of(text: str) -> dict[str, str]:
     return {line.split("`")[1]: line + "\n" for line in text.splitlines() if line.startswith("| `")}
 
 
+def agrees(line: str, row: dict[str, Any]) -> bool:
+    """Whether a line of the page says what was found. Checks that were not repeated may have any result."""
+    said, found = line.split("|"), table_row(row).split("|")
+    return len(said) == len(found) and all(not mine.strip() or mine == theirs for mine, theirs in zip(found, said, strict=True))
+
+
 def _cell(found: str | None) -> str:
     return NOT_TRIED if found is None else YES if found == "passes" else NO
 

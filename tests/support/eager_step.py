@@ -10,7 +10,10 @@ import numpy as np
 import torch
 
 from medusa_export.model.checkpoint import Backbone
+from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
+from medusa_export.passes.portable.expand_experts import EXPERT_LINEAR, EXPERTS, EXPERTS_DOMAIN
 from medusa_export.trace.cache_shapes import cached_tensors
+from medusa_export.trace.experts_node import UNGATED, Activation, swiglu
 from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
 from medusa_export.trace.step_module import StepModule
 
@@ -28,6 +31,60 @@ def attention(
     return torch.softmax(scores, -1) @ value
 
 
+def sink_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention to one more key of score `sinks` [Hq] and a value of zeros."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
+    scores = (softcap * torch.tanh(scores / softcap) if softcap else scores).masked_fill(~mask, -torch.inf)
+    column = sinks.reshape(1, -1, 1, 1).expand(len(query), -1, query.shape[2], 1)
+    weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    return weights @ value.repeat_interleave(groups, 1)
+
+
+def expert_linear(
+    rows: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: int
+) -> torch.Tensor:
+    """Each row times the weight of its own expert."""
+    chosen = weight[experts] if transposed else weight[experts].transpose(1, 2)  # [S, in, out]
+    return (rows.unsqueeze(1) @ chosen).squeeze(1) + (0 if bias is None else bias[experts])
+
+
+def experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    *,
+    transposed: int,
+    activation: str,
+    interleaved: int,
+    alpha: float,
+    beta: float,
+    limit: float,
+) -> torch.Tensor:
+    """The chosen experts of each token, summed by their weights."""
+    rows = x.repeat_interleave(ids.shape[1], 0)
+    inner = expert_linear(rows, ids.flatten(), up, up_bias, transposed=transposed)
+    if activation == "swiglu":
+        inner = swiglu(Activation(activation, bool(interleaved), alpha, beta, limit))(inner)
+    else:
+        inner = UNGATED[activation](inner)
+    result = expert_linear(inner, ids.flatten(), down, down_bias, transposed=transposed)
+    return (result.reshape(*ids.shape, -1) * weights.unsqueeze(2)).sum(1)
+
+
 def tensor_scatter(buffer: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor, *, axis: int, mode: str) -> torch.Tensor:
     """The standard operator, on axis 2 of [B, H, S, D]."""
     assert (axis, mode) == (2, "linear")
@@ -35,10 +92,10 @@ def tensor_scatter(buffer: torch.Tensor, new: torch.Tensor, lengths: torch.Tenso
     return buffer.scatter(2, places.expand(-1, *new.shape[1:2], -1, new.shape[3]), new)
 
 
-def gather_nd(data: torch.Tensor, index: torch.Tensor, *, batch_dims: int) -> torch.Tensor:
-    """The standard operator, for rows of [B, H, S, C] by head and entry, [B, N, 2]."""
+def gather_nd(data: torch.Tensor, indices: torch.Tensor, *, batch_dims: int) -> torch.Tensor:
+    """The standard operator: entries of [B, H, S, C] by pairs of head and place, [B, N, 2]."""
     assert batch_dims == 1
-    return torch.stack([rows[places[:, 0], places[:, 1]] for rows, places in zip(data, index, strict=True)])
+    return data[torch.arange(len(data))[:, None], indices[..., 0], indices[..., 1]]
 
 
 def cumulative_sum(data: torch.Tensor, axis: torch.Tensor, *, exclusive: int, reverse: int) -> torch.Tensor:
@@ -47,7 +104,15 @@ def cumulative_sum(data: torch.Tensor, axis: torch.Tensor, *, exclusive: int, re
     return data.flip(int(axis)).cumsum(int(axis)).flip(int(axis)) - data
 
 
-OPERATORS = {"Attention": attention, "TensorScatter": tensor_scatter, "GatherND": gather_nd, "CumSum": cumulative_sum}
+OPERATORS = {
+    "CumSum": cumulative_sum,
+    "GatherND": gather_nd,
+    "Attention": attention,
+    "TensorScatter": tensor_scatter,
+    f"{SINK_DOMAIN}::{SINK_ATTENTION}": sink_attention,
+    f"{EXPERTS_DOMAIN}::{EXPERTS}": experts,
+    f"{EXPERTS_DOMAIN}::{EXPERT_LINEAR}": expert_linear,
+}
 
 
 @contextmanager

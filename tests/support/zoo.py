@@ -122,7 +122,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8]},
     "lfm2": {"layer_types": [CONV, FULL] * 2},
     "lfm2_moe": {"layer_types": [CONV, FULL] * 2},
-    "llama4_text": {"layer_types": ["chunked_attention"] * 3 + [FULL], "interleave_moe_layer_step": 2, "floor_scale": WINDOW},
+    "llama4_text": {"layer_types": ["chunked_attention"] * 3 + [FULL], "interleave_moe_layer_step": 2, "floor_scale": 128},
     "longcat_flash": {"num_layers": 2},  # of two attentions each
     "mamba2": {"num_heads": 8},
     "mimo_v2_flash": {"head_dim": 24},  # of which a third rotates

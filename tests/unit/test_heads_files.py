@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from medusa_export.bundle.default_tree import tree_for
 from medusa_heads.config import HeadsConfig
@@ -21,6 +24,57 @@ CONFIG = HeadsConfig(base_model="x", num_heads=2, hidden_size=4, vocab_size=8)
 def heads(tmp_path: Path) -> Path:
     save_heads(MedusaHeads(CONFIG), tmp_path / "heads")
     return tmp_path / "heads"
+
+
+def test_files_of_earlier_versions_keep_their_digest_and_config(heads: Path) -> None:
+    fields = (
+        "format_version",
+        "base_model",
+        "num_heads",
+        "num_layers",
+        "hidden_size",
+        "vocab_size",
+        "shared_lm_head",
+        "reads_root",
+    )
+    assert tuple(json.loads((heads / "config.json").read_text())) == fields  # which earlier versions can read as well
+    whole = hashlib.sha256()
+    for name, tensor in sorted(load_file(heads / "heads.safetensors").items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    assert load_heads(heads).digest() == whole.hexdigest()
+
+
+def test_what_decides_the_guesses_is_in_the_digest() -> None:
+    scaled = MedusaHeads(CONFIG.model_copy(update={"shared_lm_head": False, "logit_scale": 0.5}))
+    plain = MedusaHeads(CONFIG.model_copy(update={"shared_lm_head": False}))
+    plain.load_state_dict(scaled.state_dict())
+    assert plain.digest() != scaled.digest()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 0},
+        {"one_lm_head": True},
+        {"shared_lm_head": False, "vocab_size": None},
+        {"shared_lm_head": False, "reads_root": True, "kind": "hydra"},
+        {"shared_lm_head": False, "draft_rows": True, "kind": "hydra"},
+        {"reads_root": True, "one_block": True, "num_layers": 2},
+        {"kind": "other"},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(heads: Path, changes: dict[str, Any]) -> None:
+    (heads / "config.json").write_text(json.dumps(CONFIG.model_dump() | changes), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json: ") as caught:
+        load_heads(heads)
+    assert "\n" not in str(caught.value)
+
+
+def test_lm_heads_for_a_draft_vocabulary_need_it(heads: Path) -> None:
+    changed = CONFIG.model_dump() | {"shared_lm_head": False, "draft_rows": True}
+    (heads / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"lack draft_vocabulary\.json"):
+        load_heads(heads)
 
 
 @pytest.mark.parametrize(

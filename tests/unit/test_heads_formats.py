@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medusa_heads.formats import FOREIGN, read_heads, save_heads
-from tests.support.published_heads import FLAVOURS, publish
+from medusa_heads.formats import FOREIGN, load_heads, read_heads, save_heads
+from tests.support.published_heads import FLAVOURS, hydra_logits, publish, random_parts
 
 WRITERS = {flavour.NAME: flavour for flavour in FOREIGN}
 
@@ -73,3 +74,30 @@ def test_every_flavour_comes_back_bit_for_bit(what: str, tmp_path: Path) -> None
 
 def ours_of(name: str) -> str:
     return name.replace("medusa_heads.", "heads.").replace(".medusa_layers.", ".blocks.")
+
+
+@pytest.mark.parametrize(("what", "one_block"), [("medusa-0.1 of one block twice", True), ("medusa-0.1 of two layers", False)])
+def test_one_block_under_two_names_is_known_as_one(what: str, one_block: bool, tmp_path: Path) -> None:
+    config = load_heads(publish(what, tmp_path / "heads").path).config
+    assert (config.num_layers, config.one_block) == (2, one_block)
+
+
+def test_rows_that_pad_the_vocabulary_for_the_ranks_are_left_out(tmp_path: Path) -> None:
+    given = publish("tensorrt-llm of two ranks", tmp_path / "heads")
+    whole = load_heads(given.path)
+    config = json.loads((given.path / "config.json").read_text())
+    (given.path / "config.json").write_text(json.dumps(config | {"vocab_size": 319}))
+    heads = load_heads(given.path)
+    assert heads.config.vocab_size == 319
+    assert torch.equal(heads.heads[2].lm_head.weight, whole.heads[2].lm_head.weight[:319])
+
+
+def test_hydra_heads_read_the_tokens_that_they_are_given(tmp_path: Path) -> None:
+    heads = load_heads(publish("hydra", tmp_path / "heads").path)
+    parts, random = random_parts(1, reads=True), np.random.default_rng(5)
+    hidden, embedding = random.normal(0, 1, (7, 64)).astype(np.float32), torch.nn.Embedding(320, 64)
+    tokens = torch.from_numpy(random.integers(0, 320, (7, 3)))  # the root and two guesses
+    with torch.no_grad():
+        found = heads(torch.from_numpy(hidden), None, tokens[:, 0], embedding, tokens[:, 1:])
+        expected = hydra_logits(parts, hidden, embedding(tokens).numpy())
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5, rtol=1e-5)

@@ -298,11 +298,11 @@ def test_prompts_are_read_from_lines_and_json_lines(tmp_path) -> None:
     ("name", "text", "message"),
     [
         ("a.txt", "\n", "has no prompts"),
-        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: no prompt"),
-        ("a.jsonl", "plain", "line 1: no prompt"),
-        ("a.jsonl", '{"turns": []}', "line 1: no prompt"),
-        ("a.jsonl", '{"prompt": 3}', "line 1: no prompt"),
-        ("b/a.txt", None, "cannot read the prompts"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "row 2 has no prompt"),
+        ("a.jsonl", "plain", "row 1 is not JSON"),
+        ("a.jsonl", '{"turns": []}', "row 1 has no prompt"),
+        ("a.jsonl", '{"prompt": 3}', "row 1: a user's turn is 3"),
+        ("b/a.txt", None, "cannot be read"),
     ],
 )
 def test_what_holds_no_prompts_is_refused(tmp_path, name, text, message) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from medusa_export.bundle.default_tree import tree_for
@@ -16,13 +15,13 @@ from medusa_export.model.generation_settings import describe, generation_facts
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention_node as attention
-from medusa_export.trace.before_loading import refuse_states
 from medusa_export.trace.heads_graph import reads_lm_head_rows, trace_heads
+from medusa_export.trace.skeleton import require_traceable
 from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
-from medusa_heads.formats.locating import is_hub_id, locate
+from medusa_heads.formats.locating import locate, locate_merged
 from medusa_heads.formats.merged import has_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.bundle.manifest import (
@@ -86,12 +85,14 @@ def export_bundle(options: ExportOptions) -> Manifest:
             options.precision,
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
-            check=partial(refuse_states, options.model, trust_remote_code=options.trust_remote_code),
+            before_loading=require_traceable,
         )
         text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
     text.check(backbone)
     if backbone.is_multimodal:
         note(f"{options.model} reads more than text; the bundle has its language model, without images, video or sound")
+    if options.precision == "bf16":
+        note("a bf16 bundle runs on GPUs alone: ONNX Runtime has no bfloat16 kernels for CPUs. For both, export fp16")
     generation = _generation(backbone)
     limits = _limits(options, backbone)
     require_matching(heads, backbone, heads_path)
@@ -130,11 +131,13 @@ def heads_place(model: str, heads: Path | None) -> Path:
         CheckpointError: there are none where they should be, or a file is damaged.
     """
     if heads is not None:
-        return locate(heads)
-    if is_hub_id(model) or Path(model).is_dir():
-        place = locate(model)
-        if has_heads(place):
-            return place
+        place = locate(heads)
+        if has_heads(place) and place.resolve() != Path(model).resolve():
+            note(f"{heads} is a merged checkpoint: its model was trained with its heads, which may guess badly on {model}")
+        return place
+    merged = locate_merged(model)
+    if merged is not None:
+        return merged
     raise OptionError(f"{model} has no heads in it; give some with --heads (medusa-export train and heads init make them)")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -13,6 +15,7 @@ from medusa_runtime.bundle.manifest import WEIGHTS_NAME, FileFacts
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph: runtimes need their values to compute shapes
 ALIGNMENT = 4096  # a page, so that a runtime can map the file
+PIECE = 1 << 20  # bytes that are compared at a time
 
 
 def total_bytes(models: Iterable[ir.Model]) -> int:
@@ -26,23 +29,26 @@ def write_weights(models: Iterable[ir.Model], directory: Path, advance: Callable
     A tensor that two graphs or two names share is stored once. At most one tensor is in memory in addition to those that the
     models already hold.
     """
-    offsets: dict[bytes, int] = {}
+    offsets: dict[tuple[int, int], list[int]] = {}  # by checksum and length: where tensors begin that may be the same
     whole = hashlib.sha256()
     position = 0
-    with (directory / WEIGHTS_NAME).open("wb") as file:
+    with (directory / WEIGHTS_NAME).open("w+b") as file:
         for value, tensor in _external(models):
             data = tensor.tobytes()
-            digest = hashlib.sha256(data).digest()
-            if digest not in offsets:
+            alike = offsets.setdefault((zlib.crc32(data), len(data)), [])
+            offset = next((start for start in alike if _holds(file, start, data)), None)
+            if offset is None:
                 padding = b"\0" * (-position % ALIGNMENT)
+                file.seek(position)
                 for piece in (padding, data):
                     file.write(piece)
                     whole.update(piece)
-                offsets[digest] = position + len(padding)
+                offset = position + len(padding)
+                alike.append(offset)
                 position += len(padding) + len(data)
             value.const_value = ir.ExternalTensor(
                 WEIGHTS_NAME,
-                offsets[digest],
+                offset,
                 len(data),
                 tensor.dtype,
                 shape=shape_of(tensor),
@@ -51,6 +57,13 @@ def write_weights(models: Iterable[ir.Model], directory: Path, advance: Callable
             )
             advance(len(data))
     return FileFacts(size=position, sha256=whole.hexdigest())
+
+
+def _holds(file: BinaryIO, start: int, data: bytes) -> bool:
+    """Whether a file has these bytes at this place: a checksum can be equal by chance."""
+    file.seek(start)
+    view = memoryview(data)
+    return all(file.read(len(part)) == part for part in (view[at : at + PIECE] for at in range(0, len(data), PIECE)))
 
 
 def _external(models: Iterable[ir.Model]) -> list[tuple[ir.Value, ir.TensorProtocol]]:

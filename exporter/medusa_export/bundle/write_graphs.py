@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from medusa_export.bundle.weights_file import total_bytes, write_weights
+from medusa_export.passes.common.roles import KEY, keep_roles
 from medusa_export.passes.ort_cpu.variants import for_one_sequence, for_ort_cpu
 from medusa_export.progress import byte_stage
 from medusa_runtime.bundle.manifest import (
@@ -45,16 +46,19 @@ def write_graphs(
     for name, model in graphs.items():
         facts[name] = _save(model, name, directory, PORTABLE)
         if precision == "fp32":
-            derived = ir.load(directory / facts[name].file)
+            derived = model.clone()
             for_ort_cpu(derived, activation_bits)
             facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
-    if precision == "fp32" and for_one_sequence(single := ir.load(directory / facts[STEP].file), activation_bits):
+    if precision == "fp32" and for_one_sequence(single := graphs[STEP].clone(), activation_bits):
         facts[f"{STEP}.{ORT_CPU_SINGLE}"] = _save(single, f"{STEP}.{ORT_CPU_SINGLE}", directory, ORT_CPU_SINGLE)
     return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
 
 
 def _save(model: ir.Model, name: str, directory: Path, target: str) -> GraphFacts:
+    roles = keep_roles(model)
     ClearMetadataAndDocStringPass()(model)
+    for node, role in roles.items():
+        node.metadata_props[KEY] = role
     model.graph.name = name
     model.opset_imports.pop("medusa.trace", None)
     model.opset_imports.pop("pkg.onnxscript.torch_lib.common", None)

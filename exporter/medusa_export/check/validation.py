@@ -10,7 +10,7 @@ import torch
 
 from medusa_export.bundle.export import require_matching
 from medusa_export.bundle.tree_shapes import paths, pruned
-from medusa_export.check.builtin_prompts import PROMPTS
+from medusa_export.check.builtin_prompts import PROMPTS, label, token_prompts
 from medusa_export.check.compare import divergences, first_divergence, logits_difference
 from medusa_export.check.sides import BundleSide, Reference, ReferenceSide, by_target, runnable_bundle
 from medusa_export.check.validation_report import (
@@ -34,7 +34,8 @@ from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME, GenerationFacts
 from medusa_runtime.errors import MedusaError, OptionError
 from medusa_runtime.options import with_defaults
-from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.codec import Prompt
+from medusa_runtime.text.token_ids import open_codec
 
 DEFAULT_NEW_TOKENS = 48
 ON_CPU = Placement(ORT_CPU, "cpu", "all graphs of an ONNX bundle can be compared there")
@@ -45,7 +46,7 @@ def validate(
     reference: str,
     *,
     heads: Path | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[Prompt] = PROMPTS,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     backend: str = AUTO,
     device: str = AUTO,
@@ -93,10 +94,13 @@ def validate(
     given = _matching_heads(heads, manifest, torch_side) if heads is not None else None
     with stage("compare"):
         try:
-            codec = TextCodec(bundle)
+            codec = open_codec(bundle, manifest)
             new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
             longest = manifest.limits.max_seq_len - new_tokens
-            encoded = {text: codec.encode(text)[:longest] for text in prompts}
+            if not manifest.has_text and prompts is PROMPTS:
+                encoded = {name: ids[:longest] for name, ids in token_prompts(manifest.model.vocab_size).items()}
+            else:
+                encoded = {label(prompt): codec.encode(prompt)[:longest] for prompt in prompts}
             with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):
                 report.notes += notes
                 if given is not None and report.quantization is not None:
@@ -134,11 +138,17 @@ def record(bundle: Path, report: ValidationReport) -> None:
 
     Raises:
         ValidationMismatchError: a check failed.
+        MedusaError: the report cannot be written; the bundle then does not count as validated.
     """
-    write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     manifest = Manifest.load(bundle)
     manifest.validation = report.facts()
-    manifest.save(bundle)
+    try:
+        write_whole(bundle / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+        manifest.save(bundle)
+    except OSError as error:
+        report.show(console)
+        reason = f"{error.filename or bundle / REPORT_NAME}: {error.strerror or error}"
+        raise MedusaError(f"{bundle} is not validated: the result cannot be written ({reason})") from error
     report.show(console)
     if report.status == "failed":
         failed = ", ".join(manifest.validation.summary["failed_checks"])

@@ -13,6 +13,7 @@ import click
 from click.exceptions import Exit
 
 from medusa_export.cli import streams
+from medusa_export.cli.ending import cleanly_on_sigterm
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
 
 COMMANDS = {
@@ -64,7 +65,8 @@ class _LazyCommands(click.Group):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries: we report each stage ourselves
         streams.prepare()
         try:
-            return super().main(*args, **kwargs)
+            with cleanly_on_sigterm():
+                return super().main(*args, **kwargs)
         except ImportError as error:
             package = (error.name or "").split(".")[0]
             if package not in EXTRAS:
@@ -115,5 +117,6 @@ def _fail(error: MedusaError) -> None:
 def main() -> None:
     """Export Hugging Face LLMs with Medusa heads to ONNX Runtime and TensorRT, and decode several tokens a step.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 output differs from the reference, 141 nobody reads the output any more.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 output differs from the reference, 141 nobody reads the output any more,
+    143 ended by SIGTERM.
     """

@@ -26,7 +26,7 @@ LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that n
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin.")
+@click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin. Token ids if BUNDLE has no tokenizer.")
 @options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
 @click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
@@ -102,7 +102,8 @@ def command(
         cuda_graphs=cuda_graphs,
         allow_failed=allow_failed,
     ) as lm:
-        result = _answer(lm, prompt, options, streamed=not as_json)
+        ids = None if lm.manifest.has_text else _token_ids(prompt)
+        result = _answer(lm, prompt if ids is None else ids, options, streamed=not as_json)
     if as_json:
         first, *others = [_facts(choice) for choice in result.choices]
         scores = {} if result.prompt_logprobs is None else {"prompt_logprobs": [asdict(one) for one in result.prompt_logprobs]}
@@ -120,12 +121,12 @@ def command(
     click.echo(f"ran with {placement}", err=True)
 
 
-def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: bool) -> GenerationResult:
+def _answer(lm: MedusaLM, prompt: str | list[int], options: GenerationOptions, *, streamed: bool) -> GenerationResult:
     """The answers. If `streamed`, the first is printed while it is decoded, the others after it."""
     handle = lm.stream(prompt, options)
     for chunk in handle:
         if streamed and chunk.index == 0:
-            click.echo(chunk.text, nl=False)
+            click.echo(chunk.text if isinstance(prompt, str) else "".join(f"{token} " for token in chunk.token_ids), nl=False)
             sys.stdout.flush()
     result = handle.result()
     if streamed:
@@ -133,6 +134,16 @@ def _answer(lm: MedusaLM, prompt: str, options: GenerationOptions, *, streamed: 
         for number, choice in enumerate(result.choices[1:], start=2):
             click.echo(f"\n[answer {number}]\n{choice.text}")
     return result
+
+
+def _token_ids(prompt: str) -> list[int]:
+    """The prompt of a bundle without a tokenizer."""
+    words = prompt.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise OptionError(
+            f"this bundle has no tokenizer; give the prompt as token ids, such as -p '1 42 7', not {prompt[:40]!r}"
+        )
+    return [int(word) for word in words]
 
 
 def _facts(choice: Choice) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.heads_files import convert, inspect
 from medusa_export.command_options.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group("heads")
 def command() -> None:
-    """Make, inspect and evaluate Medusa heads."""
+    """Make, inspect, convert and evaluate Medusa heads."""
 
 
 @command.command("init")
@@ -196,31 +197,5 @@ def ngrams(**options: Any) -> None:
     click.echo(make_ngrams(NGramOptions(**options)))
 
 
-@command.command("inspect")
-@click.argument("heads", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(heads: Path, *, as_json: bool) -> None:
-    """Print the configuration and the tensors of HEADS."""
-    from rich.table import Table
-
-    from medusa_export.console import stdout_console
-    from medusa_heads.formats import load_heads
-    from medusa_runtime.bundle.files import json_text
-
-    loaded = load_heads(heads)
-    tensors = {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in loaded.state_dict().items()
-    }
-    num_parameters = sum(tensor.numel() for tensor in loaded.state_dict().values())
-    facts = loaded.config.model_dump() | {"num_parameters": num_parameters}
-    if as_json:
-        click.echo(json_text(facts | {"tensors": tensors}, indent=2))
-        return
-    console = stdout_console()
-    for name, value in facts.items():
-        console.print(f"{name:16} {value}", markup=False)
-    table = Table("tensor", "shape", "dtype")
-    for name, facts_ in tensors.items():
-        table.add_row(name, str(facts_["shape"]), str(facts_["dtype"]))
-    console.print(table)
+command.add_command(inspect)
+command.add_command(convert)

@@ -32,14 +32,17 @@ def command(
 
     The report is written to validation.json in the bundle. Exit code 3 if a difference exceeds the tolerance.
     """
+    from medusa_export.bundle.writable import require_writable
     from medusa_export.check import PROMPTS, record, validate
+    from medusa_export.measure.prompt_files import read_prompts
+    from medusa_runtime.bundle.manifest import REPORT_NAME
 
-    lines = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line.strip()] if prompts else PROMPTS
+    require_writable(bundle, REPORT_NAME)
     report = validate(
         bundle,
         reference,
         heads=heads,
-        prompts=lines,
+        prompts=read_prompts(prompts) if prompts else PROMPTS,
         max_new_tokens=max_new_tokens,
         backend=backend,
         device=device,

@@ -16,7 +16,9 @@ validate_options = combined(
         "--heads", type=click.Path(path_type=Path), help="The heads that BUNDLE was made from, to compare them as well."
     ),
     click.option(
-        "--prompts", type=click.Path(path_type=Path), help="A text file with one prompt per line. [default: built-in prompts]"
+        "--prompts",
+        type=click.Path(path_type=Path),
+        help="A file of prompts: JSON lines (prompt, turns or messages), or text with one per line. [default: built-in ones]",
     ),
     click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Tokens to decode per prompt."

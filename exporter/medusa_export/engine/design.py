@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from medusa_export.bundle.read_graph import read_graph
 from medusa_export.engine.engine_options import (
     EngineOptions,
     default_tree_nodes,
@@ -39,7 +40,7 @@ class Design:
 
     def portable(self, name: str) -> ir.Model:
         """One of the bundle's graphs, read from its file."""
-        return ir.load(self.options.bundle / self.source.graphs[name].file)
+        return read_graph(self.options.bundle / self.source.graphs[name].file)
 
     def graph(self, name: str) -> ir.Model:
         """One of the bundle's graphs, read from its file and specialised for TensorRT."""

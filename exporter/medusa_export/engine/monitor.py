@@ -1,4 +1,4 @@
-"""Progress of a TensorRT build on the terminal, and Ctrl-C during it."""
+"""Progress of a TensorRT build on the terminal, and signals that end it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from typing import Any
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """While open, Ctrl-C sets an event: an exception must not unwind through C++. KeyboardInterrupt is raised on exit."""
+    """While open, Ctrl-C or SIGTERM sets an event: an exception must not unwind through C++. It is raised on exit."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield asked
         return
 
-    def ask(_: int, __: FrameType | None) -> None:
+    received: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        received.append(number)
         asked.set()
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
-        if asked.is_set():
-            raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            raise SystemExit(128 + signal.SIGTERM) if received[0] == signal.SIGTERM else KeyboardInterrupt
 
 
 def progress_monitor(trt: Any, tell: Callable[[str], None], asked: threading.Event) -> Any:

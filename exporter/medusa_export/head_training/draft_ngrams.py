@@ -46,7 +46,7 @@ def make_ngrams(options: NGramOptions) -> Path:
         OptionError: the heads are not in this project's format, or the data is bad or too small.
         CheckpointError: model or heads cannot be loaded, or do not fit each other.
     """
-    if not native.matches(options.heads):
+    if not (options.heads / native.WEIGHTS_NAME).is_file():
         raise OptionError(f"{options.heads} is not a directory of heads as `train` writes them; only those can hold n-grams")
     heads = load_heads(options.heads)
     if options.threads:

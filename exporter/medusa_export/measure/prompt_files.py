@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from medusa_runtime.errors import OptionError
+from medusa_heads.distill.prompts import read_prompts as read_conversations
+from medusa_runtime.text.codec import Message, Prompt
 
 PROMPTS = (
     "Explain how a rainbow comes about, so that a child of ten understands it.",
@@ -27,28 +28,16 @@ PROMPTS = (
 )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a text file with one per line, or from JSON lines with `prompt` or `turns` (the first turn is used).
+def read_prompts(path: Path) -> list[Prompt]:
+    """The first turn of each row of a file: a user's text, or messages if others come before it.
+
+    The file is one that `medusa_heads.distill.prompts.read_prompts` reads: JSON lines, or text with one prompt per line.
 
     Raises:
-        OptionError: the file cannot be read, or has no prompts.
+        OptionError: the file cannot be read, is empty, or has a bad row; the message gives the row's number.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the prompts {path}: {error}") from error
-    prompts = [_from_json(path, number, line) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
-    if not prompts:
-        raise OptionError(f"{path} has no prompts; write one per line")
-    return prompts
+    return [_first_turn(conversation.turns[0]) for conversation in read_conversations(path)]
 
 
-def _from_json(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-        prompt = row["prompt"] if "prompt" in row else row["turns"][0]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt:
-        raise OptionError(f'{path}, line {number}: no prompt; a line must be {{"prompt": "…"}} or {{"turns": ["…"]}}')
-    return prompt
+def _first_turn(turn: Sequence[Message]) -> Prompt:
+    return str(turn[0]["content"]) if len(turn) == 1 and turn[0]["role"] == "user" else list(turn)

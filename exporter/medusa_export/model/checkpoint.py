@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from medusa_export.errors import ExportError
 from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
@@ -28,9 +29,11 @@ from medusa_runtime.errors import MedusaError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GENERATION_CONFIG = "generation_config.json"
-FULL, SLIDING = "full_attention", "sliding_attention"
+BeforeLoading = Callable[[str, Any, Any], None]  # of source, class and configuration
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 HYBRID = "hybrid"  # full attention beside another part that reads no mask
+OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
 
@@ -63,10 +66,12 @@ class Backbone:
         """
         config = self.config
         types = getattr(config, "layer_types", None)
+        if types is None and (own := getattr(config, "attention_layers", None)) is not None:
+            types = [OWN_KINDS.get(kind, kind) for kind in own]
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING, HYBRID} - WITHOUT_ATTENTION:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED, HYBRID} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
@@ -74,8 +79,13 @@ class Backbone:
     def sliding_window(self) -> int | None:
         """How many tokens back a sliding-window layer attends; None if the model has no such layers."""
         if getattr(self.config, "use_sliding_window", True):
-            return getattr(self.config, "sliding_window", None)
+            return getattr(self.config, "sliding_window", None) or getattr(self.config, "window_size", None)
         return None
+
+    @property
+    def chunk_size(self) -> int | None:
+        """The positions of a chunk, if the model has layers that attend only within one."""
+        return getattr(self.config, "attention_chunk_size", None)
 
     @property
     def max_seq_len(self) -> int:
@@ -83,9 +93,12 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
+        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`.
         """
         longest = int(self._setting("max_position_embeddings"))
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
+        if getattr(self.config, "attn_temperature_tuning", False):
+            longest = min(longest, self.config.floor_scale - 1)
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -145,7 +158,7 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
-    check: Callable[[Any, Any], None] = lambda *_: None,
+    before_loading: BeforeLoading | None = None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -156,7 +169,7 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
-        check: called with the configuration and Transformers' class before weights are loaded; it may refuse the model.
+        before_loading: called with the source, the class that loads the weights, and the configuration. It may raise.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
@@ -165,18 +178,19 @@ def load_backbone(
     if is_adapter(source):
         if quantization is not None:
             raise CheckpointError(f"{source} is an adapter and cannot be loaded quantised; merge it into its model first")
-        return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code, check=check)
+        options = {"attention": attention, "trust_remote_code": trust_remote_code, "before_loading": before_loading}
+        return _with_adapter(source, precision, **options)
     dtype = DTYPES[precision]
     quiet_libraries()
     with opened(source) as (place, options):
         _require_generation_config(Path(place))
-        config = _load_config(source, place, trust_remote_code=trust_remote_code, **options)
-        _require_plain_positions(source, text_config(config))
-        loader = auto_class(source, config)
-        check(config, loader)
+        config = _load_config(source, place, options | {"trust_remote_code": trust_remote_code})
+        loader = _loader(source, config, before_loading)
         if quantization is not None:
             options["quantization_config"] = quantization
         options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        if attention in ALL_EXPERTS_FUNCTIONS:
+            options["experts_implementation"] = attention
         try:
             model, loaded, integers = _load(source, place, loader, options)
         except MedusaError:
@@ -184,8 +198,8 @@ def load_backbone(
         except Exception as error:  # a damaged checkpoint can make the library raise anything
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # the class has only eager attention
                 return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
-            if attention not in {"eager", "sdpa"} and attention in str(error):  # the class looked it up in its own table
-                raise unsupported(source) from error
+            if attention not in {"eager", "sdpa"} and attention in str(error):  # a class with attention code of its own
+                return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
             raise CheckpointError(reason(source, error)) from error
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
@@ -195,15 +209,24 @@ def load_backbone(
     return Backbone(source, model.eval(), dtype, integers)
 
 
+def _loader(source: str, config: Any, before_loading: BeforeLoading | None) -> Any:
+    """The class that loads the weights. Whatever the configuration tells against the model is raised here."""
+    _require_plain_positions(source, text_config(config))
+    loader = auto_class(source, config)
+    if before_loading is not None:
+        before_loading(source, loader, config)
+    return loader
+
+
 def _load(
     source: str, place: str, loader: Any, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], Mapping[str, LazyIntegers]]:
     """The model, what Transformers says about its loading, and the weights that are stored as integers."""
     model, loaded, integers = _load_once(place, loader, options)
-    config = model.config
-    if (rows := resized_rows(loaded, text_config(config).vocab_size)) is not None:
-        note(f"the embedding of {source} has {rows} rows, config.json says {text_config(config).vocab_size}; all are used")
-        config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"])
+    said = text_config(model.config).vocab_size
+    if (rows := resized_rows(loaded, said)) is not None:
+        note(f"the embedding of {source} has {rows} rows, config.json says {said}; all are used")
+        config = _load_config(source, place, options)
         text_config(config).vocab_size = rows
         model, loaded, integers = _load_once(place, loader, options | {"config": config})
     return model, loaded, integers
@@ -222,12 +245,12 @@ def _load_once(place: str, loader: Any, options: dict[str, Any]) -> tuple[Any, d
     return model, loaded, {}
 
 
-def _load_config(source: str, place: str, **options: Any) -> Any:
-    options.pop("quantization_config", None)
+def _load_config(source: str, place: str, options: dict[str, Any]) -> Any:
     if "config" in options:
         return options["config"]
+    known = {name: options[name] for name in ("gguf_file", "trust_remote_code") if name in options}
     try:
-        return AutoConfig.from_pretrained(place, **options)
+        return AutoConfig.from_pretrained(place, **known)
     except Exception as error:  # as in `load_backbone`
         raise CheckpointError(reason(source, error)) from error
 

@@ -10,8 +10,8 @@ import torch
 
 from medusa_export.progress import note
 from medusa_heads.errors import CheckpointError
+from medusa_heads.formats.merged import PREFIXES as HEADS_PREFIXES
 
-HEADS = "medusa_head"  # the start of the names of the heads in a merged checkpoint
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -28,12 +28,12 @@ def require_complete(source: str, loaded: dict[str, Any]) -> None:
 
 
 def check_unused(source: str, unused: Iterable[str], config: Any) -> None:
-    """Name the weights that the model does not use.
+    """Name the weights that the model does not use. Those of Medusa heads in a merged checkpoint are expected.
 
     Raises:
         CheckpointError: they are those of layers beyond the number that the configuration names.
     """
-    names = sorted(name for name in unused if not name.startswith(HEADS))
+    names = sorted(name for name in unused if not name.startswith(HEADS_PREFIXES))
     layers = config.num_hidden_layers
     known = layers + int(getattr(config, "num_nextn_predict_layers", None) or 0)  # layers that only predict further tokens
     beyond = [name for name in names if (found := LAYER.search(f".{name}")) and int(found[1]) >= known]

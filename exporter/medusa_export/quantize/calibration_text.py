@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard, cast
 
 from medusa_export.check.builtin_prompts import PROMPTS as CALIBRATION_PROMPTS
 from medusa_export.measure.prompt_files import PROMPTS as QUALITY_PROMPTS
 from medusa_runtime import DecodingEngine, DecodingOptions, DecodingStats
 from medusa_runtime.errors import OptionError
-from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.codec import Prompt, TextCodec
 
 __all__ = ["CALIBRATION_PROMPTS", "QUALITY_PROMPTS", "answered", "pieces"]
 
@@ -18,17 +19,23 @@ PIECE_TOKENS = 512
 MOST_PIECES = 32
 
 
-def answered(engine: DecodingEngine, codec: TextCodec, prompts: Sequence[str]) -> tuple[list[list[int]], DecodingStats]:
+def answered(
+    engine: DecodingEngine, codec: TextCodec, prompts: Sequence[Prompt | list[int]]
+) -> tuple[list[list[int]], DecodingStats]:
     """Token ids of prompts with the model's greedy answers, and the statistics of decoding them."""
     stats, texts = DecodingStats(), []
     longest = engine.backend.manifest.limits.max_seq_len
     options = DecodingOptions(max_new_tokens=min(ANSWER_TOKENS, longest // 2))
     for prompt in prompts:
-        text = codec.encode(prompt)[: longest - longest // 2]
+        text = (prompt if _is_ids(prompt) else codec.encode(cast("Prompt", prompt)))[: longest - longest // 2]
         for [step] in engine.generate([text], options=options, stats=stats):
             text = [*text, *step.token_ids]
         texts.append(text)
     return texts, stats
+
+
+def _is_ids(prompt: Prompt | list[int]) -> TypeGuard[list[int]]:
+    return isinstance(prompt, list) and all(isinstance(part, int) for part in prompt)
 
 
 def pieces(path: Path, codec: TextCodec, max_seq_len: int) -> list[list[int]]:

@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from medusa_export.bundle.export import ExportOptions, export_bundle
 from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.write_graphs import write_graphs
+from medusa_export.check.builtin_prompts import token_prompts
 from medusa_export.check.quality import compare
 from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
@@ -31,7 +33,8 @@ from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import HEADS, STEP, Manifest, QuantizationFacts, Scheme, ValidationFacts, file_facts
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
 from medusa_runtime.errors import BundleError, OptionError
-from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME, TextCodec
+from medusa_runtime.text.codec import CHAT_NAME, TOKENIZER_NAME, Prompt
+from medusa_runtime.text.token_ids import open_codec
 
 SMOOTHING = 0.5  # best in the paper for models like Llama, and in our measurements for SmolLM2
 LAYERS = frozenset({"layers", "h", "blocks"})  # the names that models give to their list of layers
@@ -86,16 +89,16 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     """
     require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle])
     source = _source(options.bundle)
-    codec = TextCodec(options.bundle)
+    codec = open_codec(options.bundle, source)
     if options.activation_bits is not None and options.scheme != "int8":
         raise OptionError(f"--activation-bits only applies to --scheme int8, not {options.scheme}; leave it out")
     activation_bits = (options.activation_bits or 16) if options.scheme == "int8" else 8
     smoothing = SMOOTHING if options.activation_bits == 8 else 0.0
     if options.calibration_prompts is not None and not smoothing:
         raise OptionError("--calibration-prompts only applies to --scheme int8 with --activation-bits 8; leave it out")
-    quality_prompts = read_prompts(options.quality_prompts) if options.quality_prompts else QUALITY_PROMPTS
-    calibration_prompts = read_prompts(options.calibration_prompts) if options.calibration_prompts else CALIBRATION_PROMPTS
-    graphs = {name: ir.load(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
+    quality_prompts = _prompts(options.quality_prompts, QUALITY_PROMPTS, source)
+    calibration_prompts = _prompts(options.calibration_prompts, CALIBRATION_PROMPTS, source)
+    graphs = {name: read_graph(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
     before = open_backend(options.bundle, source, "ort-cpu")
     ngrams = NGrams.of_bundle(options.bundle, source)
     engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
@@ -111,7 +114,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         QuantizeWeights(_storage(options.scheme), gathered)(model)
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
         files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
-        for name in (TOKENIZER_NAME, CHAT_NAME, *({NGRAMS_NAME} & source.files.keys())):
+        for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):
             shutil.copyfile(options.bundle / name, directory / name)
             files[name] = file_facts(directory / name)
         manifest = source.model_copy(
@@ -143,6 +146,13 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         )
         manifest.save(directory)
     return manifest
+
+
+def _prompts(path: Path | None, usual: Sequence[str], source: Manifest) -> Sequence[Prompt | list[int]]:
+    """The prompts of a file, or else the usual ones, or else token ids for a bundle without a tokenizer."""
+    if path is not None:
+        return read_prompts(path)
+    return usual if source.has_text else list(token_prompts(source.model.vocab_size).values())
 
 
 def _source(bundle: Path) -> Manifest:
@@ -181,7 +191,7 @@ def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> d
     """Measure on texts the largest magnitude per channel of each activation that can be smoothed."""
     import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
 
-    model = ir.load(bundle / source.graphs[STEP].file)
+    model = read_graph(bundle / source.graphs[STEP].file)
     found = junctions(model)
     names = with_maxima(model, found)
     if not names:

@@ -14,9 +14,16 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
+from medusa_export.trace import experts_node
+
 ATTENTION_NAME = "medusa_onnx"
-# Arguments that do not change the result. Selected tokens (``indices``) are all of them, see `medusa_export.trace.selection`.
-HARMLESS = frozenset({"position_ids", "cache_position", "indices"})
+# Arguments that do not change the result: our masks say the same (`is_causal`, `sliding_window`), they are about training or
+# what else is returned, the rotary embedding has used them already, or they select tokens that are all of them (``indices``,
+# see `medusa_export.trace.selection`).
+HARMLESS = frozenset(
+    {"cache_position", "dropout", "indices", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"}
+)
 MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 
@@ -32,33 +39,50 @@ def onnx_attention(
     attention_mask: torch.Tensor,  # [B, 1, T, S] bool
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [Hq]: sinks, one more score for each query head
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention as one ``Attention`` node. Returns [B, T, Hq, D], as Transformers expects.
+    """Scaled dot-product attention as one ``Attention`` node, or ``SinkAttention``. Returns [B, T, Hq, D].
 
     Raises:
-        UnknownAttentionError: the model passes a tensor that would change the result, such as attention sinks.
+        UnknownAttentionError: the model passes an argument that could change the result.
     """
-    if unknown := [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in HARMLESS]:
+    given = {name for name, value in others.items() if value is not None and not name.startswith("output_")}
+    if unknown := sorted(given - HARMLESS):
         raise UnknownAttentionError(f"its attention has the extra inputs {', '.join(unknown)}")
-    batch, heads, tokens, width = query.shape
-    attributes: dict[str, Any] = {"scale": float(scaling if scaling is not None else width**-0.5)}
-    if softcap:
-        attributes["softcap"] = float(softcap)
-    attended = torch.onnx.ops.symbolic(
-        "Attention",
-        [query, key, value, attention_mask],
-        attrs=attributes,
-        dtype=query.dtype,
-        shape=(batch, heads, tokens, value.shape[-1]),
-        version=MIN_OPSET,
-    )
+    width = query.shape[-1]
+    scale = scaling if scaling is not None else width**-0.5
+    attended = attention_node(query, key, value, attention_mask, s_aux, scale=float(scale), softcap=softcap)
     return attended.transpose(1, 2).contiguous(), None
 
 
+def attention_node(
+    query: torch.Tensor,  # [B, Hq, T, D]
+    key: torch.Tensor,  # [B, Hkv, S, D]
+    value: torch.Tensor,  # [B, Hkv, S, D]
+    mask: torch.Tensor,  # [B, 1, T, S] bool
+    sinks: torch.Tensor | None = None,  # [Hq]
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The node ``Attention``, or ``SinkAttention`` if there are sinks. [B, Hq, T, D]"""
+    batch, heads, tokens, _ = query.shape
+    attributes: dict[str, Any] = {"scale": scale} | ({"softcap": float(softcap)} if softcap else {})
+    return torch.onnx.ops.symbolic(
+        "Attention" if sinks is None else f"{SINK_DOMAIN}::{SINK_ATTENTION}",
+        [query, key, value, mask] if sinks is None else [query, key, value, mask, sinks],
+        attrs=attributes,
+        dtype=query.dtype,
+        shape=(batch, heads, tokens, value.shape[-1]),
+        version=MIN_OPSET if sinks is None else 1,
+    )
+
+
 def register() -> None:
-    """Register ``attn_implementation="medusa_onnx"`` with Transformers. It may be called again."""
+    """Register ``attn_implementation="medusa_onnx"`` with Transformers, and experts of that name. It may be called again."""
     AttentionInterface.register(ATTENTION_NAME, onnx_attention)
+    experts_node.register(ATTENTION_NAME)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, attention_mask=None, **__: attention_mask)
 
 

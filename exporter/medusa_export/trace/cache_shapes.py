@@ -11,11 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import Backbone, unsupported
 from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.attention_node import counted
 from medusa_export.trace.layers import NoLayersError
+from medusa_export.trace.own_attention import has_own_attention
 from medusa_export.trace.quiet import quiet_torch
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.step_module import StepModule
@@ -25,10 +25,7 @@ from medusa_runtime.errors import first_line
 DTYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 TOKENS = 2
-
-
-class RecurrentLayersError(ExportError):
-    """Layers keep a recurrent state."""
+RECURRENT = frozenset({"linear_attention", "mamba"})  # kinds of layers that keep a state, wherever they keep it
 
 
 class RecordingCache(ScatterCache):
@@ -73,31 +70,23 @@ class RecordingCache(ScatterCache):
         return new
 
 
-def cached_tensors(
-    backbone: Backbone, module: StepModule, layers: Sequence[torch.nn.Module], mode: FakeTensorMode | None = None
-) -> list[list[CacheTensor]]:
+def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torch.nn.Module]) -> list[list[CacheTensor]]:
     """The tensors that each decoder layer writes to the cache, in the order of writing. A layer may have none.
 
     The pass runs on fake tensors: it knows shapes and dtypes alone, and takes no time and memory for a large model.
 
-    Args:
-        backbone: the model.
-        module: its step.
-        layers: its decoder's layers.
-        mode: that the model was made in, if it is itself of fake tensors.
-
     Raises:
-        RecurrentLayersError: layers keep a recurrent state.
         NoLayersError: a layer does not run once in a step, or something is cached outside of the layers.
         ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
     what = backbone.facts.architecture
-    with quiet_torch(), mode or fake_tensors(), torch.no_grad(), counted() as attending:
+    with quiet_torch(), fake_tensors(), torch.no_grad(), counted() as attending:
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
         cache = RecordingCache(len(layers), Ancestors(ids, mask, torch.zeros(1, dtype=torch.long)))
         hooks = [layer.register_forward_pre_hook(partial(cache.begin, index)) for index, layer in enumerate(layers)]
-        hooks += [part.register_forward_pre_hook(cache.enter) for part in _mixers(layers)]
+        parts = [part for layer in layers for part in layer.modules() if hasattr(part, "layer_idx")]
+        hooks += [part.register_forward_pre_hook(cache.enter) for part in parts]
         try:
             module.run(cache, ids, torch.zeros(1, 1, dtype=torch.long))
         except NoLayersError:
@@ -109,23 +98,28 @@ def cached_tensors(
         finally:
             for hook in hooks:
                 hook.remove()
-    if cache.recurrent:
-        kept = f"{len(cache.recurrent)} of its {len(layers)} layers keep a recurrent state"
-        classes = ", ".join(sorted({*cache.recurrent.values()}))
-        raise RecurrentLayersError(str(unsupported(what, f"{kept} ({classes}), which a tree of drafts cannot branch")))
+    _require_states_that_branch(backbone, cache)
     for index in range(len(layers)):
         if (runs := cache.num_runs[index]) != 1:
             raise NoLayersError(f"its layer {index} runs {runs} times in a step")
-    if not any(cache.tensors):
-        raise unsupported(what, "it caches no keys and values")
-    if len(attending) < sum(tensor.part == "key" for layer in cache.tensors for tensor in layer):
+    if not has_own_attention(backbone.model) and len(attending) < sum(
+        tensor.part == "key" for layer in cache.tensors for tensor in layer
+    ):
         raise unsupported(what)
     return cache.tensors
 
 
-def _mixers(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The parts of layers that know their layer's number, since they cache something."""
-    return [part for layer in layers for part in layer.modules() if hasattr(part, "layer_idx")]
+def _require_states_that_branch(backbone: Backbone, cache: RecordingCache) -> None:
+    what, depth = backbone.facts.architecture, len(cache.tensors)
+    if cache.recurrent:
+        kept, classes = f"{len(cache.recurrent)} of its {depth} layers", ", ".join(sorted({*cache.recurrent.values()}))
+        raise unsupported(what, f"{kept} keep a recurrent state ({classes}), which a tree of drafts cannot branch")
+    kinds = dict(zip(range(depth), backbone.layer_types, strict=False))
+    if hidden := [index for index, kind in kinds.items() if kind in RECURRENT and not cache.tensors[index]]:
+        kept = f"{len(hidden)} of its {depth} layers ({kinds[hidden[0]]})"
+        raise unsupported(what, f"{kept} keep a state outside of the cache, which a tree of drafts cannot branch")
+    if not any(cache.tensors):
+        raise unsupported(what, "it caches no keys and values")
 
 
 def fake_tensors() -> FakeTensorMode:

@@ -80,10 +80,9 @@ class ScatterCache:
     def is_recording_past(*_: Any) -> bool:
         return False
 
-    @staticmethod
-    def update_indexer(key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """What scores the tokens to select is not cached; see `medusa_export.trace.selection`."""
-        return key
+    def update_indexer(self, key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What scores the tokens to select, [B, T, D], is not cached; see `medusa_export.trace.selection`."""
+        return key.new_zeros(key.shape[0], self.capacity, key.shape[-1])
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Cache what a layer keeps of new tokens. [B, H, T, D] -> [B, H, S, D]"""

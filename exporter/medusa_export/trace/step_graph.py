@@ -10,11 +10,17 @@ import torch
 from torch.export import Dim
 
 from medusa_export.model.checkpoint import Backbone, unsupported
+from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.portable.expand_experts import ExpandExperts
+from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
+from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kinds, only_layers, text_decoder
+from medusa_export.trace.own_attention import has_own_attention, require_known
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
+from medusa_export.trace.step_masks import StepMasks
 from medusa_export.trace.step_module import StepModule
 from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
 from medusa_runtime.bundle.cache_layout import BATCH_AXIS, CAPACITY_AXIS, CacheTensor
@@ -39,7 +45,9 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     Raises:
         ExportError: the model cannot be traced.
     """
-    module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window).eval()
+    require_known(backbone.model)
+    recognise_activations(backbone.model)
+    module = step_module(backbone)
     try:
         list_name, layers = decoder_layers(backbone.model)
         cached = cached_tensors(backbone, module, list(layers))
@@ -53,10 +61,17 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
         except UnlikeLayersError as error:
             report(f"layers that look alike have different traces ({error}); tracing all {len(layers)} layers")
             model = _trace_kinds(backbone, module, list_name, [[layer] for layer in range(len(layers))], cached, opset)
+    ExpandExperts()(model)
+    ExpandSinks()(model)
     lm_head: Any = backbone.model.get_output_embeddings()
     tables = {f"model.{name}" for name, value in backbone.model.named_parameters() if value is lm_head.weight}
     TransposeWeights(frozenset(tables) if lm_head_as_table else frozenset())(model)
     return model
+
+
+def step_module(backbone: Backbone) -> StepModule:
+    """The module that is traced."""
+    return StepModule(backbone.model, StepMasks(backbone.layer_types, backbone.sliding_window, backbone.chunk_size)).eval()
 
 
 def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
@@ -109,7 +124,8 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
             opset,
         )
     # Layers that read another layer's keys attend too, so there may be more nodes than keys.
-    if sum(node.op_type == "Attention" for node in model.graph) < sum(tensor.part == "key" for tensor in tensors):
+    found = sum(is_attention(node) for node in model.graph)
+    if found < sum(tensor.part == "key" for tensor in tensors) and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])

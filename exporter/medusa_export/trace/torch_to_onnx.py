@@ -71,5 +71,15 @@ def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
     return cast("torch.Tensor", tensor)
 
 
-def torch_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
-    return ir.tensor_adapters.TorchTensor(tensor.detach(), name=name)
+def torch_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> ir.TensorProtocol:
+    """A weight of a graph. One that is kept in another precision is cast when it is written."""
+    stored = tensor.detach()
+    if dtype is None or dtype == stored.dtype or not stored.is_floating_point():
+        return ir.tensor_adapters.TorchTensor(stored, name=name)
+    return ir.LazyTensor(
+        lambda: ir.tensor_adapters.TorchTensor(stored.to(dtype), name=name),
+        dtype=ir.tensor_adapters.from_torch_dtype(dtype),
+        shape=ir.Shape(stored.shape),
+        name=name,
+        cache=False,
+    )

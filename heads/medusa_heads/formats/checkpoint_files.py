@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,6 @@ class Checkpoint:
     def is_pickle(self) -> bool:
         """Whether the tensors are in pickles."""
         return any(file.suffix in PICKLES for places in self._places.values() for file in places)
-
-    @property
-    def num_ranks(self) -> int:
-        """The number of files that tensors are split over."""
-        return max(map(len, self._places.values()), default=1)
 
     def num_parts(self, name: str) -> int:
         """The number of files that a tensor is split over."""
@@ -158,7 +154,9 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
         CheckpointError: it holds anything but tensors by name, or is damaged.
     """
     try:
-        content = _torch_load(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other versions
+            content = _torch_load(file)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} is a pickle of more than tensors, which could run code, so it is not read; save its tensors as safetensors"

@@ -47,6 +47,8 @@ def load(checkpoint: Checkpoint, note: Note) -> MedusaHeads:
     config = reading.config(one_lm_head=one, vocab_size=vocab_size, draft_rows=draft_rows, logit_scale=scale)
     if config.block_bias and not given.get("medusa_fc_bias") and config.num_layers:
         note(f"{reading.what} have biases, but no medusa_fc_bias in their config: vLLM drops them, here they are used")
+    if config.lm_head_bias:
+        note(f"{reading.what} have LM heads with biases, which vLLM drops; here they are used")
     return reading.heads(config, draft_ids, beside=[reading.naming.prefix + TOKEN_MAP])
 
 

@@ -16,6 +16,7 @@ REPORT_NAME = "validation.json"
 TUNING_NAME = "tuning.json"  # not part of the digest, and neither is the report
 RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # kernels that TensorRT-RTX compiled for a GPU; not part of the digest either
 WEIGHTS_NAME = "weights.bin"
+TEXT_FILES = ("tokenizer.json", "chat.json")  # a bundle has both, or neither
 SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
@@ -278,6 +279,11 @@ class Manifest(_Model):
         return manifest
 
     @property
+    def has_text(self) -> bool:
+        """Whether the bundle has a tokenizer. Without one, it takes and gives token ids alone."""
+        return not self.files.keys().isdisjoint(TEXT_FILES)
+
+    @property
     def remedy(self) -> str:
         """What to do if the bundle is damaged."""
         if self.kind == "onnx":
@@ -288,7 +294,7 @@ class Manifest(_Model):
         """What is missing or contradictory in a manifest of the right form; None if it is complete."""
         if missing := {STEP, HEADS} - self.graphs.keys():
             return f"graphs: {', '.join(sorted(missing))} is missing"
-        needed = {"tokenizer.json", "chat.json", *(graph.file for graph in self.graphs.values())}
+        needed = {graph.file for graph in self.graphs.values()} | (set(TEXT_FILES) if self.has_text else set())
         needed |= {WEIGHTS_NAME} if self.kind == "onnx" else set()
         if missing := needed - self.files.keys():
             return f"files: {', '.join(sorted(missing))} is missing"

@@ -43,11 +43,13 @@ def write_model(
 
     Raises:
         BundleError: there is no bundle.
-        OptionError: the name cannot be used.
+        OptionError: the name cannot be used, or the bundle has no tokenizer.
         OSError: a file cannot be written.
     """
     check_name(name)
-    Manifest.load(bundle)
+    manifest = Manifest.load(bundle)
+    if not manifest.has_text:
+        raise OptionError(f"{bundle} has no tokenizer, and clients send text; it cannot be served")
     place = str(bundle.resolve()) if files == "path" else "bundle"
     settings = (settings or ModelSettings()).model_copy(update={"bundle": place})
     version = directory / VERSION

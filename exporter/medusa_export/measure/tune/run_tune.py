@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medusa_export.bundle.writable import require_writable
 from medusa_export.measure.prompt_files import PROMPTS, read_prompts
 from medusa_export.measure.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
 from medusa_export.measure.tune.record import record
@@ -18,7 +19,7 @@ from medusa_heads.replay import Evaluation
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import open_backend
 from medusa_runtime.bundle.cpu import cpu_name, device_key, num_cores
-from medusa_runtime.bundle.manifest import Limits, Manifest
+from medusa_runtime.bundle.manifest import TUNING_NAME, Limits, Manifest
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
 from medusa_runtime.drafting.costs import StepCosts, fitting_capacities, fitting_nodes
 from medusa_runtime.drafting.measuring import measure_grid
@@ -27,7 +28,7 @@ from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.drafting.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning
 from medusa_runtime.errors import BundleError, CapacityError, OptionError
 from medusa_runtime.options import DecodingOptions
-from medusa_runtime.text.codec import TextCodec
+from medusa_runtime.text.token_ids import open_codec
 
 BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
 TOLERANCE = 0.15  # largest relative error of a prediction
@@ -73,6 +74,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     """
     manifest = _checked(options.bundle)
     evaluation = _evaluation(options, manifest)
+    require_writable(options.bundle, TUNING_NAME)
     texts = read_prompts(options.prompts) if options.prompts else PROMPTS
     batch_sizes = _batch_sizes(options, manifest.limits)
     max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
@@ -88,7 +90,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
             cuda_graphs=options.cuda_graphs,
         )
     new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
-    codec = TextCodec(options.bundle)
+    codec = open_codec(options.bundle, manifest)
     prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
     run = _Run(backend, prompts, new_tokens, options.rounds, NGrams.of_bundle(options.bundle, manifest))
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medusa_export.passes.ort_cpu.collect_sinks import CollectSinks
 from medusa_export.passes.ort_cpu.gqa import CachedAttention
 from medusa_export.passes.ort_cpu.gqa_packed_qkv import PackedAttention
 from medusa_export.passes.ort_cpu.grouped_attention import GroupedAttention
 from medusa_export.passes.ort_cpu.integer_matmul import IntegerProducts
 from medusa_export.passes.ort_cpu.merge_projections import MergeProjections
+from medusa_export.passes.ort_cpu.moe import FuseExperts
 from medusa_export.passes.ort_cpu.quick_silu import QuickSilu
 from medusa_export.passes.ort_cpu.skip_norm import SkipNorm
 from medusa_export.passes.ort_cpu.slice_used import UsedEntries
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "CachedAttention",
+    "CollectSinks",
+    "FuseExperts",
     "GroupedAttention",
     "IntegerProducts",
     "MergeProjections",
@@ -37,6 +45,9 @@ def for_ort_cpu(model: ir.Model, activation_bits: int = 16) -> None:
         model: a step graph or a heads graph.
         activation_bits: 8 or 16, for the activations that are multiplied with int8 weights.
     """
+    log.info("graph %s for ONNX Runtime's CPU provider", model.graph.name)
+    FuseExperts()(model)
+    CollectSinks()(model)
     UsedEntries()(model)
     GroupedAttention()(model)
     MergeProjections()(model)
@@ -49,6 +60,9 @@ def for_one_sequence(model: ir.Model, activation_bits: int = 16) -> bool:
     Returns:
         Whether such a graph exists. If not, the model is left half-edited and must not be used.
     """
+    log.info("graph %s for one sequence", model.graph.name)
+    FuseExperts()(model)
+    CollectSinks()(model)
     UsedEntries()(model)
     if not CachedAttention()(model).modified:
         return False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from medusa_export.passes.common.values import add_initializer, shape_of
+from medusa_export.passes.common.values import add_initializer, shape_of, transposed
 
 
 class TransposeWeights(ir.passes.InPlacePass):
@@ -50,7 +49,7 @@ def _is_plain_transpose(node: ir.Node) -> bool:
 
 def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+        return ir.Tensor(transposed(tensor.numpy()), dtype=tensor.dtype, name=name)
 
     shape = ir.Shape(list(reversed(shape_of(tensor))))
     return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=name, cache=False)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
-from medusa_export.passes.common.values import add_initializer, lazy_tensor, replace, shape_of
+from medusa_export.passes.common.values import Together, add_initializer, lazy_tensor, replace, shape_of
 
 Storage = Literal["int8", "int8-blocks", "int4"]
 
@@ -95,11 +95,10 @@ def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], ga
     assert tensor is not None
     rows, columns = shape_of(tensor)
     axis = 1 if by_rows else 0  # the axis of the inputs; they share a scale
+    rounded = Together(lambda: to_int8(tensor.numpy(), axis))
     parts = [
-        lazy_tensor(f"{name}.int8", ir.DataType.INT8, [rows, columns], lambda: to_int8(tensor.numpy(), axis)[0]),
-        lazy_tensor(
-            f"{name}.scale", ir.DataType.FLOAT, [rows if by_rows else columns], lambda: to_int8(tensor.numpy(), axis)[1]
-        ),
+        lazy_tensor(f"{name}.int8", ir.DataType.INT8, [rows, columns], lambda: rounded.part(0)),
+        lazy_tensor(f"{name}.scale", ir.DataType.FLOAT, [rows if by_rows else columns], lambda: rounded.part(1)),
     ]
     data, scales = (add_initializer(graph, part.name or "", part) for part in parts)
     stored = _turned(graph, readers[0].node, data) if by_rows else data
@@ -121,22 +120,23 @@ def _store_blocks(
     assert tensor is not None
     inputs, outputs = readers[0].num_inputs, readers[0].num_outputs
 
-    def store(place: int) -> npt.NDArray[np.generic]:
+    def store() -> list[npt.NDArray[np.generic]]:
         array = tensor.numpy()
         parts = (to_uint4 if bits == 4 else to_int8_blocks)(array.T if by_rows else array)
-        return parts[place].T if as_table else parts[place]
+        return [part.T if as_table else part for part in parts]
 
+    rounded = Together(store)
     dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.INT8
     whole: list[int | ir.SymbolicDim] = [inputs, outputs]
     blocks: list[int | ir.SymbolicDim] = [inputs // BLOCK_SIZE, outputs]
     if as_table:
         whole, blocks = whole[::-1], blocks[::-1]
     parts = [
-        lazy_tensor(f"{name}.{'uint4' if bits == 4 else 'int8'}", dtype, whole, lambda: store(0)),
-        lazy_tensor(f"{name}.scale", ir.DataType.FLOAT, blocks, lambda: store(1)),
+        lazy_tensor(f"{name}.{'uint4' if bits == 4 else 'int8'}", dtype, whole, lambda: rounded.part(0)),
+        lazy_tensor(f"{name}.scale", ir.DataType.FLOAT, blocks, lambda: rounded.part(1)),
     ]
     if bits == 4:
-        parts.append(lazy_tensor(f"{name}.zero", dtype, blocks, lambda: store(2)))
+        parts.append(lazy_tensor(f"{name}.zero", dtype, blocks, lambda: rounded.part(2)))
     values = [add_initializer(graph, part.name or "", part) for part in parts]
     stored = [_turned(graph, readers[0].node, value) for value in values] if as_table else values
     for reader in readers:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.linears import FLOAT_TYPES, Linear, linears, lm_heads
 from medusa_export.passes.common.rounding import round_symmetrically
-from medusa_export.passes.common.values import add_initializer, lazy_tensor
+from medusa_export.passes.common.values import Together, add_initializer, lazy_tensor
 from medusa_runtime.bundle.manifest import EngineWeights
 
 BLOCK_SIZES = (128, 64)  # inputs that share a scale in 4 bits
@@ -54,18 +54,19 @@ class QuantizeEngineWeights(ir.passes.InPlacePass):
         kind, block = self._form(inputs, is_lm_head=is_lm_head)
         groups = inputs // block
 
-        def rounded(place: int) -> npt.NDArray[np.generic]:
+        def store() -> list[npt.NDArray[np.generic]]:
             matrix = tensor.numpy().astype(np.float32)
-            part = round_symmetrically(matrix.T if linear.transposed else matrix, kind, tensor.dtype, groups)[place]
-            return part.T if linear.transposed else part
+            parts = round_symmetrically(matrix.T if linear.transposed else matrix, kind, tensor.dtype, groups)
+            return [part.T if linear.transposed else part for part in parts]
 
+        rounded = Together(store)
         by_block = kind == "int4"
         scale_shape = [outputs]
         if by_block:
             scale_shape = [outputs, groups] if linear.transposed else [groups, outputs]
         whole = [outputs, inputs] if linear.transposed else [inputs, outputs]
-        codes = lazy_tensor(f"{name}.{kind}", _STORED[kind], whole, lambda: rounded(0))
-        scales = lazy_tensor(f"{name}.scale", tensor.dtype, scale_shape, lambda: rounded(1).reshape(scale_shape))
+        codes = lazy_tensor(f"{name}.{kind}", _STORED[kind], whole, lambda: rounded.part(0))
+        scales = lazy_tensor(f"{name}.scale", tensor.dtype, scale_shape, lambda: rounded.part(1).reshape(scale_shape))
         node = ir.node(
             "DequantizeLinear",
             [add_initializer(graph, part.name or "", part) for part in (codes, scales)],

@@ -1,0 +1,71 @@
+"""Computes experts by ONNX Runtime's contributed operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_export.passes.common.roles import Part, parts
+from medusa_export.passes.common.values import constant, replace
+from medusa_export.passes.portable.expand_experts import EXPERTS_PART
+
+TINY = 1e-30  # in place of a weight of 0, whose logarithm is not a number to calculate with
+NAMES = {"swiglu": "swiglu", "relu": "relu", "gelu_tanh": "gelu", "silu": "silu", "identity": "identity"}  # as `MoE` says it
+
+
+class FuseExperts(ir.passes.InPlacePass):
+    """Replace a layer of experts by ``MoE``, or by ``QMoE`` if its weights are quantised in blocks.
+
+    Needs: a float32 graph with layers as `ExpandExperts` writes them, and an activation that the operators have.
+    Result: one operator, which reads only the weights of experts that some token chose, and copies none of them.
+    ``MoE`` takes the logarithm of the chosen experts' weights as router logits: its softmax gives their shares, and the sum of
+    the weights restores their size. ``QMoE`` takes the weights as they are.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        modified = False
+        for layer in parts(model.graph, EXPERTS_PART):
+            modified |= _fuse(model.graph, layer)
+        if modified:
+            model.opset_imports["com.microsoft"] = 1
+        return ir.passes.PassResult(model, modified)
+
+
+def _fuse(graph: ir.Graph, layer: Part) -> bool:
+    x, ids, weights, up, down = (layer.read(role) for role in ("x", "ids", "weights", "up", "down"))
+    fits = layer.facts["activation"] in NAMES and x.dtype == weights.dtype == ir.DataType.FLOAT
+    if not fits or down.shape is None:
+        return False
+    tape = ir.tape.Tape()
+    biases = [layer.read(role) if role in layer.nodes else None for role in ("up_bias", "down_bias")]
+    routing = _routing(graph, tape, ids, weights, int(str(down.shape[0])))
+    logits = tape.op("Log", [tape.op("Max", [routing, constant(graph, "tiny", TINY)])])
+    fused = tape.op("MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft")
+    total = tape.op("ReduceSum", [weights, constant(graph, "last_axis", [-1])], {"keepdims": 1})
+    # The kernel of ONNX Runtime 1.31 gives zeros if its output takes the place of x, so x must be read once more after it.
+    kept = tape.op("Where", [constant(graph, "always", np.bool_(True)), fused, x])
+    result = tape.op("Mul", [kept, total])
+    node = layer.nodes["result"]
+    graph.insert_before(node, tape.nodes)
+    replace(layer.result, result)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _routing(graph: ir.Graph, tape: ir.tape.Tape, ids: ir.Value, weights: ir.Value, num_experts: int) -> ir.Value:
+    """The weight of each expert for each token, 0 for those that it did not choose. [N, E]"""
+    count = tape.op("Shape", [ids], {"start": 0, "end": 1})
+    shape = tape.op("Concat", [count, constant(graph, f"experts_count_{num_experts}", [num_experts])], {"axis": 0})
+    nothing = tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
+    return tape.op("ScatterElements", [nothing, ids, weights], {"axis": 1})
+
+
+def _attributes(layer: Part) -> dict[str, int | float | str]:
+    facts = layer.facts
+    attributes: dict[str, int | float | str] = {"k": facts["chosen"], "activation_type": NAMES[facts["activation"]]}
+    if facts["activation"] == "swiglu":
+        attributes |= {"swiglu_fusion": 1, "activation_alpha": facts["alpha"], "activation_beta": facts["beta"]}
+        if facts["limit"]:
+            attributes["swiglu_limit"] = facts["limit"]
+    return attributes
