@@ -35,6 +35,7 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
 WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
+HYBRID = "hybrid"  # full attention beside another part that reads no mask
 OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
@@ -73,7 +74,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING, CHUNKED} - WITHOUT_ATTENTION:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED, HYBRID} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
