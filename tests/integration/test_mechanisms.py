@@ -90,8 +90,8 @@ def test_attention_that_cannot_be_traced_is_refused_before_tracing(
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_tensorrt_builds_the_step(model_type: str, export: Export, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from medusa_export.engine import build  # noqa: PLC0415 - needs the extra
-    from medusa_export.engine.engine_options import EngineOptions  # noqa: PLC0415
+    from medusa_export.engine import build
+    from medusa_export.engine.engine_options import EngineOptions
 
     model, heads, _ = export(model_type)
     export_bundle(ExportOptions(str(model), heads, tmp_path / "fp16", precision="fp16"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from medusa_runtime.errors import MedusaError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GENERATION_CONFIG = "generation_config.json"
+BeforeLoading = Callable[[str, Any, Any], None]  # of source, class and configuration
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
 WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
@@ -163,6 +164,7 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
+    before_loading: BeforeLoading | None = None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -173,6 +175,7 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
+        before_loading: called with the source, the class that loads the weights, and the configuration. It may raise.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
@@ -181,14 +184,14 @@ def load_backbone(
     if is_adapter(source):
         if quantization is not None:
             raise CheckpointError(f"{source} is an adapter and cannot be loaded quantised; merge it into its model first")
-        return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
+        options = {"attention": attention, "trust_remote_code": trust_remote_code, "before_loading": before_loading}
+        return _with_adapter(source, precision, **options)
     dtype = DTYPES[precision]
     quiet_libraries()
     with opened(source) as (place, options):
         _require_generation_config(Path(place))
         config = _load_config(source, place, options | {"trust_remote_code": trust_remote_code})
-        _require_plain_positions(source, text_config(config))
-        loader = auto_class(source, config)
+        loader = _loader(source, config, before_loading)
         if quantization is not None:
             options["quantization_config"] = quantization
         options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
@@ -210,6 +213,15 @@ def load_backbone(
         require_finite(source, model)
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype, integers)
+
+
+def _loader(source: str, config: Any, before_loading: BeforeLoading | None) -> Any:
+    """The class that loads the weights. Whatever the configuration tells against the model is raised here."""
+    _require_plain_positions(source, text_config(config))
+    loader = auto_class(source, config)
+    if before_loading is not None:
+        before_loading(source, loader, config)
+    return loader
 
 
 def _load(

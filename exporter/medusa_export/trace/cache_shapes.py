@@ -79,7 +79,7 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
         ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
     what = backbone.facts.architecture
-    with quiet_torch(), _fake_tensors(), torch.no_grad(), counted() as attending:
+    with quiet_torch(), fake_tensors(), torch.no_grad(), counted() as attending:
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
         cache = RecordingCache(len(layers), Ancestors(ids, mask, torch.zeros(1, dtype=torch.long)))
@@ -121,6 +121,6 @@ def _require_states_that_branch(backbone: Backbone, cache: RecordingCache) -> No
         raise unsupported(what, "it caches no keys and values")
 
 
-def _fake_tensors() -> FakeTensorMode:
+def fake_tensors() -> FakeTensorMode:
     """Tensors without values. Sizes that depend on values, such as an expert's number of tokens, are symbols."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

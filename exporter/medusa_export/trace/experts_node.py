@@ -115,6 +115,13 @@ def recognise_activations(model: torch.nn.Module) -> None:
             setattr(module, RECOGNISED, recognise(module))
 
 
+def take_activations_for_unknown(model: torch.nn.Module) -> None:
+    """In the place of `recognise_activations`, for a model without values."""
+    for module in model.modules():
+        if hasattr(module, "has_post_expert_norm"):
+            setattr(module, RECOGNISED, None)
+
+
 def recognise(experts: Any) -> Activation | None:
     """The activation of an experts module, found by evaluating it; None if it is of another kind."""
     probe = torch.linspace(-12, 12, 2 * PROBE_WIDTH).reshape(2, PROBE_WIDTH).flip(1)

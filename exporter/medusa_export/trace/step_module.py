@@ -13,6 +13,7 @@ from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.own_attention import attention_methods, own_attention
+from medusa_export.trace.parallel_experts import unsorted_experts
 from medusa_export.trace.real_rotary import complex_rotary, real_rotary
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.short_convolution import convolved_along_paths
@@ -64,6 +65,7 @@ class StepModule(torch.nn.Module):
             convolved_along_paths(cache.waiting),
             own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
             real_rotary(self.model, self.heads_axis),
+            unsorted_experts(self.model),
         ):
             logits = self.model(
                 input_ids=input_ids,
