@@ -96,8 +96,8 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
-        Llama 4 scales queries by positions that it counts itself, beginning with the `floor_scale`-th token. A model with ALiBi
-        has no limit, if its configuration names none.
+        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`. A model with
+        ALiBi has no limit, if its configuration names none.
         """
         longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
         if longest is None and not hasattr(sys.modules[type(self.model).__module__], ALIBI):
