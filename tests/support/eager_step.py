@@ -100,7 +100,14 @@ def gather_nd(data: torch.Tensor, indices: torch.Tensor, *, batch_dims: int) -> 
     return data[torch.arange(len(data))[:, None], indices[..., 0], indices[..., 1]]
 
 
+def cumulative_sum(data: torch.Tensor, axis: torch.Tensor, *, exclusive: int, reverse: int) -> torch.Tensor:
+    """The standard operator, of what comes after each element."""
+    assert (exclusive, reverse) == (1, 1)
+    return data.flip(int(axis)).cumsum(int(axis)).flip(int(axis)) - data
+
+
 OPERATORS = {
+    "CumSum": cumulative_sum,
     "GatherND": gather_nd,
     "Attention": attention,
     "TensorScatter": tensor_scatter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,16 @@ def ours_of(name: str) -> str:
 def test_one_block_under_two_names_is_known_as_one(what: str, one_block: bool, tmp_path: Path) -> None:
     config = load_heads(publish(what, tmp_path / "heads").path).config
     assert (config.num_layers, config.one_block) == (2, one_block)
+
+
+def test_rows_that_pad_the_vocabulary_for_the_ranks_are_left_out(tmp_path: Path) -> None:
+    given = publish("tensorrt-llm of two ranks", tmp_path / "heads")
+    whole = load_heads(given.path)
+    config = json.loads((given.path / "config.json").read_text())
+    (given.path / "config.json").write_text(json.dumps(config | {"vocab_size": 319}))
+    heads = load_heads(given.path)
+    assert heads.config.vocab_size == 319
+    assert torch.equal(heads.heads[2].lm_head.weight, whole.heads[2].lm_head.weight[:319])
 
 
 def test_hydra_heads_read_the_tokens_that_they_are_given(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
 from medusa_heads.formats.locating import locate, locate_merged
+from medusa_heads.formats.merged import has_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime.bundle.manifest import (
     HEADS,
@@ -130,10 +131,13 @@ def heads_place(model: str, heads: Path | None) -> Path:
         CheckpointError: there are none where they should be, or a file is damaged.
     """
     if heads is not None:
-        return locate(heads)
-    place = locate_merged(model)
-    if place is not None:
+        place = locate(heads)
+        if has_heads(place) and place.resolve() != Path(model).resolve():
+            note(f"{heads} is a merged checkpoint: its model was trained with its heads, which may guess badly on {model}")
         return place
+    merged = locate_merged(model)
+    if merged is not None:
+        return merged
     raise OptionError(f"{model} has no heads in it; give some with --heads (medusa-export train and heads init make them)")
 
 

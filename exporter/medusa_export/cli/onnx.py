@@ -50,7 +50,7 @@ def command(
         from medusa_export.check import validate as compare
 
         report = compare(
-            output, model, heads=heads_place(model, options["heads"]), trust_remote_code=options["trust_remote_code"]
+            output, model, heads=options["heads"] or heads_place(model, None), trust_remote_code=options["trust_remote_code"]
         )
         record(output, report)
     click.echo(output)

@@ -50,11 +50,6 @@ class Checkpoint:
         """Whether the tensors are in pickles."""
         return any(file.suffix in PICKLES for places in self._places.values() for file in places)
 
-    @property
-    def num_ranks(self) -> int:
-        """The number of files that tensors are split over."""
-        return max(map(len, self._places.values()), default=1)
-
     def num_parts(self, name: str) -> int:
         """The number of files that a tensor is split over."""
         return len(self._places[name])

@@ -124,9 +124,13 @@ def _load_vocabulary(path: Path, config: HeadsConfig) -> list[int] | None:
     return token_ids
 
 
-def require_draft_vocabulary(token_ids: list[int], vocab_size: int | None) -> None:
+def require_draft_vocabulary(token_ids: object, vocab_size: int | None) -> None:
     """Raise a `ValueError` unless these are distinct token ids of the vocabulary."""
-    if not all(type(token) is int for token in token_ids) or len(set(token_ids)) != len(list(token_ids)):
+    if (
+        not isinstance(token_ids, list)
+        or not all(type(token) is int for token in token_ids)
+        or len(set(token_ids)) != len(token_ids)
+    ):
         raise ValueError("it must be a list of token ids, each once")
     if not token_ids or min(token_ids) < 0 or (vocab_size is not None and max(token_ids) >= vocab_size):
         raise ValueError(f"its token ids must be below the vocabulary size {vocab_size}")

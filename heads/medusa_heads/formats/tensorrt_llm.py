@@ -38,13 +38,19 @@ def load(checkpoint: Checkpoint, note: Note) -> MedusaHeads:
     reading.told("layers", given.get("num_medusa_layers"), reading.num_layers, is_certain=False)
     section = given.get("mapping")
     mapping = section if isinstance(section, dict) else {}
-    reading.told("ranks", mapping.get("tp_size", mapping.get("world_size")), checkpoint.num_ranks, is_certain=False)
+    reading.told("ranks", mapping.get("tp_size", mapping.get("world_size")), _num_ranks(reading), is_certain=False)
     return _without_padding(reading.heads(reading.config()), reading, positive(given.get("vocab_size")))
+
+
+def _num_ranks(reading: Reading) -> int:
+    """Ranks that the heads' tensors are split over."""
+    name = f"{NAMING.lm_head_name(0, 0)}.weight"
+    return reading.checkpoint.num_parts(name) if name in reading.checkpoint.names else 1
 
 
 def _without_padding(heads: MedusaHeads, reading: Reading, vocab_size: int | None) -> MedusaHeads:
     """LM heads without the rows that make the vocabulary divisible by the number of ranks."""
-    rows, ranks = heads.config.vocab_size, reading.checkpoint.num_ranks
+    rows, ranks = heads.config.vocab_size, _num_ranks(reading)
     if vocab_size is None or vocab_size == rows:
         return heads
     if rows != -(-vocab_size // ranks) * ranks:
