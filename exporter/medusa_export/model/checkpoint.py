@@ -106,8 +106,6 @@ class Backbone:
         if getattr(self.config, "attn_temperature_tuning", False) and getattr(self.config, "floor_scale", None):
             longest = min(longest, int(self.config.floor_scale) - 1)
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
-        if getattr(self.config, "attn_temperature_tuning", False):
-            longest = min(longest, self.config.floor_scale - 1)
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
