@@ -16,6 +16,7 @@ from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention_node as attention
 from medusa_export.trace.heads_graph import reads_lm_head_rows, trace_heads
+from medusa_export.trace.skeleton import require_traceable
 from medusa_export.trace.step_graph import trace_step
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
@@ -84,6 +85,7 @@ def export_bundle(options: ExportOptions) -> Manifest:
             options.precision,
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
+            before_loading=require_traceable,
         )
         text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
     text.check(backbone)

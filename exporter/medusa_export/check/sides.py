@@ -25,7 +25,7 @@ from medusa_heads.errors import CheckpointError
 from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 from medusa_runtime.backends.choosing import Placement, open_backend
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, Manifest
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, GraphFacts, Manifest
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, first_line
 
@@ -50,7 +50,20 @@ def runnable_bundle(bundle: Path, manifest: Manifest, *, on_gpu: bool = False) -
             raise BundleError(f"the graphs of {bundle} cannot be read: {first_line(error)}") from error
         for file, model in models.items():
             ir.save(model, Path(scratch) / file)
-        yield Path(scratch), manifest.model_copy(update={"precision": "fp32"}), [BF16_NOTE]
+        graphs = {name: _in_float32(facts) for name, facts in manifest.graphs.items()}
+        yield Path(scratch), manifest.model_copy(update={"precision": "fp32", "graphs": graphs}), [BF16_NOTE]
+
+
+def _in_float32(facts: GraphFacts) -> GraphFacts:
+    """What a graph reads and gives after `Upcast`."""
+    tensors = {
+        part: [
+            tensor.model_copy(update={"dtype": "float32"}) if tensor.dtype == "bfloat16" else tensor
+            for tensor in getattr(facts, part)
+        ]
+        for part in ("inputs", "outputs")
+    }
+    return facts.model_copy(update=tensors)
 
 
 def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:

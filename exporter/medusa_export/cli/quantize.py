@@ -14,6 +14,7 @@ from medusa_export.command_options.shared_options import (
     force_option,
     max_kl_option,
     trust_remote_code_option,
+    verbose_option,
 )
 
 
@@ -44,6 +45,7 @@ from medusa_export.command_options.shared_options import (
 @click.option("--reference", help="The model that BUNDLE was made from: validate the result against it in PyTorch afterwards.")
 @force_option
 @trust_remote_code_option
+@verbose_option
 def command(
     bundle: Path, output: Path, activation_bits: str | None, reference: str | None, *, trust_remote_code: bool, **options: Any
 ) -> None:

@@ -13,6 +13,7 @@ from medusa_export.command_options.shared_options import (
     force_option,
     max_kl_option,
     trust_remote_code_option,
+    verbose_option,
 )
 
 onnx_options = combined(
@@ -53,4 +54,5 @@ onnx_options = combined(
     click.option("--validate/--no-validate", default=True, show_default=True, help="Compare with PyTorch afterwards."),
     force_option,
     trust_remote_code_option,
+    verbose_option,
 )

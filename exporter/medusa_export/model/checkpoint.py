@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from medusa_export.errors import ExportError
 from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
 from medusa_export.model.library_messages import quiet_libraries, reason
 from medusa_export.model.loaded_weights import check_unused, require_complete, require_finite, resized_rows
-from medusa_export.model.model_class import auto_class, is_multimodal, text_config
+from medusa_export.model.model_class import auto_class, is_multimodal, name_base_model, text_config
 from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
@@ -29,8 +30,12 @@ from medusa_runtime.errors import MedusaError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GENERATION_CONFIG = "generation_config.json"
+BeforeLoading = Callable[[str, Any, Any], None]  # of source, class and configuration
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
+ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
+WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
+HYBRID = "hybrid"  # full attention beside another part that reads no mask
 OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
@@ -69,7 +74,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING, CHUNKED} - WITHOUT_ATTENTION:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED, HYBRID} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
@@ -91,12 +96,16 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
-        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`.
+        Llama 4 scales queries by positions that it counts itself, beginning with the `floor_scale`-th token. A model with ALiBi
+        has no limit, if its configuration names none.
         """
-        longest = int(self._setting("max_position_embeddings"))
+        longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
+        if longest is None and not hasattr(sys.modules[type(self.model).__module__], ALIBI):
+            self._setting("max_position_embeddings")  # raises
+        longest = int(longest or WITHOUT_END)
+        if getattr(self.config, "attn_temperature_tuning", False) and getattr(self.config, "floor_scale", None):
+            longest = min(longest, int(self.config.floor_scale) - 1)
         longest = min([longest, *(value for name in SELECTED if (value := getattr(self.config, name, None)))])
-        if getattr(self.config, "attn_temperature_tuning", False):
-            longest = min(longest, self.config.floor_scale - 1)
         for rope in _rope_settings(self.config):
             if rope.get("rope_type") == "longrope":
                 first = rope.get("original_max_position_embeddings")
@@ -156,6 +165,7 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
+    before_loading: BeforeLoading | None = None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -166,6 +176,7 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
+        before_loading: called with the source, the class that loads the weights, and the configuration. It may raise.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.
@@ -174,14 +185,14 @@ def load_backbone(
     if is_adapter(source):
         if quantization is not None:
             raise CheckpointError(f"{source} is an adapter and cannot be loaded quantised; merge it into its model first")
-        return _with_adapter(source, precision, attention=attention, trust_remote_code=trust_remote_code)
+        options = {"attention": attention, "trust_remote_code": trust_remote_code, "before_loading": before_loading}
+        return _with_adapter(source, precision, **options)
     dtype = DTYPES[precision]
     quiet_libraries()
     with opened(source) as (place, options):
         _require_generation_config(Path(place))
         config = _load_config(source, place, options | {"trust_remote_code": trust_remote_code})
-        _require_plain_positions(source, text_config(config))
-        loader = auto_class(source, config)
+        loader = _loader(source, config, before_loading)
         if quantization is not None:
             options["quantization_config"] = quantization
         options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
@@ -197,12 +208,22 @@ def load_backbone(
             if attention not in {"eager", "sdpa"} and attention in str(error):  # a class with attention code of its own
                 return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
             raise CheckpointError(reason(source, error)) from error
+    name_base_model(model)
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
         require_finite(source, model)
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype, integers)
+
+
+def _loader(source: str, config: Any, before_loading: BeforeLoading | None) -> Any:
+    """The class that loads the weights. Whatever the configuration tells against the model is raised here."""
+    _require_plain_positions(source, text_config(config))
+    loader = auto_class(source, config)
+    if before_loading is not None:
+        before_loading(source, loader, config)
+    return loader
 
 
 def _load(

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.attention_math import is_attention
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
 
@@ -15,7 +16,7 @@ WIDTH_MULTIPLE = 8  # the operator refuses heads of other sizes
 SWAPPED = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 
 
-class CachedAttention(ir.passes.InPlacePass):
+class CachedAttention(GraphPass):
     """Replace attention and the cache's operators by ``GroupQueryAttention``, for one sequence.
 
     Needs: a float32 step graph after `UsedEntries`, with layers of ``Attention(q, k, v, mask)``. k and v are slices of a cache
@@ -28,15 +29,21 @@ class CachedAttention(ir.passes.InPlacePass):
     Its queries and keys are [B, T, H·D] and already rotated. `PackedAttention` moves the rotation into the operator.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        layers = [layer for node in model.graph if is_attention(node) and (layer := _layer(node)) is not None]
+        layers = []
+        for node in [node for node in model.graph if is_attention(node)]:
+            layer = _layer(node)
+            if isinstance(layer, str):
+                self.decline(layer)
+            else:
+                layers.append(layer)
         if layers:
             shared = _Shared(model.graph, layers[0].used)
             for layer in layers:
                 _replace(model.graph, layer, shared)
             model.opset_imports["com.microsoft"] = 1
-        return ir.passes.PassResult(model, modified=bool(layers))
+        return len(layers)
 
 
 @dataclass(frozen=True)
@@ -56,26 +63,38 @@ class _Layer:
         return used
 
 
-def _layer(attention: ir.Node) -> _Layer | None:
-    query, mask = attention.inputs[0], attention.inputs[3] if len(attention.inputs) in (4, 5) else None
+def _layer(attention: ir.Node) -> _Layer | str:
+    """A layer's attention with its cache; or why the operator cannot do it."""
+    if (reason := _problem(attention)) is not None:
+        return reason
     cuts = [_producer(value, "Slice") for value in attention.inputs[1:3]]
     key, value = (_producer(cut.inputs[0], "TensorScatter") if cut is not None else None for cut in cuts)
-    if query is None or mask is None or cuts[0] is None or cuts[1] is None or key is None or value is None:
-        return None
-    fits = (
-        query.dtype == ir.DataType.FLOAT
-        and mask.dtype == ir.DataType.BOOL
-        and mask.shape is not None
-        and len(mask.shape) == 4
-        and mask.shape[1] == 1
-        and len(attention.outputs) == 1
-        and not attention.attributes.get_int("is_causal", 0)
-        and all(_writes_behind_lengths(node) for node in (key, value))
-        and heads_and_width(key.outputs[0]) == heads_and_width(value.outputs[0])
-        and all(len(node.outputs[0].uses()) == 1 for node in (*(cut for cut in cuts if cut is not None), key, value))
-        and heads_and_width(query)[1] % WIDTH_MULTIPLE == 0
+    if cuts[0] is None or cuts[1] is None or key is None or value is None:
+        return "its keys and values are not those of the cache"
+    if not all(_writes_behind_lengths(node) for node in (key, value)):
+        return "its cache is not written at cache_lengths"
+    if heads_and_width(key.outputs[0]) != heads_and_width(value.outputs[0]):
+        return "its values have another size than its keys"
+    if any(len(node.outputs[0].uses()) != 1 for node in (cuts[0], cuts[1], key, value)):
+        return "another layer reads its keys and values"
+    return _Layer(attention, (cuts[0], cuts[1]), key, value)
+
+
+def _problem(attention: ir.Node) -> str | None:
+    """What of the attention itself the operator cannot do; None if it can do it."""
+    query, mask = attention.inputs[0], attention.inputs[3] if len(attention.inputs) in (4, 5) else None
+    if query is None or mask is None or len(attention.outputs) != 1:
+        return "it has other inputs or outputs than queries, keys, values and a mask"
+    if query.dtype != ir.DataType.FLOAT:
+        return f"it computes in {query.dtype}, not in float32"
+    if mask.dtype != ir.DataType.BOOL or mask.shape is None or len(mask.shape) != 4 or mask.shape[1] != 1:
+        return "its mask is not boolean and one for all heads"
+    if attention.attributes.get_int("is_causal", 0):
+        return "it hides later tokens by itself"
+    width = heads_and_width(query)[1]
+    return (
+        f"its heads have size {width}, and the operator takes multiples of {WIDTH_MULTIPLE}" if width % WIDTH_MULTIPLE else None
     )
-    return _Layer(attention, (cuts[0], cuts[1]), key, value) if fits else None
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

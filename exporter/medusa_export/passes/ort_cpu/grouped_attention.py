@@ -5,11 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, is_attention
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.masks import additive_mask
 from medusa_export.passes.common.values import constant, heads_and_width, replace
 
 
-class GroupedAttention(ir.passes.InPlacePass):
+class GroupedAttention(GraphPass):
     """Expand ``Attention`` so that keys and values are read only once for all query heads that share them.
 
     Needs: float32 ``Attention`` nodes with a boolean mask [B, 1, T, S], inputs of shape [B, H, T, D] with known H and D, no
@@ -18,29 +19,38 @@ class GroupedAttention(ir.passes.InPlacePass):
     for the standard operator reads the keys once per query head instead.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         biases: dict[tuple[ir.Value, int], ir.Value] = {}
-        modified = False
-        for node in [node for node in model.graph if is_attention(node) and _fits(node)]:
+        count = 0
+        for node in [node for node in model.graph if is_attention(node)]:
+            if (reason := _problem(node)) is not None:
+                self.decline(reason)
+                continue
             _expand(model.graph, node, biases)
-            modified = True
-        if modified:
+            count += 1
+        if count:
             model.opset_imports["com.microsoft"] = 1
-        return ir.passes.PassResult(model, modified)
+        return count
 
 
-def _fits(node: ir.Node) -> bool:
+def _problem(node: ir.Node) -> str | None:
+    """Why a node cannot be expanded; None if it can."""
     query, key, mask = node.inputs[0], node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
     most = 5 if node.op_type == SINK_ATTENTION else 4
     if query is None or key is None or mask is None or len(node.inputs) > most or len(node.outputs) != 1:
-        return False
+        return "it has other inputs or outputs than queries, keys, values and a mask"
     known = all(
         value.shape is not None and len(value.shape) == 4 and all(isinstance(value.shape[axis], int) for axis in (1, 3))
         for value in (query, key)
     )
-    for_all_heads = mask.dtype == ir.DataType.BOOL and mask.shape is not None and len(mask.shape) == 4 and mask.shape[1] == 1
-    return known and for_all_heads and query.dtype == ir.DataType.FLOAT and not node.attributes.get_int("is_causal", 0)
+    if not known:
+        return "the number or the size of its heads is unknown"
+    if query.dtype != ir.DataType.FLOAT:
+        return f"it computes in {query.dtype}, not in float32"
+    if mask.dtype != ir.DataType.BOOL or mask.shape is None or len(mask.shape) != 4 or mask.shape[1] != 1:
+        return "its mask is not boolean and one for all heads"
+    return "it hides later tokens by itself" if node.attributes.get_int("is_causal", 0) else None
 
 
 def _expand(graph: ir.Graph, attention: ir.Node, biases: dict[tuple[ir.Value, int], ir.Value]) -> None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import replace
 
 
-class SkipNorm(ir.passes.InPlacePass):
+class SkipNorm(GraphPass):
     """Replace ``RMSNormalization(a + b)`` by ``SkipSimplifiedLayerNormalization(a, b)``, which also returns the sum.
 
     Needs: a sum of two tensors of the same shape whose first reader is a norm over the last axis with float32 weights.
     Result: a contributed operator of ONNX Runtime.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        modified = False
+        count = 0
         for node in [node for node in model.graph if node.op_type == "RMSNormalization"]:
-            total = node.inputs[0]
-            assert total is not None
-            addition = total.producer()
-            if addition is None or addition.op_type != "Add" or not _is_residual(addition) or not _over_last_axis(node):
+            addition = _addition(node)
+            if isinstance(addition, str):
+                self.decline(addition)
                 continue
             fused = ir.node(
                 "SkipSimplifiedLayerNormalization",
@@ -34,27 +34,25 @@ class SkipNorm(ir.passes.InPlacePass):
             fused.outputs[1].name = fused.outputs[2].name = ""
             model.graph.insert_after(addition, fused)
             replace(node.outputs[0], normal)
-            replace(total, kept)
+            replace(addition.outputs[0], kept)
             model.graph.remove([node, addition], safe=True)
-            modified = True
-        if modified:
+            count += 1
+        if count:
             model.opset_imports["com.microsoft"] = 1
-        return ir.passes.PassResult(model, modified)
+        return count
 
 
-def _is_residual(addition: ir.Node) -> bool:
+def _addition(norm: ir.Node) -> ir.Node | str:
+    """The residual addition before a norm; or why the two cannot be fused."""
+    total, weight = norm.inputs[0], norm.inputs[1]
+    addition = total.producer() if total is not None else None
+    if addition is None or addition.op_type != "Add":
+        return "there is no addition before the norm"
     shapes = [value.shape for value in addition.inputs if value is not None and not value.is_initializer()]
     if len(shapes) != 2 or shapes[0] is None or shapes[0] != shapes[1] or len(shapes[0]) != 3:
-        return False
-    return all(isinstance(size, int) or size.value is not None for size in shapes[0])  # unknown sizes may differ
-
-
-def _over_last_axis(node: ir.Node) -> bool:
-    weight = node.inputs[1]
-    return (
-        node.attributes.get_int("axis", -1) == -1
-        and weight is not None
-        and weight.dtype == ir.DataType.FLOAT
-        and weight.shape is not None
-        and len(weight.shape) == 1
-    )
+        return "the sum is not one of two values of the same shape [B, T, C]"
+    if not all(isinstance(size, int) or size.value is not None for size in shapes[0]):
+        return "the sum has a size without a name, which may differ in its two parts"
+    if weight is None or weight.dtype != ir.DataType.FLOAT or weight.shape is None or len(weight.shape) != 1:
+        return "the norm's weights are not float32 [C]"
+    return addition if norm.attributes.get_int("axis", -1) == -1 else "the norm is not over the last axis"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -15,6 +17,8 @@ from medusa_export.passes.ort_cpu.moe import FuseExperts
 from medusa_export.passes.ort_cpu.quick_silu import QuickSilu
 from medusa_export.passes.ort_cpu.skip_norm import SkipNorm
 from medusa_export.passes.ort_cpu.slice_used import UsedEntries
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "CachedAttention",
@@ -41,6 +45,7 @@ def for_ort_cpu(model: ir.Model, activation_bits: int = 16) -> None:
         model: a step graph or a heads graph.
         activation_bits: 8 or 16, for the activations that are multiplied with int8 weights.
     """
+    log.info("graph %s for ONNX Runtime's CPU provider", model.graph.name)
     FuseExperts()(model)
     CollectSinks()(model)
     UsedEntries()(model)
@@ -55,6 +60,7 @@ def for_one_sequence(model: ir.Model, activation_bits: int = 16) -> bool:
     Returns:
         Whether such a graph exists. If not, the model is left half-edited and must not be used.
     """
+    log.info("graph %s for one sequence", model.graph.name)
     FuseExperts()(model)
     CollectSinks()(model)
     UsedEntries()(model)
