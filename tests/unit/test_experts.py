@@ -13,6 +13,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medusa_export.passes.ort_cpu.moe import FuseExperts
 from medusa_export.passes.portable.expand_experts import EXPERTS_DOMAIN, ExpandExperts
+from medusa_export.passes.quantize.expert_weights import QuantizeExperts
+from medusa_export.passes.quantize.integer_weights import Storage
 from tests.support.graphs import kinds, outputs
 
 Arrays = dict[str, np.ndarray]
@@ -222,3 +224,39 @@ def test_the_cpu_operator_may_be_the_last_that_reads_its_input() -> None:
     found = outputs(model, **case.feeds)["y"]
     case.feeds["x"] = -case.feeds["x"]
     np.testing.assert_allclose(found, case.expected(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("int8", 0.9999), ("int8-blocks", 0.9999), ("int4", 0.98)])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_quantised_experts_are_near_the_float_ones(tokens: int, scheme: Storage, least: float) -> None:
+    case = Case(tokens, biased=True, hidden=64, inner=128)
+    model = case.model()
+    ExpandExperts()(model)
+    experts = QuantizeExperts(lambda _: scheme)
+    assert experts(model).modified
+    assert experts.left == []
+    sizes = {
+        value.name: value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    }
+    bits = 4 if scheme == "int4" else 8
+    assert sizes[f"up.uint{bits}"] == case.up.size * bits // 8
+    assert "up" not in sizes
+    portable = outputs(model, **case.feeds)["y"]
+    assert cosine(portable, case.expected()) > least
+    assert FuseExperts()(model).modified
+    assert "QMoE" in kinds(model)
+    assert cosine(outputs(model, **case.feeds)["y"], portable) > 0.999  # it rounds activations to 8 bits
+
+
+def test_experts_that_cannot_be_divided_into_blocks_stay_float() -> None:
+    case = Case(3, hidden=100, inner=100)
+    model = case.model()
+    ExpandExperts()(model)
+    experts = QuantizeExperts(lambda _: "int8")
+    assert not experts(model).modified
+    assert experts.left == ["up", "down"]
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    one, other = one.ravel().astype("d"), other.ravel().astype("d")
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))

@@ -1,4 +1,4 @@
-"""Operators that PyTorch's exporter does not know."""
+"""Operators that PyTorch's exporter does not know, computed by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Inverse(torch.nn.Module):
         return torch.erfinv(x)
 
 
-def test_the_inverse_of_erf_is_that_of_pytorch() -> None:
-    x = torch.linspace(-0.9999, 0.9999, 999)
-    model = export_module("it", Inverse(), (x,), {}, {"x": None}, 24)
+def test_the_inverse_error_function_is_as_exact_as_single_precision() -> None:
+    x = np.concatenate([np.linspace(-0.99999, 0.99999, 2001), [0.0, 1e-6, -1e-6]]).astype("f")
+    model = export_module("a module", Inverse(), (torch.tensor(x),), {}, {"x": {}}, 24)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(found, torch.erfinv(x).numpy(), rtol=2e-5, atol=1e-6)
+    [found] = session.run(None, {session.get_inputs()[0].name: x})
+    wanted = torch.erfinv(torch.tensor(x, dtype=torch.float64)).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=3e-6, atol=1e-9)

@@ -21,6 +21,7 @@ from medusa_export.check.builtin_prompts import token_prompts
 from medusa_export.check.quality import compare
 from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
+from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, stage
@@ -112,6 +113,13 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     gathered = tables(graphs.values())
     for model in graphs.values():
         QuantizeWeights(_storage(options.scheme), gathered)(model)
+        experts = QuantizeExperts(_storage(options.scheme))
+        experts(model)
+        if experts.left:
+            note(
+                f"{len(experts.left)} weights of experts, such as {experts.left[0]}, stay float32: inputs cannot be divided "
+                f"into blocks of {BLOCK_SIZES[-1]}, or they are tiny"
+            )
     with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
         files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
         for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):

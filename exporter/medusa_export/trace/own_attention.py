@@ -18,12 +18,11 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.model.checkpoint import FULL, SLIDING, unsupported
+from medusa_export.model.checkpoint import ALIBI, FULL, SLIDING, unsupported
 from medusa_export.trace.attention_node import ATTENTION_NAME, attention_node
 from medusa_export.trace.step_masks import Masks
 
 METHOD, PARAMETERS = "_attn", ["query", "key", "value", "attention_mask"]
-ALIBI = "build_alibi_tensor"  # a function of the module's file: (mask [B, S], num_heads, dtype) -> [B·Hq, 1, S]
 LONGEST_PROBE = 2048  # tokens: a window of more is taken for none
 
 
@@ -91,7 +90,7 @@ def _attend(
 def _alibi(
     original: Callable[..., torch.Tensor], key_positions: torch.Tensor, _: Any, num_heads: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """In place of the function: each head's slope times the key's position. [B·Hq, 1, S]"""
+    """In place of the function (mask [B, S], num_heads, dtype) -> [B·Hq, 1, S]: each head's slope times the key's position."""
     slopes = original(torch.ones(1, 2, dtype=torch.long), num_heads, torch.float32)[:, 0, 1]  # [Hq]
     bias = slopes.reshape(1, num_heads, 1) * key_positions.unsqueeze(1)  # [B, Hq, S]
     return bias.reshape(-1, 1, key_positions.shape[1]).to(dtype)

@@ -92,7 +92,7 @@ class ScatterCache:
             [past, new, self.ancestors.cache_lengths],
             attrs={"axis": CAPACITY_AXIS, "mode": "linear"},
             dtype=past.dtype,
-            shape=past.shape,
+            shape=(*new.shape[:2], past.shape[2], new.shape[3]),  # the batch by its name in the step, not in the cache
             version=MIN_OPSET,
         )
         return self.present[name]

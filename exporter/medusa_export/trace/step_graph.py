@@ -15,7 +15,6 @@ from medusa_export.passes.portable.expand_experts import ExpandExperts
 from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
-from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kinds, only_layers, text_decoder
 from medusa_export.trace.own_attention import has_own_attention, require_known
 from medusa_export.trace.selection import selecting_all
@@ -46,7 +45,6 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
         ExportError: the model cannot be traced.
     """
     require_known(backbone.model)
-    recognise_activations(backbone.model)
     module = step_module(backbone)
     try:
         list_name, layers = decoder_layers(backbone.model)
@@ -99,7 +97,7 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
     """The graph of a step that caches the given tensors."""
     batch, tokens, capacity, rows = 2, 8, 64, 3  # any sizes above 1, all different
     past = {tensor.name: torch.zeros(tensor.shape(batch, capacity), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in tensors}
-    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=1 << 20)
+    b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=max(backbone.max_seq_len, tokens))
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
     with selecting_all(backbone.model):
         model = export_module(
@@ -123,9 +121,10 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
             },
             opset,
         )
-    # Layers that read another layer's keys attend too, so there may be more nodes than keys.
     found = sum(is_attention(node) for node in model.graph)
-    if found < sum(tensor.part == "key" for tensor in tensors) and not (found == 0 and has_own_attention(backbone.model)):
+    # Layers that read another layer's keys attend too, so there may be more nodes than keys.
+    few = found < sum(tensor.part == "key" for tensor in tensors)
+    if few and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])

@@ -10,8 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_export.trace.ancestors import Ancestors
+from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.own_attention import attention_methods, own_attention
+from medusa_export.trace.parallel_experts import unsorted_experts
+from medusa_export.trace.real_rotary import complex_rotary, real_rotary
 from medusa_export.trace.scatter_cache import ScatterCache
 from medusa_export.trace.short_convolution import UnknownStateError, convolved_along_paths
 from medusa_export.trace.state_space import scanned_along_paths
@@ -29,6 +32,8 @@ class StepModule(torch.nn.Module):
         self.model = model
         self.masks = masks
         self.methods = attention_methods(model)
+        self.heads_axis = complex_rotary(model)
+        recognise_activations(model)
 
     def forward(
         self,
@@ -57,6 +62,8 @@ class StepModule(torch.nn.Module):
             convolved_along_paths(cache.waiting),
             scanned_along_paths(self.model, cache),
             own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
+            real_rotary(self.model, self.heads_axis),
+            unsorted_experts(self.model),
         ):
             logits = self.model(
                 input_ids=input_ids,

@@ -40,7 +40,7 @@ def export_module(
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table=dict(TRANSLATIONS),
                 optimize=False,  # `Simplify` does the necessary part in a fraction of the time
                 verbose=False,
             )

@@ -27,12 +27,12 @@ def to_int8_blocks(weight: Matrix) -> tuple[npt.NDArray[np.int8], Matrix]:
     return codes.reshape(weight.shape), scale
 
 
-def to_uint4(weight: Matrix) -> tuple[npt.NDArray[np.uint8], Matrix, npt.NDArray[np.uint8]]:
-    """Codes in 0…15 [K, N], and scales and zero points [K / 32, N]; the weight [K, N] is about (code - zero) x scale.
+def to_uint4(weight: Matrix, block: int = BLOCK_SIZE) -> tuple[npt.NDArray[np.uint8], Matrix, npt.NDArray[np.uint8]]:
+    """Codes in 0…15 [K, N], and scales and zero points [K / block, N]; the weight [K, N] is about (code - zero) x scale.
 
     Several ranges are tried, each clipping the outermost values more. Each block uses the one with the least squared error.
     """
-    blocks = weight.reshape(-1, BLOCK_SIZE, weight.shape[1])  # [K / 32, 32, N]
+    blocks = weight.reshape(-1, block, weight.shape[1])  # [K / block, block, N]
     low, high = np.minimum(blocks.min(1, keepdims=True), 0), np.maximum(blocks.max(1, keepdims=True), 0)
     best: tuple[Matrix, Matrix, Matrix] | None = None
     least = np.full(low.shape, np.inf, np.float32)

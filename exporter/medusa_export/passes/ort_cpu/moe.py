@@ -33,24 +33,56 @@ class FuseExperts(ir.passes.InPlacePass):
 
 
 def _fuse(graph: ir.Graph, layer: Part) -> bool:
-    x, ids, weights, up, down = (layer.read(role) for role in ("x", "ids", "weights", "up", "down"))
+    x, ids, weights, down = (layer.read(role) for role in ("x", "ids", "weights", "down"))
     fits = layer.facts["activation"] in NAMES and x.dtype == weights.dtype == ir.DataType.FLOAT
     if not fits or down.shape is None:
         return False
     tape = ir.tape.Tape()
     biases = [layer.read(role) if role in layer.nodes else None for role in ("up_bias", "down_bias")]
     routing = _routing(graph, tape, ids, weights, int(str(down.shape[0])))
-    logits = tape.op("Log", [tape.op("Max", [routing, constant(graph, "tiny", TINY)])])
-    fused = tape.op("MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft")
-    total = tape.op("ReduceSum", [weights, constant(graph, "last_axis", [-1])], {"keepdims": 1})
-    # The kernel of ONNX Runtime 1.31 gives zeros if its output takes the place of x, so x must be read once more after it.
-    kept = tape.op("Where", [constant(graph, "always", np.bool_(True)), fused, x])
-    result = tape.op("Mul", [kept, total])
+    if "down_scales" in layer.nodes:
+        result = _quantized(graph, tape, layer, routing, biases)
+    else:
+        result = _float(graph, tape, layer, routing, biases)
     node = layer.nodes["result"]
     graph.insert_before(node, tape.nodes)
     replace(layer.result, result)
     graph.remove(node, safe=True)
     return True
+
+
+def _float(graph: ir.Graph, tape: ir.tape.Tape, layer: Part, routing: ir.Value, biases: list[ir.Value | None]) -> ir.Value:
+    x, weights, up, down = (layer.read(role) for role in ("x", "weights", "up", "down"))
+    logits = tape.op("Log", [tape.op("Max", [routing, constant(graph, "tiny", TINY)])])
+    fused = tape.op("MoE", [x, logits, up, biases[0], down, biases[1]], _attributes(layer), domain="com.microsoft")
+    total = tape.op("ReduceSum", [weights, constant(graph, "last_axis", [-1])], {"keepdims": 1})
+    return tape.op("Mul", [_apart(graph, tape, fused, x), total])
+
+
+def _quantized(graph: ir.Graph, tape: ir.tape.Tape, layer: Part, routing: ir.Value, biases: list[ir.Value | None]) -> ir.Value:
+    x, up, up_scales, down, down_scales = (layer.read(role) for role in ("x", "up", "up_scales", "down", "down_scales"))
+    zeros = [layer.read(role) if role in layer.nodes else None for role in ("up_zeros", "down_zeros")]
+    assert x.shape is not None
+    assert up_scales.shape is not None
+    width, blocks = x.shape[-1], up_scales.shape[2]
+    assert isinstance(width, int)
+    assert isinstance(blocks, int)
+    attributes = _attributes(layer) | {
+        "expert_weight_bits": 8 if zeros[0] is None else 4,
+        "block_size": width // blocks,
+        "accuracy_level": 4,  # activations in 8 bits, with a scale for each row and block
+    }
+    first, second = [up, up_scales, biases[0]], [down, down_scales, biases[1]]
+    inputs = [x, routing, *first, *second, None, None, None, *zeros, None, routing]
+    return _apart(graph, tape, tape.op("QMoE", inputs, attributes, domain="com.microsoft"), x)
+
+
+def _apart(graph: ir.Graph, tape: ir.tape.Tape, result: ir.Value, x: ir.Value) -> ir.Value:
+    """The result, in memory of its own.
+
+    The kernel of ONNX Runtime 1.31 gives zeros if its output takes the place of x, so x must be read once more after it.
+    """
+    return tape.op("Where", [constant(graph, "always", np.bool_(True)), result, x])
 
 
 def _routing(graph: ir.Graph, tape: ir.tape.Tape, ids: ir.Value, weights: ir.Value, num_experts: int) -> ir.Value:
