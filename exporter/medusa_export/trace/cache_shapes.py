@@ -52,9 +52,10 @@ class RecordingCache(ScatterCache):
         """A part of a layer that knows the layer's number begins."""
         self.mixer = mixer
 
-    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:
+    def update_recurrent_state(self, state: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Note which layer would keep a state, for a message that names them all."""
-        self.recurrent[layer_idx] = type(self.mixer).__name__
+        if layer_idx not in self.scanned:
+            self.recurrent[layer_idx] = type(self.mixer).__name__
         return state
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
         NoLayersError: a layer does not run once in a step, or something is cached outside of the layers.
         ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
-    what = backbone.facts.architecture
+    what = type(backbone.model).__name__
     with quiet_torch(), fake_tensors(), torch.no_grad(), counted() as attending:
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
@@ -93,6 +94,8 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
         except GuardOnDataDependentSymNode as error:
             raise unsupported(what, "what it computes next depends on values, as in a loop over experts") from error
         except Exception as error:  # a model's code can raise anything
+            if kinds := sorted(RECURRENT & {*backbone.layer_types}):
+                raise unsupported(what, f"it has layers of kind {', '.join(kinds)}, whose state a tree cannot branch") from None
             raise unsupported(what, first_line(error)) from error
         finally:
             for hook in hooks:
@@ -101,15 +104,14 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
     for index in range(len(layers)):
         if (runs := cache.num_runs[index]) != 1:
             raise NoLayersError(f"its layer {index} runs {runs} times in a step")
-    if not has_own_attention(backbone.model) and len(attending) < sum(
-        tensor.part == "key" for layer in cache.tensors for tensor in layer
-    ):
+    few = len(attending) < sum(tensor.part == "key" for layer in cache.tensors for tensor in layer)
+    if few and not has_own_attention(backbone.model):
         raise unsupported(what)
     return cache.tensors
 
 
 def _require_states_that_branch(backbone: Backbone, cache: RecordingCache) -> None:
-    what, depth = backbone.facts.architecture, len(cache.tensors)
+    what, depth = type(backbone.model).__name__, len(cache.tensors)
     if cache.recurrent:
         kept, classes = f"{len(cache.recurrent)} of its {depth} layers", ", ".join(sorted({*cache.recurrent.values()}))
         raise unsupported(what, f"{kept} keep a recurrent state ({classes}), which a tree of drafts cannot branch")

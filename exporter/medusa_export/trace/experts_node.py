@@ -111,7 +111,7 @@ def expert_linear(
 def recognise_activations(model: torch.nn.Module) -> None:
     """Find out what each experts module of a model computes between its linear layers, before the model is traced."""
     for module in model.modules():
-        if hasattr(module, "has_post_expert_norm"):
+        if hasattr(module, "has_post_expert_norm") and not hasattr(module, RECOGNISED):
             setattr(module, RECOGNISED, recognise(module))
 
 

@@ -121,9 +121,10 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
             },
             opset,
         )
-    # Layers that read another layer's keys attend too, so there may be more nodes than keys.
     found = sum(is_attention(node) for node in model.graph)
-    if found < sum(tensor.part == "key" for tensor in tensors) and not (found == 0 and has_own_attention(backbone.model)):
+    # Layers that read another layer's keys attend too, so there may be more nodes than keys.
+    few = found < sum(tensor.part == "key" for tensor in tensors)
+    if few and not (found == 0 and has_own_attention(backbone.model)):
         raise unsupported(backbone.facts.architecture)
     name_values(model.graph.inputs, [*STEP_INPUTS, *(tensor.past for tensor in tensors)])
     name_values(model.graph.outputs, [*STEP_OUTPUTS, *(tensor.present for tensor in tensors)])

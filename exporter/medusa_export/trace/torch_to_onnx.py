@@ -19,6 +19,7 @@ from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
 from medusa_export.passes.portable.fuse_rotary import FuseRotary
 from medusa_export.passes.portable.simplify import Simplify
 from medusa_export.trace.quiet import quiet_torch
+from medusa_export.trace.translations import TRANSLATIONS
 from medusa_runtime.errors import first_line
 
 
@@ -39,6 +40,7 @@ def export_module(
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
                 opset_version=opset,
+                custom_translation_table=dict(TRANSLATIONS),
                 optimize=False,  # `Simplify` does the necessary part in a fraction of the time
                 verbose=False,
             )
