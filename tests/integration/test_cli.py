@@ -184,8 +184,8 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
         (("validate", "{bundle}", "--reference", "/nowhere"), 1, "there is no model '/nowhere'"),
         (
             ("validate", "{bundle}", "--reference", "{model}", "--prompts", "/nowhere.txt"),
-            1,
-            "/nowhere.txt: No such file",
+            2,
+            "/nowhere.txt cannot be read: No such file",
         ),
     ],
 )
