@@ -120,8 +120,8 @@ def trace_bundle(options: ExportOptions) -> Traced:
             options.precision,
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
-            before_loading=require_traceable,
             layers_as_stored=True,
+            before_loading=require_traceable,
         )
         cast_all_but_layers(backbone.model, backbone.dtype)
         text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)

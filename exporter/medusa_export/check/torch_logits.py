@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ class TorchLogits:
     def __init__(self, backbone: Backbone) -> None:
         self._model = backbone.model
         self._model.set_attn_implementation("eager")
+        with suppress(AttributeError, ValueError):  # most models have no experts
+            self._model.set_experts_implementation("eager")
         cast_layers_while_running(self._model, backbone.dtype)
 
     @torch.no_grad()

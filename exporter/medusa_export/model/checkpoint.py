@@ -166,8 +166,8 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
-    before_loading: BeforeLoading | None = None,
     layers_as_stored: bool = False,
+    before_loading: BeforeLoading | None = None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
 
@@ -178,9 +178,9 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
-        before_loading: called with the source, the class that loads the weights, and the configuration. It may raise.
         layers_as_stored: with fp32, leave weights in the half precision that the files hold them in, mapped from the files. The
             caller casts them: see `medusa_export.trace.stored_layers`.
+        before_loading: called with the source, the class that loads the weights, and the configuration. It may raise.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a causal LM.

@@ -12,16 +12,15 @@ from medusa_export.check.quality import Quality, compare
 from medusa_export.check.torch_logits import TorchLogits
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.passes.quantize.given_codes import Array, GivenCodes, given_codes
-from medusa_export.passes.quantize.integer_weights import QuantizeWeights, tables
+from medusa_export.passes.quantize.integer_weights import tables
 from medusa_export.progress import note, stage
 from medusa_export.quantize.calibration_text import QUALITY_PROMPTS, answered
 from medusa_export.quantize.quantized_bundle import (
     QuantizeOptions,
     prompts_for,
     quantize_bundle,
-    quantize_experts,
+    quantize_graph,
     require_close,
-    storage_of,
 )
 from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
@@ -81,10 +80,7 @@ def _quantize(traced: Traced, options: QuantizeOptions) -> None:
     gathered, given = tables(traced.graphs.values()), _given(traced)
     kept = 0
     for model in traced.graphs.values():
-        rounding = QuantizeWeights(storage_of(options.scheme), gathered, given)
-        rounding(model)
-        quantize_experts(model, options.scheme)
-        kept += len(rounding.kept)
+        kept += quantize_graph(model, options.scheme, gathered, given)
     if kept:
         note(f"{kept} weights keep the checkpoint's own codes")
     elif traced.backbone.integers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from medusa_export.check.quality import Quality, compare
 from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
+from medusa_export.passes.quantize.given_codes import GivenCodes
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, stage
@@ -86,8 +87,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
             Smooth(_maxima(options.bundle, source, known), smoothing)(graphs[STEP])
     gathered = tables(graphs.values())
     for model in graphs.values():
-        QuantizeWeights(storage_of(options.scheme), gathered)(model)
-        quantize_experts(model, options.scheme)
+        quantize_graph(model, options.scheme, gathered)
     with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
         files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
         for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):
@@ -120,8 +120,19 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     return manifest
 
 
-def quantize_experts(model: ir.Model, scheme: Scheme) -> None:
-    """Store the weights of a graph's experts as integers. A note names those that stay float32."""
+def quantize_graph(
+    model: ir.Model, scheme: Scheme, gathered: frozenset[int], given: Mapping[str, GivenCodes] | None = None
+) -> int:
+    """Store a graph's weights as integers, in place. Returns the number of those whose given codes were kept.
+
+    Args:
+        model: a float32 graph.
+        scheme: how to store the weights.
+        gathered: where weights lie from which any graph gathers rows; see `tables`.
+        given: codes that the checkpoint has, by weight.
+    """
+    rounding = QuantizeWeights(storage_of(scheme), gathered, given)
+    rounding(model)
     experts = QuantizeExperts(storage_of(scheme))
     experts(model)
     if experts.left:
@@ -129,6 +140,7 @@ def quantize_experts(model: ir.Model, scheme: Scheme) -> None:
             f"{len(experts.left)} weights of experts, such as {experts.left[0]}, stay float32: inputs cannot be divided "
             f"into blocks of {BLOCK_SIZES[-1]}, or they are tiny"
         )
+    return len(rounding.kept)
 
 
 def require_close(quality: Quality, max_kl: float | None) -> None:
