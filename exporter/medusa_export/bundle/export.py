@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
 
 from medusa_export.bundle.default_tree import tree_for
 from medusa_export.bundle.kinds import is_bundle
@@ -18,6 +21,7 @@ from medusa_export.trace import attention_node as attention
 from medusa_export.trace.heads_graph import reads_lm_head_rows, trace_heads
 from medusa_export.trace.skeleton import require_traceable
 from medusa_export.trace.step_graph import trace_step
+from medusa_export.trace.stored_layers import cast_all_but_layers
 from medusa_heads.directories import new_directory, require_new
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads
@@ -29,6 +33,7 @@ from medusa_runtime.bundle.manifest import (
     STEP,
     FileFacts,
     GenerationFacts,
+    GraphFacts,
     HeadFacts,
     Limits,
     Manifest,
@@ -60,6 +65,27 @@ class ExportOptions:
     force: bool = False
     trust_remote_code: bool = False
 
+    @property
+    def inputs(self) -> list[str | Path]:
+        """The paths that are read."""
+        return [self.model] if self.heads is None else [self.model, self.heads]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model and its heads as graphs, with all that their bundle's manifest says of them."""
+
+    backbone: Backbone
+    graphs: dict[str, ir.Model]  # the portable ones by name
+    text: TextFiles
+    heads_path: Path
+    facts: dict[str, Any]  # fields of the manifest
+
+    def manifest(self, directory: Path, files: dict[str, FileFacts], graphs: dict[str, GraphFacts]) -> Manifest:
+        """Write the files beside graphs and weights, and make the manifest of all."""
+        files = files | self.text.write(directory) | _copy_ngrams(self.heads_path, directory)
+        return Manifest(kind="onnx", graphs=graphs, files=files, provenance=provenance(), **self.facts)
+
 
 def export_bundle(options: ExportOptions) -> Manifest:
     """Trace the model, simplify the graphs and write a bundle. It appears whole or not at all.
@@ -69,8 +95,17 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: model or heads are missing, damaged, or do not fit each other.
         ExportError: the model cannot be traced.
     """
-    inputs: list[str | Path] = [options.model] if options.heads is None else [options.model, options.heads]
-    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=inputs)
+    traced = trace_bundle(options)
+    with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
+        files, graphs = write_graphs(traced.graphs, directory, options.precision)
+        manifest = traced.manifest(directory, files, graphs)
+        manifest.save(directory)
+    return manifest
+
+
+def trace_bundle(options: ExportOptions) -> Traced:
+    """Load and trace a model and its heads. Nothing is written. Errors are those of `export_bundle`."""
+    require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
     if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
             f"--opset must be {attention.MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
@@ -85,8 +120,10 @@ def export_bundle(options: ExportOptions) -> Manifest:
             options.precision,
             attention=attention.ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
+            layers_as_stored=True,
             before_loading=require_traceable,
         )
+        cast_all_but_layers(backbone.model, backbone.dtype)
         text = TextFiles.load(options.model, trust_remote_code=options.trust_remote_code)
     text.check(backbone)
     if backbone.is_multimodal:
@@ -104,23 +141,16 @@ def export_bundle(options: ExportOptions) -> Manifest:
         step = trace_step(backbone, options.opset, note, lm_head_as_table=reads_lm_head_rows(heads, draft_ids))
     with stage("trace the heads"):
         graphs = {STEP: step, HEADS: trace_heads(backbone, heads, top_k, options.opset, draft_ids)}
-    with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=inputs) as directory:
-        files, facts = write_graphs(graphs, directory, options.precision)
-        manifest = Manifest(
-            kind="onnx",
-            model=backbone.facts,
-            heads=head_facts,
-            precision=options.precision,
-            opset=options.opset,
-            limits=limits,
-            generation=generation,
-            graphs=facts,
-            tree=tree.to_json(),
-            files=files | text.write(directory) | _copy_ngrams(heads_path, directory),
-            provenance=provenance(),
-        )
-        manifest.save(directory)
-    return manifest
+    facts = {
+        "model": backbone.facts,
+        "heads": head_facts,
+        "precision": options.precision,
+        "opset": options.opset,
+        "limits": limits,
+        "generation": generation,
+        "tree": tree.to_json(),
+    }
+    return Traced(backbone, graphs, text, heads_path, facts)
 
 
 def heads_place(model: str, heads: Path | None) -> Path:
@@ -157,7 +187,8 @@ def _tree(options: ExportOptions, heads_path: Path, heads: HeadFacts) -> Candida
     return tree
 
 
-def _is_onnx_bundle(path: Path) -> bool:
+def is_onnx_bundle(path: Path) -> bool:
+    """Whether a directory is an earlier output of this command."""
     return is_bundle(path, "onnx")
 
 

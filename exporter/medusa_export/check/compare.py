@@ -11,12 +11,15 @@ from medusa_export.check.validation_report import Divergence, LogitsDifference
 from medusa_runtime.bundle.manifest import PORTABLE
 
 Rows = npt.NDArray[np.floating]
+BLOCK_ELEMENTS = 1 << 21  # logits that are compared at a time
 
 
 def logits_difference(what: str, found: Rows, reference: Rows, target: str = PORTABLE) -> LogitsDifference:
-    """The largest differences over rows of logits [R, V]. If `found` has a value that is not finite, they are infinite."""
-    found, reference = found.astype(np.float64), reference.astype(np.float64)
-    if not np.isfinite(found).all():
+    """The largest differences over rows of logits [R, V]. If `found` has a value that is not finite, they are infinite.
+
+    Rows are compared block by block: with a large vocabulary, the numbers in between would take more memory than the model.
+    """
+    if not all(np.isfinite(found[rows]).all() for rows in _blocks(found)):
         return LogitsDifference(
             what=what,
             target=target,
@@ -26,18 +29,32 @@ def logits_difference(what: str, found: Rows, reference: Rows, target: str = POR
             max_kl=np.inf,
             mean_kl=np.inf,
         )
-    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(reference, axis=-1)
-    log_p, log_q = log_softmax(reference), log_softmax(found)
-    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    largest, cosines, divergences = zip(*(_differences(found[rows], reference[rows]) for rows in _blocks(found)), strict=True)
+    divergence = np.concatenate(divergences)
     return LogitsDifference(
         what=what,
         target=target,
         num_rows=len(found),
-        max_abs=float(np.abs(found - reference).max()),
-        min_cosine=float(((found * reference).sum(-1) / np.maximum(norms, 1e-300)).min()),
+        max_abs=max(largest),
+        min_cosine=min(cosines),
         max_kl=float(divergence.max()),
         mean_kl=float(divergence.mean()),
     )
+
+
+def _blocks(rows: Rows) -> list[slice]:
+    size = max(1, BLOCK_ELEMENTS // rows.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+def _differences(found: Rows, reference: Rows) -> tuple[float, float, Rows]:
+    """The largest difference of a logit, the smallest cosine, and the KL divergence of each row."""
+    found, reference = found.astype(np.float64), reference.astype(np.float64)
+    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(reference, axis=-1)
+    log_p, log_q = log_softmax(reference), log_softmax(found)
+    divergence: Rows = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    cosine = float(((found * reference).sum(-1) / np.maximum(norms, 1e-300)).min())
+    return float(np.abs(found - reference).max()), cosine, divergence
 
 
 def divergences(token_ids: Sequence[int], reference: Rows) -> list[Divergence]:

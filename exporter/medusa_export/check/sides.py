@@ -21,17 +21,31 @@ from medusa_export.bundle.weights_file import write_weights
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.generation_settings import generation_facts, greedy_config
 from medusa_export.passes.portable.upcast import Upcast
+from medusa_export.trace.stored_layers import cast_all_but_layers, cast_layers_while_running
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 from medusa_runtime.backends.choosing import Placement, open_backend
+from medusa_runtime.bundle.cpu import memory_limit
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, GraphFacts, Manifest
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, first_line
 
 Rows = npt.NDArray[np.floating]
 SETTLE_TOKENS, SETTLE_ROUNDS = 32, 5
+LARGE_PART = 0.4  # of the memory
 BF16_NOTE = "ONNX Runtime has no bfloat16 kernels for the CPU, so the graph ran in float32 with the bundle's bfloat16 weights"
+
+
+def is_large(model: torch.nn.Module) -> bool:
+    """Whether a model in float32 would take a good part of the memory. Its layers are then cast one at a time."""
+    memory = memory_limit()
+    return memory is not None and 4 * num_weights(model) > LARGE_PART * memory
+
+
+def num_weights(model: torch.nn.Module) -> int:
+    """The number of a model's weights."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -189,9 +203,13 @@ class ReferenceSide:
     @classmethod
     def load(cls, source: str, manifest: Manifest, *, trust_remote_code: bool = False) -> ReferenceSide:
         """Load the checkpoint that the bundle was made from."""
-        backbone = load_backbone(source, manifest.precision, trust_remote_code=trust_remote_code)
-        backbone.model.float()
+        backbone = load_backbone(source, manifest.precision, trust_remote_code=trust_remote_code, layers_as_stored=True)
         backbone.dtype = torch.float32
+        if is_large(backbone.model):
+            cast_all_but_layers(backbone.model, torch.float32)
+            cast_layers_while_running(backbone.model, torch.float32)
+        else:
+            backbone.model.float()
         reference = cls(backbone)
         reference.settle()
         return reference

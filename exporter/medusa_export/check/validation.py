@@ -12,7 +12,7 @@ from medusa_export.bundle.export import require_matching
 from medusa_export.bundle.tree_shapes import paths, pruned
 from medusa_export.check.builtin_prompts import PROMPTS, label, token_prompts
 from medusa_export.check.compare import divergences, first_divergence, logits_difference
-from medusa_export.check.sides import BundleSide, Reference, ReferenceSide, by_target, runnable_bundle
+from medusa_export.check.sides import BundleSide, Reference, ReferenceSide, by_target, is_large, runnable_bundle
 from medusa_export.check.validation_report import (
     ALLOWED_KL,
     GreedyComparison,
@@ -38,6 +38,7 @@ from medusa_runtime.text.codec import Prompt
 from medusa_runtime.text.token_ids import open_codec
 
 DEFAULT_NEW_TOKENS = 48
+LARGE_PROMPTS, LARGE_NEW_TOKENS = 2, 8  # of a model whose layers are cast one at a time
 ON_CPU = Placement(ORT_CPU, "cpu", "all graphs of an ONNX bundle can be compared there")
 
 
@@ -95,10 +96,17 @@ def validate(
     with stage("compare"):
         try:
             codec = open_codec(bundle, manifest)
+            if prompts is PROMPTS and is_large(torch_side.backbone.model):
+                prompts, max_new_tokens = PROMPTS[:LARGE_PROMPTS], min(max_new_tokens, LARGE_NEW_TOKENS)
+                report.notes.append(
+                    f"the model is large: {LARGE_PROMPTS} of {len(PROMPTS)} built-in prompts are compared, and "
+                    f"{max_new_tokens} new tokens of each; give --prompts to compare more"
+                )
             new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
             longest = manifest.limits.max_seq_len - new_tokens
-            if not manifest.has_text and prompts is PROMPTS:
-                encoded = {name: ids[:longest] for name, ids in token_prompts(manifest.model.vocab_size).items()}
+            if not manifest.has_text and prompts == PROMPTS[: len(prompts)]:
+                usual = list(token_prompts(manifest.model.vocab_size).items())[: len(prompts)]
+                encoded = {name: ids[:longest] for name, ids in usual}
             else:
                 encoded = {label(prompt): codec.encode(prompt)[:longest] for prompt in prompts}
             with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):

@@ -22,6 +22,7 @@ from medusa_export.model.model_class import auto_class, is_multimodal, name_base
 from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
+from medusa_export.model.stored_dtype import stored_dtype
 from medusa_export.progress import note
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.bundle.files import read_json
@@ -165,6 +166,7 @@ def load_backbone(
     attention: str = "eager",
     trust_remote_code: bool = False,
     quantization: Any = None,
+    layers_as_stored: bool = False,
     before_loading: BeforeLoading | None = None,
 ) -> Backbone:
     """Load a causal LM for inference on the CPU.
@@ -176,6 +178,8 @@ def load_backbone(
         attention: a name that Transformers' attention interface knows. If an architecture lacks sdpa, eager is used instead.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: Transformers' configuration for loading quantised weights, on the device that it supports.
+        layers_as_stored: with fp32, leave weights in the half precision that the files hold them in, mapped from the files. The
+            caller casts them: see `medusa_export.trace.stored_layers`.
         before_loading: called with the source, the class that loads the weights, and the configuration. It may raise.
 
     Raises:
@@ -195,7 +199,8 @@ def load_backbone(
         loader = _loader(source, config, before_loading)
         if quantization is not None:
             options["quantization_config"] = quantization
-        options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        stored = stored_dtype(Path(place)) if layers_as_stored and precision == "fp32" and not options else None
+        options |= {"dtype": stored or dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
         if attention in ALL_EXPERTS_FUNCTIONS:
             options["experts_implementation"] = attention
         try:
@@ -212,7 +217,7 @@ def load_backbone(
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:
-        require_finite(source, model)
+        require_finite(source, model, as_stored=stored is not None)
         _forget_quantization(model)
     return Backbone(source, model.eval(), dtype, integers)
 

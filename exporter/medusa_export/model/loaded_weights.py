@@ -61,8 +61,13 @@ def resized_rows(loaded: dict[str, Any], vocab_size: int) -> int | None:
     return rows.pop() if len(rows) == 1 else None
 
 
-def require_finite(source: str, model: torch.nn.Module) -> None:
+def require_finite(source: str, model: torch.nn.Module, *, as_stored: bool = False) -> None:
     """Refuse weights that are no numbers: every result would be none either.
+
+    Args:
+        source: the checkpoint.
+        model: it, loaded.
+        as_stored: its weights were not cast.
 
     Raises:
         CheckpointError: a weight is NaN or infinite; the first is named.
@@ -74,7 +79,7 @@ def require_finite(source: str, model: torch.nn.Module) -> None:
         if low != low or high != high:  # noqa: PLR0124 - NaN
             raise CheckpointError(f"{source} is damaged: {name} holds NaN; download it again")
         if low == -torch.inf or high == torch.inf:
-            if weight.dtype == torch.float16:
+            if weight.dtype == torch.float16 and not as_stored:
                 raise CheckpointError(
                     f"{name} of {source} does not fit fp16, whose largest number is 65504; export it with --dtype fp32 or bf16"
                 )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
-from medusa_export.bundle.kinds import is_bundle
+from medusa_export.bundle.export import is_onnx_bundle
 from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.builtin_prompts import token_prompts
-from medusa_export.check.quality import compare
+from medusa_export.check.quality import Quality, compare
 from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
+from medusa_export.passes.quantize.given_codes import GivenCodes
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, stage
@@ -57,29 +55,6 @@ class QuantizeOptions:
     force: bool = False
 
 
-def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifest:
-    """Export a checkpoint to a quantised bundle, by way of a float32 bundle that is deleted.
-
-    Raises:
-        OptionError: the export's precision is not fp32.
-        MedusaError: see `export_bundle` and `quantize_bundle`.
-    """
-    require_new(
-        options.output,
-        _is_onnx_bundle,
-        force=options.force,
-        inputs=[place for place in (export.model, export.heads) if place is not None],
-    )
-    if export.precision != "fp32":
-        raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
-    parent = options.output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".medusa-export-", dir=parent) as scratch:
-        whole = Path(scratch) / "bundle"
-        export_bundle(dataclasses.replace(export, output=whole))
-        return quantize_bundle(dataclasses.replace(options, bundle=whole))
-
-
 def quantize_bundle(options: QuantizeOptions) -> Manifest:
     """Quantise a bundle's weights, measure the loss of quality, and write a new bundle. It appears whole or not at all.
 
@@ -88,7 +63,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
         BundleError: the bundle is not a float32 ONNX bundle, is already quantised, or has files that do not match its manifest.
         QualityError: the result differs from the original by more than `max_kl`. Nothing is written.
     """
-    require_new(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle])
+    require_new(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle])
     source = _source(options.bundle)
     codec = open_codec(options.bundle, source)
     if options.activation_bits is not None and options.scheme != "int8":
@@ -97,8 +72,8 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     smoothing = SMOOTHING if options.activation_bits == 8 else 0.0
     if options.calibration_prompts is not None and not smoothing:
         raise OptionError("--calibration-prompts only applies to --scheme int8 with --activation-bits 8; leave it out")
-    quality_prompts = _prompts(options.quality_prompts, QUALITY_PROMPTS, source)
-    calibration_prompts = _prompts(options.calibration_prompts, CALIBRATION_PROMPTS, source)
+    quality_prompts = prompts_for(options.quality_prompts, QUALITY_PROMPTS, source)
+    calibration_prompts = prompts_for(options.calibration_prompts, CALIBRATION_PROMPTS, source)
     graphs = {name: read_graph(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
     before = open_backend(options.bundle, source, "ort-cpu")
     ngrams = NGrams.of_bundle(options.bundle, source)
@@ -112,15 +87,8 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
             Smooth(_maxima(options.bundle, source, known), smoothing)(graphs[STEP])
     gathered = tables(graphs.values())
     for model in graphs.values():
-        QuantizeWeights(_storage(options.scheme), gathered)(model)
-        experts = QuantizeExperts(_storage(options.scheme))
-        experts(model)
-        if experts.left:
-            note(
-                f"{len(experts.left)} weights of experts, such as {experts.left[0]}, stay float32: inputs cannot be divided "
-                f"into blocks of {BLOCK_SIZES[-1]}, or they are tiny"
-            )
-    with new_directory(options.output, _is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
+        quantize_graph(model, options.scheme, gathered)
+    with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
         files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
         for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):
             shutil.copyfile(options.bundle / name, directory / name)
@@ -139,24 +107,52 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
             _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
             quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step
         note(quality.line())
-        if options.max_kl is not None and not quality.mean_kl <= options.max_kl:
-            raise QualityError(
-                f"the mean KL divergence is {quality.mean_kl:.4f} nats, more than --max-kl {options.max_kl}; nothing was "
-                "written. The closest to the original are int8-blocks, and int8 with --activation-bits 16"
-            )
+        require_close(quality, options.max_kl)
         manifest.quantization = QuantizationFacts(
             scheme=options.scheme,
             activation_bits=activation_bits,
             smoothing=smoothing,
             source_bundle=source.content_digest(),
-            quality=quality.model_dump(),
+            quality=quality.model_dump(exclude_none=True),
             max_kl=options.max_kl,
         )
         manifest.save(directory)
     return manifest
 
 
-def _prompts(path: Path | None, usual: Sequence[str], source: Manifest) -> Sequence[Prompt | list[int]]:
+def quantize_graph(
+    model: ir.Model, scheme: Scheme, gathered: frozenset[int], given: Mapping[str, GivenCodes] | None = None
+) -> int:
+    """Store a graph's weights as integers, in place. Returns the number of those whose given codes were kept.
+
+    Args:
+        model: a float32 graph.
+        scheme: how to store the weights.
+        gathered: where weights lie from which any graph gathers rows; see `tables`.
+        given: codes that the checkpoint has, by weight.
+    """
+    rounding = QuantizeWeights(storage_of(scheme), gathered, given)
+    rounding(model)
+    experts = QuantizeExperts(storage_of(scheme))
+    experts(model)
+    if experts.left:
+        note(
+            f"{len(experts.left)} weights of experts, such as {experts.left[0]}, stay float32: inputs cannot be divided "
+            f"into blocks of {BLOCK_SIZES[-1]}, or they are tiny"
+        )
+    return len(rounding.kept)
+
+
+def require_close(quality: Quality, max_kl: float | None) -> None:
+    """Raise a `QualityError` if a result differs from the original by more than was allowed."""
+    if max_kl is not None and not quality.mean_kl <= max_kl:
+        raise QualityError(
+            f"the mean KL divergence is {quality.mean_kl:.4f} nats, more than --max-kl {max_kl}; nothing was "
+            "written. The closest to the original are int8-blocks, and int8 with --activation-bits 16"
+        )
+
+
+def prompts_for(path: Path | None, usual: Sequence[str], source: Manifest) -> Sequence[Prompt | list[int]]:
     """The prompts of a file, or else the usual ones, or else token ids for a bundle without a tokenizer."""
     if path is not None:
         return read_prompts(path)
@@ -177,11 +173,7 @@ def _source(bundle: Path) -> Manifest:
     return source
 
 
-def _is_onnx_bundle(path: Path) -> bool:
-    return is_bundle(path, "onnx")
-
-
-def _storage(scheme: Scheme) -> Callable[[str], Storage]:
+def storage_of(scheme: Scheme) -> Callable[[str], Storage]:
     """How to store each weight, by its name. Embeddings, LM head and Medusa heads keep 8 bits, as 4 bits hurt them most."""
 
     def storage(name: str) -> Storage:

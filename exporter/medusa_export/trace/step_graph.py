@@ -21,6 +21,7 @@ from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
 from medusa_export.trace.step_masks import StepMasks
 from medusa_export.trace.step_module import StepModule
+from medusa_export.trace.stored_layers import as_if_cast, cast_whole
 from medusa_export.trace.torch_to_onnx import export_module, name_values, simplify, tensor_of, torch_tensor
 from medusa_runtime.bundle.cache_layout import BATCH_AXIS, CAPACITY_AXIS, CacheTensor
 
@@ -48,7 +49,8 @@ def trace_step(backbone: Backbone, opset: int, report: Report = lambda _: None, 
     module = step_module(backbone)
     try:
         list_name, layers = decoder_layers(backbone.model)
-        cached = cached_tensors(backbone, module, list(layers))
+        with as_if_cast(layers, backbone.dtype):
+            cached = cached_tensors(backbone, module, list(layers))
     except NoLayersError as error:
         report(f"{error}, so the model is traced as a whole, which takes longer")
         model = _trace_whole(backbone, module, opset)
@@ -74,6 +76,7 @@ def step_module(backbone: Backbone) -> StepModule:
 
 def _trace_whole(backbone: Backbone, module: StepModule, opset: int) -> ir.Model:
     """Trace a decoder that does not run a list of layers once each, such as one that runs its layers several times."""
+    cast_whole(backbone.model, backbone.dtype)  # its layers' weights may be in the precision that they are stored in
     try:
         [tensors] = cached_tensors(backbone, module, [text_decoder(backbone.model)])
     except NoLayersError as error:
@@ -86,10 +89,12 @@ def _trace_kinds(
 ) -> ir.Model:
     traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
     _, layers = decoder_layers(backbone.model)
+    for layer in traced:  # their weights may be in the precision that they are stored in
+        cast_whole(layers[layer], backbone.dtype)
     with only_layers(layers, traced):
         model = _trace(backbone, module, [tensor for layer in traced for tensor in cached[layer]], opset)
     prefix = f"model.{list_name}.{{layer}}."
-    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(tensor_of(module, name), name))(model)
+    StampLayers(kinds, cached, prefix, lambda name: torch_tensor(tensor_of(module, name), name, backbone.dtype))(model)
     return model
 
 

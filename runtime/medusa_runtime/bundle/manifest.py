@@ -119,7 +119,9 @@ class QuantizationFacts(_Model):
     scheme: Scheme
     activation_bits: Literal[8, 16] = Field(description="of the numbers that int8 weights are multiplied with on the CPU")
     smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not at all")
-    source_bundle: str = Field(description="content digest of the bundle that was quantised")
+    source_bundle: str | None = Field(
+        default=None, description="content digest of the bundle that was quantised; omitted: it was made from the checkpoint"
+    )
     quality: dict[str, float] = Field(description="compared with that bundle, on texts that the model wrote")
     max_kl: float | None = Field(default=None, description="the largest mean KL divergence that was allowed, in nats")
 

@@ -46,7 +46,9 @@ def _kind(weight: ir.Value | None) -> str | None:
         return "channels"
     in_blocks = source.op_type == "DequantizeLinear" and source.attributes.get_int("block_size", 0) > 0
     data = source.inputs[0]
-    return "blocks" if in_blocks and len(source.inputs) == 2 and data is not None and data.dtype == ir.DataType.INT8 else None
+    if not in_blocks or len(source.inputs) != 2 or data is None or data.dtype != ir.DataType.INT8:
+        return None
+    return f"blocks of {source.attributes.get_int('block_size')}"
 
 
 def is_int8_weight(node: ir.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
 from medusa_export.passes.common.values import Together, add_initializer, lazy_tensor, replace, shape_of
+from medusa_export.passes.quantize.given_codes import GivenCodes
 
 Storage = Literal["int8", "int8-blocks", "int4"]
 
@@ -26,14 +27,23 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     Args:
         storage: how to store the weight of a name; None to leave it as it is.
-        tables: offsets, in the weights file, of weights from which any graph gathers rows. All graphs keep their layout
-        [out, in], so that they are stored once.
+        tables: where weights lie from which any graph gathers rows, see `tables`. All graphs keep their layout
+            [out, in], so that they are stored once.
+        given: codes that the checkpoint has for the weights of these names. They are taken as they are if they have as many
+            bits as the weight is to be stored with.
     """
 
-    def __init__(self, storage: Callable[[str], Storage | None], tables: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        storage: Callable[[str], Storage | None],
+        tables: frozenset[int] = frozenset(),
+        given: Mapping[str, GivenCodes] | None = None,
+    ) -> None:
         super().__init__()
         self.storage = storage
         self.tables = tables
+        self.given = given or {}
+        self.kept: list[str] = []  # weights whose own codes were taken
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
@@ -54,7 +64,11 @@ class QuantizeWeights(ir.passes.InPlacePass):
                 storage = "int8-blocks"
             if storage != "int8" and readers[0].num_inputs % BLOCK_SIZE == 0:
                 is_table = bool(gathers) or (readers[0].transposed and not self.tables.isdisjoint(_offsets(weight)))
-                _store_blocks(graph, weight, readers, gathers, bits=4 if storage == "int4" else 8, as_table=is_table)
+                bits = 4 if storage == "int4" else 8
+                given = self.given.get(weight.name or "")
+                given = None if given is None or given.bits != bits or is_table else given
+                _store_blocks(graph, weight, readers, gathers, bits=bits, as_table=is_table, given=given)
+                self.kept += [weight.name or ""] if given is not None else []
             else:
                 _store_channels(graph, weight, readers, gathers)
             modified = True
@@ -62,7 +76,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
 
 def tables(models: Iterable[ir.Model]) -> frozenset[int]:
-    """Offsets, in the weights file, of the weights from which graphs gather rows."""
+    """Where the weights lie from which graphs gather rows: offsets in the weights file, or addresses in memory."""
     return frozenset(
         offset
         for model in models
@@ -73,9 +87,12 @@ def tables(models: Iterable[ir.Model]) -> frozenset[int]:
 
 
 def _offsets(weight: ir.Value) -> set[int]:
-    """The offset of a weight in the weights file, if it is in one."""
+    """Where a weight lies: its offset in the weights file, or the address of PyTorch's tensor; nothing if it is computed."""
     tensor = weight.const_value
-    return {tensor.offset or 0} if isinstance(tensor, ir.ExternalTensor) else set()
+    if isinstance(tensor, ir.ExternalTensor):
+        return {tensor.offset or 0}
+    address = getattr(getattr(tensor, "raw", None), "data_ptr", None)
+    return set() if address is None else {int(address())}
 
 
 def _can_store(weight: ir.Value, readers: list[Linear], gathers: list[ir.Node]) -> bool:
@@ -110,9 +127,16 @@ def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], ga
 
 
 def _store_blocks(
-    graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int, as_table: bool
+    graph: ir.Graph,
+    weight: ir.Value,
+    readers: list[Linear],
+    gathers: list[ir.Node],
+    *,
+    bits: int,
+    as_table: bool,
+    given: GivenCodes | None,
 ) -> None:
-    """Store as int8 or uint4, with one scale per output and block of 32 inputs; uint4 has zero points as well.
+    """Store as int8 or uint4, with one scale per output and block of inputs; uint4 has zero points as well.
 
     If `as_table`, the layout stays [out, in], so that rows can be gathered.
     """
@@ -125,10 +149,11 @@ def _store_blocks(
         parts = (to_uint4 if bits == 4 else to_int8_blocks)(array.T if by_rows else array)
         return [part.T if as_table else part for part in parts]
 
-    rounded = Together(store)
+    rounded = Together(store if given is None else given.parts)
+    size = BLOCK_SIZE if given is None else given.block_size
     dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.INT8
     whole: list[int | ir.SymbolicDim] = [inputs, outputs]
-    blocks: list[int | ir.SymbolicDim] = [inputs // BLOCK_SIZE, outputs]
+    blocks: list[int | ir.SymbolicDim] = [inputs // size, outputs]
     if as_table:
         whole, blocks = whole[::-1], blocks[::-1]
     parts = [
@@ -140,7 +165,7 @@ def _store_blocks(
     values = [add_initializer(graph, part.name or "", part) for part in parts]
     stored = [_turned(graph, readers[0].node, value) for value in values] if as_table else values
     for reader in readers:
-        _read(graph, reader, ir.node("DequantizeLinear", stored, {"axis": 0, "block_size": BLOCK_SIZE}))
+        _read(graph, reader, ir.node("DequantizeLinear", stored, {"axis": 0, "block_size": size}))
     for gather in gathers:
         _gather(graph, gather, values[0], values[1], blocks=inputs // BLOCK_SIZE)
     _forget(graph, weight)

@@ -1,0 +1,116 @@
+"""Exports a checkpoint to a quantised bundle in one go: no float bundle is written in between."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from medusa_export.bundle.export import ExportOptions, Traced, export_bundle, is_onnx_bundle, trace_bundle
+from medusa_export.bundle.write_graphs import write_graphs
+from medusa_export.check.quality import Quality, compare
+from medusa_export.check.torch_logits import TorchLogits
+from medusa_export.model.packed.tensors import LazyIntegers
+from medusa_export.passes.quantize.given_codes import Array, GivenCodes, given_codes
+from medusa_export.passes.quantize.integer_weights import tables
+from medusa_export.progress import note, stage
+from medusa_export.quantize.calibration_text import QUALITY_PROMPTS, answered
+from medusa_export.quantize.quantized_bundle import (
+    QuantizeOptions,
+    prompts_for,
+    quantize_bundle,
+    quantize_graph,
+    require_close,
+)
+from medusa_heads.directories import new_directory, require_new, scratch_beside
+from medusa_runtime import DecodingEngine, DynamicTree
+from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.bundle.manifest import Manifest, QuantizationFacts
+from medusa_runtime.drafting.ngrams import NGrams
+from medusa_runtime.errors import OptionError
+from medusa_runtime.text.token_ids import open_codec
+
+NUM_OPERATIONS = 5e12  # of PyTorch, for the comparison: with a large model, fewer prompts are compared
+TOKENS_PER_PROMPT = 128
+LEAST_PROMPTS = 2
+
+
+def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifest:
+    """Export a checkpoint to a quantised bundle.
+
+    Weights go from the checkpoint to the bundle one by one. Codes of 4 bits that the checkpoint has are kept as they are. The
+    quality is measured against the model in PyTorch. With 8-bit activations, a float bundle is written first and deleted,
+    since their outliers are measured with it.
+
+    Raises:
+        OptionError: the export's precision is not fp32.
+        MedusaError: see `export_bundle` and `quantize_bundle`.
+    """
+    require_new(options.output, is_onnx_bundle, force=options.force, inputs=export.inputs)
+    if export.precision != "fp32":
+        raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
+    if options.activation_bits == 8:
+        with scratch_beside(options.output) as scratch:
+            export_bundle(dataclasses.replace(export, output=scratch / "bundle"))
+            return quantize_bundle(dataclasses.replace(options, bundle=scratch / "bundle"))
+    if options.activation_bits is not None and options.scheme != "int8":
+        raise OptionError(f"--activation-bits only applies to --scheme int8, not {options.scheme}; leave it out")
+    traced = trace_bundle(dataclasses.replace(export, output=options.output, force=options.force))
+    _quantize(traced, options)
+    activation_bits = 16 if options.scheme == "int8" else 8
+    with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=export.inputs) as directory:
+        files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=activation_bits)
+        manifest = traced.manifest(directory, files, graphs)
+        with stage("measure the quality against PyTorch"):
+            quality = _quality(traced, manifest, directory)
+        note(quality.line())
+        require_close(quality, options.max_kl)
+        manifest.quantization = QuantizationFacts(
+            scheme=options.scheme,
+            activation_bits=activation_bits,
+            smoothing=0.0,
+            quality=quality.model_dump(exclude_none=True),
+            max_kl=options.max_kl,
+        )
+        manifest.save(directory)
+    return manifest
+
+
+def _quantize(traced: Traced, options: QuantizeOptions) -> None:
+    gathered, given = tables(traced.graphs.values()), _given(traced)
+    kept = 0
+    for model in traced.graphs.values():
+        kept += quantize_graph(model, options.scheme, gathered, given)
+    if kept:
+        note(f"{kept} weights keep the checkpoint's own codes")
+    elif traced.backbone.integers:
+        note(f"the weights of the checkpoint are integers, but none that {options.scheme} can keep; they are rounded again")
+
+
+def _given(traced: Traced) -> dict[str, GivenCodes]:
+    """The codes of the checkpoint's weights, by the names of the step graph."""
+    found: dict[str, GivenCodes] = {}
+    for name, lazy in traced.backbone.integers.items():
+        weight = lazy.make()
+        if (codes := given_codes(partial(_arrays, lazy), weight.bits, weight.block_size)) is not None:
+            found[f"model.{name}"] = codes
+    return found
+
+
+def _arrays(lazy: LazyIntegers) -> tuple[Array, Array, Array]:
+    weight = lazy.make()
+    return weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy()
+
+
+def _quality(traced: Traced, manifest: Manifest, place: Path) -> Quality:
+    """Compare the bundle with PyTorch, on prompts with the answers that the bundle gives."""
+    after = open_backend(place, manifest, "ort-cpu")
+    ngrams = NGrams.of_bundle(place, manifest)
+    engine = DecodingEngine(after, DynamicTree(len(manifest.tree["parents"])), ngrams=ngrams)
+    size = sum(parameter.numel() for parameter in traced.backbone.model.parameters())
+    limit = max(LEAST_PROMPTS, int(NUM_OPERATIONS / (2 * size * TOKENS_PER_PROMPT)))
+    prompts = prompts_for(None, QUALITY_PROMPTS, manifest)[:limit]
+    texts, stats = answered(engine, open_codec(place, manifest), prompts)
+    quality = compare(TorchLogits(traced.backbone), after, texts)
+    quality.tokens_per_step = stats.tokens_per_step
+    return quality

@@ -1,0 +1,139 @@
+"""A checkpoint becomes a quantised bundle in one go: the same weights as in two steps, and the checkpoint's own codes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.read_graph import read_graph
+from medusa_export.check import compare, sides, validate
+from medusa_export.quantize import QuantizeOptions, export_quantized, quantize_bundle
+from medusa_runtime import Manifest, MedusaLM
+from tests.support import packed
+from tests.support.models import save_random_heads, save_tiny_model
+
+Make = Callable[..., Path]
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
+SIZES = {"num_hidden_layers": 2, "intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("direct") / "model", "llama", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def heads(model: Path) -> Path:
+    return save_random_heads(model, model.parent / "heads")
+
+
+def _direct(model: Path, heads: Path, output: Path, scheme: Any) -> Manifest:
+    return export_quantized(ExportOptions(str(model), heads, output), QuantizeOptions(output, output, scheme))
+
+
+def test_weights_are_those_of_two_steps(model: Path, heads: Path, tmp_path: Path) -> None:
+    export_bundle(ExportOptions(str(model), heads, tmp_path / "float"))
+    two = quantize_bundle(QuantizeOptions(tmp_path / "float", tmp_path / "two", "int8-int4"))
+    one = _direct(model, heads, tmp_path / "one", "int8-int4")
+    for name in ("step", "heads"):  # names of nodes are counted, so the files may differ
+        ours, theirs = (read_graph(tmp_path / place / f"{name}.onnx").graph.initializers for place in ("one", "two"))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].const_value.tobytes() == theirs[key].const_value.tobytes() for key in theirs)
+    assert one.quantization is not None
+    assert two.quantization is not None
+    assert one.quantization.source_bundle is None
+    assert one.quantization.quality["mean_kl"] == pytest.approx(two.quantization.quality["mean_kl"], rel=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "one", "two"]
+
+
+def test_weights_that_are_stored_in_half_precision_are_cast_one_by_one(model: Path, heads: Path, tmp_path: Path) -> None:
+    """The bundle is that of a checkpoint whose weights are stored in float32 with the same values."""
+    for name, dtype in (("half", torch.float16), ("whole", torch.float32)):
+        shutil.copytree(model, tmp_path / name / "model")
+        path = tmp_path / name / "model" / "model.safetensors"
+        save_file({key: tensor.half().to(dtype) for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+        export_bundle(ExportOptions(str(tmp_path / name / "model"), heads, tmp_path / name / "bundle"))
+    half, whole = (Manifest.load(tmp_path / name / "bundle") for name in ("half", "whole"))
+    assert half.files == whole.files
+
+
+@pytest.mark.parametrize(
+    ("settings", "pack", "block"),
+    [
+        (GPTQ, partial(packed.gptq, group=32), 32),
+        (GPTQ, partial(packed.gptq, group=64), 64),
+        ({"quant_method": "awq", "bits": 4}, partial(packed.awq, group=32), 32),
+        ({"quant_method": "compressed-tensors"}, partial(packed.pack_quantized, group=32), 32),
+    ],
+)
+def test_codes_of_the_checkpoint_are_kept_bit_for_bit(
+    settings: dict[str, Any], pack: Callable[[np.ndarray], packed.Packed], block: int, model: Path, heads: Path, tmp_path: Path
+) -> None:
+    packed.save_packed(model, tmp_path / "packed", settings, pack)
+    original = load_file(model / "model.safetensors")
+    _direct(tmp_path / "packed", heads, tmp_path / "bundle", "int4")
+    graph = read_graph(tmp_path / "bundle" / "step.onnx").graph
+    names = [name for name in original if name.endswith("proj.weight")]
+    assert len(names) == 14
+    for name in names:
+        tensors, whole = pack(original[name].numpy())
+        del tensors
+        node = next(usage.node for usage in graph.initializers[f"model.{name}.uint4"].uses())
+        assert node.attributes.get_int("block_size") == block
+        codes, scale, zero = (value.const_value.numpy().astype(np.float32) for value in node.inputs)
+        found = (codes - np.repeat(zero, block, 0)) * np.repeat(scale, block, 0)
+        np.testing.assert_array_equal(found.T, whole)
+        if settings is GPTQ:
+            expected, _, zeros = packed.rounded(original[name].numpy(), 4, block, symmetric=False)
+            np.testing.assert_array_equal(codes.T, expected)
+            np.testing.assert_array_equal(zero.T, zeros)
+    with MedusaLM.from_bundle(tmp_path / "bundle") as lm:
+        assert lm.generate("a fox", max_new_tokens=6).stats.num_generated_tokens > 0
+
+
+def test_codes_in_mixed_groups_are_rounded_again_and_that_is_told(
+    model: Path, heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed.save_packed(model, tmp_path / "packed", GPTQ | {"desc_act": True}, partial(packed.gptq, reorder=True))
+    _direct(tmp_path / "packed", heads, tmp_path / "bundle", "int4")
+    assert "the weights of the checkpoint are integers, but none that int4 can keep" in capsys.readouterr().err
+    dtypes = {value.dtype for value in read_graph(tmp_path / "bundle" / "step.onnx").graph.initializers.values()}
+    assert ir.DataType.UINT4 in dtypes
+
+
+def test_a_large_model_is_compared_with_its_layers_cast_one_at_a_time(
+    model: Path, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of a model that is cast as a whole, and fewer rows are compared."""
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    export_bundle(ExportOptions(str(tmp_path / "model"), heads, tmp_path / "bundle"))
+    whole = validate(tmp_path / "bundle", str(tmp_path / "model"), max_new_tokens=4)
+    monkeypatch.setattr(sides, "LARGE_PART", 0.0)
+    large = validate(tmp_path / "bundle", str(tmp_path / "model"), max_new_tokens=4)
+    assert (whole.status, large.status) == ("passed", "passed"), large.verdicts()
+    assert (len(whole.greedy), len(large.greedy)) == (6, 2)
+    assert large.greedy == whole.greedy[:2]
+    assert "the model is large: 2 of 6 built-in prompts are compared" in large.notes[0]
+
+
+def test_logits_are_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.default_rng(0)
+    found, reference = numbers.normal(size=(7, 50)), numbers.normal(size=(7, 50))
+    whole = compare.logits_difference("a", found, reference)
+    monkeypatch.setattr(compare, "BLOCK_ELEMENTS", 100)
+    parts = compare.logits_difference("a", found, reference)
+    assert parts.model_dump() == pytest.approx(whole.model_dump())
+    found[6, 3] = np.nan
+    assert not np.isfinite(compare.logits_difference("a", found, reference).max_abs)
