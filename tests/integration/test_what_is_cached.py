@@ -84,7 +84,7 @@ def test_chunks_and_trees_are_those_of_pytorch(model_type: str) -> None:
             r"2 of its 4 layers keep a recurrent state \(Qwen3_5GatedDeltaNet\), which a tree of drafts cannot branch",
         ),
         ("olmo_hybrid", r"2 of its 4 layers keep a recurrent state \(OlmoHybridGatedDeltaNet\)"),
-        ("recurrent_gemma", "it convolves over tokens without caching what it reads"),
+        ("recurrent_gemma", "linear_attention, whose state a tree cannot branch"),
     ],
 )
 def test_a_state_that_cannot_branch_is_refused_by_name(model_type: str, reason: str) -> None:
