@@ -26,8 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="decoder types, such as mixtral")
     parser.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--json", type=Path, help="where to write what was found; rows of other types are kept")
+    parser.add_argument("--json", type=Path, help="where to write what was found; other rows and checks are kept")
     parser.add_argument("--page", type=Path, help="where to write the page with the rows of the JSON file")
+    parser.add_argument("--only-traced", action="store_true", help="compare what would be traced; no export. A second a type")
     parser.add_argument("--only-float", action="store_true", help="export and validate; no int8, no TensorRT-RTX engines")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one type")
     options = parser.parse_args()
@@ -39,11 +40,13 @@ def main() -> None:
         warm_up()
     for model_type in types:
         with TemporaryDirectory() as scratch:
-            further = not options.only_float
-            row = check_apart(model_type, Path(scratch) / "type", options.timeout, quantize=further, engines=further)
+            export, further = not options.only_traced, not options.only_float
+            parts = {"export": export, "quantize": further, "engines": further}
+            row = check_apart(model_type, Path(scratch) / "type", options.timeout, **parts)
         seconds = sum(row.seconds.values())
         print(f"{model_type:22} {row.outcome:8} {row.work:7} {seconds:6.1f} s  {row.reason}", flush=True)
-        rows[model_type] = row.to_json()
+        before = rows.get(model_type, {}).get("checks", {}) if row.outcome == "passes" else {}
+        rows[model_type] = row.to_json() | {"checks": before | row.checks}
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")

@@ -26,9 +26,11 @@ from medusa_runtime.bundle.manifest import STEP, Manifest
 from medusa_runtime.drafting.measuring import measure_grid
 from medusa_runtime.errors import BackendError, BundleError, CapacityError, ClosedError, MissingExtraError
 from tests.support.engines import stand_in_engine
+from tests.support.models import save_random_heads
 from tests.support.stand_in_cuda import CUresult, StandInDriver
 from tests.support.stand_in_ort_cuda import CPU, StandInOrt
 from tests.support.stand_in_tensorrt import Context, RuntimeCache, StandInTensorRT
+from tests.support.zoo import save_zoo_model
 
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PROMPTS = ["the quick brown fox", "a small model", "many words at once many words at once many words", "lazy"]
@@ -114,6 +116,17 @@ def test_onnx_runtime_with_cuda_gives_the_tokens_of_the_cpu(
     }  # fmt: skip
     captured = set(onnxruntime.graph_ids) - {"-1"}
     assert bool(captured) == cuda_graphs
+
+
+@pytest.mark.usefixtures("tensorrt", "onnxruntime")
+def test_caches_of_unequal_tensors(tmp_path: Path) -> None:
+    """Convolutions and attention in turns: the tensors of two layers differ in heads and width."""
+    model, bundle = save_zoo_model(tmp_path / "model", "lfm2"), tmp_path / "bundle"
+    export_bundle(ExportOptions(str(model), save_random_heads(model, tmp_path / "heads"), bundle, head_top_k=8))
+    stand_in_engine(bundle, tmp_path / "engine", "rtx", accepts=True, **LIMITS)
+    wanted = answers(bundle, "ort-cpu")
+    assert answers(tmp_path / "engine") == wanted
+    assert answers(bundle, "ort-cuda") == wanted
 
 
 @pytest.mark.usefixtures("tensorrt", "onnxruntime")

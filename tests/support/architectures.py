@@ -14,18 +14,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from medusa_export.bundle.export import ExportOptions, export_bundle
 from medusa_export.check import validate
+from medusa_export.model.checkpoint import load_backbone
 from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.trace import attention_node
+from medusa_export.trace.skeleton import require_traceable
 from medusa_runtime.errors import MedusaError, first_line
+from tests.support.eager_step import compare
 from tests.support.models import save_random_heads
 from tests.support.zoo import save_zoo_model
 
 PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many words", "a fox")
 NEW_TOKENS = 24
+MOST_APART = 1e-3  # logits, between what would be traced and the model; wrong masks or positions give a hundred times as much
 
 VERDICTS = {"prompts": "logits of prompts", "tree": "logits of tree", "greedy": "greedy"}  # column -> how a verdict begins
 
@@ -50,8 +56,8 @@ class Row:
         return asdict(self) | {"seconds": {name: round(value, 1) for name, value in self.seconds.items()}}
 
 
-def check_type(model_type: str, directory: Path, *, quantize: bool = True, engines: bool = True) -> Row:
-    """Make a type's tiny model in an empty directory, export it, and compare what comes out."""
+def check_type(model_type: str, directory: Path, *, export: bool = True, quantize: bool = True, engines: bool = True) -> Row:
+    """Make a type's tiny model in an empty directory, compare what would be traced, export it, and compare what comes out."""
     row = Row(model_type)
     model, bundle = directory / "model", directory / "bundle"
     with _timed(row, "make"):
@@ -59,16 +65,21 @@ def check_type(model_type: str, directory: Path, *, quantize: bool = True, engin
         heads = save_random_heads(model, directory / "heads")
         row.architecture = _architecture(model)
     try:
-        with _timed(row, "export"), _watched(row):
-            export_bundle(ExportOptions(str(model), heads, bundle))
+        with _watched(row):
+            with _timed(row, "traced"):
+                row.checks["traced"] = _traced(model)
+            if export:
+                with _timed(row, "export"):
+                    export_bundle(ExportOptions(str(model), heads, bundle))
     except MedusaError as error:
         row.outcome, row.reason = "refused", str(error).replace(str(directory), "DIR")
         return row
     except Exception as error:  # noqa: BLE001 - a traceback is an outcome, of the worst kind
         row.reason = _last_line(error)
         return row
-    _check(row, "validate", lambda: _compared(row, bundle, model, heads))
-    if row.checks["validate"] == "passes":
+    if export:
+        _check(row, "validate", lambda: _compared(row, bundle, model, heads))
+    if row.checks.get("validate") == "passes":
         if quantize:
             _check(row, "int8", lambda: _quantized(bundle, model, directory / "int8"))
         if engines:
@@ -76,6 +87,15 @@ def check_type(model_type: str, directory: Path, *, quantize: bool = True, engin
     failed = {name: found for name, found in row.checks.items() if found != "passes"}
     row.outcome, row.reason = ("fails", "; ".join(f"{n}: {f}" for n, f in failed.items())) if failed else ("passes", "")
     return row
+
+
+def _traced(model: Path) -> str:
+    """Compare what would be traced, run in PyTorch, with the model."""
+    attention_node.register()
+    backbone = load_backbone(str(model), attention=attention_node.ATTENTION_NAME, before_loading=require_traceable)
+    found, wanted = compare(backbone, load_backbone(str(model)))
+    difference = float(np.abs(found - wanted).max())
+    return "passes" if difference < MOST_APART < np.ptp(wanted) / 100 else f"logits differ by {difference:.1e}"
 
 
 def _compared(row: Row, bundle: Path, model: Path, heads: Path) -> str:

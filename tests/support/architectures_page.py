@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 COLUMNS = {  # check -> its heading
+    "traced": "traced",
     "prompts": "prompts",
     "tree": "trees",
     "greedy": "greedy",
@@ -26,11 +27,12 @@ This page is made by a program, on any machine with the `dev` extra:
 $ python scripts/architectures.py --all --json build/architectures.json --page docs/architectures.md
 ```
 
-The columns: logits after every token of prompts, read whole and in chunks (*prompts*), and after every node of a
-candidate tree (*trees*), differ from PyTorch's by rounding alone, for the portable graphs and those for the CPU; greedy
-decoding through the runtime, with and without Medusa, gives PyTorch's tokens (*greedy*); a bundle rounded to 8 bits
-passes its own checks (*int8*); and engines are built from the graphs, which needs no GPU (*TensorRT-RTX*). CI repeats
-the first three for every type, and the last two for one type of each mechanism.
+The columns: what is traced, run in PyTorch in chunks and with two branches, gives the model's logits (*traced*); logits
+after every token of prompts, read whole and in chunks (*prompts*), and after every node of a candidate tree (*trees*),
+differ from PyTorch's by rounding alone, for the portable graphs and those for the CPU; greedy decoding through the
+runtime, with and without Medusa, gives PyTorch's tokens (*greedy*); a bundle rounded to 8 bits passes its own checks
+(*int8*); and engines are built from the graphs, which needs no GPU (*TensorRT-RTX*). An empty cell: not tried. CI
+repeats *traced* and the refusals for every type, and everything for one type of each mechanism.
 
 A checkpoint of such a type works like its tiny model unless its settings ask for something else; `medusa-export onnx`
 compares each export with PyTorch. [Bring your own model](bring-your-own-model.md) says what a refusal means.

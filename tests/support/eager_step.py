@@ -15,6 +15,8 @@ from medusa_export.passes.portable.expand_experts import EXPERT_LINEAR, EXPERTS,
 from medusa_export.trace.cache_shapes import cached_tensors
 from medusa_export.trace.experts_node import UNGATED, Activation, swiglu
 from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
+from medusa_export.trace.selection import selecting_all
+from medusa_export.trace.step_graph import step_module
 from medusa_export.trace.step_module import StepModule
 
 
@@ -98,7 +100,14 @@ def gather_nd(data: torch.Tensor, indices: torch.Tensor, *, batch_dims: int) -> 
     return data[torch.arange(len(data))[:, None], indices[..., 0], indices[..., 1]]
 
 
+def cumulative_sum(data: torch.Tensor, axis: torch.Tensor, *, exclusive: int, reverse: int) -> torch.Tensor:
+    """The standard operator, of what comes after each element."""
+    assert (exclusive, reverse) == (1, 1)
+    return data.flip(int(axis)).cumsum(int(axis)).flip(int(axis)) - data
+
+
 OPERATORS = {
+    "CumSum": cumulative_sum,
     "GatherND": gather_nd,
     "Attention": attention,
     "TensorScatter": tensor_scatter,
@@ -163,3 +172,17 @@ def _chain(token_ids: list[int], start: int) -> tuple[torch.Tensor, ...]:
     places = torch.arange(count)[None]
     mask = torch.ones(1, count, count, dtype=torch.bool).tril()
     return torch.tensor([token_ids]), places + start, mask, torch.tensor([start]), places
+
+
+@torch.no_grad()
+def compare(traced: Backbone, model: Backbone) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of what is traced, and of the model itself: of a text, and of another continuation of its first half."""
+    token_ids = [(37 * place + 11) % 300 + 10 for place in range(26)]
+    branch, half = [100, 200, 30, 45], len(token_ids) // 2
+    whole = model.model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    other = model.model(torch.tensor([[*token_ids[:half], *branch]]), use_cache=False).logits[0, half:]
+    module = step_module(traced)
+    past = empty_cache(traced, module)
+    with computed(), selecting_all(traced.model):
+        found = chain_and_tree(module, past, token_ids, branch)
+    return found, torch.cat([whole, other]).numpy()

@@ -12,6 +12,7 @@ from medusa_export.engine.engine_options import EngineOptions, default_tree_node
 from medusa_export.engine.profiles import heads_profiles, step_profiles
 from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
 from medusa_export.passes.tensorrt.specialize import specialize
+from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import HEADS, STEP, EngineFacts, Manifest, file_facts
 from tests.support.stand_in_tensorrt import VERSION, write_plan
 
@@ -34,8 +35,7 @@ def stand_in_engine(bundle: Path, directory: Path, flavor: str = "rtx", *, accep
     specialize(models[STEP], source.precision, found.capacity)
     if accepts:
         AcceptGreedily()(models[STEP])
-    pairs = [f"{layer}.{part}" for layer in range(source.model.num_layers) for part in ("key", "value")]
-    aliases = {f"present.{pair}": f"past.{pair}" for pair in pairs}
+    aliases = {tensor.present: tensor.past for tensor in CacheLayout.of(graphs[STEP]).tensors}
     profiles = {
         STEP: step_profiles(graphs[STEP], found, default_tree_nodes(source)),
         HEADS: heads_profiles(graphs[HEADS], found),

@@ -60,7 +60,7 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
         (lambda data: data | {"precision": "fp8"}, "precision"),
         (lambda data: data | {"surprise": 1}, "surprise"),
         (lambda data: data | {"graphs": {}}, "graphs: heads, step is missing"),
-        (lambda data: data | {"files": {}}, "files: chat.json, heads.onnx, step.onnx, tokenizer.json, weights.bin is missing"),
+        (lambda data: data | {"files": {}}, "files: heads.onnx, step.onnx, weights.bin is missing"),
         (lambda data: data | {"tree": {}}, "tree: it must have parents and ranks"),
         (lambda data: data | {"tree": {"parents": [-1, 0], "ranks": [0]}}, "tree: it must have parents and ranks"),
         (lambda data: data | {"files": data["files"] | {"x": {"size": -1, "sha256": ""}}}, "files.x.size: "),

@@ -37,7 +37,7 @@ COMMANDS = {
 }
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
-    "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
+    "optimum": "export", "safetensors": "export", "accelerate": "train", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
     "cuda": "cuda", "starlette": "serve", "uvicorn": "serve", "sse_starlette": "serve", "prometheus_client": "serve",
     "httptools": "serve", "uvloop": "serve", "ray": "ray",

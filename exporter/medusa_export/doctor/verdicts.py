@@ -10,7 +10,7 @@ from medusa_export.engine.flavor import install_flavor
 from medusa_export.packages import install_command
 from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
-EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")
+EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors")
 BUILD = ("onnx", "onnx_ir")
 BINDINGS = "cuda.bindings.driver"
 LEAST_CUDA = 13  # the version that TensorRT's packages need

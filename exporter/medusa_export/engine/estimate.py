@@ -92,6 +92,4 @@ def _size(size: int | str | ir.SymbolicDim, sizes: Mapping[str, int]) -> int:
     if isinstance(size, int):
         return size
     found = ir.SymbolicDim(str(size)).evaluate(sizes)  # a name, or an expression such as batch*num_tokens
-    if not isinstance(found, int):
-        raise KeyError(f"the dimension {size} has no known size")
-    return found
+    return found if isinstance(found, int) else max(sizes.values())  # one without a name may be as large as any

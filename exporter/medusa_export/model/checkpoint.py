@@ -18,7 +18,7 @@ from medusa_export.errors import ExportError
 from medusa_export.model.adapters import adapter_base, is_adapter, merge_adapter
 from medusa_export.model.library_messages import quiet_libraries, reason
 from medusa_export.model.loaded_weights import check_unused, require_complete, require_finite, resized_rows
-from medusa_export.model.model_class import auto_class, is_multimodal, text_config
+from medusa_export.model.model_class import auto_class, is_multimodal, name_base_model, text_config
 from medusa_export.model.packed.loading import SETTINGS_FILES, load_packed, settings_of
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.model.sources import CONFIG, local_directory, opened, read_settings
@@ -36,6 +36,7 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
 ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
 WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
+HYBRID = "hybrid"  # full attention beside another part that reads no mask
 OWN_KINDS = {"global": FULL, "local": SLIDING}  # as GPT-Neo calls them
 SELECTING = "indexed_attention"  # full attention while there are no more tokens than it selects
 SELECTED = ("keep_window_size", "index_topk")  # settings of how many tokens are selected; see `medusa_export.trace.selection`
@@ -74,7 +75,7 @@ class Backbone:
         if types is None:
             types = [SLIDING if self.sliding_window else FULL] * config.num_hidden_layers
         types = [FULL if kind == SELECTING else kind for kind in types]
-        if unknown := set(types) - {FULL, SLIDING, CHUNKED} - WITHOUT_ATTENTION:
+        if unknown := set(types) - {FULL, SLIDING, CHUNKED, HYBRID} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
         return types
 
@@ -96,8 +97,8 @@ class Backbone:
 
         LongRoPE rotates all keys, including cached ones, differently once a sequence exceeds the original training length. A
         cache cannot follow that, so the limit is that length. Attention that selects tokens is exact while it selects all.
-        Llama 4 scales queries by positions that it counts itself, beginning with the `floor_scale`-th token. A model with ALiBi
-        has no limit, if its configuration names none.
+        Scores that are scaled by the logarithm of the position (Llama 4) are scaled by one up to `floor_scale`. A model with
+        ALiBi has no limit, if its configuration names none.
         """
         longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
         if longest is None and not hasattr(sys.modules[type(self.model).__module__], ALIBI):
@@ -212,6 +213,7 @@ def load_backbone(
             if attention not in {"eager", "sdpa"} and attention in str(error):  # a class with attention code of its own
                 return load_backbone(source, precision, trust_remote_code=trust_remote_code, quantization=quantization)
             raise CheckpointError(reason(source, error)) from error
+    name_base_model(model)
     require_complete(source, loaded)
     check_unused(source, loaded["unexpected_keys"], text_config(model.config))
     if quantization is None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from optimum.exporters.tasks import TasksManager
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 
 from medusa_export.errors import ExportError
 from medusa_heads.errors import CheckpointError
@@ -42,3 +47,11 @@ def text_config(config: Any) -> Any:
 def is_multimodal(config: Any) -> bool:
     """Whether the model has parts besides its text decoder, such as one that reads images."""
     return text_config(config) is not config
+
+
+def name_base_model(model: PreTrainedModel) -> None:
+    """Let `base_model` be what is below the LM head, if the class does not name it (Llama 4 names a part that it lacks)."""
+    if model.base_model is model:
+        for name, part in model.named_children():
+            if isinstance(part, PreTrainedModel):
+                model.base_model_prefix = name

@@ -20,7 +20,20 @@ class Ancestors:
     position_ids: torch.Tensor  # [B, T]
     tree_mask: torch.Tensor  # [B, T, T] bool
     cache_lengths: torch.Tensor  # [B]
+    entries_axis: torch.Tensor = field(default_factory=lambda: torch.tensor(2))  # S in [B, H, S]; one constant for all layers
     _entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def offsets(self, capacity: int) -> torch.Tensor:
+        """The number of each entry among the new tokens: negative for cached ones, too large for unused ones. [B, S]"""
+        return torch.arange(capacity).unsqueeze(0) - self.cache_lengths.unsqueeze(1)
+
+    def visible(self, capacity: int) -> torch.Tensor:
+        """Whether each entry is an ancestor of each new token, or the token itself. [B, 1, T, S]"""
+        tokens, offsets = self.position_ids.shape[1], self.offsets(capacity)
+        is_new = (offsets >= 0) & (offsets < tokens)
+        index = offsets.clamp(0, tokens - 1).unsqueeze(1).expand(-1, tokens, -1)
+        among_new = torch.gather(self.tree_mask, 2, index)  # [B, T, S]
+        return ((offsets < 0).unsqueeze(1) | (among_new & is_new.unsqueeze(1))).unsqueeze(1)
 
     def entries(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The entries of the ancestors at distances count - 1, …, 1, 0, and whether they exist. [B, T, count] and [B, T, count]

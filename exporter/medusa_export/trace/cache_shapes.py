@@ -52,9 +52,10 @@ class RecordingCache(ScatterCache):
         """A part of a layer that knows the layer's number begins."""
         self.mixer = mixer
 
-    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:
+    def update_recurrent_state(self, state: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Note which layer would keep a state, for a message that names them all."""
-        self.recurrent[layer_idx] = type(self.mixer).__name__
+        if layer_idx not in self.scanned:
+            self.recurrent[layer_idx] = type(self.mixer).__name__
         return state
 
     def write(self, name: str, new: torch.Tensor) -> torch.Tensor:

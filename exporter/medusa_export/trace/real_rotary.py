@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,21 @@ FUNCTION, ANGLES = "apply_rotary_emb", "freqs_cis"  # a function of the model's 
 
 
 @contextmanager
-def real_rotary(model: PreTrainedModel) -> Iterator[None]:
-    """While open, a model whose file has ``apply_rotary_emb(query, key, freqs_cis)`` rotates in real numbers."""
-    code = sys.modules[type(model).__module__]
-    original = getattr(code, FUNCTION, None)
-    if original is None or ANGLES not in original.__code__.co_varnames[: original.__code__.co_argcount]:
+def real_rotary(model: PreTrainedModel, heads_axis: int | None) -> Iterator[None]:
+    """While open, a model for which `complex_rotary` found an axis rotates in real numbers."""
+    if heads_axis is None:
         yield
         return
-    with patch.object(code, FUNCTION, partial(_rotate_both, _heads_axis(original))):
+    with patch.object(sys.modules[type(model).__module__], FUNCTION, partial(_rotate_both, heads_axis)):
         yield
+
+
+def complex_rotary(model: PreTrainedModel) -> int | None:
+    """The axis of the heads in what a model's ``apply_rotary_emb(query, key, freqs_cis)`` rotates, if it has one."""
+    original = getattr(sys.modules[type(model).__module__], FUNCTION, None)
+    if original is None or ANGLES not in inspect.signature(original).parameters:
+        return None
+    return _heads_axis(original)
 
 
 def _heads_axis(original: Callable[..., Any]) -> int:

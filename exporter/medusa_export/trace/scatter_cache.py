@@ -33,6 +33,8 @@ class ScatterCache:
         self.past, self.ancestors = past, ancestors
         self.present: dict[str, torch.Tensor] = {}
         self.waiting: list[ShortConvolution] = []  # convolutions whose input was cached, and which were not computed yet
+        self.scanned_layer = -1  # the layer that asked for its recurrent state last
+        self.scanned: set[int] = set()  # layers whose recurrence was computed on entries, see `medusa_export.trace.state_space`
 
     @property
     def capacity(self) -> int:
@@ -45,28 +47,30 @@ class ScatterCache:
         """Cache the keys and values of new tokens, [B, Hkv, T, D]. Returns those of all entries, [B, Hkv, S, D]."""
         return self.write(f"{layer}.key", key), self.write(f"{layer}.value", value)
 
-    def update_conv_state(self, states: torch.Tensor, layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    def update_conv_state(self, states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
         """Cache what a short convolution reads, [B, C, T]. The convolution that follows is `ShortConvolution`'s."""
-        name = f"{layer}.conv{state_idx or ''}"
+        name = f"{layer_idx}.conv{state_idx or ''}"
         cached = self.write(name, states.transpose(1, 2).unsqueeze(1))
         self.waiting.append(ShortConvolution(states, cached, self.ancestors))
         return states
 
-    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
-        """A state of all tokens so far cannot be cached.
+    def update_recurrent_state(self, state: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """A state of all tokens so far is not cached; there is none if the recurrence was computed on entries.
 
         Raises:
-            RecurrentStateError: always.
+            RecurrentStateError: there is one.
         """
-        raise RecurrentStateError(f"its layer {layer_idx} keeps a recurrent state, which a tree of drafts cannot branch")
+        if layer_idx not in self.scanned:
+            raise RecurrentStateError(f"its layer {layer_idx} keeps a recurrent state, which a tree of drafts cannot branch")
+        return state
 
     @staticmethod
     def get_conv_state(*_: Any, **__: Any) -> None:
         """There is no state apart from the entries: decoders then take the path of a prompt."""
 
-    @staticmethod
-    def get_recurrent_state(*_: Any, **__: Any) -> None:
+    def get_recurrent_state(self, layer_idx: int, *_: Any, **__: Any) -> None:
         """As `get_conv_state`."""
+        self.scanned_layer = layer_idx
 
     @staticmethod
     def has_previous_state(*_: Any, **__: Any) -> bool:

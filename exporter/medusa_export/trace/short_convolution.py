@@ -17,6 +17,10 @@ from torch.nn import functional
 from medusa_export.trace.ancestors import Ancestors, gathered
 
 
+class UnknownStateError(Exception):
+    """A layer keeps something that its cache does not know of."""
+
+
 class ShortConvolution:
     """One convolution's input, which waits for the weights.
 
@@ -51,6 +55,9 @@ def convolved_along_paths(waiting: list[ShortConvolution]) -> Iterator[None]:
 
     Args:
         waiting: convolutions whose input was cached; the one that is computed is taken out.
+
+    Raises:
+        UnknownStateError: a convolution over several tokens reads rows that were not cached.
     """
     original: Any = functional.conv1d
 
@@ -65,6 +72,8 @@ def convolved_along_paths(waiting: list[ShortConvolution]) -> Iterator[None]:
     ) -> torch.Tensor:
         if waiting and waiting[-1].is_of(rows, weight, groups):
             return waiting.pop()(weight, bias)
+        if weight.shape[-1] > 1:
+            raise UnknownStateError("it convolves over tokens without caching what it reads")
         result: torch.Tensor = original(rows, weight, bias, stride, padding, dilation, groups)
         return result
 

@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 
 from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import Backbone
+from medusa_export.model.model_class import name_base_model
 from medusa_export.trace.attention_node import ATTENTION_NAME
 from medusa_export.trace.cache_shapes import cached_tensors, fake_tensors
 from medusa_export.trace.experts_node import take_activations_for_unknown
@@ -56,4 +57,5 @@ def _skeleton(source: str, loader: Any, config: Any) -> Backbone | None:
             )
     except Exception:  # noqa: BLE001 - code that needs values, or that has to be trusted first
         return None
+    name_base_model(model)
     return Backbone(source, model.eval(), torch.float32)

@@ -90,7 +90,7 @@ def _trace_kinds(
     traced = sorted({layer for kind in kinds for layer in (kind[0], kind[-1])})
     _, layers = decoder_layers(backbone.model)
     for layer in traced:  # their weights may be in the precision that they are stored in
-        layers[layer].to(backbone.dtype)
+        cast_whole(layers[layer], backbone.dtype)
     with only_layers(layers, traced):
         model = _trace(backbone, module, [tensor for layer in traced for tensor in cached[layer]], opset)
     prefix = f"model.{list_name}.{{layer}}."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.model.checkpoint import CHUNKED, FULL, SLIDING, WITHOUT_ATTENTION
+from medusa_export.model.checkpoint import CHUNKED, FULL, HYBRID, SLIDING, WITHOUT_ATTENTION
 
 Masks = torch.Tensor | dict[str, Any]  # [B, 1, T, S]: one for all layers, or by the layers' kind; None for one without
 
@@ -42,8 +42,8 @@ class StepMasks:
         index = offset.clamp(0, tokens - 1)  # [B, S]
         among_new = torch.gather(tree_mask, 2, index.unsqueeze(1).expand(-1, tokens, -1))  # [B, T, S]
         full = (cached.unsqueeze(1) | (among_new & new.unsqueeze(1))).unsqueeze(1)  # [B, 1, T, S]
-        kinds = set(self.layer_types) - WITHOUT_ATTENTION
-        masks = {FULL: full} if FULL in kinds else {}
+        kinds = {FULL if kind == HYBRID else kind for kind in self.layer_types} - WITHOUT_ATTENTION
+        masks = {FULL: full} if FULL in kinds or not kinds else {}
         key_positions = torch.where(cached, slots, torch.gather(position_ids, 1, index))  # [B, S]
         if kinds != {FULL}:
             keys = key_positions.unsqueeze(1)  # [B, 1, S]

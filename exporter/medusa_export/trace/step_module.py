@@ -13,14 +13,12 @@ from medusa_export.trace.ancestors import Ancestors
 from medusa_export.trace.experts_node import recognise_activations
 from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.own_attention import attention_methods, own_attention
-from medusa_export.trace.real_rotary import real_rotary
+from medusa_export.trace.parallel_experts import unsorted_experts
+from medusa_export.trace.real_rotary import complex_rotary, real_rotary
 from medusa_export.trace.scatter_cache import ScatterCache
-from medusa_export.trace.short_convolution import convolved_along_paths
+from medusa_export.trace.short_convolution import UnknownStateError, convolved_along_paths
+from medusa_export.trace.state_space import scanned_along_paths
 from medusa_export.trace.step_masks import StepMasks
-
-
-class UnknownStateError(Exception):
-    """A layer keeps something that its cache cannot follow."""
 
 
 class StepModule(torch.nn.Module):
@@ -34,6 +32,7 @@ class StepModule(torch.nn.Module):
         self.model = model
         self.masks = masks
         self.methods = attention_methods(model)
+        self.heads_axis = complex_rotary(model)
         recognise_activations(model)
 
     def forward(
@@ -61,8 +60,10 @@ class StepModule(torch.nn.Module):
         with (
             _only_rows(self.model, logit_rows) as rows,
             convolved_along_paths(cache.waiting),
+            scanned_along_paths(self.model, cache),
             own_attention(self.model, masks, key_positions, self.methods) as attention_mask,
-            real_rotary(self.model),
+            real_rotary(self.model, self.heads_axis),
+            unsorted_experts(self.model),
         ):
             logits = self.model(
                 input_ids=input_ids,

@@ -16,9 +16,16 @@ from transformers import PreTrainedModel
 
 from medusa_export.trace.layers import NoLayersError, decoder_layers
 
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
+
+def is_stored(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is in a half precision other than the model's. What a model keeps in float32 is not, and stays so."""
+    return tensor.dtype in HALVES and tensor.dtype != dtype
+
 
 def cast_all_but_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a model's floating-point weights in place, except those of its decoder's layers."""
+    """Cast a model's stored weights in place, except those of its decoder's layers."""
     try:
         _, layers = decoder_layers(model)
         kept = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}
@@ -27,13 +34,16 @@ def cast_all_but_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in kept and tensor.is_floating_point():
+            if id(tensor) not in kept and is_stored(tensor, dtype):
                 tensor.data = tensor.data.to(dtype)
 
 
 def cast_whole(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast all of a module's floating-point weights in place."""
-    module.to(dtype)
+    """Cast all of a module's stored weights in place."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if is_stored(tensor, dtype):
+                tensor.data = tensor.data.to(dtype)
 
 
 def cast_layers_while_running(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -53,7 +63,7 @@ def cast_layers_while_running(model: PreTrainedModel, dtype: torch.dtype) -> Non
 def as_if_cast(layers: Iterable[torch.nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """While open, the weights of layers have a precision, but neither values nor memory: for passes that only see shapes."""
     tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
-    stored = {tensor: tensor.data for tensor in tensors if tensor.is_floating_point() and tensor.dtype != dtype}
+    stored = {tensor: tensor.data for tensor in tensors if is_stored(tensor, dtype)}
     for tensor in stored:
         tensor.data = torch.zeros((), dtype=dtype).expand(tensor.shape)
     try:
@@ -65,7 +75,7 @@ def as_if_cast(layers: Iterable[torch.nn.Module], dtype: torch.dtype) -> Iterato
 
 def _cast(stored: dict[torch.Tensor, torch.Tensor], dtype: torch.dtype, layer: torch.nn.Module, _: Any) -> None:
     for tensor in (*layer.parameters(), *layer.buffers()):
-        if tensor.is_floating_point() and tensor.dtype != dtype:
+        if is_stored(tensor, dtype):
             stored[tensor] = tensor.data
             tensor.data = tensor.data.to(dtype)
 

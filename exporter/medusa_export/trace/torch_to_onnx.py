@@ -19,6 +19,8 @@ from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
 from medusa_export.passes.portable.fuse_rotary import FuseRotary
 from medusa_export.passes.portable.simplify import Simplify
 from medusa_export.trace.quiet import quiet_torch
+from medusa_export.trace.stored_layers import is_stored
+from medusa_export.trace.translations import TRANSLATIONS
 from medusa_runtime.errors import first_line
 
 
@@ -39,6 +41,7 @@ def export_module(
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
                 opset_version=opset,
+                custom_translation_table=dict(TRANSLATIONS),
                 optimize=False,  # `Simplify` does the necessary part in a fraction of the time
                 verbose=False,
             )
@@ -71,10 +74,10 @@ def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor:
     return cast("torch.Tensor", tensor)
 
 
-def torch_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> ir.TensorProtocol:
-    """A weight of a graph. One that is kept in another precision is cast when it is written."""
+def torch_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
+    """A weight of a graph. One that is stored in another half precision is cast when it is written."""
     stored = tensor.detach()
-    if dtype is None or dtype == stored.dtype or not stored.is_floating_point():
+    if not is_stored(stored, dtype):
         return ir.tensor_adapters.TorchTensor(stored, name=name)
     return ir.LazyTensor(
         lambda: ir.tensor_adapters.TorchTensor(stored.to(dtype), name=name),

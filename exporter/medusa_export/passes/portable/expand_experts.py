@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.roles import note_role
-from medusa_export.passes.common.values import add_initializer, constant, replace, shape_of
+from medusa_export.passes.common.values import add_initializer, constant, replace
 
 EXPERTS_DOMAIN = "medusa.experts"  # of the markers
 EXPERTS, EXPERT_LINEAR = "Experts", "ExpertLinear"  # its operators
@@ -91,16 +91,19 @@ class _Expansion:
 
     def weight(self, value: ir.Value, *, transposed: bool, concatenated: bool) -> ir.Value:
         """An initializer as [E, out, in], with gate and up rows taking turns. It is computed only when it is written."""
-        if not transposed and not concatenated:
+        if value.is_initializer() and not transposed and not concatenated:
             return value
-        tensor, name = value.const_value, value.name or ""
+        source = value if value.is_initializer() else _reshaped(value)  # some models store all experts as one matrix
+        tensor, name = source.const_value, source.name or ""
         assert tensor is not None
-        shape = list(shape_of(tensor))
+        assert value.shape is not None
+        stored = value.shape.numpy()
+        shape = list(stored)
         if transposed:
             shape[1:] = shape[:0:-1]
 
         def evaluate() -> ir.TensorProtocol:
-            array = tensor.numpy()
+            array = tensor.numpy().reshape(stored)
             if transposed:
                 array = array.swapaxes(1, 2)
             if concatenated:
@@ -109,7 +112,10 @@ class _Expansion:
             return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=name)
 
         lazy = ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape(shape), name=name, cache=False)
-        self.graph.initializers.pop(name)
+        if source is value:
+            del self.graph.initializers[name]
+        else:
+            name = f"{name}.by_expert"
         return add_initializer(self.graph, name, lazy)
 
     def sizes(self, ids: ir.Value, chosen: int, num_experts: int) -> _Sizes:
@@ -193,6 +199,15 @@ class _Expansion:
         """The row of each pair: [B, rows, out] -> [S, out]."""
         flat = self.tape.op("Reshape", [blocks, self.constant(f"rows_{width}", [-1, width])])
         return self.tape.op("Gather", [flat, grouping.slots], {"axis": 0})
+
+
+def _reshaped(value: ir.Value) -> ir.Value:
+    """The initializer that a value is a Reshape of."""
+    node = value.producer()
+    assert node is not None
+    assert node.op_type == "Reshape"
+    assert node.inputs[0] is not None
+    return node.inputs[0]
 
 
 def _expert_linear(expansion: _Expansion) -> ir.Value:

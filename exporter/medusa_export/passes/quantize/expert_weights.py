@@ -70,11 +70,16 @@ def _quantize(
 ) -> None:
     name, tensor, experts = weight.name or "", weight.const_value, gather.inputs[1]
     assert tensor is not None
-    count, outputs, inputs = (int(size) for size in shape_of(tensor))
+    count, outputs, inputs = (int(str(size)) for size in shape_of(tensor))
+
+    waiting: dict[int, npt.NDArray[np.generic]] = {}  # parts that were rounded with another one and are not yet written
 
     def rounded(place: int) -> npt.NDArray[np.generic]:
-        found = [round_expert(matrix, bits, block)[place] for matrix in tensor.numpy()]
-        return np.stack([part for part in found if part is not None])
+        if place not in waiting:
+            found = [round_expert(matrix, bits, block) for matrix in tensor.numpy()]
+            parts_of_all = zip(*found, strict=True)
+            waiting.update({index: np.stack(part) for index, part in enumerate(parts_of_all) if part[0] is not None})
+        return waiting.pop(place)
 
     packed = 8 // bits
     stored = [
@@ -125,5 +130,4 @@ def round_expert(weight: npt.NDArray[np.float32], bits: Literal[4, 8], block: in
 
 
 def _two_in_a_byte(codes: Codes) -> Codes:
-    packed: Codes = codes[:, ::2] | (codes[:, 1::2] << 4)
-    return packed
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
