@@ -24,8 +24,7 @@ from medusa_export.model.checkpoint import load_backbone
 from medusa_export.trace import attention_node as attention
 from medusa_export.trace.cache_shapes import cached_tensors
 from medusa_export.trace.layers import decoder_layers, layer_kinds
-from medusa_export.trace.step_graph import trace_step
-from medusa_export.trace.step_module import StepModule
+from medusa_export.trace.step_graph import step_module, trace_step
 from medusa_heads.errors import CheckpointError
 from medusa_runtime import Manifest, MedusaLM, OptionError
 from medusa_runtime.text.codec import TextCodec
@@ -50,8 +49,7 @@ def test_stamped_layers_are_the_layers_of_a_full_trace(make_model: Make, monkeyp
     attention.register()
     backbone = load_backbone(str(make_model("gemma2")), attention=attention.ATTENTION_NAME)
     _, layers = decoder_layers(backbone.model)
-    module = StepModule(backbone.model, backbone.layer_types, backbone.sliding_window)
-    kinds = layer_kinds(layers, backbone.layer_types, cached_tensors(backbone, module, layers))
+    kinds = layer_kinds(layers, backbone.layer_types, cached_tensors(backbone, step_module(backbone), list(layers)))
     assert kinds == [[0, 2], [1, 3]]  # sliding and full attention take turns
     stamped = trace_step(backbone, 24)
     monkeypatch.setattr("medusa_export.trace.step_graph.layer_kinds", lambda *_: [[layer] for layer in range(4)])

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from medusa_export.trace.cache_shapes import unchanged
 from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import known_sizes
@@ -72,3 +73,16 @@ def test_a_selection_is_only_undone_while_tracing() -> None:
         assert attention.keep_window_size > 1 << 40
         raise KeyError
     assert attention.keep_window_size == 128
+
+
+def test_a_forward_pass_on_tensors_without_values_leaves_none_in_the_model() -> None:
+    model = make_model("phi3")
+    rotary = model.model.rotary_emb
+    before = rotary.inv_freq
+    with unchanged(model):
+        rotary.register_buffer("inv_freq", torch.zeros(1), persistent=False)
+        rotary.register_buffer("long_inv_freq", torch.zeros(1), persistent=False)
+        rotary.seen = torch.zeros(1)
+    assert rotary.inv_freq is before
+    assert not hasattr(rotary, "long_inv_freq")
+    assert not hasattr(rotary, "seen")

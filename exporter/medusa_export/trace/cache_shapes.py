@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
         ExportError: what a layer caches is not one entry a token, or it attends in code of its own.
     """
     what = type(backbone.model).__name__
-    with quiet_torch(), fake_tensors(), torch.no_grad(), counted() as attending:
+    with unchanged(backbone.model), quiet_torch(), fake_tensors(), torch.no_grad(), counted() as attending:
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         mask = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool)
         cache = RecordingCache(len(layers), Ancestors(ids, mask, torch.zeros(1, dtype=torch.long)))
@@ -121,6 +122,19 @@ def _require_states_that_branch(backbone: Backbone, cache: RecordingCache) -> No
         raise unsupported(what, f"{kept} keep a state outside of the cache, which a tree of drafts cannot branch")
     if not any(cache.tensors):
         raise unsupported(what, "it caches no keys and values")
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what a forward pass changes in a model, such as the frequencies that LongRoPE stores: they would be fake tensors."""
+    before = [(vars(module), dict(vars(module)), dict(vars(module)["_buffers"])) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, kept, buffers in before:
+            for holder, values in ((attributes, kept), (kept["_buffers"], buffers)):
+                holder.clear()
+                holder.update(values)
 
 
 def fake_tensors() -> FakeTensorMode:
