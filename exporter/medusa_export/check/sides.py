@@ -72,7 +72,7 @@ def _in_float32(facts: GraphFacts) -> GraphFacts:
     """What a graph reads and gives after `Upcast`."""
     tensors = {
         part: [
-            tensor.model_copy(update={"dtype": "float32"}) if tensor.dtype == "bfloat16" else tensor
+            tensor.model_copy(update={"dtype": "float"}) if tensor.dtype == "bfloat16" else tensor
             for tensor in getattr(facts, part)
         ]
         for part in ("inputs", "outputs")
