@@ -72,9 +72,10 @@ def rows_of(text: str) -> dict[str, str]:
 
 
 def agrees(line: str, row: dict[str, Any]) -> bool:
-    """Whether a line of the page says what was found. Checks that were not repeated may have any result."""
+    """Whether a line of the page says what was found. Cells that are empty, here or there, say nothing."""
     said, found = line.split("|"), table_row(row).split("|")
-    return len(said) == len(found) and all(not mine.strip() or mine == theirs for mine, theirs in zip(found, said, strict=True))
+    pairs = zip(found, said, strict=False)
+    return len(said) == len(found) and all(mine == theirs for mine, theirs in pairs if mine.strip() and theirs.strip())
 
 
 def _cell(found: str | None) -> str:
