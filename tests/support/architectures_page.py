@@ -16,10 +16,9 @@ COLUMNS = {  # check -> its heading
 YES, NO, NOT_TRIED = "yes", "**no**", ""
 HEAD = """# Architectures
 
-Every decoder type of Transformers {transformers} that `AutoModelForCausalLM` can make is exported here as a tiny random
-model that has each of the type's mechanisms (experts, sliding windows, sinks, …), and compared with PyTorch. No type
-has code of its own: what works goes by mechanism. **{passing} of {all} pass**; the others are refused in one line,
-before any work.
+Decoder types of Transformers {transformers}, each as a tiny random model that has all of the type's mechanisms
+(experts, sliding windows, sinks, …), compared with PyTorch. No type has code of its own: what works goes by mechanism.
+**{passing} of {all} pass**; the others are refused in one line, before any work.
 
 This page is made by a program, on any machine with the `dev` extra:
 

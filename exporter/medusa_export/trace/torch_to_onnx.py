@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -46,9 +47,15 @@ def export_module(
                 verbose=False,
             )
         except Exception as error:  # the exporter wraps any exception of a model's code
-            raise unsupported(what, first_line(error.__cause__ or error)) from error
+            raise unsupported(what, _reason(error)) from error
     assert program is not None
     return program.model
+
+
+def _reason(error: Exception) -> str:
+    text = first_line(error.__cause__ or error)
+    operator = re.search(r"translating node .*target=torch\.ops\.([\w.]+)", text)
+    return text if operator is None else f"PyTorch's exporter has no ONNX for its operator {operator[1]}"
 
 
 def simplify(model: ir.Model) -> None:
