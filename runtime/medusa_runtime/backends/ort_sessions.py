@@ -183,7 +183,10 @@ def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, n
     # Without this, idle threads of one session spin on the cores that the other one needs: a step and its heads took 86 ms
     # instead of 46 (docs/decisions/0002-threads-of-two-sessions.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # 4-bit weights: products in int8
+    # How ONNX Runtime multiplies with weights under DequantizeLinear: blocks in int8, which is fast. In bundles of scheme int8,
+    # graphs for the CPU have such products of their own, and the portable graph is compared with them: in float32.
+    in_float = manifest.quantization is not None and manifest.quantization.scheme == "int8"
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if in_float else "4")
     if not has_exact_products():  # uint8 times int8 saturates; the exact kernels take twice as long
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so if it had to copy the cache
