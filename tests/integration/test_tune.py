@@ -226,7 +226,7 @@ def test_prompts_of_ones_own_are_decoded(copy: Path, tmp_path: Path) -> None:
         (("--batch-sizes", "1,x"), 2, "--batch-sizes is '1,x'; it must be numbers"),
         (("--batch-sizes", "0"), 2, "--batch-sizes is '0'"),
         (("--lengths", "-4"), 2, "--lengths is '-4'"),
-        (("--prompts", "nowhere.txt"), 2, "cannot read the prompts nowhere.txt"),
+        (("--prompts", "nowhere.txt"), 2, "nowhere.txt cannot be read"),
         (("--evaluation", "nowhere.json"), 1, "nowhere.json is not an evaluation of heads"),
         (("--evaluation", "a", "--heads", "b"), 2, "exclude each other"),
         (("--json", "nowhere/x.json"), 2, "there is no directory nowhere"),
