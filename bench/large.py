@@ -82,7 +82,7 @@ def make_checkpoint(directory: Path, size: dict[str, int]) -> int:
             shards.append(file)
             shard = {}
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     heads = HeadsConfig(
         base_model=str(directory), num_heads=2, num_layers=1, hidden_size=config.hidden_size, vocab_size=config.vocab_size
     )

@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted({*options.types} - {*TYPES}):
         parser.error(f"unknown type {unknown[0]}; known: {', '.join(TYPES)}")
-    rows = json.loads(options.json.read_text()) if options.json is not None and options.json.is_file() else {}
+    rows = json.loads(options.json.read_text(encoding="utf-8")) if options.json is not None and options.json.is_file() else {}
     types = TYPES if options.all else options.types
     if types:
         warm_up()
@@ -49,9 +49,9 @@ def main() -> None:
         rows[model_type] = row.to_json() | {"checks": before | row.checks}
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+            options.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if options.page is not None:
-        options.page.write_text(page(rows.values(), transformers.__version__))
+        options.page.write_text(page(rows.values(), transformers.__version__), encoding="utf-8")
 
 
 if __name__ == "__main__":
