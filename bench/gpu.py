@@ -24,7 +24,7 @@ from medusa_export.measure.bench.bench_options import STEP_WIDTHS
 from medusa_export.measure.bench.bench_prompts import BenchPrompt, load_prompts, of_length
 from medusa_export.measure.bench.contest import Answer
 from medusa_export.measure.bench.own import OwnDecoding
-from medusa_export.measure.bench.process import SERVE, WorkerError, WorkerProcess
+from medusa_export.measure.bench.process import REQUEST_LOOP, WorkerError, WorkerProcess
 from medusa_export.measure.bench.summary import agreement, ratio, summarize
 from medusa_runtime import Manifest, MedusaError, choose_backend
 from medusa_runtime.backends.gpu.backend import GpuBackend
@@ -116,7 +116,7 @@ def in_pytorch(
     }
     name = f"torch-medusa {'compiled' if compiled else 'eager'}"
     try:
-        with WorkerProcess(name, [sys.executable, str(SERVE), "with_torch_medusa", json.dumps(settings)]) as worker:
+        with WorkerProcess(name, [sys.executable, str(REQUEST_LOOP), "with_torch_medusa", json.dumps(settings)]) as worker:
             for prompt in prompts[:2]:  # warm up: it compiles
                 worker.ask("generate", token_ids=prompt.token_ids, max_new_tokens=max_new_tokens)
             answers = [

@@ -25,12 +25,12 @@ from medusa_runtime import (
     DecodingEngine,
     DynamicTree,
     GenerationOptions,
-    LearnedCosts,
     MedusaLM,
     OptionError,
     QueueFullError,
     QueueTimeoutError,
     RequestError,
+    StepCosts,
 )
 from medusa_runtime.backends.base import cache_entry_bytes
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy, logits_after
@@ -591,6 +591,9 @@ def test_failed_requests_are_logged_once_each() -> None:
 
 
 def test_heads_without_numbers_cost_their_drafts_and_nothing_else() -> None:
+    costs = StepCosts(
+        [1, 8], [1, 4, 16], [64], [[[1.0, 1.1, 1.6], [1.5, 3.0, 9.0]]], [0.1, 0.3]
+    )  # not this machine's: trees follow
     backend = FakeBackend("always", fake_manifest(max_seq_len=300))
     whole = backend.propose
 
@@ -602,7 +605,7 @@ def test_heads_without_numbers_cost_their_drafts_and_nothing_else() -> None:
         return output
 
     backend.propose = propose
-    with recorded() as records, service(backend=backend, costs=LearnedCosts()) as lm:
+    with recorded() as records, service(backend=backend, costs=costs) as lm:
         before = lm.generate("abc", max_new_tokens=60).stats.tokens_per_step
         ill = lm.generate("z", max_new_tokens=60)
         after = [lm.generate("abc", max_new_tokens=60).stats.tokens_per_step for _ in range(3)]

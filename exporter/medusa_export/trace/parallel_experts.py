@@ -7,7 +7,7 @@ expert and the number of rows of each (JetMoE), and gated experts whose weights 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -47,8 +47,11 @@ def unsorted_experts(model: torch.nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in linear:
             stack.enter_context(patch.object(module, "forward", partial(_linear, module)))
+        if routers:
+            pairs = _Pairs()
+            stack.enter_context(patch.object(torch.Tensor, "index_add", pairs.adding()))
         for module in routers:
-            stack.enter_context(patch.object(module, "forward", partial(_route, module)))
+            stack.enter_context(patch.object(module, "forward", partial(_route, module, pairs)))
         for module in filter(is_gated_loop, model.modules()):
             stack.enter_context(patch.object(module, "forward", partial(_gated, module)))
         yield
@@ -72,7 +75,36 @@ def _gated(experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
     return result.reshape(-1, chosen, width).sum(1).reshape(hidden_states.shape)
 
 
-def _route(router: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+class _Pairs:
+    """The indices that routers gave. Their order is known, so a sum takes the place of adding at an index.
+
+    TensorRT has no node that adds at an index.
+    """
+
+    def __init__(self) -> None:
+        self._indices: list[tuple[torch.Tensor, int]] = []
+
+    def of(self, num_tokens: Any, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index of each pair, and that of its token: [N·K]"""
+        order = torch.arange(num_tokens * chosen)
+        indices = order, order // chosen
+        self._indices += zip(indices, (1, chosen), strict=True)
+        return indices
+
+    def adding(self) -> Callable[..., torch.Tensor]:
+        """What takes the place of Tensor.index_add."""
+        index_add = torch.Tensor.index_add
+
+        def add(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, **options: Any) -> torch.Tensor:
+            for known, chosen in self._indices:
+                if index is known and dim == 0 and not options:
+                    return x + source.reshape(-1, chosen, *source.shape[1:]).sum(1)
+            return index_add(x, dim, index, source, **options)
+
+        return add
+
+
+def _route(router: torch.nn.Module, pairs: _Pairs, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """In place of the router's forward: the pairs' order, their tokens, weights and experts [N·K], and the scores [N, E]."""
     layer, chosen = router.layer, router.top_k
     assert isinstance(layer, torch.nn.Module)
@@ -80,5 +112,4 @@ def _route(router: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.
     logits = layer(hidden_states).float()
     best, experts = logits.topk(chosen, dim=1)
     weights = torch.softmax(best, dim=1).type_as(hidden_states)
-    order = torch.arange(hidden_states.shape[0] * chosen)
-    return order, order // chosen, weights.flatten(), experts.flatten(), logits
+    return *pairs.of(hidden_states.shape[0], chosen), weights.flatten(), experts.flatten(), logits

@@ -1,0 +1,26 @@
+"""Programs beside the packages import what exists: most need a GPU or an hour, so no other test runs them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = sorted(path for room in ("bench", "examples", "scripts") for path in (ROOT / room).rglob("*.py"))
+OURS = ("medusa_export", "medusa_runtime", "medusa_heads", "medusa_serve", "tests")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=[str(path.relative_to(ROOT)) for path in PROGRAMS])
+def test_what_a_program_imports_of_ours_exists(program: Path) -> None:
+    for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in OURS:
+            continue
+        assert node.module is not None
+        module = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+            found = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}") is not None
+            assert found, f"{node.module} has no {name}"
