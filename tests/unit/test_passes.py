@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
+from medusa_export.passes.portable.merge_attention import MergeAttention
 from medusa_export.passes.portable.simplify import Simplify
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.passes.portable.upcast import Upcast
-from tests.support.graphs import HEADER, kinds, parse, run
+from tests.support.graphs import HEADER, kinds, outputs, parse, run
 
 
 def test_computed_reshape_targets_become_constants() -> None:
@@ -28,7 +29,9 @@ def test_computed_reshape_targets_become_constants() -> None:
 
 def test_a_reshape_that_moves_a_dynamic_dimension_is_left_alone() -> None:
     model = parse("g (float[B,T,8] x, int64[3] shape) => (float[T,B,8] y) { y = Reshape (x, shape) }")
-    assert not ConstantReshapes()(model).modified
+    reshapes = ConstantReshapes()
+    assert not reshapes(model).modified
+    assert dict(reshapes.declined) == {"a target shape with unknown sizes that are not the input's": 1}
 
 
 LINEAR = """g (float[T,3] x, float[5,3] w) => (float[T,5] y)
@@ -55,8 +58,34 @@ def test_a_tied_weight_stays_in_its_own_layout() -> None:
           y = MatMul(x, wt) }""",
         w=WEIGHT,
     )
-    assert not TransposeWeights()(tied).modified
-    assert not TransposeWeights(frozenset({"w"}))(parse(LINEAR, w=WEIGHT)).modified
+    for transpose, model, reason in (
+        (TransposeWeights(), tied, "a weight that is also read in its own layout"),
+        (TransposeWeights(frozenset({"w"})), parse(LINEAR, w=WEIGHT), "a weight that another graph reads in its own layout"),
+    ):
+        assert not transpose(model).modified
+        assert dict(transpose.declined) == {reason: 1}
+
+
+DIFFERENTIAL = """g (float[B,4,T,8] q, float[B,2,S,8] k, float[B,2,S,8] v, float[B,2,S,6] w, float[B,1,T,S] mask)
+    => (float[B,4,T,8] first, float[B,4,T,6] second, float[B,4,T,8] other)
+{ first = Attention <scale = 0.3> (q, k, v, mask)
+  second = Attention <scale = 0.3> (q, k, w, mask)
+  other = Attention <scale = 0.5> (q, k, v, mask) }"""
+
+
+def test_attention_that_shares_its_scores_is_computed_once() -> None:
+    model = parse(DIFFERENTIAL)
+    random = np.random.default_rng(0)
+    sizes = {"q": (2, 4, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8), "w": (2, 2, 5, 6), "mask": (2, 1, 3, 5)}
+    feeds = {name: random.normal(size=shape).astype("f") for name, shape in sizes.items()}
+    before = outputs(model, **feeds)
+    assert MergeAttention()(model).modified
+    assert kinds(model).count("Attention") == 2
+    after = outputs(model, **feeds)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name], array, rtol=1e-6, atol=1e-6)
+    assert not MergeAttention()(model).modified
 
 
 def test_simplifying_folds_constants_but_no_weights() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import add_initializer
 from medusa_export.trace.layers import MARKER_DOMAIN
 from medusa_runtime.bundle.cache_layout import CacheTensor
@@ -31,7 +32,7 @@ class LayerBlock:
     nodes: list[ir.Node] = field(default_factory=list)  # in topological order
 
 
-class StampLayers(ir.passes.InPlacePass):
+class StampLayers(GraphPass):
     """Replace the traced layers by all layers of the model, each a copy of the first layer of its kind.
 
     Needs: a trace made under `only_layers`, with a past and a present value for each tensor that a traced layer caches. A
@@ -55,7 +56,7 @@ class StampLayers(ir.passes.InPlacePass):
         super().__init__()
         self.kinds, self.cached, self.prefix, self.weights = kinds, cached, prefix, weights
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Copy the layers in place."""
         graph = model.graph
         blocks = {block.layer: block for block in self._blocks(graph)}
@@ -90,7 +91,7 @@ class StampLayers(ir.passes.InPlacePass):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
         graph.sort()
-        return ir.passes.PassResult(model, modified=True)
+        return len(representative)
 
     def _blocks(self, graph: ir.Graph) -> Iterator[LayerBlock]:
         markers: dict[tuple[str, int], ir.Node] = {

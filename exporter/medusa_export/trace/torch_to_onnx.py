@@ -18,6 +18,7 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normali
 from medusa_export.model.checkpoint import unsupported
 from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
 from medusa_export.passes.portable.fuse_rotary import FuseRotary
+from medusa_export.passes.portable.merge_attention import MergeAttention
 from medusa_export.passes.portable.simplify import Simplify
 from medusa_export.trace.quiet import quiet_torch
 from medusa_export.trace.stored_layers import is_stored
@@ -63,9 +64,9 @@ def simplify(model: ir.Model) -> None:
     fuse_rms_normalization(model)
     FuseRotary()(model)
     ConstantReshapes()(model)
-    ir.passes.Sequential(
-        IdentityEliminationPass(), CommonSubexpressionEliminationPass(), TopologicalSortPass(), RemoveUnusedNodesPass()
-    )(model)
+    ir.passes.Sequential(IdentityEliminationPass(), CommonSubexpressionEliminationPass())(model)
+    MergeAttention()(model)  # once equal masks are one
+    ir.passes.Sequential(TopologicalSortPass(), RemoveUnusedNodesPass())(model)
 
 
 def name_values(values: Any, names: list[str]) -> None:

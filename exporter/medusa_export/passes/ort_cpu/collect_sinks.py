@@ -6,19 +6,20 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.roles import parts
 from medusa_export.passes.common.values import replace
 from medusa_export.passes.portable.expand_sinks import ROLES, SINKS
 
 
-class CollectSinks(ir.passes.InPlacePass):
+class CollectSinks(GraphPass):
     """Undo `ExpandSinks`.
 
     Needs: a graph as `ExpandSinks` writes it.
     Result: ``SinkAttention`` nodes, which no backend knows. `CachedAttention` and `GroupedAttention` replace them.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         found = parts(model.graph, SINKS)
         for part in found:
@@ -29,4 +30,4 @@ class CollectSinks(ir.passes.InPlacePass):
             replace(part.result, node.outputs[0])
         if found:
             RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, modified=bool(found))
+        return len(found)

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import constant, replace
 from medusa_export.passes.ort_cpu.merge_projections import is_int8_weight
 
@@ -18,7 +19,7 @@ SECOND = 1 / 254  # the second term's level over the first's: its codes cover ha
 NORMS = {"RMSNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # index of the input with the gains
 
 
-class IntegerProducts(ir.passes.InPlacePass):
+class IntegerProducts(GraphPass):
     """Compute matrix products with int8 weights in integers.
 
     Needs: ``MatMul(x, DequantizeLinear(int8 weight, one scale per column))`` in float32.
@@ -41,7 +42,7 @@ class IntegerProducts(ir.passes.InPlacePass):
         super().__init__()
         self._activation_bits = activation_bits
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         rounding = _Rounding(model.graph, self._activation_bits)
         products = [node for node in model.graph if node.op_type == "MatMul" and _multiplies_int8(node)]
@@ -56,9 +57,16 @@ class IntegerProducts(ir.passes.InPlacePass):
             model.graph.insert_before(node, tape.nodes)
             replace(node.outputs[0], result)
             model.graph.remove(node, safe=True)
+        for node in model.graph:
+            weight = node.inputs[1] if node.op_type == "MatMul" else None
+            source = None if weight is None else weight.producer()
+            if weight is not None and weight.is_initializer():
+                self.decline("a product with a float weight")
+            elif source is not None and source.op_type == "DequantizeLinear":
+                self.decline("a product with a weight that has more than one scale per column")
         if products:
             model.opset_imports["com.microsoft"] = 1
-        return ir.passes.PassResult(model, modified=bool(products))
+        return len(products)
 
 
 @dataclass(frozen=True)

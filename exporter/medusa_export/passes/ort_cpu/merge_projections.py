@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import constant, replace
 
 
-class MergeProjections(ir.passes.InPlacePass):
+class MergeProjections(GraphPass):
     """Merge the query, key and value projections into one MatMul, and likewise gate and up.
 
     Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers: all float, or all int8 under a
@@ -18,17 +19,21 @@ class MergeProjections(ir.passes.InPlacePass):
     concatenated in the graph. A runtime does that once when it loads the graph, so they are stored only once.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         groups: dict[tuple[ir.Value, str], list[ir.Node]] = {}
         for node in model.graph:
-            if node.op_type == "MatMul" and (kind := _kind(node.inputs[1])) is not None:
+            if node.op_type != "MatMul":
+                continue
+            if (kind := _kind(node.inputs[1])) is not None:
                 assert node.inputs[0] is not None
                 groups.setdefault((node.inputs[0], kind), []).append(node)
+            elif _is_weight(node.inputs[1]):
+                self.decline("a weight that no runtime can join to others when it loads the graph")
         merged = [nodes for nodes in groups.values() if len(nodes) > 1]
         for nodes in merged:
             _merge(model.graph, nodes)
-        return ir.passes.PassResult(model, modified=bool(merged))
+        return sum(len(nodes) for nodes in merged)
 
 
 def _kind(weight: ir.Value | None) -> str | None:
@@ -49,6 +54,14 @@ def _kind(weight: ir.Value | None) -> str | None:
     if not in_blocks or len(source.inputs) != 2 or data is None or data.dtype != ir.DataType.INT8:
         return None
     return f"blocks of {source.attributes.get_int('block_size')}"
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is an initializer, or computed from initializers alone."""
+    source = None if value is None else value.producer()
+    if value is None or source is None:
+        return value is not None and value.is_initializer()
+    return all(each is not None and each.is_initializer() for each in source.inputs)
 
 
 def is_int8_weight(node: ir.Node) -> bool:

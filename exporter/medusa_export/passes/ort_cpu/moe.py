@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.roles import Part, parts
 from medusa_export.passes.common.values import constant, replace
-from medusa_export.passes.portable.expand_experts import EXPERTS_PART
+from medusa_export.passes.portable.expand_experts import EXPERTS_PART, LINEAR_PART
 
 TINY = 1e-30  # in place of a weight of 0, whose logarithm is not a number to calculate with
 NAMES = {"swiglu": "swiglu", "relu": "relu", "gelu_tanh": "gelu", "silu": "silu", "identity": "identity"}  # as `MoE` says it
 
 
-class FuseExperts(ir.passes.InPlacePass):
+class FuseExperts(GraphPass):
     """Replace a layer of experts by ``MoE``, or by ``QMoE`` if its weights are quantised in blocks.
 
     Needs: a float32 graph with layers as `ExpandExperts` writes them, and an activation that the operators have.
@@ -22,21 +23,34 @@ class FuseExperts(ir.passes.InPlacePass):
     the weights restores their size. ``QMoE`` takes the weights as they are.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        modified = False
+        matched = 0
         for layer in parts(model.graph, EXPERTS_PART):
-            modified |= _fuse(model.graph, layer)
-        if modified:
+            if (reason := _unfit(layer)) is not None:
+                self.decline(reason)
+                continue
+            _fuse(model.graph, layer)
+            matched += 1
+        if matched:
             model.opset_imports["com.microsoft"] = 1
-        return ir.passes.PassResult(model, modified)
+        for _ in parts(model.graph, LINEAR_PART):
+            self.decline("a linear layer of experts that stands alone, for which there is no operator")
+        return matched
 
 
-def _fuse(graph: ir.Graph, layer: Part) -> bool:
-    x, ids, weights, down = (layer.read(role) for role in ("x", "ids", "weights", "down"))
-    fits = layer.facts["activation"] in NAMES and x.dtype == weights.dtype == ir.DataType.FLOAT
-    if not fits or down.shape is None:
-        return False
+def _unfit(layer: Part) -> str | None:
+    """Why the operators cannot compute a layer; None if they can."""
+    if (activation := layer.facts["activation"]) not in NAMES:
+        return f"experts with the activation {activation}, which the operators do not have"
+    if not layer.read("x").dtype == layer.read("weights").dtype == ir.DataType.FLOAT:
+        return "experts that are not computed in float32"
+    return "experts whose number is not known" if layer.read("down").shape is None else None
+
+
+def _fuse(graph: ir.Graph, layer: Part) -> None:
+    ids, weights, down = (layer.read(role) for role in ("ids", "weights", "down"))
+    assert down.shape is not None
     tape = ir.tape.Tape()
     biases = [layer.read(role) if role in layer.nodes else None for role in ("up_bias", "down_bias")]
     routing = _routing(graph, tape, ids, weights, int(str(down.shape[0])))
@@ -48,7 +62,6 @@ def _fuse(graph: ir.Graph, layer: Part) -> bool:
     graph.insert_before(node, tape.nodes)
     replace(layer.result, result)
     graph.remove(node, safe=True)
-    return True
 
 
 def _float(graph: ir.Graph, tape: ir.tape.Tape, layer: Part, routing: ir.Value, biases: list[ir.Value | None]) -> ir.Value:

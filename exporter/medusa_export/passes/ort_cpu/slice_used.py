@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import constant
 from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 
 
-class UsedEntries(ir.passes.InPlacePass):
+class UsedEntries(GraphPass):
     """Slice what is cached, and the mask, to the longest sequence of the batch, including its new tokens.
 
     Needs: a step graph whose layers read the outputs of ``TensorScatter``, and whose mask takes the capacity from the shape of
@@ -17,14 +18,18 @@ class UsedEntries(ir.passes.InPlacePass):
     Entries in use are copied once per step. Those that are gathered by their numbers are not sliced.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         lengths, ids = inputs.get("cache_lengths"), inputs.get("input_ids")
         caches = [node.outputs[0] for node in graph if node.op_type == "TensorScatter" and _is_read_whole(node.outputs[0])]
-        if lengths is None or ids is None or not caches:
-            return ir.passes.PassResult(model, modified=False)
+        if lengths is None or ids is None:
+            self.decline("a graph without cache_lengths and input_ids")
+            return 0
+        if not caches:
+            self.decline("a graph whose layers read no cache in its order")
+            return 0
         tape = ir.tape.Tape()
         tokens = tape.op("Shape", [ids], {"start": 1, "end": 2})  # [1]
         used = tape.op("Add", [tape.op("ReduceMax", [lengths], {"keepdims": 1}), tokens])  # [1]
@@ -44,7 +49,7 @@ class UsedEntries(ir.passes.InPlacePass):
             graph.insert_after(producer, cut)
             for reader, place in readers:
                 reader.replace_input_with(place, cut.outputs[0])
-        return ir.passes.PassResult(model, modified=True)
+        return len(caches)
 
 
 def _is_read_whole(cache: ir.Value) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import add_initializer
 
 
-class ConstantReshapes(ir.passes.InPlacePass):
+class ConstantReshapes(GraphPass):
     """Replace a target ``[batch, tokens, -1, D]``, computed at every step, by the constant ``[0, 0, H, D]``.
 
     Needs: known shapes of the reshaped values.
@@ -16,27 +17,28 @@ class ConstantReshapes(ir.passes.InPlacePass):
     constant head count, and a step saves the nodes that computed the target.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         targets: dict[tuple[int, ...], ir.Value] = {}
-        modified = False
+        matched = 0
         for node in model.graph:
-            if node.op_type != "Reshape" or (target := _constant_target(node)) is None:
+            if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
+                continue
+            if (target := _constant_target(node)) is None:
+                self.decline("a target shape with unknown sizes that are not the input's")
                 continue
             if target not in targets:
                 name = "reshape_" + "_".join(map(str, target))
                 targets[target] = add_initializer(model.graph, name, ir.tensor(np.array(target, np.int64), name=name))
             node.replace_input_with(1, targets[target])
             node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # so that 0 means "the input's size"
-            modified = True
-        return ir.passes.PassResult(model, modified)
+            matched += 1
+        return matched
 
 
 def _constant_target(node: ir.Node) -> tuple[int, ...] | None:
     source, result = node.inputs[0], node.outputs[0]
-    if source is None or source.shape is None or result.shape is None or node.inputs[1] is None:
-        return None
-    if node.inputs[1].const_value is not None:
+    if source is None or source.shape is None or result.shape is None:
         return None
     kept = 0
     for before, after in zip(source.shape, result.shape, strict=False):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.roles import note_role
 from medusa_export.passes.common.values import add_initializer, constant, replace
 
@@ -17,7 +18,7 @@ EXPERTS_PART, LINEAR_PART = "experts", "expert linear"  # the kinds of part that
 ROWS_PER_BLOCK = 2  # a block has this many times the rows that an expert gets on average (docs/decisions/0029-experts.md)
 
 
-class ExpandExperts(ir.passes.InPlacePass):
+class ExpandExperts(GraphPass):
     """Expand the markers of `medusa_export.trace.experts_node`.
 
     Needs: ``Experts`` and ``ExpertLinear`` nodes whose weights [E, ., .] are initializers.
@@ -28,7 +29,7 @@ class ExpandExperts(ir.passes.InPlacePass):
     turns, as ONNX Runtime's ``MoE`` and ``QMoE`` read them.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         graph = model.graph
         markers = [node for node in graph if node.domain == EXPERTS_DOMAIN and node.op_type in _EXPANSIONS]
@@ -43,7 +44,7 @@ class ExpandExperts(ir.passes.InPlacePass):
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
-        return ir.passes.PassResult(model, modified=bool(markers))
+        return len(markers)
 
 
 @dataclass(frozen=True)

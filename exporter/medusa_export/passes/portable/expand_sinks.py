@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN, spell_out
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.roles import note_role
 from medusa_export.passes.common.values import replace
 
@@ -12,7 +13,7 @@ SINKS = "sink attention"  # the kind of part that the nodes are noted as
 ROLES = ("query", "key", "value", "mask", "sinks")  # of the nodes that read the operator's inputs, in their order
 
 
-class ExpandSinks(ir.passes.InPlacePass):
+class ExpandSinks(GraphPass):
     """Spell out ``SinkAttention(query, key, value, mask, sinks)``.
 
     Needs: inputs of shape [B, H, T, D] with known H and D.
@@ -20,7 +21,7 @@ class ExpandSinks(ir.passes.InPlacePass):
     that `CollectSinks` finds them.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Expand in place."""
         graph = model.graph
         found = [node for node in graph if node.op_type == SINK_ATTENTION]
@@ -35,4 +36,4 @@ class ExpandSinks(ir.passes.InPlacePass):
             replace(node.outputs[0], result)
             graph.remove(node, safe=True)
         model.opset_imports.pop(SINK_DOMAIN, None)
-        return ir.passes.PassResult(model, modified=bool(found))
+        return len(found)

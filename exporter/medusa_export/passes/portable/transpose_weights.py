@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import add_initializer, shape_of, transposed
 
 
-class TransposeWeights(ir.passes.InPlacePass):
+class TransposeWeights(GraphPass):
     """Store a linear layer's weight as [in, out] instead of transposing it when the graph is loaded.
 
     Needs: ``MatMul(x, Transpose(weight))``, which a trace of ``nn.Linear`` contains.
@@ -22,25 +23,26 @@ class TransposeWeights(ir.passes.InPlacePass):
         super().__init__()
         self.left_alone = left_alone
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        modified = False
+        matched = 0
         for name, weight in list(model.graph.initializers.items()):
             uses = [usage.node for usage in weight.uses()]
-            if (
-                name in self.left_alone
-                or not uses
-                or not all(_is_plain_transpose(node) for node in uses)
-                or weight.const_value is None
-            ):
+            if weight.const_value is None or not any(_is_plain_transpose(node) for node in uses):
+                continue
+            if name in self.left_alone:
+                self.decline("a weight that another graph reads in its own layout")
+                continue
+            if not all(_is_plain_transpose(node) for node in uses):
+                self.decline("a weight that is also read in its own layout")
                 continue
             del model.graph.initializers[name]
             value = add_initializer(model.graph, name, _transposed(name, weight.const_value))
             for node in uses:
                 node.outputs[0].replace_all_uses_with(value)
                 model.graph.remove(node, safe=True)
-            modified = True
-        return ir.passes.PassResult(model, modified)
+            matched += 1
+        return matched
 
 
 def _is_plain_transpose(node: ir.Node) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import shape_of
 
 
-class Upcast(ir.passes.InPlacePass):
+class Upcast(GraphPass):
     """Turn every bfloat16 value into float32.
 
     Needs: nothing.
@@ -16,8 +17,9 @@ class Upcast(ir.passes.InPlacePass):
     round between operators as the bfloat16 graph does.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
+        matched = 0
         values = {*model.graph.inputs, *model.graph.initializers.values()}
         for node in model.graph:
             values.update(node.outputs)
@@ -28,9 +30,10 @@ class Upcast(ir.passes.InPlacePass):
         for value in values:
             if value.dtype == ir.DataType.BFLOAT16:
                 value.dtype = ir.DataType.FLOAT
+                matched += 1
             if value.const_value is not None:
                 value.const_value = _widen(value.const_value)
-        return ir.passes.PassResult(model, modified=True)
+        return matched
 
 
 def _widen(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

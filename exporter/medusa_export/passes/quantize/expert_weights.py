@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import MIN_SIZE
 from medusa_export.passes.common.roles import Part, note_role, parts
 from medusa_export.passes.common.rounding import to_int8, to_uint4
@@ -22,7 +23,7 @@ Codes = npt.NDArray[np.uint8]
 Rounded = tuple[Codes, npt.NDArray[np.float32], Codes | None]
 
 
-class QuantizeExperts(ir.passes.InPlacePass):
+class QuantizeExperts(GraphPass):
     """Store experts' weights as integers.
 
     Needs: a float32 graph with layers of experts as `ExpandExperts` writes them.
@@ -39,13 +40,13 @@ class QuantizeExperts(ir.passes.InPlacePass):
         self.storage = storage
         self.left: list[str] = []
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        modified = False
+        matched = 0
         for kind, roles in ((EXPERTS_PART, ("up", "down")), (LINEAR_PART, ("linear",))):
             for number, part in enumerate(parts(model.graph, kind)):
-                modified |= self._store(model.graph, kind, number, part, roles)
-        return ir.passes.PassResult(model, modified)
+                matched += self._store(model.graph, kind, number, part, roles)
+        return matched
 
     def _store(self, graph: ir.Graph, kind: str, number: int, part: Part, roles: tuple[str, ...]) -> bool:
         weights = [part.read(role) for role in roles]
@@ -57,6 +58,7 @@ class QuantizeExperts(ir.passes.InPlacePass):
         block = next((size for size in BLOCK_SIZES if all(width % size == 0 for width in widths)), None)
         if block is None or all(tensor is not None and tensor.size < MIN_SIZE for tensor in tensors):
             self.left += [weight.name or "" for weight in weights]
+            self.decline("experts that are small, or whose inputs cannot be divided into blocks")
             return False
         # Zero points are two in a byte as well.
         bits: Literal[4, 8] = 4 if wanted == {"int4"} and all(width // block % 2 == 0 for width in widths) else 8

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
 from medusa_export.passes.common.values import Together, add_initializer, lazy_tensor, replace, shape_of
@@ -17,7 +18,7 @@ from medusa_export.passes.quantize.given_codes import GivenCodes
 Storage = Literal["int8", "int8-blocks", "int4"]
 
 
-class QuantizeWeights(ir.passes.InPlacePass):
+class QuantizeWeights(GraphPass):
     """Store weights as integers.
 
     Needs: a float32 graph as the exporter writes it.
@@ -45,12 +46,12 @@ class QuantizeWeights(ir.passes.InPlacePass):
         self.given = given or {}
         self.kept: list[str] = []  # weights whose own codes were taken
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         graph = model.graph
-        modified = False
+        matched = 0
         for node in [node for node in graph if node.op_type == "Gemm"]:
-            modified |= gemm_to_matmul(graph, node)
+            gemm_to_matmul(graph, node)
         by_weight: dict[ir.Value, list[Linear]] = {}
         for linear in linears(graph):
             if linear.node.op_type == "MatMul":
@@ -58,7 +59,10 @@ class QuantizeWeights(ir.passes.InPlacePass):
         for weight, readers in by_weight.items():
             storage = self.storage(weight.name or "")
             gathers = [usage.node for usage in weight.uses() if gathers_rows(usage.node)]
-            if storage is None or not _can_store(weight, readers, gathers):
+            if storage is None:
+                continue
+            if not _can_store(weight, readers, gathers):
+                self.decline("a weight that some node reads in another way")
                 continue
             if storage == "int4" and gathers:
                 storage = "int8-blocks"
@@ -71,8 +75,8 @@ class QuantizeWeights(ir.passes.InPlacePass):
                 self.kept += [weight.name or ""] if given is not None else []
             else:
                 _store_channels(graph, weight, readers, gathers)
-            modified = True
-        return ir.passes.PassResult(model, modified)
+            matched += 1
+        return matched
 
 
 def tables(models: Iterable[ir.Model]) -> frozenset[int]:

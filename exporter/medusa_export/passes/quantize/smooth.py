@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import Linear, linears
 from medusa_export.passes.common.values import shape_of
 
@@ -80,7 +81,7 @@ def with_maxima(model: ir.Model, found: Iterable[Junction]) -> list[str]:
     return names
 
 
-class Smooth(ir.passes.InPlacePass):
+class Smooth(GraphPass):
     """Divide each channel of an activation by a scale, and multiply the weights after it by the same scale.
 
     Needs: the largest magnitude of each channel of each junction, by its activation's name.
@@ -96,19 +97,20 @@ class Smooth(ir.passes.InPlacePass):
         super().__init__()
         self.maxima, self.strength = maxima, strength
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        modified = False
+        matched = 0
         for junction in junctions(model):
             largest = self.maxima.get(junction.activation.name or "")
             if largest is None:
+                self.decline("an activation that was not measured")
                 continue
             scale = self._scale(largest, junction.readers)
             _multiply(junction.source, np.float32(1) / scale, junction.source_axis)
             for reader in junction.readers:
                 _multiply(reader.weight, scale, reader.input_axis)
-            modified = True
-        return ir.passes.PassResult(model, modified)
+            matched += 1
+        return matched
 
     def _scale(self, largest: Vector, readers: tuple[Linear, ...]) -> Vector:
         heaviest = np.zeros_like(largest)

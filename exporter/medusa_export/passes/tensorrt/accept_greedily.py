@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_runtime.backends.gpu.step import ACCEPTED_HIDDEN, ACCEPTED_IDS, ACCEPTED_ROWS
 from medusa_runtime.bundle.manifest import GraphFacts, TensorFacts
 
 
-class AcceptGreedily(ir.passes.InPlacePass):
+class AcceptGreedily(GraphPass):
     """Compute for each sequence the deepest row that greedy decoding accepts, its hidden state, and the token decided there.
 
     Needs: the step graph of docs/onnx-contract.md; another graph is not changed.
@@ -19,13 +20,14 @@ class AcceptGreedily(ir.passes.InPlacePass):
     A row that attends only to itself is a root, and right. Of several deepest rows the first is chosen: padding comes last.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Extend in place."""
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         outputs = {value.name: value for value in graph.outputs}
         if not {"input_ids", "tree_mask", "logit_rows"} <= inputs.keys() or not {"greedy_ids", "hidden"} <= outputs.keys():
-            return ir.passes.PassResult(model, modified=False)
+            self.decline("a graph without the inputs and outputs of a step")
+            return 0
         shape = outputs["hidden"].shape
         assert shape is not None
         writer = _Writer(ir.tape.Tape())
@@ -37,7 +39,7 @@ class AcceptGreedily(ir.passes.InPlacePass):
         hidden.name, hidden.type, hidden.shape = ACCEPTED_HIDDEN, outputs["hidden"].type, ir.Shape([shape[0], shape[2]])
         graph.extend(writer.tape.nodes)
         graph.outputs.extend([rows, ids, hidden])
-        return ir.passes.PassResult(model, modified=True)
+        return 1
 
 
 def with_acceptance(step: GraphFacts) -> GraphFacts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.masks import additive_mask
 
 
-class AdditiveMask(ir.passes.InPlacePass):
+class AdditiveMask(GraphPass):
     """Replace the boolean mask of attention by numbers to add to the scores, computed once for all layers.
 
     Needs: ``Attention`` nodes with a boolean mask.
@@ -15,7 +16,7 @@ class AdditiveMask(ir.passes.InPlacePass):
     boolean masks in 16-bit graphs ("more than one op named … iota").
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         additive: dict[ir.Value, ir.Value] = {}
         for node in list(model.graph):
@@ -29,4 +30,4 @@ class AdditiveMask(ir.passes.InPlacePass):
                 additive[mask] = additive_mask(model.graph, tape, mask, key.dtype)
                 model.graph.insert_before(node, tape.nodes)
             node.replace_input_with(3, additive[mask])
-        return ir.passes.PassResult(model, modified=bool(additive))
+        return len(additive)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import FLOAT_TYPES, Linear, linears, lm_heads
 from medusa_export.passes.common.rounding import round_symmetrically
 from medusa_export.passes.common.values import Together, add_initializer, lazy_tensor
@@ -15,7 +16,7 @@ BLOCK_SIZES = (128, 64)  # inputs that share a scale in 4 bits
 _STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
-class QuantizeEngineWeights(ir.passes.InPlacePass):
+class QuantizeEngineWeights(GraphPass):
     """Store the weights of matrix products in fewer bits. The products are still computed in the graph's dtype.
 
     Needs: a graph as the exporter writes it.
@@ -32,7 +33,7 @@ class QuantizeEngineWeights(ir.passes.InPlacePass):
         super().__init__()
         self.weights = weights
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         stored: dict[ir.Value, ir.Value] = {}
         last = lm_heads(model.graph)
@@ -44,7 +45,7 @@ class QuantizeEngineWeights(ir.passes.InPlacePass):
         for weight in stored:
             if not weight.uses():
                 del model.graph.initializers[weight.name or ""]
-        return ir.passes.PassResult(model, modified=bool(stored))
+        return len(stored)
 
     def _store(self, graph: ir.Graph, linear: Linear, *, is_lm_head: bool) -> ir.Value:
         """Add the weight's codes and scales as initializers. Returns the dequantised weight."""

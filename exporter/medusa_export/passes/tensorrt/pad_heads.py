@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import heads_and_width
 
 
-class PadHeads(ir.passes.InPlacePass):
+class PadHeads(GraphPass):
     """Pad queries and keys, or values, with zeros, where their widths differ (latent attention).
 
     Needs: ``Attention`` nodes with a ``scale``, inputs of shape [B, H, T, D] with known H and D, and no past.
@@ -16,9 +17,9 @@ class PadHeads(ir.passes.InPlacePass):
     result, which are cut off.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        modified = False
+        matched = 0
         for node in [node for node in model.graph if node.op_type == "Attention"]:
             width, value_width = heads_and_width(node.inputs[1])[1], heads_and_width(node.inputs[2])[1]
             if width != value_width:
@@ -26,8 +27,8 @@ class PadHeads(ir.passes.InPlacePass):
                     _pad(model.graph, node, place, abs(width - value_width))
                 if value_width < width:
                     _cut(model.graph, node.outputs[0], node, value_width)
-                modified = True
-        return ir.passes.PassResult(model, modified)
+                matched += 1
+        return matched
 
 
 def _pad(graph: ir.Graph, attention: ir.Node, place: int, count: int) -> None:

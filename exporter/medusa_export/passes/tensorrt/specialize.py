@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.tensorrt.additive_mask import AdditiveMask
 from medusa_export.passes.tensorrt.expand_softcap import ExpandSoftcap
 from medusa_export.passes.tensorrt.pad_heads import PadHeads
@@ -24,7 +25,7 @@ def specialize(model: ir.Model, precision: Precision, capacity: int) -> None:
         DecomposableAttention()(model)
 
 
-class DecomposableAttention(ir.passes.InPlacePass):
+class DecomposableAttention(GraphPass):
     """Let TensorRT run attention as several kernels.
 
     Needs: nothing.
@@ -32,9 +33,9 @@ class DecomposableAttention(ir.passes.InPlacePass):
     without this attribute. ONNX Runtime refuses it with the attribute.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Set the attribute in place."""
         nodes = [node for node in model.graph.all_nodes() if node.op_type == "Attention"]
         for node in nodes:
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
-        return ir.passes.PassResult(model, modified=bool(nodes))
+        return len(nodes)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from medusa_export.passes.common.cache_inputs import cache_inputs
+from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS
 
 
-class StaticCapacity(ir.passes.InPlacePass):
+class StaticCapacity(GraphPass):
     """Make the cache's capacity static: TensorRT can update a cache in place only then.
 
     Needs: ``past.*`` inputs of shape [B, Hkv, S, D] with one name for S.
@@ -22,16 +23,16 @@ class StaticCapacity(ir.passes.InPlacePass):
         super().__init__()
         self.capacity = capacity
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         pasts = cache_inputs(model.graph)
         names = {str(value.shape[CAPACITY_AXIS]): self.capacity for value in pasts if value.shape is not None}
-        modified = False
+        matched = 0
         for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
             if value.shape is not None and any(_names(size) & names.keys() for size in value.shape):
                 value.shape = ir.Shape([size if isinstance(size, int) else size.evaluate(names) for size in value.shape])
-                modified = True
-        return ir.passes.PassResult(model, modified)
+                matched += 1
+        return matched
 
 
 def _names(size: int | ir.SymbolicDim) -> frozenset[str]:
