@@ -26,7 +26,7 @@ import json, resource, sys, time
 started = time.perf_counter()
 from pathlib import Path
 from medusa_export.engine.build import build_engines
-from medusa_export.engine.engine_options import EngineOptions
+from medusa_export.command_options.engine_options import EngineOptions
 manifest = build_engines(EngineOptions(Path(sys.argv[1]), Path(sys.argv[2])))
 print(json.dumps({
     "precision": manifest.precision,

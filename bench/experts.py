@@ -28,8 +28,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from environment import environment, publish
 from tests.support.models import save_random_heads, tokenizer
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.bundle.write_graphs import write_graphs
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.passes.quantize.expert_weights import QuantizeExperts
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, tables
 from medusa_runtime import Backend, Manifest

@@ -21,7 +21,8 @@ PROGRAM = """
 import json, resource, sys, time
 started = time.perf_counter()
 from pathlib import Path
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.bundle.export import export_bundle
 imported = time.perf_counter()
 export_bundle(ExportOptions(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), precision=sys.argv[4]))
 done = time.perf_counter()

@@ -22,7 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_runtime import Backend, Manifest
 from medusa_runtime.backends.choosing import open_backend
 

@@ -30,8 +30,9 @@ TABLE = 1 << 22  # numbers that the weights are cut from
 PROGRAM = """
 import json, re, resource, sys, threading, time
 from pathlib import Path
-from medusa_export.bundle.export import ExportOptions, export_bundle
-from medusa_export.quantize import QuantizeOptions, export_quantized
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.bundle.export import export_bundle
+from medusa_export.quantize import export
 model, heads, output, kind = sys.argv[1:]
 anonymous, ended = [0], threading.Event()
 def watch():
@@ -43,7 +44,7 @@ started, cpu = time.perf_counter(), time.process_time()
 if kind == "fp16":
     export_bundle(ExportOptions(model, Path(heads), Path(output), precision="fp16"))
 else:
-    export_quantized(ExportOptions(model, Path(heads), Path(output)), QuantizeOptions(Path(output), Path(output), kind))
+    export(ExportOptions(model, Path(heads), Path(output), quantize=kind))
 ended.set()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu,

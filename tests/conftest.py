@@ -47,7 +47,8 @@ def make_bundle(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path], make_heads: Callable[..., Path]
 ) -> Callable[..., Path]:
     """Exports a tiny model to a bundle, once per set of settings. Tests that change a bundle must copy it first."""
-    from medusa_export.bundle.export import ExportOptions, export_bundle
+    from medusa_export.bundle.export import export_bundle
+    from medusa_export.command_options.export_options import ExportOptions
 
     made: dict[str, Path] = {}
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.engine.build import build_engines
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_runtime import Backend, Manifest, open_backend
 from medusa_runtime.backends.gpu.backend import GpuBackend
 from tests.gpu.here import FLAVORS, GPUS

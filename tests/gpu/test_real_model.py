@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
+from medusa_export.command_options.engine_options import EngineOptions
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.engine.build import build_engines
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.model.download import cache_directory
 from medusa_export.recipe import library
 from medusa_runtime import MedusaLM

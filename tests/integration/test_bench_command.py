@@ -17,8 +17,9 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.cli import main
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.measure.bench import peers
 from medusa_export.measure.bench.contest import Contestant
 from medusa_export.measure.bench.floor import read_bandwidth, step_weight_bytes

@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.bundle.read_graph import read_graph
 from medusa_export.check import compare, sides, validate
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.passes.common.linears import MIN_SIZE
-from medusa_export.quantize import QuantizeOptions, export_quantized, quantize_bundle
+from medusa_export.quantize import export, quantize_bundle
 from medusa_runtime import Manifest, MedusaLM
 from tests.support import packed
 from tests.support.models import save_random_heads, save_tiny_model
@@ -39,7 +41,7 @@ def heads(model: Path) -> Path:
 
 
 def _direct(model: Path, heads: Path, output: Path, scheme: Any) -> Manifest:
-    return export_quantized(ExportOptions(str(model), heads, output), QuantizeOptions(output, output, scheme))
+    return export(ExportOptions(str(model), heads, output, quantize=scheme))
 
 
 def test_weights_are_those_of_two_steps(model: Path, heads: Path, tmp_path: Path) -> None:

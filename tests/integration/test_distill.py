@@ -209,7 +209,7 @@ FILES = {
         ),
         ("{model} -o {new} --prompts {p}", 2, "is 1280, but the model takes at most 256 tokens; lower one"),
         ("{model} -o {new} --prompts {p} --temperature 9", 2, "Invalid value for '--temperature'"),
-        ("{model} -o {new} --prompts {p} --temperature nan", 2, "a temperature is NaN; give a number"),
+        ("{model} -o {new} --prompts {p} --temperature nan", 2, "--temperature is nan: input should be a finite number"),
         ("{model} -o {new} --prompts {p} --device tpu", 2, "--device tpu: this machine has no such device"),
         ("{model} -o {new} --prompts {p} --backend bundle", 2, "is not one"),
         ("{model} -o {new} --prompts {p} --backend endpoint", 2, "--base-url and --backend endpoint need each other"),

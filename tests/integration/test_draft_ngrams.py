@@ -13,8 +13,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from click.testing import CliRunner, Result
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.cli import main
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.model.checkpoint import load_backbone
 from medusa_heads.formats import load_heads, native, save_heads
 from medusa_heads.ngrams import head_candidates

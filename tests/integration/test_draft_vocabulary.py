@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads, save_heads
 from medusa_runtime import Manifest, MedusaLM, OptionError, open_backend

@@ -16,9 +16,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.bundle.weights_file import INLINE_BYTES
 from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import load_backbone
 from medusa_export.trace import attention_node as attention

@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
 from medusa_export.cli import main
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_runtime import Manifest, MedusaLM, open_backend
 from tests.support.published_heads import FLAVOURS, MERGED, Array, Published, publish, publish_merged
 from tests.support.tracing import traced_once

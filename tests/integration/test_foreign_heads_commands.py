@@ -13,10 +13,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.cli import main
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.model.checkpoint import load_backbone
-from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.quantize import quantize_bundle
 from medusa_export.quantize import quantized_bundle as quantizing
 from medusa_heads.errors import CheckpointError
 from medusa_heads.formats import load_heads, read_heads
@@ -77,8 +79,8 @@ def test_the_embedding_that_hydra_heads_read_is_stored_once(exported: Callable[[
 @pytest.mark.parametrize("what", ["hydra", "vllm with a map of tokens"])
 def test_engines_are_built_without_a_gpu(what: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
+    from medusa_export.command_options.engine_options import EngineOptions
     from medusa_export.engine.build import build_engines
-    from medusa_export.engine.engine_options import EngineOptions
 
     build_engines(EngineOptions(exported(what), tmp_path / "engine", max_seq_len=128, max_prefill_tokens=64))
     manifest = Manifest.load(tmp_path / "engine")

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.model.checkpoint import load_backbone
 from medusa_export.model.generation_settings import generation_facts, switched_off
-from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.quantize import quantize_bundle
 from medusa_heads.errors import CheckpointError
 from medusa_runtime import DecodingEngine, DecodingOptions, Manifest
 from medusa_runtime.backends.choosing import open_backend

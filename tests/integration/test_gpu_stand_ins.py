@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_runtime import DynamicTree, MedusaLM, open_backend
 from medusa_runtime.backends.gpu import ort_cuda
 from medusa_runtime.backends.gpu.backend import WIDTHS, GpuBackend

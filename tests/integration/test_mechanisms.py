@@ -11,11 +11,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check.validation import validate
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import load_backbone
-from medusa_export.quantize.quantized_bundle import QuantizeOptions, quantize_bundle
+from medusa_export.quantize.quantized_bundle import quantize_bundle
 from medusa_export.trace import attention_node
 from medusa_export.trace.step_graph import trace_step
 from medusa_runtime import Manifest
@@ -90,8 +92,8 @@ def test_attention_that_cannot_be_traced_is_refused_before_tracing(
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_tensorrt_builds_the_step(model_type: str, export: Export, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
+    from medusa_export.command_options.engine_options import EngineOptions
     from medusa_export.engine import build
-    from medusa_export.engine.engine_options import EngineOptions
 
     model, heads, _ = export(model_type)
     export_bundle(ExportOptions(str(model), heads, tmp_path / "fp16", precision="fp16"))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForMultimodalLM, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import load_backbone
 from medusa_heads.errors import CheckpointError

@@ -19,9 +19,10 @@ from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.writable import require_writable
 from medusa_export.check import validation
 from medusa_export.check.builtin_prompts import label
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.engine.monitor import interruptible
 from medusa_export.measure.prompt_files import read_prompts
-from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.quantize import quantize_bundle
 from medusa_runtime import Manifest, OptionError
 from medusa_runtime.bundle.files import is_leftover
 from medusa_runtime.bundle.manifest import WEIGHTS_NAME

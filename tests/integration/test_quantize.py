@@ -16,11 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.bundle.tree_shapes import paths, pruned
 from medusa_export.check import validate
 from medusa_export.cli import main
-from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
+from medusa_export.quantize import quantize_bundle
 from medusa_export.quantize import quantized_bundle as quantizing
 from medusa_runtime import CandidateTree, Manifest, MedusaLM
 from medusa_runtime.backends.base import StepOutput

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.model.checkpoint import load_backbone
 from medusa_heads.formats import load_heads, save_heads
 from medusa_heads.modules import root_states

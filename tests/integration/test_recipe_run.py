@@ -146,6 +146,16 @@ def test_a_changed_setting_does_its_step_again_and_what_follows(recipe: Path, do
     assert steps_of(run(recipe, "-o", output, *faster, "--set", "validate.max_new_tokens=4")) == ["validate"]
 
 
+def test_a_recipe_may_quantise(recipe: Path, done: Path, tmp_path: Path) -> None:
+    output = copy_of(done, tmp_path / "out")
+    ran = run(recipe, "-o", output, "--set", "onnx.quantize=int8")
+    assert ran.exit_code == 0, ran.output
+    assert steps_of(ran) == ["onnx", "validate"]
+    manifest = Manifest.load(output / "bundle")
+    assert manifest.quantization is not None
+    assert (manifest.quantization.scheme, manifest.validation.status) == ("int8", "passed")
+
+
 def test_what_does_not_decide_the_training_does_not_train_anew(recipe: Path, done: Path, tmp_path: Path) -> None:
     output = copy_of(done, tmp_path / "out")
     log = (output / "work" / "log.jsonl").read_text()

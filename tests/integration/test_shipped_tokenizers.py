@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.model.tokenizer import (
     HARD_TEXTS,
     check_vocabulary,

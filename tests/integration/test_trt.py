@@ -17,10 +17,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.engine_options import EngineOptions
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.engine.build import build_engines
 from medusa_export.engine.design import design_engines
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.network import Network
 from medusa_export.engine.plan import _config, write_plan

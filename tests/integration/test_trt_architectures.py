@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.engine_options import EngineOptions
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.engine import build
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.engine.network import Network
 from medusa_runtime.bundle.manifest import HEADS, STEP, EngineFacts, GraphFacts
 from tests.support.models import save_random_heads, save_tiny_model

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.cli import main
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.engine import build
 from medusa_runtime.bundle.manifest import Manifest
 from tests.support.models import VOCAB_SIZE, save_random_heads, save_tiny_model

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.bundle.weights_file import write_weights
+from medusa_export.command_options.engine_options import EngineOptions
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.engine.build import build_engines
 from medusa_export.engine.design import design_engines
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.engine.network import Network
 from medusa_export.passes.common.rounding import round_symmetrically
 from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights

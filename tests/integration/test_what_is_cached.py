@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.errors import ExportError
 from medusa_export.model.checkpoint import Backbone
 from medusa_export.trace import attention_node as attention

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
-from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
+from medusa_export.quantize import quantize_bundle
 from medusa_runtime import GenerationOptions, Manifest, MedusaLM, OptionError
 from medusa_runtime.errors import BundleError
 from medusa_serve.state import ServedBundle

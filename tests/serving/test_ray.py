@@ -35,7 +35,8 @@ ENDLESS = {"max_tokens": 7000, "ignore_eos": True, "medusa": {"enabled": False}}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a long context, so that a stream can be interrupted."""
-    from medusa_export.bundle.export import ExportOptions, export_bundle
+    from medusa_export.bundle.export import export_bundle
+    from medusa_export.command_options.export_options import ExportOptions
 
     folder = tmp_path_factory.mktemp("long")
     model = save_tiny_model(folder / "model", "llama", max_position_embeddings=8192)

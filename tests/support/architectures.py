@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
+from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.model.checkpoint import load_backbone
-from medusa_export.quantize import QuantizeOptions, quantize_bundle
+from medusa_export.quantize import quantize_bundle
 from medusa_export.trace import attention_node
 from medusa_export.trace.skeleton import require_traceable
 from medusa_runtime.errors import MedusaError, first_line
@@ -120,8 +122,8 @@ def _quantized(bundle: Path, model: Path, output: Path) -> str:
 
 
 def _built(bundle: Path, output: Path) -> str:
+    from medusa_export.command_options.engine_options import EngineOptions
     from medusa_export.engine.build import build_engines
-    from medusa_export.engine.engine_options import EngineOptions
 
     build_engines(
         EngineOptions(bundle, output, max_seq_len=64, max_prefill_tokens=32, max_tree_nodes=16, max_batch_size=2, opt_level=0)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.engine.design import plan_facts
-from medusa_export.engine.engine_options import EngineOptions, default_tree_nodes, engine_limits
+from medusa_export.engine.engine_checks import default_tree_nodes, engine_limits
 from medusa_export.engine.profiles import heads_profiles, step_profiles
 from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
 from medusa_export.passes.tensorrt.specialize import specialize

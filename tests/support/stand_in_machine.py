@@ -12,9 +12,9 @@ import importlib
 import sys
 
 import medusa_export.engine.build
+from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.doctor import machine_facts as facts
 from medusa_export.doctor import verdicts
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_runtime.backends.gpu import ort_cuda
 from medusa_runtime.bundle.manifest import Manifest
 from tests.support.engines import stand_in_engine

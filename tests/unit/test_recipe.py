@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
-from medusa_export.head_training.distillation import DistillOptions
+from medusa_export.command_options.distill_options import DistillOptions
 from medusa_export.recipe import document, library
 from medusa_export.recipe.schema import Recipe, RecipeError, parse
 from medusa_heads.train.settings import TrainSettings

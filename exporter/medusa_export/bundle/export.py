@@ -13,8 +13,10 @@ from medusa_export.bundle.default_tree import tree_for
 from medusa_export.bundle.kinds import is_bundle
 from medusa_export.bundle.text_files import TextFiles
 from medusa_export.bundle.write_graphs import write_graphs
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.generation_settings import describe, generation_facts
+from medusa_export.opsets import MAX_OPSET, MIN_OPSET
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.trace import attention_node as attention
@@ -37,7 +39,6 @@ from medusa_runtime.bundle.manifest import (
     HeadFacts,
     Limits,
     Manifest,
-    Precision,
     file_facts,
 )
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
@@ -45,30 +46,6 @@ from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import OptionError
 
 HEAD_TOP_K = 32  # n-grams can only raise tokens that are among the candidates (docs/decisions/0019-draft-ngrams.md)
-MAX_OPSET = 25  # the newest one tested with the torch exporter and the backends
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Options of `medusa-export onnx`; the command's help describes each."""
-
-    model: str
-    heads: Path | None  # None: those in the model
-    output: Path
-    precision: Precision = "fp32"
-    opset: int = attention.MIN_OPSET
-    max_seq_len: int | None = None
-    head_top_k: int | None = None
-    full_head_vocabulary: bool = False
-    tree: Path | None = None
-    tree_nodes: int = 16
-    force: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def inputs(self) -> list[str | Path]:
-        """The paths that are read."""
-        return [self.model] if self.heads is None else [self.model, self.heads]
 
 
 @dataclass(frozen=True)
@@ -95,6 +72,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: model or heads are missing, damaged, or do not fit each other.
         ExportError: the model cannot be traced.
     """
+    if options.quantize is not None:
+        raise OptionError("export_bundle writes float weights alone; medusa_export.quantize.export rounds them too")
     traced = trace_bundle(options)
     with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
         files, graphs = write_graphs(traced.graphs, directory, options.precision)
@@ -106,10 +85,10 @@ def export_bundle(options: ExportOptions) -> Manifest:
 def trace_bundle(options: ExportOptions) -> Traced:
     """Load and trace a model and its heads. Nothing is written. Errors are those of `export_bundle`."""
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
-    if not attention.MIN_OPSET <= options.opset <= MAX_OPSET:
+    if not MIN_OPSET <= options.opset <= MAX_OPSET:
         raise OptionError(
-            f"--opset must be {attention.MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
-            f"({attention.MIN_OPSET} is the first with an in-place KV cache)"
+            f"--opset must be {MIN_OPSET} or {MAX_OPSET}, not {options.opset} "
+            f"({MIN_OPSET} is the first with an in-place KV cache)"
         )
     heads_path = heads_place(options.model, options.heads)
     heads = load_heads(heads_path, note)

@@ -20,6 +20,7 @@ from medusa_export.check.validation_report import (
     ValidationReport,
     tolerance,
 )
+from medusa_export.command_options.validate_settings import DEFAULT_NEW_TOKENS
 from medusa_export.errors import ValidationMismatchError
 from medusa_export.model.checkpoint import DTYPES
 from medusa_export.model.generation_settings import shown, switched_off
@@ -37,7 +38,6 @@ from medusa_runtime.options import with_defaults
 from medusa_runtime.text.codec import Prompt
 from medusa_runtime.text.token_ids import open_codec
 
-DEFAULT_NEW_TOKENS = 48
 LARGE_PROMPTS, LARGE_NEW_TOKENS = 2, 8  # of a model whose layers are cast one at a time
 ON_CPU = Placement(ORT_CPU, "cpu", "all graphs of an ONNX bundle can be compared there")
 

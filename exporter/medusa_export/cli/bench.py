@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.command_options.shared_options import decodes_a_bundle
+from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_export.measure.bench.bench_options import (
     CONTEXT_LENGTHS,
     MODES,

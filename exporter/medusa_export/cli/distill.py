@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import click
 
-from medusa_export.command_options.distill_options import distill_options
+from medusa_export.cli.fields import options_from, parse
+from medusa_export.command_options.distill_options import DistillOptions
 
 
 @click.command("distill")
 @click.argument("model")
-@distill_options
-def command(mix: tuple[str, ...], prompts: tuple[Path, ...], **options: Any) -> None:
+@options_from(DistillOptions, leave_out={"model", "mix"})
+@click.option(
+    "--mix",
+    multiple=True,
+    metavar="SOURCE=N",
+    help="At most N prompts from SOURCE; sources not named are dropped. SOURCE may contain *.",
+)
+def command(mix: tuple[str, ...], **values: Any) -> None:
     """Have MODEL (a checkpoint or a bundle) answer prompts: training data for its heads.
 
     Run the same command again to continue an interrupted run: no answer is repeated or lost.
     """
-    from medusa_export.head_training.distillation import DistillOptions, distill
+    options = parse(DistillOptions, values | {"mix": _parse_mix(mix)})
+    from medusa_export.head_training.distillation import distill
 
-    click.echo(distill(DistillOptions(mix=_parse_mix(mix), prompts=prompts, **options)))
+    click.echo(distill(options))
 
 
 def _parse_mix(mix: tuple[str, ...]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import click
 
 from medusa_export.cli import streams
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.command_options.shared_options import decodes_a_bundle
+from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.files import json_text, read_json
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.command_options.shared_options import force_option, trust_remote_code_option
+from medusa_export.cli.shared_options import force_option, trust_remote_code_option
 
 if TYPE_CHECKING:
     from medusa_heads.modules import MedusaHeads

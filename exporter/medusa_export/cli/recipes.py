@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.command_options.shared_options import threads_option, trust_remote_code_option
+from medusa_export.cli.shared_options import threads_option, trust_remote_code_option
 from medusa_export.recipe.schema import STEPS
 
 step_type = click.Choice(STEPS)

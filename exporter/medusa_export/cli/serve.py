@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.command_options.shared_options import decodes_a_bundle
+from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_serve.settings import ServerSettings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.command_options.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
+from medusa_export.cli.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 from medusa_heads.train.settings import TrainSettings
 
 

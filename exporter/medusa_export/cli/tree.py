@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.command_options.shared_options import runs_a_bundle
+from medusa_export.cli.shared_options import runs_a_bundle
 from medusa_runtime.errors import OptionError
 
 FORMATS = (".png", ".svg")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from medusa_export.command_options.shared_options import force_option, runs_a_bundle
+from medusa_export.cli.shared_options import force_option, runs_a_bundle
 
 
 @click.command("triton")

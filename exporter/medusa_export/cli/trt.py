@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.command_options.shared_options import force_option
-from medusa_runtime.bundle.manifest import EngineWeights, HardwareCompatibility
+from medusa_export.cli.fields import options_from, parse
+from medusa_export.command_options.engine_options import EngineOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,62 +44,15 @@ def command() -> None:
 
 @command.command(DEFAULT)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Directory for the engine bundle; it must not exist yet.",
-)
-@click.option("--flavor", type=click.Choice(["rtx", "tensorrt"]), default="rtx", show_default=True)
-@click.option(
-    "--compute-capability",
-    "compute_capabilities",
-    multiple=True,
-    help="Compute capability to build for, such as 8.9. May be repeated. [default: rtx: 8.9; tensorrt: this machine's GPU]",
-)
-@click.option(
-    "--max-seq-len", type=int, help="Longest prompt plus answer, in tokens. [default: the bundle's own limit, at most 2048]"
-)
-@click.option("--max-batch-size", type=int, default=1, show_default=True)
-@click.option("--max-tree-nodes", type=int, default=64, show_default=True, help="Most tokens in one verification step.")
-@click.option("--max-prefill-tokens", type=int, default=512, show_default=True, help="Most prompt tokens in one step.")
-@click.option(
-    "--weights",
-    type=click.Choice(get_args(EngineWeights)),
-    default="as-is",
-    show_default=True,
-    help="Precision of the weights of matrix products. as-is: the bundle's own.",
-)
-@click.option("--strip-weights", is_flag=True, help="Do not store in the plans the weights that BUNDLE's weights.bin holds.")
-@click.option(
-    "--hardware-compatibility",
-    type=click.Choice(get_args(HardwareCompatibility)),
-    default="none",
-    show_default=True,
-    help="tensorrt only: other GPUs that can run the engines.",
-)
-@click.option(
-    "--version-compatible", is_flag=True, help="tensorrt only: newer runtimes of the same major version can run the engines."
-)
-@click.option(
-    "--timing-cache",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="tensorrt only: file of kernel timings. It is read if it exists, and written after the build.",
-)
-@click.option("--workspace", type=int, metavar="MB", help="Scratch GPU memory that the kernel of a layer may use.")
-@click.option("--opt-level", type=int, help="Effort spent on finding fast kernels, 0 to 5. [default: TensorRT's own, 3]")
+@options_from(EngineOptions, leave_out={"bundle"})
 @click.option("--dry-run", is_flag=True, help="Build nothing; print what would be built and the memory it would need.")
-@click.option("--verbose", is_flag=True, help="Print TensorRT's log to stderr.")
-@force_option
-def build(*, dry_run: bool, **options: Any) -> None:
+def build(*, dry_run: bool, **values: Any) -> None:
     """Build TensorRT engines from the ONNX bundle BUNDLE."""
+    asked = parse(EngineOptions, values)
     from medusa_export.engine.build import build_engines
     from medusa_export.engine.design import design_engines
-    from medusa_export.engine.engine_options import EngineOptions
     from medusa_export.progress import note
 
-    asked = EngineOptions(**options)
     if dry_run:
         _tell_design(design_engines(asked))
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from medusa_export.command_options.shared_options import decodes_a_bundle
+from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_runtime.errors import OptionError
 
 QUICK: dict[str, Any] = {"rounds": 2, "default_batch_sizes": (1, 4), "lengths": (128,), "max_new_tokens": 32}

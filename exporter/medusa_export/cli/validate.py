@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from medusa_export.command_options.validate_options import validate_options
+from medusa_export.cli.fields import options_from, parse
+from medusa_export.cli.shared_options import decodes_a_bundle, trust_remote_code_option
+from medusa_export.command_options.validate_settings import ValidateSettings
 
 
 @click.command("validate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@validate_options
+@click.option("--reference", required=True, help="The model that BUNDLE was made from: a directory, a hub id or a GGUF file.")
+@click.option("--heads", type=click.Path(path_type=Path), help="The heads that BUNDLE was made from, to compare them as well.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A file of prompts: JSON lines (prompt, turns or messages), or text with one per line. [default: built-in ones]",
+)
+@options_from(ValidateSettings, leave_out={"prompts"})
+@decodes_a_bundle
+@trust_remote_code_option
 def command(
     bundle: Path,
     reference: str,
     heads: Path | None,
     prompts: Path | None,
-    max_new_tokens: int,
     *,
     backend: str,
     device: str,
     threads: int,
     cuda_graphs: bool | None,
     trust_remote_code: bool,
+    **settings: Any,
 ) -> None:
     """Compare BUNDLE with the PyTorch model: logits of prompts and tree paths, and greedy decoding token by token.
 
@@ -43,7 +55,7 @@ def command(
         reference,
         heads=heads,
         prompts=read_prompts(prompts) if prompts else PROMPTS,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=parse(ValidateSettings, settings).max_new_tokens,
         backend=backend,
         device=device,
         threads=threads,

@@ -1,1 +1,1 @@
-"""Command-line options that are declared below the commands: some commands share them, and recipes have them as fields."""
+"""The options of commands, one pydantic model a command: a field is a flag, a recipe's key and their documentation."""

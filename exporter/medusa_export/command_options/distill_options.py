@@ -1,84 +1,65 @@
-"""The options of `medusa-export distill`. They are also the fields of a recipe's section."""
+"""The options of `medusa-export distill`."""
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated, Literal
 
-import click
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from medusa_export.command_options.shared_options import combined, cuda_graphs_option, threads_option, trust_remote_code_option
+from medusa_export.command_options.flag import OUTPUT, CudaGraphs, Flag, Threads, TrustRemoteCode
 
-distill_options = combined(
-    click.option(
-        "--prompts",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="A file of prompts: JSON lines (prompt, turns or messages), or text with one prompt per line. May be repeated.",
-    ),
-    click.option(
-        "--self-prompts", type=click.IntRange(min=0), default=0, help="Number of prompts that the model writes itself."
-    ),
-    click.option(
-        "-o",
-        "--output",
-        required=True,
-        type=click.Path(path_type=Path),
-        help="Directory for the data. An interrupted run continues there.",
-    ),
-    click.option(
-        "--mix",
-        multiple=True,
-        metavar="SOURCE=N",
-        help="At most N prompts from SOURCE; sources not named are dropped. SOURCE may contain *.",
-    ),
-    click.option("--limit", type=click.IntRange(min=1), help="At most this many prompts, chosen at random."),
-    click.option(
-        "--max-tokens",
-        type=click.IntRange(min=1),
-        help="Stop once the data holds this many tokens. A later run with a higher number continues.",
-    ),
-    click.option("--max-new-tokens", type=click.IntRange(1, 32768), default=256, show_default=True, help="Longest answer."),
-    click.option(
-        "--max-prompt-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longer prompts are skipped."
-    ),
-    click.option(
-        "--temperature",
-        type=click.FloatRange(0, 5),
-        default=0.0,
-        show_default=True,
-        help="Temperature of answers; 0 is greedy.",
-    ),
-    click.option(
-        "--prompt-temperature",
-        type=click.FloatRange(0, 5, min_open=True),
-        default=0.8,
-        show_default=True,
-        help="Temperature of the prompts that the model writes.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "transformers", "bundle", "endpoint"]),
-        default="auto",
-        show_default=True,
-        help="What answers: PyTorch, a bundle with Medusa, or an OpenAI-compatible endpoint.",
-    ),
-    click.option("--base-url", help="Endpoint's address, such as http://localhost:8000/v1. MODEL then gives the tokenizer."),
-    click.option("--served-model", help="The endpoint's name for the model. [default: MODEL]"),
-    click.option(
-        "--batch-size", type=click.IntRange(1, 4096), help="Answers decoded at the same time. [default: 64; bundle: 8]"
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-        default="auto",
-        show_default=True,
-        help="Precision of the weights, with transformers. auto: bf16 if the hardware computes in it, else fp32.",
-    ),
-    click.option(
-        "--device", default="auto", show_default=True, help="Device for transformers or a bundle: auto, cpu, cuda, cuda:1 …"
-    ),
-    cuda_graphs_option,
-    threads_option,
-    trust_remote_code_option,
-)
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What answers which prompts, and how."""
+
+    model: str
+    output: Annotated[Path, Field(description="directory for the data. An interrupted run continues there"), OUTPUT]
+    prompts: Annotated[
+        tuple[Path, ...],
+        Field(description="a file of prompts: JSON lines (prompt, turns or messages), or text with one prompt per line"),
+    ] = ()
+    self_prompts: Annotated[int, Field(ge=0, description="number of prompts that the model writes itself")] = 0
+    mix: Annotated[dict[str, int], Field(description="the most prompts of each source; sources not named are dropped")] = field(
+        default_factory=dict
+    )
+    limit: Annotated[int | None, Field(ge=1, description="at most this many prompts, chosen at random")] = None
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="stop once the data holds this many tokens. A later run with a higher number continues"),
+    ] = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=32768, description="longest answer")] = 256
+    max_prompt_tokens: Annotated[int, Field(ge=1, description="longer prompts are skipped")] = 1024
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False, description="temperature of answers; 0 is greedy")] = (
+        0.0
+    )
+    prompt_temperature: Annotated[
+        float,
+        Field(gt=0, le=5, allow_inf_nan=False, description="temperature of the prompts that the model writes"),
+    ] = 0.8
+    seed: Annotated[int, Field(description="seed of the choices and of sampling")] = 0
+    backend: Annotated[
+        Literal["auto", "transformers", "bundle", "endpoint"],
+        Field(description="what answers: PyTorch, a bundle with Medusa, or an OpenAI-compatible endpoint"),
+    ] = "auto"
+    base_url: Annotated[
+        str | None,
+        Field(description="endpoint's address, such as http://localhost:8000/v1. MODEL then gives the tokenizer"),
+    ] = None
+    served_model: Annotated[str | None, Field(description="the endpoint's name for the model"), Flag(default="MODEL")] = None
+    batch_size: Annotated[
+        int | None,
+        Field(ge=1, le=4096, description="answers decoded at the same time"),
+        Flag(default="64; bundle: 8"),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16"],
+        Field(description="precision of the weights, with transformers. auto: bf16 if the hardware computes in it, else fp32"),
+    ] = "auto"
+    device: Annotated[str, Field(description="device for transformers or a bundle: auto, cpu, cuda, cuda:1 …")] = "auto"
+    cuda_graphs: CudaGraphs = None
+    threads: Threads = 0
+    trust_remote_code: TrustRemoteCode = False

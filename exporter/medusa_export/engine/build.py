@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 from medusa_export.bundle.kinds import is_bundle
 from medusa_export.bundle.weights_file import write_weights
+from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.engine.design import Design, design_engines
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.engine.flavor import gpu_here
 from medusa_export.engine.network import Network
 from medusa_export.engine.plan import write_plan

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from medusa_export.bundle.read_graph import read_graph
-from medusa_export.engine.engine_options import (
-    EngineOptions,
+from medusa_export.command_options.engine_options import EngineOptions
+from medusa_export.engine.engine_checks import (
     default_tree_nodes,
     engine_limits,
     load_source,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.engine.complaints import first_complaint
-from medusa_export.engine.engine_options import EngineOptions
 from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.monitor import interruptible, progress_monitor
 from medusa_export.engine.network import Network

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from medusa_export.command_options.distill_options import DistillOptions
 from medusa_export.placement import place
 from medusa_export.progress import count_stage, note, stage
 from medusa_export.provenance import provenance
@@ -19,33 +19,6 @@ from medusa_heads.distill.store import AnswerStore, DataFacts, Settings, require
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from medusa_runtime.errors import MedusaError, OptionError
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """Options of `medusa-export distill`; the command's help describes each."""
-
-    model: str
-    output: Path
-    prompts: tuple[Path, ...] = ()
-    self_prompts: int = 0
-    mix: dict[str, int] = field(default_factory=dict)
-    limit: int | None = None
-    max_tokens: int | None = None
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 1024
-    temperature: float = 0.0
-    prompt_temperature: float = 0.8
-    seed: int = 0
-    backend: str = "auto"
-    base_url: str | None = None
-    served_model: str | None = None
-    batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    cuda_graphs: bool | None = None
-    threads: int = 0
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,8 +131,6 @@ def _backend(options: DistillOptions) -> str:
 
 def _require_meant(options: DistillOptions, backend: str) -> None:
     """Refuse options that would have no effect or make no sense."""
-    if math.isnan(options.temperature) or math.isnan(options.prompt_temperature):
-        raise OptionError("a temperature is NaN; give a number")
     if options.served_model and backend != "endpoint":
         raise OptionError("--served-model is only for an endpoint; give its --base-url too")
     if options.dtype != "auto" and backend != "transformers":
@@ -188,7 +159,7 @@ def _open_transformers(options: DistillOptions) -> _Model:
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
     backbone = load_backbone(
         options.model,
-        dtype,  # type: ignore[arg-type] # click has checked the value
+        dtype,
         attention=slots.ATTENTION_NAME,
         trust_remote_code=options.trust_remote_code,
     )

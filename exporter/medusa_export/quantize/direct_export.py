@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from medusa_export.bundle.export import ExportOptions, Traced, export_bundle, is_onnx_bundle, trace_bundle
+from medusa_export.bundle.export import Traced, export_bundle, is_onnx_bundle, trace_bundle
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.quality import Quality, compare
 from medusa_export.check.torch_logits import TorchLogits
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.passes.quantize.given_codes import Array, GivenCodes, given_codes
 from medusa_export.passes.quantize.integer_weights import tables
 from medusa_export.progress import note, stage
 from medusa_export.quantize.calibration_text import QUALITY_PROMPTS, answered
-from medusa_export.quantize.quantized_bundle import (
-    QuantizeOptions,
-    prompts_for,
-    quantize_bundle,
-    quantize_graph,
-    require_close,
-)
+from medusa_export.quantize.quantized_bundle import prompts_for, quantize_bundle, quantize_graph, require_close
 from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
-from medusa_runtime.bundle.manifest import Manifest, QuantizationFacts
+from medusa_runtime.bundle.manifest import Manifest, QuantizationFacts, Scheme
 from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.token_ids import open_codec
@@ -35,30 +32,42 @@ TOKENS_PER_PROMPT = 128
 LEAST_PROMPTS = 2
 
 
-def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifest:
-    """Export a checkpoint to a quantised bundle.
+def export(options: ExportOptions) -> Manifest:
+    """Export a checkpoint to a bundle, quantised if the options say so.
 
-    Weights go from the checkpoint to the bundle one by one. Codes of 4 bits that the checkpoint has are kept as they are. The
-    quality is measured against the model in PyTorch. With 8-bit activations, a float bundle is written first and deleted,
-    since their outliers are measured with it.
+    Weights go from the checkpoint to a quantised bundle one by one. Codes of 4 bits that the checkpoint has are kept as they
+    are. The quality is measured against the model in PyTorch. With 8-bit activations, a float bundle is written first and
+    deleted, since their outliers are measured with it.
 
     Raises:
-        OptionError: the export's precision is not fp32.
+        OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs that.
         MedusaError: see `export_bundle` and `quantize_bundle`.
     """
-    require_new(options.output, is_onnx_bundle, force=options.force, inputs=export.inputs)
-    if export.precision != "fp32":
-        raise OptionError(f"--dtype is {export.precision}, but --quantize needs fp32; leave --dtype out")
-    if options.activation_bits == 8:
-        with scratch_beside(options.output) as scratch:
-            export_bundle(dataclasses.replace(export, output=scratch / "bundle"))
-            return quantize_bundle(dataclasses.replace(options, bundle=scratch / "bundle"))
-    if options.activation_bits is not None and options.scheme != "int8":
-        raise OptionError(f"--activation-bits only applies to --scheme int8, not {options.scheme}; leave it out")
-    traced = trace_bundle(dataclasses.replace(export, output=options.output, force=options.force))
-    _quantize(traced, options)
-    activation_bits = 16 if options.scheme == "int8" else 8
-    with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=export.inputs) as directory:
+    scheme = options.quantize
+    if scheme is None:
+        if options.max_kl is not None or options.activation_bits is not None:
+            raise OptionError("--max-kl and --activation-bits need --quantize; leave them out, or give --quantize")
+        return export_bundle(options)
+    require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
+    if options.precision != "fp32":
+        raise OptionError(f"--dtype is {options.precision}, but --quantize needs fp32; leave --dtype out")
+    if options.activation_bits is not None and scheme != "int8":
+        raise OptionError(f"--activation-bits only applies to --quantize int8, not {scheme}; leave it out")
+    return _with_8_bit_activations(options) if options.activation_bits == 8 else _quantized(options, scheme)
+
+
+def _with_8_bit_activations(options: ExportOptions) -> Manifest:
+    with scratch_beside(options.output) as scratch:
+        source = scratch / "bundle"
+        export_bundle(dataclasses.replace(options, output=source, quantize=None, activation_bits=None, max_kl=None))
+        return quantize_bundle(QuantizeOptions(source, options.output, "int8", 8, max_kl=options.max_kl, force=options.force))
+
+
+def _quantized(options: ExportOptions, scheme: Scheme) -> Manifest:
+    traced = trace_bundle(options)
+    _quantize(traced, scheme)
+    activation_bits: Literal[8, 16] = 16 if scheme == "int8" else 8
+    with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
         files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=activation_bits)
         manifest = traced.manifest(directory, files, graphs)
         with stage("measure the quality against PyTorch"):
@@ -66,7 +75,7 @@ def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifes
         note(quality.line())
         require_close(quality, options.max_kl)
         manifest.quantization = QuantizationFacts(
-            scheme=options.scheme,
+            scheme=scheme,
             activation_bits=activation_bits,
             smoothing=0.0,
             quality=quality.model_dump(exclude_none=True),
@@ -76,15 +85,15 @@ def export_quantized(export: ExportOptions, options: QuantizeOptions) -> Manifes
     return manifest
 
 
-def _quantize(traced: Traced, options: QuantizeOptions) -> None:
+def _quantize(traced: Traced, scheme: Scheme) -> None:
     gathered, given = tables(traced.graphs.values()), _given(traced)
     kept = 0
     for model in traced.graphs.values():
-        kept += quantize_graph(model, options.scheme, gathered, given)
+        kept += quantize_graph(model, scheme, gathered, given)
     if kept:
         note(f"{kept} weights keep the checkpoint's own codes")
     elif traced.backbone.integers:
-        note(f"the weights of the checkpoint are integers, but none that {options.scheme} can keep; they are rounded again")
+        note(f"the weights of the checkpoint are integers, but none that {scheme} can keep; they are rounded again")
 
 
 def _given(traced: Traced) -> dict[str, GivenCodes]:

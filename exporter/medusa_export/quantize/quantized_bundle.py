@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +14,7 @@ from medusa_export.bundle.read_graph import read_graph
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.builtin_prompts import token_prompts
 from medusa_export.check.quality import Quality, compare
+from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
@@ -38,21 +37,6 @@ from medusa_runtime.text.token_ids import open_codec
 SMOOTHING = 0.5  # best in the paper for models like Llama, and in our measurements for SmolLM2
 LAYERS = frozenset({"layers", "h", "blocks"})  # the names that models give to their list of layers
 MLP = ("mlp", "feed_forward", "ffn")
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """Options of `medusa-export quantize`; the command's help describes each."""
-
-    bundle: Path
-    output: Path
-    scheme: Scheme = "int8"
-    activation_bits: Literal[8, 16] | None = None
-    calibration_prompts: Path | None = None
-    quality_prompts: Path | None = None
-    quality_text: Path | None = None
-    max_kl: float | None = None
-    force: bool = False
 
 
 def quantize_bundle(options: QuantizeOptions) -> Manifest:

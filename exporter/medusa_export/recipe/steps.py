@@ -11,12 +11,15 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from medusa_export.bundle.export import ExportOptions, export_bundle
-from medusa_export.check import record, validate
-from medusa_export.head_training.distillation import DistillOptions, distill
+from medusa_export.check import PROMPTS, record, validate
+from medusa_export.command_options.distill_options import DistillOptions
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.command_options.validate_settings import ValidateSettings
+from medusa_export.head_training.distillation import distill
 from medusa_export.head_training.training import TrainOptions, train
 from medusa_export.model.download import MODELS, cache_directory, fetch
 from medusa_export.progress import note
+from medusa_export.quantize import export
 from medusa_export.recipe.recipe_sections import MACHINE
 from medusa_export.recipe.recipe_state import StepRecord, fingerprint
 from medusa_export.recipe.schema import Recipe
@@ -221,7 +224,7 @@ def _onnx(job: Job) -> Step:
     options = ExportOptions(model=job.backbone, heads=job.heads, output=job.bundle, **(given | own))
 
     def run() -> None:
-        export_bundle(options)
+        export(options)
 
     def told() -> str:
         manifest = Manifest.load(job.bundle)
@@ -233,9 +236,18 @@ def _onnx(job: Job) -> Step:
 
 def _validate(job: Job) -> Step:
     given, paths = _section(job, "validate")
+    settings = ValidateSettings.model_validate(given)
+    prompts = PROMPTS if settings.prompts is None else settings.prompts
 
     def run() -> None:
-        report = validate(job.bundle, job.backbone, heads=job.heads, trust_remote_code=job.trust_remote_code, **given)
+        report = validate(
+            job.bundle,
+            job.backbone,
+            heads=job.heads,
+            prompts=prompts,
+            max_new_tokens=settings.max_new_tokens,
+            trust_remote_code=job.trust_remote_code,
+        )
         record(job.bundle, report)
 
     def told() -> str:

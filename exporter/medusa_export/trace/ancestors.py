@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from medusa_export.trace.attention_node import MIN_OPSET
+from medusa_export.opsets import MIN_OPSET
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from medusa_export.opsets import MIN_OPSET
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
 from medusa_export.trace import experts_node
 
@@ -24,7 +25,6 @@ ATTENTION_NAME = "medusa_onnx"
 HARMLESS = frozenset(
     {"cache_position", "dropout", "indices", "is_causal", "position_ids", "return_dict", "sliding_window", "use_cache"}
 )
-MIN_OPSET = 24  # the first opset with TensorScatter, and with an Attention that CPU, CUDA and TensorRT compute alike
 
 
 class UnknownAttentionError(Exception):

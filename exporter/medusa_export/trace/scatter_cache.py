@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from medusa_export.opsets import MIN_OPSET
 from medusa_export.trace.ancestors import Ancestors
-from medusa_export.trace.attention_node import MIN_OPSET
 from medusa_export.trace.short_convolution import ShortConvolution
 from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from medusa_export.trace.attention_node import MIN_OPSET
+from medusa_export.opsets import MIN_OPSET
 from medusa_export.trace.scatter_cache import ScatterCache
 
 SCAN = "_chunk_scan"  # how Transformers' modules name the function that scans a prompt

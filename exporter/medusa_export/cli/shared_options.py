@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -13,7 +13,6 @@ from medusa_runtime.backends.choosing import BACKENDS
 from medusa_runtime.bundle.cpu import max_threads
 
 Function = Callable[..., Any]
-SCHEMES = ("int8", "int8-blocks", "int4", "int8-int4")
 
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 trust_remote_code_option = click.option(
@@ -47,7 +46,7 @@ def _log_passes(context: click.Context, _: click.Parameter, value: bool) -> None
     """Print what the graph passes log, until the command ends."""
     if not value:
         return
-    from medusa_export.progress import note  # noqa: PLC0415 - only for commands that need it
+    from medusa_export.progress import note
 
     class _Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -71,16 +70,6 @@ verbose_option = click.option(
     callback=_log_passes,
     help="Print what each graph pass matched, and what it left as it was, with the reason.",
 )
-activation_bits_option = click.option(
-    "--activation-bits",
-    type=click.Choice(["8", "16"]),
-    help="int8 only: bits of the activations on the CPU. 8 is faster; outliers are then moved into the weights. [default: 16]",
-)
-max_kl_option = click.option(
-    "--max-kl",
-    type=click.FloatRange(min=0),
-    help="Fail if the mean KL divergence from the original exceeds this, in nats.",
-)
 
 
 def runs_a_bundle(function: Function) -> Function:
@@ -91,24 +80,3 @@ def runs_a_bundle(function: Function) -> Function:
 def decodes_a_bundle(function: Function) -> Function:
     """Add the options of `runs_a_bundle`, and CUDA graphs."""
     return runs_a_bundle(cuda_graphs_option(function))
-
-
-def as_bits(choice: str | None) -> Literal[8, 16] | None:
-    """The value of `--activation-bits` as a number."""
-    return None if choice is None else 8 if choice == "8" else 16
-
-
-def combined(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Several options as one decorator. `--help` lists them in this order."""
-
-    def add(function: Function) -> Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
-
-
-def declared(options: Callable[[Function], Function]) -> dict[str, click.Parameter]:
-    """The options that a decorator made by `combined` adds, by parameter name."""
-    return {option.name or "": option for option in click.command()(options(lambda: None)).params}

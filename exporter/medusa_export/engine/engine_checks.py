@@ -1,43 +1,19 @@
-"""Options of `medusa-export trt`, and checks of them against the bundle and the flavour."""
+"""Checks of the options of `medusa-export trt` against the bundle and the flavour."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from medusa_export.command_options.engine_options import DEFAULT_MAX_SEQ_LEN, EngineOptions
 from medusa_export.engine.flavor import TensorRT
-from medusa_runtime.bundle.manifest import HEADS, STEP, EngineWeights, HardwareCompatibility, Limits, Manifest, Precision
+from medusa_runtime.bundle.manifest import HEADS, STEP, EngineWeights, Limits, Manifest, Precision
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, OptionError
 
-DEFAULT_MAX_SEQ_LEN = 2048  # attention reads all of the cache, used or not, so a long one costs time at every step
 MAX_TREE_NODES = 1024  # a larger step costs more than its drafts can gain
 CAPACITY_MULTIPLE = 64  # entries that attention kernels read at a time
 MAX_OPT_LEVEL = 5
 _NEEDS: dict[str, tuple[int, int]] = {"bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}  # the lowest compute capability
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Options of `medusa-export trt`; the command's help describes each."""
-
-    bundle: Path
-    output: Path
-    flavor: str = "rtx"
-    compute_capabilities: tuple[str, ...] = ()  # empty: the flavour's default
-    max_seq_len: int | None = None  # None: the bundle's own limit, at most DEFAULT_MAX_SEQ_LEN
-    max_batch_size: int = 1
-    max_tree_nodes: int = 64
-    max_prefill_tokens: int = 512  # at most max_seq_len is used
-    weights: EngineWeights = "as-is"
-    strip_weights: bool = False
-    hardware_compatibility: HardwareCompatibility = "none"
-    version_compatible: bool = False
-    timing_cache: Path | None = None
-    workspace: int | None = None  # MB; None: TensorRT's own limit
-    opt_level: int | None = None  # None: TensorRT's default
-    verbose: bool = False
-    force: bool = False
 
 
 def load_source(bundle: Path) -> Manifest:

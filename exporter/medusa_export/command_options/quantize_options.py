@@ -1,0 +1,44 @@
+"""The options of `medusa-export quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from medusa_export.command_options.flag import OUTPUT, Flag, Force, MaxKl
+from medusa_runtime.bundle.manifest import Scheme
+
+ActivationBits = Annotated[
+    Literal[8, 16] | None,
+    Field(description="int8 only: bits of the activations on the CPU. 8 is faster; outliers are then moved into the weights"),
+    Flag(default="16"),
+]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Which bundle to quantise, and how."""
+
+    bundle: Path
+    output: Annotated[Path, Field(description="directory for the new bundle"), OUTPUT]
+    scheme: Annotated[
+        Scheme,
+        Field(
+            description="int8: one scale per output channel, best for wide trees and batches. int8-blocks: one scale per 32 "
+            "inputs, best for narrow trees. int4: the layers' weights in 4-bit blocks. int8-int4: only the MLPs' weights in "
+            "4-bit blocks"
+        ),
+    ] = "int8"
+    activation_bits: ActivationBits = None
+    calibration_prompts: Annotated[
+        Path | None, Field(description="find outliers with these prompts"), Flag(default="built-in prompts")
+    ] = None
+    quality_prompts: Annotated[
+        Path | None, Field(description="measure quality on answers to these prompts"), Flag(default="built-in prompts")
+    ] = None
+    quality_text: Annotated[Path | None, Field(description="measure quality on this plain-text file instead")] = None
+    max_kl: MaxKl = None
+    force: Force = False
