@@ -95,20 +95,7 @@ def validate(
     given = _matching_heads(heads, manifest, torch_side) if heads is not None else None
     with stage("compare"):
         try:
-            codec = open_codec(bundle, manifest)
-            if prompts is PROMPTS and is_large(torch_side.backbone.model):
-                prompts, max_new_tokens = PROMPTS[:LARGE_PROMPTS], min(max_new_tokens, LARGE_NEW_TOKENS)
-                report.notes.append(
-                    f"the model is large: {LARGE_PROMPTS} of {len(PROMPTS)} built-in prompts are compared, and "
-                    f"{max_new_tokens} new tokens of each; give --prompts to compare more"
-                )
-            new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
-            longest = manifest.limits.max_seq_len - new_tokens
-            if not manifest.has_text and prompts == PROMPTS[: len(prompts)]:
-                usual = list(token_prompts(manifest.model.vocab_size).items())[: len(prompts)]
-                encoded = {name: ids[:longest] for name, ids in usual}
-            else:
-                encoded = {label(prompt): codec.encode(prompt)[:longest] for prompt in prompts}
+            encoded, new_tokens = _encoded(report, bundle, manifest, prompts, max_new_tokens, torch_side)
             with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):
                 report.notes += notes
                 if given is not None and report.quantization is not None:
@@ -124,6 +111,31 @@ def validate(
             report.errors.append(str(error))
     report.conclude()
     return report
+
+
+def _encoded(
+    report: ValidationReport,
+    bundle: Path,
+    manifest: Manifest,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    torch_side: ReferenceSide,
+) -> tuple[dict[str, list[int]], int]:
+    """The prompts' tokens by their labels, and how many more to decode, within the bundle's limits and what is affordable."""
+    built_in = prompts is PROMPTS
+    if built_in and is_large(torch_side.backbone.model):
+        prompts, max_new_tokens = PROMPTS[:LARGE_PROMPTS], min(max_new_tokens, LARGE_NEW_TOKENS)
+        report.notes.append(
+            f"the model is large: {LARGE_PROMPTS} of {len(PROMPTS)} built-in prompts are compared, and "
+            f"{max_new_tokens} new tokens of each; give --prompts to compare more"
+        )
+    new_tokens = min(max_new_tokens, manifest.limits.max_seq_len // 2)
+    if built_in and not manifest.has_text:
+        encoded = dict(list(token_prompts(manifest.model.vocab_size).items())[: len(prompts)])
+    else:
+        codec = open_codec(bundle, manifest)
+        encoded = {label(prompt): codec.encode(prompt) for prompt in prompts}
+    return {name: ids[: manifest.limits.max_seq_len - new_tokens] for name, ids in encoded.items()}, new_tokens
 
 
 def _placement(manifest: Manifest, backend: str, device: str, *, threads: int, cuda_graphs: bool | None) -> Placement:

@@ -92,8 +92,8 @@ def cached_tensors(backbone: Backbone, module: StepModule, layers: Sequence[torc
             module.run(cache, ids, torch.zeros(1, 1, dtype=torch.long))
         except NoLayersError:
             raise
-        except GuardOnDataDependentSymNode as error:
-            raise unsupported(what, "what it computes next depends on values, as in a loop over experts") from error
+        except GuardOnDataDependentSymNode:
+            raise unsupported(what, "what it computes next depends on values, as in a loop over experts") from None
         except Exception as error:  # a model's code can raise anything
             if kinds := sorted(RECURRENT & {*backbone.layer_types}):
                 raise unsupported(what, f"it has layers of kind {', '.join(kinds)}, whose state a tree cannot branch") from None
