@@ -90,13 +90,17 @@ def test_attention_that_cannot_be_traced_is_refused_before_tracing(
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_tensorrt_builds_the_step(model_type: str, export: Export, tmp_path: Path) -> None:
+def test_tensorrt_builds_the_step(model_type: str, export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     from medusa_export.command_options.engine_options import EngineOptions
     from medusa_export.engine import build
+    from medusa_export.engine.design import design_engines
 
     model, heads, _ = export(model_type)
     export_bundle(ExportOptions(str(model), heads, tmp_path / "fp16", precision="fp16"))
     limits = {"max_seq_len": 64, "max_prefill_tokens": 32, "max_tree_nodes": 16, "max_batch_size": 2}
     manifest = build.build_engines(EngineOptions(tmp_path / "fp16", tmp_path / "engine", opt_level=0, **limits))
     assert (tmp_path / "engine" / manifest.graphs["step"].file).stat().st_size > 0
+    assert "leaves the experts" not in capsys.readouterr().err
+    design_engines(EngineOptions(tmp_path / "fp16", tmp_path / "int8", weights="int8", **limits))
+    assert "--weights int8 leaves the experts of 4 layers in fp16" in capsys.readouterr().err

@@ -18,9 +18,12 @@ from medusa_export.engine.engine_checks import (
 from medusa_export.engine.estimate import activation_bytes, cache_bytes, io_bytes, plan_bytes, weight_bytes
 from medusa_export.engine.flavor import TensorRT
 from medusa_export.engine.profiles import Profile, heads_profiles, largest_sizes, step_profiles
+from medusa_export.passes.common.roles import parts
+from medusa_export.passes.portable.expand_experts import EXPERTS_PART
 from medusa_export.passes.tensorrt.accept_greedily import AcceptGreedily, with_acceptance
 from medusa_export.passes.tensorrt.engine_weights import QuantizeEngineWeights
 from medusa_export.passes.tensorrt.specialize import specialize
+from medusa_export.progress import note
 from medusa_runtime.bundle.cache_layout import CAPACITY_AXIS, PAST
 from medusa_runtime.bundle.manifest import HEADS, STEP, GraphFacts, Limits, Manifest, TensorFacts
 
@@ -96,7 +99,10 @@ def design_engines(options: EngineOptions) -> Design:
         STEP: step_profiles(graphs[STEP], limits, default_tree_nodes(source)),
         HEADS: heads_profiles(graphs[HEADS], limits),
     }
-    return Design(options, source, tensorrt, capabilities, limits, limits.capacity, graphs, profiles)
+    design = Design(options, source, tensorrt, capabilities, limits, limits.capacity, graphs, profiles)
+    if options.weights != "as-is" and (layers := len(parts(design.portable(STEP).graph, EXPERTS_PART))):
+        note(f"--weights {options.weights} leaves the experts of {layers} layers in {source.precision}")
+    return design
 
 
 def plan_facts(portable: GraphFacts, name: str, target: str, capacity: int) -> GraphFacts:
