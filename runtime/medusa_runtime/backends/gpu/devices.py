@@ -30,14 +30,16 @@ def find_gpus() -> Gpus:
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """The kind and the index that a device's name means: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+    """The kind and the index that a device's name means: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``gpu`` or ``gpu:1``.
+
+    ``cuda`` is an NVIDIA GPU through CUDA, ``gpu`` is any GPU through WebGPU.
 
     Raises:
         OptionError: it is something else.
     """
     kind, colon, index = device.partition(":")
-    if kind == "cuda" and (index.isdecimal() if colon else True):
+    if kind in ("cuda", "gpu") and (index.isdecimal() if colon else True):
         return kind, int(index or 0)
     if device not in ("auto", "cpu"):
-        raise OptionError(f"the device is {device!r}; there are: auto, cpu, cuda, cuda:0, cuda:1 …")
+        raise OptionError(f"the device is {device!r}; there are: auto, cpu, cuda, cuda:1 … (CUDA), gpu, gpu:1 … (WebGPU)")
     return device, 0
