@@ -34,7 +34,12 @@ backend_option = click.option(
     show_default=True,
     help="Backend that runs the bundle. auto: the fastest one that works here.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda, cuda:1 …")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device: auto, cpu, cuda, cuda:1 …, or gpu, gpu:1 … (any GPU, through WebGPU)",
+)
 cuda_graphs_option = click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=None,

@@ -44,7 +44,7 @@ class OrtWebGpuBackend:
 
     def __init__(self, bundle: str | Path, manifest: Manifest, adapter: Adapter) -> None:
         require_graphs(manifest)
-        self.manifest = manifest
+        self.manifest, self._adapter = manifest, adapter
         self._dtype = np.dtype(DTYPES[manifest.precision])
         self._memory = adapter.device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
         bundle = Path(bundle).resolve()
@@ -108,7 +108,7 @@ class OrtWebGpuBackend:
             for name, array in outputs.items():
                 binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
             binding.bind_ortvalue_output("hidden", hidden)
-            _run(self._require_open()[0], binding, STEP)
+            _run(self._require_open()[0], binding, STEP, self._adapter)
         shape = (tokens, rows, with_logits)
         is_warm = shape in self._known
         self._known.add(shape)
@@ -128,7 +128,7 @@ class OrtWebGpuBackend:
                 binding.bind_cpu_input("root_ids", np.ascontiguousarray(root_ids[one], np.int64))
             for name, array in (("head_ids", token_ids), ("head_log_probs", log_probs)):
                 binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array[one]))
-            _run(session, binding, HEADS)
+            _run(session, binding, HEADS, self._adapter)
         return HeadOutput(token_ids, log_probs)
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:
@@ -214,8 +214,10 @@ def _open(bundle: Path, graph: GraphFacts, adapter: Adapter) -> ort.InferenceSes
         raise BackendError(f"ONNX Runtime cannot open {bundle / graph.file} on {adapter.name}: {first_line(error)}") from error
 
 
-def _run(session: ort.InferenceSession, binding: ort.IOBinding, name: str) -> None:
+def _run(session: ort.InferenceSession, binding: ort.IOBinding, name: str, adapter: Adapter) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # as above
+        if "requires f16" in str(error):
+            raise BackendError(f"{adapter.name} cannot compute in fp16 through WebGPU; use a bundle in fp32") from error
         raise BackendError(f"ONNX Runtime cannot run the {name} graph on WebGPU: {first_line(error)}") from error
