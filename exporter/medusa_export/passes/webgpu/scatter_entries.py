@@ -30,7 +30,7 @@ class ScatterEntries(GraphPass):
             tape = ir.tape.Tape()
             if (lengths, heads) not in indices:
                 indices[lengths, heads] = entry_indices(model.graph, tape, lengths, new, heads)
-            scatter = ir.node("ScatterND", [past, indices[lengths, heads], new], name=f"{node.name}.scatter_nd")
+            scatter = ir.node("ScatterND", [past, indices[lengths, heads], new])
             model.graph.insert_before(node, [*tape.nodes, scatter])
             present = node.outputs[0]
             scatter.outputs[0].shape, scatter.outputs[0].type = present.shape, present.type
