@@ -126,7 +126,7 @@ def install_onnxruntime_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path) ->
     module: Any = ModuleType("onnxruntime")
     module.__file__ = str(directory / "__init__.py")
     module.get_available_providers = lambda: [CUDA_PROVIDER, "CPUExecutionProvider"]
-    module.preload_dlls = lambda: print("Failed to load libcudnn.so.9")
+    exec("def preload_dlls(): print('Failed to load libcudnn.so.9')", module.__dict__)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     library = directory / CUDA_LIBRARY
     library.parent.mkdir()

@@ -132,9 +132,16 @@ class BundleSide:
         *,
         num_threads: int = 0,
         cuda_graphs: bool | None = None,
+        allow_engine_code: bool = False,
     ) -> None:
         self.backend: Backend = open_backend(
-            bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads, cuda_graphs=cuda_graphs
+            bundle,
+            manifest,
+            placement.backend,
+            device=placement.device,
+            num_threads=num_threads,
+            cuda_graphs=cuda_graphs,
+            allow_engine_code=allow_engine_code,
         )
         self.target = target
         self._last_row, self._root_id = 0, 0  # both of the last step

@@ -47,6 +47,11 @@ cuda_graphs_option = click.option(
 )
 
 
+allow_engine_code_option = click.option(
+    "--allow-engine-code", is_flag=True, help="Run the code that version-compatible engines bring. Do so if you trust them."
+)
+
+
 def _log_passes(context: click.Context, _: click.Parameter, value: bool) -> None:
     """Print what the graph passes log, until the command ends."""
     if not value:
@@ -83,5 +88,5 @@ def runs_a_bundle(function: Function) -> Function:
 
 
 def decodes_a_bundle(function: Function) -> Function:
-    """Add the options of `runs_a_bundle`, and CUDA graphs."""
-    return runs_a_bundle(cuda_graphs_option(function))
+    """Add the options of `runs_a_bundle`, CUDA graphs, and what engines may do."""
+    return runs_a_bundle(cuda_graphs_option(allow_engine_code_option(function)))

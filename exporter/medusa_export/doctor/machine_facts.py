@@ -7,14 +7,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from medusa_export.engine.flavor import FLAVORS, TensorRT, module_of
 from medusa_export.packages import import_problem
-from medusa_runtime.backends.gpu.devices import Gpus, find_gpus
+from medusa_runtime.backends.gpu.devices import Gpus, find_gpus, preload_libraries
 from medusa_runtime.backends.webgpu.adapters import Adapter, find_adapters
 from medusa_runtime.errors import MedusaError, first_line
 
@@ -98,8 +96,7 @@ def _why_no_cuda() -> str | None:
     """The reason why the library of the CUDA provider does not load. A session's error would say less."""
     onnxruntime = importlib.import_module("onnxruntime")
     try:
-        with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
-            onnxruntime.preload_dlls()
+        preload_libraries(onnxruntime)
         ctypes.CDLL(str(Path(str(onnxruntime.__file__)).parent / CUDA_LIBRARY))
     except Exception as error:  # noqa: BLE001 - loading a library can raise anything
         return first_line(error)

@@ -85,6 +85,7 @@ def open_backend(
     device: str = AUTO,
     num_threads: int = 0,
     cuda_graphs: bool | None = None,
+    allow_engine_code: bool = False,
 ) -> Backend:
     """Open a bundle on a backend. `auto` takes the best one for the bundle on this machine, see `choose_backend`.
 
@@ -96,6 +97,7 @@ def open_backend(
         num_threads: for a CPU backend; 0 for one per core.
         cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed. None means yes with TensorRT, and no
             with ONNX Runtime, which can capture only some graphs.
+        allow_engine_code: run the code that version-compatible engines bring (see `bundle.plans.require_allowed`).
 
     Raises:
         OptionError: a name is unknown, or they contradict each other.
@@ -104,7 +106,12 @@ def open_backend(
         CapacityError: the GPU has too little memory.
     """
     return open_placement(
-        bundle, manifest, choose_backend(manifest, backend, device), num_threads=num_threads, cuda_graphs=cuda_graphs
+        bundle,
+        manifest,
+        choose_backend(manifest, backend, device),
+        num_threads=num_threads,
+        cuda_graphs=cuda_graphs,
+        allow_engine_code=allow_engine_code,
     )
 
 
@@ -115,6 +122,7 @@ def open_placement(
     *,
     num_threads: int = 0,
     cuda_graphs: bool | None = None,
+    allow_engine_code: bool = False,
 ) -> Backend:
     """Open a bundle with a placement from `choose_backend`. Other arguments and errors as for `open_backend`."""
     if placement.backend == ORT_CPU:
@@ -134,7 +142,7 @@ def open_placement(
         return open_ort_cuda(bundle, manifest, gpu, cuda_graphs=bool(cuda_graphs))
     from medusa_runtime.backends.gpu.trt import open_tensorrt  # noqa: PLC0415
 
-    return open_tensorrt(bundle, manifest, gpu, cuda_graphs=cuda_graphs is not False)
+    return open_tensorrt(bundle, manifest, gpu, cuda_graphs=cuda_graphs is not False, allow_engine_code=allow_engine_code)
 
 
 def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
