@@ -63,7 +63,7 @@ else
     from=''
     [ -z "$wheels" ] || from="--no-index --find-links $(cd "$wheels" && pwd)"
     # shellcheck disable=SC2086 # $from is several words
-    "$python" -m pip install --quiet -c "$root/constraints.txt" $from "${root}[gpu,rtx,export]" pytest
+    "$python" -m pip install --quiet -c "$root/constraints.txt" $from "${root}[gpu,rtx,export,webgpu]" pytest
     full=$from
     [ -n "$wheels" ] || full='--extra-index-url https://pypi.nvidia.com'
     # shellcheck disable=SC2086
