@@ -16,9 +16,10 @@ from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
 from medusa_heads.replay import Evaluation, TreeResult
-from medusa_runtime import CandidateTree, DynamicTree, LearnedCosts, Manifest, MedusaLM, StepCosts
+from medusa_runtime import CandidateTree, DynamicTree, LearnedCosts, Manifest, MedusaLM
 from medusa_runtime.bundle.cpu import device_key, num_cores
 from medusa_runtime.bundle.manifest import Limits
+from medusa_runtime.drafting.corrected import CorrectedCosts
 from medusa_runtime.drafting.tuning import DeviceTuning, Tuning
 
 Make = Callable[..., Path]
@@ -94,12 +95,12 @@ def test_tuning_is_shown_and_kept(tuned_bundle: Path) -> None:
 def test_a_tuned_bundle_is_opened_with_what_was_tuned(copy: Path) -> None:
     found = Tuning.load(copy).devices[device_key("ort-cpu")]
     with MedusaLM.from_bundle(copy, max_batch_size=4) as lm:
-        assert (lm.engine.tree, lm.engine.costs) == found.choice(4, 16 * found.prompt_lookup)
+        assert isinstance(lm.engine.costs, CorrectedCosts)
+        assert (lm.engine.tree, lm.engine.costs.table) == found.choice(4, 16 * found.prompt_lookup)
         assert lm.engine.prompt_lookup == found.prompt_lookup
-        assert isinstance(lm.engine.costs, StepCosts)
         tuned_answer = lm.generate("a fox", max_new_tokens=12).token_ids
     with MedusaLM.from_bundle(copy, tree=DynamicTree(5)) as lm:
-        assert (lm.engine.tree, lm.engine.costs) == (DynamicTree(5), found.costs)
+        assert (lm.engine.tree, lm.engine.costs.table) == (DynamicTree(5), found.costs)
     with MedusaLM.from_bundle(copy, costs="learn") as lm:
         assert isinstance(lm.engine.costs, LearnedCosts)
         assert lm.engine.tree == DynamicTree(16)
