@@ -17,6 +17,7 @@ from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import Limits
 from medusa_runtime.drafting.coefficients import Coefficients
 from medusa_runtime.drafting.measuring import measure_grid
+from medusa_runtime.drafting.rounds import Rounds
 from medusa_runtime.errors import BundleError
 
 ROUNDS = 3
@@ -94,7 +95,8 @@ class StepCosts:
         """
         batch_sizes, widths = _grid(max_batch_size), _grid(fitting_nodes(backend.manifest.limits, max_nodes))
         fitting = fitting_capacities(backend.manifest.limits, capacities, widths[-1])
-        return cls(batch_sizes, widths, fitting, *measure_grid(backend, batch_sizes, widths, fitting, rounds=ROUNDS))
+        grid = measure_grid(backend, batch_sizes, widths, fitting, rounds=Rounds(ROUNDS))
+        return cls(batch_sizes, widths, fitting, grid.step_seconds, grid.head_seconds)
 
     @classmethod
     def load(cls, path: str | Path) -> StepCosts:
