@@ -176,17 +176,17 @@ def test_one_check_that_was_off_is_enough(tmp_path: Path) -> None:
 
 def test_the_result_says_how_noisy_the_machine_was() -> None:
     quiet = machine(Measurement(rounds=5, noise=0.021, is_quiet=True))
-    assert quiet == "machine: quiet; the median step took 2% longer than the time that is stored, over 5 rounds"
+    assert quiet == "machine: quiet; steps took 2% longer in the median than in the fastest quarter of 5 rounds"
     busy = machine(Measurement(rounds=23, noise=0.4, is_quiet=False))
-    assert busy.startswith("machine: BUSY; the median step took 40% longer")
-    assert "over 23 rounds" in busy
+    assert busy.startswith("machine: BUSY; steps took 40% longer in the median")
+    assert "of 23 rounds" in busy
     off = device(0.5).batches[0]
     assert "NOT AS PREDICTED" in checked(off)
     assert "rounds" not in checked(off)
     again = off.model_copy(update={"check": off.check.model_copy(update={"rounds": 4})})
     assert "measured 15.0 tokens/s (steps as in the fastest quarter of 4 rounds), predicted 10.0" in checked(again)
     beside = machine(Measurement(rounds=5, noise=0.02, other_cores=1.04, is_quiet=False))
-    assert "machine: BUSY; the median step took 2% longer" in beside
+    assert "machine: BUSY; steps took 2% longer in the median" in beside
     assert "other programs used 1.0 cores" in beside
     assert "NOT AS PREDICTED" not in checked(device(0.1).batches[0])
 

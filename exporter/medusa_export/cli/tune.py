@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def _sizes(_: click.Context, parameter: click.Parameter, text: str | None) -> tu
     return found
 
 
+def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise OptionError(f"--{(parameter.name or '').replace('_', '-')} is {value}; it must be a finite number")
+    return value
+
+
 @click.command("tune")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
@@ -51,19 +58,21 @@ def _sizes(_: click.Context, parameter: click.Parameter, text: str | None) -> tu
 @click.option(
     "--max-noise",
     type=click.FloatRange(min=0),
-    help="Time more rounds of steps while the median step takes longer by more than this part than the fastest quarter. "
-    "[default: 0.05]",
+    callback=_finite,
+    help="Time steps in more rounds while they take longer by more than this part in the median than in the fastest quarter "
+    "of the rounds. [default: 0.05]",
 )
 @click.option(
     "--max-seconds",
     type=click.FloatRange(min=0),
+    callback=_finite,
     help="Begin no further round after this time, even if the machine is noisy; for the checks, the same time again. "
     "[default: 60]",
 )
 @click.option(
     "--quick",
     is_flag=True,
-    help="Less precise, in a fifth of the time: two batch sizes, one length, fewer rounds (at most 15 seconds more).",
+    help="Less precise, in a fifth of the time: two batch sizes, one length, fewer rounds, --max-seconds 15.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the result to this file.")
 @decodes_a_bundle

@@ -40,7 +40,7 @@ def show(device: str, found: DeviceTuning, console: Console) -> None:
 
 def machine(measurement: Measurement) -> str:
     """How noisy the machine was, in one line."""
-    took = f"the median step took {measurement.noise:.0%} longer than the time that is stored, over {measurement.rounds} rounds"
+    took = f"steps took {measurement.noise:.0%} longer in the median than in the fastest quarter of {measurement.rounds} rounds"
     if measurement.other_cores is not None:
         took += f"; other programs used {measurement.other_cores:.1f} cores"
     if measurement.is_quiet:
