@@ -22,6 +22,6 @@ class ValidationMismatchError(MedusaError):
 
 
 class PredictionError(MedusaError):
-    """A bundle did not decode as fast as its tuning predicted."""
+    """A bundle decoded slower or faster than its tuning predicted."""
 
     exit_code = 3

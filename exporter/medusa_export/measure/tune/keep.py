@@ -1,4 +1,4 @@
-"""Writes a tuning to its bundle, unless decoding was not as fast as predicted."""
+"""Writes a tuning to its bundle, unless decoding was slower or faster than predicted."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def require_held(bundle: Path, found: DeviceTuning) -> None:
     path = bundle / TUNING_NAME
     left = f"{path} stays as it was" if path.exists() else f"{path} is not written"
     raise PredictionError(
-        f"the tuning does not hold: decoding was not as fast as predicted at batch size {listed}; {left}. "
+        f"the tuning does not hold: decoding was slower or faster than predicted at batch size {listed}; {left}. "
         "Tune again when nothing else runs on the machine"
     )
