@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medusa_export.errors import PredictionError
-from medusa_export.measure.tune.check import MOST_ROUNDS, TOLERANCE, Checker
+from medusa_export.measure.tune.check import LEAST_ROUNDS, MOST_ROUNDS, TOLERANCE, Checker
 from medusa_export.measure.tune.keep import holds, require_held
 from medusa_export.measure.tune.others import OtherPrograms
 from medusa_export.measure.tune.record import record
@@ -101,7 +101,7 @@ def test_a_check_on_a_machine_that_stays_busy_is_off(checked_at) -> None:
     check = checked_at(lambda _: 2.0)
     assert check.rounds == MOST_ROUNDS
     assert check.error == pytest.approx(-0.5, abs=0.03)
-    assert checked_at(lambda _: 2.0, max_seconds=0.0).rounds == 1  # no time for more
+    assert checked_at(lambda _: 2.0, max_seconds=0.0).rounds == LEAST_ROUNDS  # no time for more
 
 
 def test_a_check_that_is_faster_than_predicted_is_off_at_once(checked_at) -> None:

@@ -17,7 +17,7 @@ from medusa_runtime.options import DecodingOptions
 
 TOLERANCE = 0.15  # largest relative error of a prediction
 CHECKED = 3  # fewest prompts that a check decodes
-MOST_ROUNDS = 5  # of a check that is too slow
+LEAST_ROUNDS, MOST_ROUNDS = 3, 5  # of a check that is too slow
 Prompts = Sequence[Sequence[int]]  # token ids
 Timed = dict[str, list[TimedStep]]  # the steps of one round, by the way of decoding
 
@@ -30,7 +30,7 @@ class Checker:
         backend: the backend; nothing else may use it meanwhile.
         prompts: token ids.
         new_tokens: the longest answer.
-        max_seconds: no round is begun after this time, but there is one in any case.
+        max_seconds: after this time, no more than `LEAST_ROUNDS` are made.
     """
 
     backend: Backend
@@ -67,7 +67,7 @@ class Checker:
                 same_prompts=isinstance(acceptance, RecordedAcceptance),
             )
             is_late = len(rounds) == MOST_ROUNDS or time.perf_counter() - started >= self.max_seconds
-            if check.error >= -TOLERANCE or is_late:
+            if check.error >= -TOLERANCE or (is_late and len(rounds) >= LEAST_ROUNDS):
                 return check
 
     def _round(self, place: Place, found: TunedBatch, answers: Sequence[int]) -> Timed:
