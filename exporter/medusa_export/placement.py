@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from medusa_export.progress import note
 from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend
-from medusa_runtime.backends.gpu.devices import find_gpus
-from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
+from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
+from medusa_runtime.backends.webgpu.adapters import choose_adapter
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_WEBGPU, Manifest
 from medusa_runtime.errors import BackendError, OptionError
 
 AUTO = BACKENDS[0]
@@ -25,7 +26,7 @@ def place(
     Args:
         manifest: the bundle's manifest.
         backend: one of `medusa_runtime.BACKENDS`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``gpu`` or ``gpu:N``.
         threads: CPU threads; 0 if the user gave none.
         cuda_graphs: whether to use CUDA graphs; None if the user did not say.
         tell: whether to print an automatic choice.
@@ -49,13 +50,16 @@ def require_usable(placement: Placement, *, threads: int, cuda_graphs: bool | No
         OptionError: an option has no meaning on the device.
         BackendError: there is no GPU.
     """
+    if placement.backend in (ORT_CPU, ORT_WEBGPU) and cuda_graphs is not None:
+        flag = "--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"
+        raise OptionError(f"{flag} is only for CUDA and TensorRT, but the bundle runs with {placement}; leave it out")
     if placement.backend == ORT_CPU:
-        if cuda_graphs is not None:
-            flag = "--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"
-            raise OptionError(f"{flag} is only for GPUs, but the bundle runs with {placement}; leave it out")
+        return
+    if placement.backend == ORT_WEBGPU:
+        choose_adapter(parse_device(placement.device)[1])
     elif (why := find_gpus().why_none) is not None:
         raise BackendError(f"{placement.backend} needs an NVIDIA GPU: {why}")
-    elif threads:
+    if threads:
         raise OptionError(
             f"--threads is only for the CPU, but the bundle runs on {placement.device}; leave it out or use --device cpu"
         )

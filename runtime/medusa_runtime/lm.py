@@ -69,6 +69,7 @@ class MedusaLM:
         cuda_graphs: bool | None = None,
         verify_files: bool = True,
         allow_failed: bool = False,
+        allow_engine_code: bool = False,
     ) -> MedusaLM:
         """Load a bundle.
 
@@ -98,6 +99,7 @@ class MedusaLM:
             cuda_graphs: on a GPU, whether steps are captured and replayed; see `medusa_runtime.open_backend`.
             verify_files: compare every file with the manifest's digest first (about a second per gigabyte).
             allow_failed: load even a bundle whose validation failed.
+            allow_engine_code: run the code that version-compatible engines bring, in this process.
 
         Raises:
             BundleError: the path holds no bundle, or one that does not match its manifest or failed its validation.
@@ -121,6 +123,7 @@ class MedusaLM:
             cuda_graphs=cuda_graphs,
             verify_files=verify_files,
             allow_failed=allow_failed,
+            allow_engine_code=allow_engine_code,
         )
         return cls(engine, open_codec(path, engine.backend.manifest), max_queue=max_queue)
 

@@ -39,6 +39,7 @@ def open_engine(
     cuda_graphs: bool | None = None,
     verify_files: bool = True,
     allow_failed: bool = False,
+    allow_engine_code: bool = False,
 ) -> DecodingEngine:
     """Open a bundle, and an engine on it. Arguments and errors are those of `MedusaLM.from_bundle`."""
     path = Path(path).resolve()  # a later change of the working directory does not matter
@@ -71,7 +72,9 @@ def open_engine(
     _tell(placement, backend)
     if max_cache_bytes is None and placement.backend == ORT_CPU:
         max_cache_bytes = memory_limit()  # of the machine, or of its container
-    runner = open_placement(path, manifest, placement, num_threads=num_threads, cuda_graphs=cuda_graphs)
+    runner = open_placement(
+        path, manifest, placement, num_threads=num_threads, cuda_graphs=cuda_graphs, allow_engine_code=allow_engine_code
+    )
     if costs == "measure":
         known = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
     return DecodingEngine(

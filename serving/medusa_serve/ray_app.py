@@ -169,6 +169,7 @@ def served_bundle(settings: RaySettings) -> ServedBundle:
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             allow_failed=settings.allow_failed,
+            allow_engine_code=settings.allow_engine_code,
         )
 
     return ServedBundle(manifest, placement, open_model)

@@ -33,6 +33,7 @@ class RaySettings(ServerSettings):
     )
     max_queue: int = Field(128, ge=0, description="answers that may wait in a replica; more get status 429")
     allow_failed: bool = Field(False, description="serve a bundle even though its validation failed")
+    allow_engine_code: bool = Field(False, description="run the code that version-compatible engines bring")
     num_replicas: int | None = Field(None, ge=1, description="number of replicas; omit for one, or if Ray chooses the number")
     min_replicas: int | None = Field(None, ge=0, description="the fewest replicas, if Ray chooses their number")
     max_replicas: int | None = Field(None, ge=1, description="the most replicas; with it, Ray chooses their number by the load")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,10 @@ import pytest
 from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.engine.build import build_engines
 from medusa_runtime import Backend, Manifest, open_backend
-from medusa_runtime.backends.gpu.backend import GpuBackend
-from tests.gpu.here import FLAVORS, GPUS
+from tests.gpu.here import FLAVORS, GPUS, device_of
 
 Make = Callable[..., Path]
-Open = Callable[..., GpuBackend]
+Open = Callable[..., Any]  # GpuBackend, or what has its methods
 Rows = npt.NDArray[np.floating]
 MAX_BATCH_SIZE, MAX_TREE_NODES, MAX_PREFILL_TOKENS = 4, 16, 32  # of the engines
 
@@ -54,12 +54,11 @@ def bundle_for(make_bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> M
 @pytest.fixture
 def open_gpu(bundle_for: Make) -> Iterator[Open]:
     """Opens the tiny model on a backend of the GPU. What was opened goes before the next test begins."""
-    opened: list[GpuBackend] = []
+    opened: list[Backend] = []
 
-    def open_(backend: str, precision: str = "fp32", *, cuda_graphs: bool | None = None) -> GpuBackend:
+    def open_(backend: str, precision: str = "fp32", *, cuda_graphs: bool | None = None) -> Backend:
         bundle = bundle_for(backend, precision)
-        found = open_backend(bundle, Manifest.load(bundle), backend, device="cuda", cuda_graphs=cuda_graphs)
-        assert isinstance(found, GpuBackend)
+        found = open_backend(bundle, Manifest.load(bundle), backend, device=device_of(backend), cuda_graphs=cuda_graphs)
         opened.append(found)
         return found
 

@@ -13,9 +13,9 @@ import pytest
 from medusa_export.check import validate
 from medusa_runtime import Backend, CandidateTree, DynamicTree, MedusaLM
 from tests.gpu.conftest import Open
-from tests.gpu.here import in_each_precision, needs_gpu, on_each_backend
+from tests.gpu.here import IN_SOFTWARE, WEBGPU, a_gpus, device_of, in_each_precision, on_each_backend
 
-pytestmark = needs_gpu
+pytestmark = a_gpus
 Make = Callable[..., Path]
 PROMPTS = ("a small model learns", "the quick brown fox jumps over the lazy dog " * 3, "dog")
 OVERLONG = "over the lazy dog while a small model learns " * 3  # more than a prompt's chunk of the engines
@@ -26,9 +26,19 @@ OVERLONG = "over the lazy dog while a small model learns " * 3  # more than a pr
 def test_logits_trees_heads_and_answers_are_pytorchs(
     backend: str, precision: str, bundle_for: Make, make_model: Make, make_heads: Make
 ) -> None:
+    if (backend, precision) == (WEBGPU, "bf16"):
+        pytest.skip("WebGPU has no bfloat16")
+    if (backend, precision) == (WEBGPU, "fp16") and IN_SOFTWARE:
+        pytest.skip("the driver in software has no float16")
     bundle = bundle_for(backend, precision)
     report = validate(
-        bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS, max_new_tokens=32, backend=backend, device="cuda"
+        bundle,
+        str(make_model()),
+        heads=make_heads(),
+        prompts=PROMPTS,
+        max_new_tokens=32,
+        backend=backend,
+        device=device_of(backend),
     )
     assert report.status == "passed", report.verdicts()
     assert (report.backend, report.precision) == (backend, precision)
@@ -40,7 +50,7 @@ def test_logits_trees_heads_and_answers_are_pytorchs(
 def test_greedy_answers_are_the_cpus(backend: str, medusa: bool, bundle_for: Make, make_bundle: Make) -> None:
     with (
         MedusaLM.from_bundle(make_bundle("llama", precision="fp32"), "ort-cpu") as right,
-        MedusaLM.from_bundle(bundle_for(backend), backend, device="cuda") as lm,
+        MedusaLM.from_bundle(bundle_for(backend), backend, device=device_of(backend)) as lm,
     ):
         for prompt in (*PROMPTS, OVERLONG):
             want = right.generate(prompt, max_new_tokens=60, ignore_eos=True, medusa=False)
@@ -58,7 +68,7 @@ def test_a_batch_whose_sequences_come_and_go(backend: str, bundle_for: Make, mak
     prompts = [*PROMPTS, OVERLONG, "learns to speak in many words"]
     with MedusaLM.from_bundle(make_bundle("llama", precision="fp32"), "ort-cpu", max_batch_size=1) as right:
         alone = [right.generate(prompt, **fields).token_ids for prompt, fields in zip(prompts, wanted, strict=True)]
-    with MedusaLM.from_bundle(bundle_for(backend), backend, device="cuda", max_batch_size=3) as lm:
+    with MedusaLM.from_bundle(bundle_for(backend), backend, device=device_of(backend), max_batch_size=3) as lm:
         for _ in range(3):
             handles = [lm.submit(prompt, **fields) for prompt, fields in zip(prompts, wanted, strict=True)]
             assert [handle.result(60).token_ids for handle in handles] == alone
@@ -66,7 +76,7 @@ def test_a_batch_whose_sequences_come_and_go(backend: str, bundle_for: Make, mak
 
 @on_each_backend
 def test_a_sampled_answer_is_the_same_with_medusa_and_without(backend: str, bundle_for: Make) -> None:
-    with MedusaLM.from_bundle(bundle_for(backend), backend, device="cuda") as lm:
+    with MedusaLM.from_bundle(bundle_for(backend), backend, device=device_of(backend)) as lm:
         fields = {"temperature": 0.8, "top_k": 5, "seed": 3, "max_new_tokens": 40, "ignore_eos": True}
         assert lm.generate(PROMPTS[0], **fields).token_ids == lm.generate(PROMPTS[0], **fields, medusa=False).token_ids
 

@@ -14,12 +14,13 @@ from medusa_export.engine.build import build_engines
 from medusa_export.model.download import cache_directory
 from medusa_export.recipe import library
 from medusa_runtime import MedusaLM
-from tests.gpu.here import FLAVORS, GPUS, needs_gpu, on_each_backend
+from tests.gpu.here import FLAVORS, GPUS, a_gpus, needs_cuda, on_each_with_cuda
 
 NAME = "smollm2-135m-instruct"
 MODEL = cache_directory() / NAME
 pytestmark = [
-    *needs_gpu,
+    a_gpus,
+    needs_cuda,
     pytest.mark.e2e,
     pytest.mark.skipif(not MODEL.is_dir(), reason=f"not fetched; do so with: medusa-export fetch {NAME}"),
 ]
@@ -33,7 +34,7 @@ def onnx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_it_answers_as_pytorch_does_and_faster_with_medusa(backend: str, onnx_bundle: Path, tmp_path: Path) -> None:
     bundle = onnx_bundle
     if backend in FLAVORS:

@@ -10,9 +10,9 @@ import pytest
 
 from medusa_runtime import BackendError, BundleError, Manifest, MedusaLM, OptionError
 from medusa_runtime.bundle.manifest import RUNTIME_CACHE
-from tests.gpu.here import GPUS, needs_gpu, on_each_backend, on_each_engine
+from tests.gpu.here import GPUS, a_gpus, on_each_engine, on_each_with_cuda
 
-pytestmark = needs_gpu
+pytestmark = a_gpus
 Make = Callable[..., Path]
 
 
@@ -61,7 +61,7 @@ def test_engines_run_on_no_other_backend_and_on_no_cpu(backend: str, engines: Pa
         MedusaLM.from_bundle(engines, device="cpu")
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_a_gpu_that_is_not_there(backend: str, bundle_for: Make) -> None:
     with pytest.raises(BackendError, match=f"there is no cuda:99; this machine has {len(GPUS.gpus)} GPU"):
         MedusaLM.from_bundle(bundle_for(backend), backend, device="cuda:99")

@@ -13,9 +13,9 @@ from medusa_runtime import DynamicTree, MedusaError, MedusaLM
 from medusa_runtime.backends.base import cache_entry_bytes
 from medusa_runtime.backends.gpu.backend import GpuBackend
 from tests.gpu.conftest import Open, logits
-from tests.gpu.here import needs_gpu, on_each_backend, on_each_engine
+from tests.gpu.here import a_gpus, device_of, on_each_engine, on_each_with_cuda
 
-pytestmark = needs_gpu
+pytestmark = a_gpus
 Make = Callable[..., Path]
 PROMPT = "the quick brown fox jumps over the lazy dog"
 WARM_UP, REQUESTS = 100, 1000
@@ -25,7 +25,7 @@ MOST_DOWN = 16 << 10  # bytes a step
 
 def answers(bundle: Path, backend: str, *, cuda_graphs: bool) -> list[list[int]]:
     """Greedy requests with trees of several sizes, alone and in a batch."""
-    with MedusaLM.from_bundle(bundle, backend, device="cuda", cuda_graphs=cuda_graphs) as lm:
+    with MedusaLM.from_bundle(bundle, backend, device=device_of(backend), cuda_graphs=cuda_graphs) as lm:
         found = [
             lm.generate(PROMPT, max_new_tokens=50, tree=DynamicTree(nodes), ignore_eos=True).token_ids
             for nodes in (1, 2, 7, 16)
@@ -34,7 +34,7 @@ def answers(bundle: Path, backend: str, *, cuda_graphs: bool) -> list[list[int]]
         return found + [one.token_ids for one in together]
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_captured_steps_give_the_same_tokens(backend: str, bundle_for: Make) -> None:
     bundle = bundle_for(backend)
     plain = answers(bundle, backend, cuda_graphs=False)
@@ -58,9 +58,9 @@ def test_steps_are_captured_at_all(backend: str, open_gpu: Open) -> None:
     assert captured == [backend == "trt"]  # TensorRT-RTX captures inside of its contexts
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_little_comes_down(backend: str, bundle_for: Make) -> None:
-    with MedusaLM.from_bundle(bundle_for(backend), backend, device="cuda", max_batch_size=1) as lm:
+    with MedusaLM.from_bundle(bundle_for(backend), backend, device=device_of(backend), max_batch_size=1) as lm:
         gpu = lm.engine.backend
         assert isinstance(gpu, GpuBackend)
         lm.generate(PROMPT, max_new_tokens=10)
@@ -69,9 +69,9 @@ def test_little_comes_down(backend: str, bundle_for: Make) -> None:
         assert 0 < gpu.num_bytes_down - before < MOST_DOWN * (stats.num_steps + 1)
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_memory_is_constant_over_a_thousand_requests(backend: str, bundle_for: Make) -> None:
-    with MedusaLM.from_bundle(bundle_for(backend), backend, device="cuda", max_batch_size=4) as lm:
+    with MedusaLM.from_bundle(bundle_for(backend), backend, device=device_of(backend), max_batch_size=4) as lm:
         gpu = lm.engine.backend
         assert isinstance(gpu, GpuBackend)
         rng = random.Random(0)
@@ -89,7 +89,7 @@ def _ask(lm: MedusaLM, rng: random.Random, count: int) -> None:
         lm.generate_batch(prompts[start : start + 8], max_new_tokens=rng.randint(1, 24))
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_memory_is_given_back(backend: str, bundle_for: Make) -> None:
     from medusa_runtime.backends.gpu.driver import Gpu
 
@@ -103,7 +103,7 @@ def test_memory_is_given_back(backend: str, bundle_for: Make) -> None:
     assert before - watcher.free_memory() < SLACK
 
 
-@on_each_backend
+@on_each_with_cuda
 def test_memory_is_told_by_purpose(backend: str, open_gpu: Open) -> None:
     gpu = open_gpu(backend)
     gpu.resize(2, 64)

@@ -77,11 +77,15 @@ def test_every_command_refuses_what_it_cannot_do(
     (tmp_path / "p.txt").write_text("a question\n")
     places = {"bundle": make_bundle(), "model": make_model(), "new": tmp_path / "new", "prompts": tmp_path / "p.txt"}
     command = [word.format(**places) for word in words]
-    fails(run(*command, "--device", "tpu"), 2, "the device is 'tpu'; there are: auto, cpu, cuda, cuda:0, cuda:1")
+    fails(
+        run(*command, "--device", "tpu"),
+        2,
+        "the device is 'tpu'; there are: auto, cpu, cuda, cuda:1 … (CUDA), gpu, gpu:1 … (WebGPU)",
+    )
     if find_gpus().why_none is not None:
         fails(run(*command, "--device", "cuda:0"), 1, "ort-cuda needs an NVIDIA GPU: ")
     if words[0] != "tree":
-        message = "--no-cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (asked for)"
+        message = "--no-cuda-graphs is only for CUDA and TensorRT, but the bundle runs with ort-cpu on cpu (asked for)"
         fails(run(*command, "--device", "cpu", "--no-cuda-graphs"), 2, message)
     if words[0] != "distill":
         message = "the backend ort-cuda does not run on the device cpu"
@@ -134,7 +138,7 @@ def test_cuda_graphs_are_for_gpus_where_validation_runs_on_the_cpu_by_itself(mak
     fails(
         run(*words),
         2,
-        "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu (all graphs of an ONNX bundle",
+        "--cuda-graphs is only for CUDA and TensorRT, but the bundle runs with ort-cpu on cpu (all graphs of an ONNX bundle",
     )
 
 

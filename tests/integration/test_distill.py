@@ -232,11 +232,11 @@ FILES = {
             2,
             "--device is only for transformers or a bundle; an endpoint chooses its own device",
         ),
-        ("{bundle} -o {new} --prompts {p} --device gpu", 2, "the device is 'gpu'; there are: auto, cpu, cuda"),
+        ("{bundle} -o {new} --prompts {p} --device tpu", 2, "the device is 'tpu'; there are: auto, cpu, cuda"),
         (
             "{bundle} -o {new} --prompts {p} --cuda-graphs",
             2,
-            "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu",
+            "--cuda-graphs is only for CUDA and TensorRT, but the bundle runs with ort-cpu on cpu",
         ),
         (
             "{model} -o {new} --prompts {p} --no-cuda-graphs",

@@ -7,11 +7,14 @@ asked of them. What a GPU computes, and how fast, is for tests/gpu.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from medusa_export.command_options.export_options import ExportOptions
 from medusa_runtime import DynamicTree, MedusaLM, open_backend
 from medusa_runtime.backends.gpu import ort_cuda
 from medusa_runtime.backends.gpu.backend import WIDTHS, GpuBackend
+from medusa_runtime.backends.gpu.devices import preload_libraries
 from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import Shape, StepBuffers, Work
 from medusa_runtime.bundle.manifest import STEP, Manifest
@@ -28,7 +32,7 @@ from medusa_runtime.drafting.measuring import measure_grid
 from medusa_runtime.errors import BackendError, BundleError, CapacityError, ClosedError, MissingExtraError
 from tests.support.engines import stand_in_engine
 from tests.support.models import save_random_heads
-from tests.support.stand_in_cuda import CUresult, StandInDriver
+from tests.support.stand_in_cuda import MEMORY, CUresult, StandInDriver
 from tests.support.stand_in_ort_cuda import CPU, StandInOrt
 from tests.support.stand_in_tensorrt import Context, RuntimeCache, StandInTensorRT
 from tests.support.zoo import save_zoo_model
@@ -580,6 +584,56 @@ def test_too_little_memory_is_told_when_the_bundle_is_opened(engine: Callable[..
         CapacityError, match=r"^a cache of 4 times 192 entries needs 786\.4 KB of GPU memory, \d+\.\d KB are free"
     ):
         MedusaLM.from_bundle(engine(), max_batch_size=4)
+
+
+def test_a_step_without_memory_leaves_no_step_that_points_at_freed_buffers(bundle: Path, onnxruntime: StandInOrt) -> None:
+    driver, backend, cpu = onnxruntime.driver, opened(bundle, "ort-cuda"), on_cpu(bundle)
+    backend.resize(1, 400)
+    wanted = cpu.step(*chain(8)).greedy_ids
+    for _ in range(2):  # from now on the shape is prepared
+        np.testing.assert_array_equal(backend.step(*chain(8)).greedy_ids, wanted)
+    for room in range(0, 40_000, 1000):  # the memory ends after one buffer or another has moved
+        driver.memory = driver.used() + room
+        with suppress(CapacityError):
+            backend.step(*chain(200), with_logits=True)
+        driver.memory = MEMORY
+        np.testing.assert_array_equal(backend.step(*chain(8)).greedy_ids, wanted)
+
+
+def test_freed_memory_leaves_the_threads_own_context_current(driver: StandInDriver) -> None:
+    gpu = Gpu()
+    memory = gpu.allocate(100, "a test")
+    driver._ctxsetcurrent("somebody else's")
+    assert not driver.is_current
+    del memory  # a finalizer may run anywhere
+    assert driver.used() == 0
+    assert not driver.is_current
+
+
+def test_what_onnx_runtime_prints_goes_to_stderr_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("onnxruntime")
+    program = "def preload_dlls():\n    print('no libcudnn.so.9')\n    meanwhile()"
+    module.meanwhile = lambda: print("an answer")  # another thread's
+    exec(program, module.__dict__)
+    preload_libraries(module)
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("an answer\n", "no libcudnn.so.9\n")
+    assert not hasattr(module, "print")
+
+
+def test_code_that_engines_bring_runs_only_if_it_is_allowed(
+    engine: Callable[..., Path], tensorrt: StandInTensorRT, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(engine("tensorrt"), tmp_path / "engines"))
+    manifest = Manifest.load(path)
+    assert manifest.engine is not None
+    manifest.engine.version_compatible = manifest.engine.lean_runtime = True
+    manifest.save(path)
+    with pytest.raises(BundleError, match=r"bring code that would run in this process .*--allow-engine-code\)$"):
+        MedusaLM.from_bundle(path)
+    assert tensorrt.engines == []
+    with MedusaLM.from_bundle(path, allow_engine_code=True) as lm:
+        assert lm.generate(PROMPTS[0], max_new_tokens=3).token_ids
 
 
 def test_an_onnx_runtime_for_the_cpu_alone_says_what_to_install(

@@ -30,7 +30,8 @@ class CUresult(enum.Enum):
 
 OK = CUresult.CUDA_SUCCESS
 GLOBAL = {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetName",
-          "cuDeviceTotalMem", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"}  # fmt: skip
+          "cuDeviceTotalMem", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuCtxPushCurrent",
+          "cuCtxPopCurrent"}  # fmt: skip
 
 
 @dataclass
@@ -68,7 +69,7 @@ class StandInDriver:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append(name)
-            if name not in GLOBAL and not getattr(self._thread, "current", False):
+            if name not in GLOBAL and not self.is_current:
                 return (CUresult.CUDA_ERROR_INVALID_CONTEXT, None)
             found = function(self, *arguments)
             return found if isinstance(found, tuple) and isinstance(found[0], CUresult) else (OK, found)
@@ -120,6 +121,19 @@ class StandInDriver:
 
     def _ctxsetcurrent(self, context: str) -> None:
         self._thread.current = context == "context"
+
+    def _ctxpushcurrent(self, context: str) -> None:
+        self._thread.pushed = [*getattr(self._thread, "pushed", []), self.is_current]
+        self._thread.current = context == "context"
+
+    def _ctxpopcurrent(self) -> str:
+        *self._thread.pushed, self._thread.current = self._thread.pushed
+        return "context"
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the context is current in this thread."""
+        return getattr(self._thread, "current", False)
 
     def _streamcreate(self, _: int) -> int:
         return 77

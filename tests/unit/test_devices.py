@@ -48,13 +48,21 @@ def with_providers(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "meaning"),
-    [("auto", ("auto", 0)), ("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:0", ("cuda", 0)), ("cuda:13", ("cuda", 13))],
+    [
+        ("auto", ("auto", 0)),
+        ("cpu", ("cpu", 0)),
+        ("cuda", ("cuda", 0)),
+        ("cuda:0", ("cuda", 0)),
+        ("cuda:13", ("cuda", 13)),
+        ("gpu", ("gpu", 0)),
+        ("gpu:1", ("gpu", 1)),
+    ],
 )
 def test_devices_have_names(device: str, meaning: tuple[str, int]) -> None:
     assert parse_device(device) == meaning
 
 
-@pytest.mark.parametrize("device", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda0"])
+@pytest.mark.parametrize("device", ["", "tpu", "cuda:", "cuda:x", "gpu:x", "cuda:-1", "cpu:0", "cuda0"])
 def test_other_names_are_refused(device: str) -> None:
     with pytest.raises(OptionError, match=r"^the device is '.*'; there are: auto, cpu, cuda"):
         parse_device(device)
@@ -163,7 +171,7 @@ def test_quantised_bundles_stay_on_the_cpu(driver: StandInDriver) -> None:
     facts = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0, source_bundle="", quality={})
     manifest = fake_manifest().model_copy(update={"quantization": facts})
     assert choose_backend(manifest).backend == "ort-cpu"
-    for backend, device in (("auto", "cuda:0"), ("ort-cuda", "auto")):
+    for backend, device in (("auto", "cuda:0"), ("ort-cuda", "auto"), ("auto", "gpu"), ("ort-webgpu", "auto")):
         with pytest.raises(BackendError, match=r"^this bundle is quantised for CPUs \(int8\); use the float bundle"):
             choose_backend(manifest, backend, device)
 
@@ -176,16 +184,19 @@ def test_engines_run_on_what_built_them(flavor: str, backend: str) -> None:
     other = "trt" if backend == "trt-rtx" else "trt-rtx"
     with pytest.raises(BackendError, match=f"engines are for {backend}, not {other};"):
         choose_backend(manifest, other)
-    with pytest.raises(OptionError, match="do not run on the device cpu"):
-        choose_backend(manifest, device="cpu")
+    for device in ("cpu", "gpu"):
+        with pytest.raises(OptionError, match=f"do not run on the device {device}"):
+            choose_backend(manifest, device=device)
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "error", "line"),
     [
-        ("tpu", "auto", OptionError, "^the backend is 'tpu'; there are: auto, ort-cpu, ort-cuda, trt, trt-rtx$"),
+        ("tpu", "auto", OptionError, "^the backend is 'tpu'; there are: auto, ort-cpu, ort-cuda, ort-webgpu, trt, trt-rtx$"),
         ("ort-cpu", "cuda", OptionError, "^the backend ort-cpu does not run on the device cuda$"),
         ("ort-cuda", "cpu", OptionError, "^the backend ort-cuda does not run on the device cpu$"),
+        ("ort-cuda", "gpu", OptionError, "^the backend ort-cuda does not run on the device gpu$"),
+        ("ort-webgpu", "cuda:0", OptionError, "^the backend ort-webgpu does not run on the device cuda:0$"),
         ("trt", "auto", BackendError, "build one with: medusa-export trt --flavor tensorrt$"),
         ("trt-rtx", "auto", BackendError, "build one with: medusa-export trt$"),
     ],

@@ -25,6 +25,7 @@ from medusa_export.doctor.verdicts import BINDINGS, EXPORT, Verdict, verdicts
 from medusa_export.packages import import_problem
 from medusa_runtime.backends.gpu.devices import Gpus
 from medusa_runtime.backends.gpu.driver import GpuFacts
+from medusa_runtime.backends.webgpu.adapters import Adapter
 
 RTX_CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
 ADA = GpuFacts(0, "A GPU", "8.9", 24 * 10**9)
@@ -49,6 +50,7 @@ def facts(gpu: GpuFacts | None = ADA, **changed: Any) -> Facts:
             "rtx": FlavorFacts("1.7", RTX_CAPABILITIES),
             "tensorrt": FlavorFacts("11.0", [gpu.compute_capability] if gpu else []),
         },
+        adapters=[] if gpu is None else [Adapter(0, gpu.name, is_software=False, device=None)],
     )
     return dataclasses.replace(whole, **changed)
 
@@ -62,7 +64,8 @@ def working(found: Facts) -> set[str]:
 
 
 def test_a_machine_with_everything_can_do_everything() -> None:
-    everything = ["export onnx", "build trt", "build rtx", "run ort-cpu", "run ort-cuda", "run trt", "run trt-rtx"]
+    everything = ["export onnx", "build trt", "build rtx", "run ort-cpu", "run ort-cuda", "run ort-webgpu"]
+    everything += ["run trt", "run trt-rtx"]
     assert list(told(facts())) == everything
     assert working(facts()) == set(everything)
     assert all(verdict.mend is None for verdict in verdicts(facts()))
@@ -78,7 +81,15 @@ def test_without_a_gpu_engines_are_built_by_tensorrt_rtx_alone_and_none_runs() -
 
 def test_a_gpu_that_tensorrt_rtx_does_not_know_is_named_with_what_it_does() -> None:
     found = told(facts(HOPPER))
-    assert working(facts(HOPPER)) == {"export onnx", "build trt", "build rtx", "run ort-cpu", "run ort-cuda", "run trt"}
+    assert working(facts(HOPPER)) == {
+        "export onnx",
+        "build trt",
+        "build rtx",
+        "run ort-cpu",
+        "run ort-cuda",
+        "run ort-webgpu",
+        "run trt",
+    }
     assert "TensorRT-RTX does not build for H GPU (9.0), only for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in found["build rtx"].why
     assert found["run trt-rtx"].why.endswith("use ort-cuda or full TensorRT")
 
@@ -115,7 +126,7 @@ def install_onnxruntime_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path) ->
     module: Any = ModuleType("onnxruntime")
     module.__file__ = str(directory / "__init__.py")
     module.get_available_providers = lambda: [CUDA_PROVIDER, "CPUExecutionProvider"]
-    module.preload_dlls = lambda: print("Failed to load libcudnn.so.9")
+    exec("def preload_dlls(): print('Failed to load libcudnn.so.9')", module.__dict__)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     library = directory / CUDA_LIBRARY
     library.parent.mkdir()
@@ -182,7 +193,7 @@ def test_a_base_install_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert {name for name, version in found["packages"].items() if version} == base
-    assert [verdict["works"] for verdict in found["verdicts"]] == [False] * 7
+    assert [verdict["works"] for verdict in found["verdicts"]] == [False] * 8
     assert all(verdict["mend"].startswith("pip install 'medusa-export[") for verdict in found["verdicts"])
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0, shown.output

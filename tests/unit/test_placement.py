@@ -49,7 +49,7 @@ def test_a_choice_is_told_once_with_its_reason(manifest: Manifest, told: list[st
     ("gpus", "asked", "error", "message"),
     [
         (ONE_GPU, {"backend": "tpu"}, OptionError, "the backend is 'tpu'; there are: auto, ort-cpu"),
-        (ONE_GPU, {"device": "gpu"}, OptionError, "the device is 'gpu'; there are: auto, cpu, cuda"),
+        (ONE_GPU, {"device": "tpu"}, OptionError, "the device is 'tpu'; there are: auto, cpu, cuda"),
         (ONE_GPU, {"backend": "ort-cpu", "device": "cuda"}, OptionError, "ort-cpu does not run on the device cuda"),
         (ONE_GPU, {"backend": "trt-rtx"}, BackendError, "this is an ONNX bundle; build one with: medusa-export trt"),
         (
@@ -58,12 +58,17 @@ def test_a_choice_is_told_once_with_its_reason(manifest: Manifest, told: list[st
             OptionError,
             "--threads is only for the CPU, but the bundle runs on cuda:0",
         ),
-        (NO_GPU, {"cuda_graphs": True}, OptionError, "--cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu"),
+        (
+            NO_GPU,
+            {"cuda_graphs": True},
+            OptionError,
+            "--cuda-graphs is only for CUDA and TensorRT, but the bundle runs with ort-cpu on cpu",
+        ),
         (
             NO_GPU,
             {"cuda_graphs": False},
             OptionError,
-            "--no-cuda-graphs is only for GPUs, but the bundle runs with ort-cpu on cpu",
+            "--no-cuda-graphs is only for CUDA and TensorRT, but the bundle runs with ort-cpu on cpu",
         ),
         (NO_GPU, {"device": "cuda:1"}, BackendError, "ort-cuda needs an NVIDIA GPU: there is no NVIDIA driver"),
     ],

@@ -498,7 +498,8 @@ def test_quality_reads_as_one_line() -> None:
         tokens_per_step_before=2.5, tokens_per_step=2.25,
     )  # fmt: skip
     assert quality.line() == (
-        "KL 0.0123 nats (at most 1.50), perplexity 4.000 → 4.400 (+10.00%), the same greedy token at 97.5% of 200 positions, "
+        "KL 0.0123 nats on average and 1.5000 at the worst position, perplexity 4.000 → 4.400 (+10.00%), "
+        "the same greedy token at 97.5% of 200 positions, "
         "2.500 → 2.250 tokens per step"
     )
 

@@ -43,7 +43,8 @@ class Quality(BaseModel):
         before = "" if self.tokens_per_step_before is None else f"{self.tokens_per_step_before:.3f} → "
         change = self.perplexity / self.perplexity_before - 1
         return (
-            f"KL {self.mean_kl:.4f} nats (at most {self.max_kl:.2f}), perplexity {self.perplexity_before:.3f} → "
+            f"KL {self.mean_kl:.4f} nats on average and {self.max_kl:.4f} at the worst position, "
+            f"perplexity {self.perplexity_before:.3f} → "
             f"{self.perplexity:.3f} ({change:+.2%}), the same greedy token at {self.same_greedy:.1%} of "
             f"{self.num_tokens} positions, {before}{self.tokens_per_step:.3f} tokens per step"
         )

@@ -27,7 +27,16 @@ from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 from medusa_runtime.backends.choosing import Placement, open_backend
 from medusa_runtime.bundle.cpu import memory_limit
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, GenerationFacts, GraphFacts, Manifest
+from medusa_runtime.bundle.manifest import (
+    ORT_CPU,
+    ORT_CPU_SINGLE,
+    ORT_WEBGPU,
+    PORTABLE,
+    STEP,
+    GenerationFacts,
+    GraphFacts,
+    Manifest,
+)
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError, first_line
 
@@ -87,6 +96,8 @@ def by_target(manifest: Manifest, backend: str) -> dict[str, Manifest]:
     """
     if manifest.engine is not None:
         return {manifest.graphs[STEP].target: manifest}
+    if backend == ORT_WEBGPU:  # it runs no graph but its own
+        return {ORT_WEBGPU: manifest}
     own = [backend, ORT_CPU_SINGLE] if backend == ORT_CPU else [backend]
     known, variants = {PORTABLE}, {}
     for target in (PORTABLE, *own):  # each manifest also has the targets before it, as fallbacks
@@ -121,9 +132,16 @@ class BundleSide:
         *,
         num_threads: int = 0,
         cuda_graphs: bool | None = None,
+        allow_engine_code: bool = False,
     ) -> None:
         self.backend: Backend = open_backend(
-            bundle, manifest, placement.backend, device=placement.device, num_threads=num_threads, cuda_graphs=cuda_graphs
+            bundle,
+            manifest,
+            placement.backend,
+            device=placement.device,
+            num_threads=num_threads,
+            cuda_graphs=cuda_graphs,
+            allow_engine_code=allow_engine_code,
         )
         self.target = target
         self._last_row, self._root_id = 0, 0  # both of the last step

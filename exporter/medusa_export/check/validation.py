@@ -53,6 +53,7 @@ def validate(
     device: str = AUTO,
     threads: int = 0,
     cuda_graphs: bool | None = None,
+    allow_engine_code: bool = False,
     trust_remote_code: bool = False,
 ) -> ValidationReport:
     """Compare logits and greedy decoding of a bundle with PyTorch; `ValidationReport` lists the comparisons.
@@ -101,7 +102,15 @@ def validate(
                 if given is not None and report.quantization is not None:
                     report.notes.append("the heads are quantised as well; the manifest has the effect, as tokens per step")
                 for target, variant in by_target(runnable_manifest, placement.backend).items():
-                    side = BundleSide(runnable, variant, placement, target, num_threads=threads, cuda_graphs=cuda_graphs)
+                    side = BundleSide(
+                        runnable,
+                        variant,
+                        placement,
+                        target,
+                        num_threads=threads,
+                        cuda_graphs=cuda_graphs,
+                        allow_engine_code=allow_engine_code,
+                    )
                     _compare(report, encoded, new_tokens, side, torch_side, given)
                     side.backend.save()
                     side.backend.close()  # free its weights before the next one's are loaded

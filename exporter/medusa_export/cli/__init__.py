@@ -40,7 +40,7 @@ EXTRAS = {
     "optimum": "export", "safetensors": "export", "accelerate": "train", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
     "cuda": "cuda", "starlette": "serve", "uvicorn": "serve", "sse_starlette": "serve", "prometheus_client": "serve",
-    "httptools": "serve", "uvloop": "serve", "ray": "ray",
+    "onnxruntime_ep_webgpu": "webgpu", "httptools": "serve", "uvloop": "serve", "ray": "ray",
 }  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def command(
     no_medusa: bool,
     as_json: bool,
     allow_failed: bool,
+    allow_engine_code: bool,
     backend: str,
     device: str,
     cuda_graphs: bool | None,
@@ -101,6 +102,7 @@ def command(
         num_threads=threads,
         cuda_graphs=cuda_graphs,
         allow_failed=allow_failed,
+        allow_engine_code=allow_engine_code,
     ) as lm:
         ids = None if lm.manifest.has_text else _token_ids(prompt)
         result = _answer(lm, prompt if ids is None else ids, options, streamed=not as_json)

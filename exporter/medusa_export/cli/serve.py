@@ -28,6 +28,7 @@ def command(
     max_batch_size: int | None,
     max_queue: int,
     allow_failed: bool,
+    allow_engine_code: bool,
     backend: str,
     device: str,
     cuda_graphs: bool | None,
@@ -59,6 +60,7 @@ def command(
             num_threads=threads,
             cuda_graphs=cuda_graphs,
             allow_failed=allow_failed,
+            allow_engine_code=allow_engine_code,
         )
 
     if not settings.is_local and settings.api_key_file is None:

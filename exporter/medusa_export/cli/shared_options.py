@@ -34,11 +34,21 @@ backend_option = click.option(
     show_default=True,
     help="Backend that runs the bundle. auto: the fastest one that works here.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda, cuda:1 …")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device: auto, cpu, cuda, cuda:1 …, or gpu, gpu:1 … (any GPU, through WebGPU)",
+)
 cuda_graphs_option = click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=None,
     help="On a GPU, capture each step as a CUDA graph and replay it. [default: yes with TensorRT, no with ONNX Runtime]",
+)
+
+
+allow_engine_code_option = click.option(
+    "--allow-engine-code", is_flag=True, help="Run the code that version-compatible engines bring. Do so if you trust them."
 )
 
 
@@ -78,5 +88,5 @@ def runs_a_bundle(function: Function) -> Function:
 
 
 def decodes_a_bundle(function: Function) -> Function:
-    """Add the options of `runs_a_bundle`, and CUDA graphs."""
-    return runs_a_bundle(cuda_graphs_option(function))
+    """Add the options of `runs_a_bundle`, CUDA graphs, and what engines may do."""
+    return runs_a_bundle(cuda_graphs_option(allow_engine_code_option(function)))

@@ -34,6 +34,7 @@ def command(
     device: str,
     threads: int,
     cuda_graphs: bool | None,
+    allow_engine_code: bool,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
@@ -60,6 +61,7 @@ def command(
         device=device,
         threads=threads,
         cuda_graphs=cuda_graphs,
+        allow_engine_code=allow_engine_code,
         trust_remote_code=trust_remote_code,
     )
     record(bundle, report)

@@ -59,7 +59,9 @@ class DistillOptions:
         Literal["auto", "fp32", "fp16", "bf16"],
         Field(description="precision of the weights, with transformers. auto: bf16 if the hardware computes in it, else fp32"),
     ] = "auto"
-    device: Annotated[str, Field(description="device for transformers or a bundle: auto, cpu, cuda, cuda:1 …")] = "auto"
+    device: Annotated[
+        str, Field(description="device for transformers or a bundle: auto, cpu, cuda, cuda:1 …; for a bundle also gpu (WebGPU)")
+    ] = "auto"
     cuda_graphs: CudaGraphs = None
     threads: Threads = 0
     trust_remote_code: TrustRemoteCode = False

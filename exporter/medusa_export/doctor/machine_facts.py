@@ -7,18 +7,18 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from medusa_export.engine.flavor import FLAVORS, TensorRT, module_of
 from medusa_export.packages import import_problem
-from medusa_runtime.backends.gpu.devices import Gpus, find_gpus
+from medusa_runtime.backends.gpu.devices import Gpus, find_gpus, preload_libraries
+from medusa_runtime.backends.webgpu.adapters import Adapter, find_adapters
 from medusa_runtime.errors import MedusaError, first_line
 
 PACKAGES = (
-    "medusa-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13",
+    "medusa-export", "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-webgpu", "tensorrt", "tensorrt-cu13",
+    "tensorrt-rtx-cu13",
     "cuda-bindings", "onnx", "onnx-ir", "torch", "transformers",
 )  # fmt: skip
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -45,6 +45,8 @@ class Facts:
     providers: list[str]  # of ONNX Runtime
     gpus: Gpus
     flavors: dict[str, FlavorFacts]
+    adapters: list[Adapter] = field(default_factory=list)  # what WebGPU finds
+    why_no_webgpu: str | None = None  # why its provider cannot be used
     why_no_cuda: str | None = None  # why ONNX Runtime's CUDA provider does not load; only checked if there is a GPU
 
 
@@ -55,6 +57,7 @@ def find_facts() -> Facts:
     for name in ("onnx", "onnx_ir", "onnxscript", "torch", "transformers", "optimum", "safetensors", "accelerate"):
         if importlib.util.find_spec(name) is None:
             missing[name] = f"{name} is not installed"
+    adapters, why_no_webgpu = _adapters()
     return Facts(
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=platform.platform(),
@@ -63,8 +66,18 @@ def find_facts() -> Facts:
         providers=providers,
         gpus=gpus,
         flavors={flavor: _flavor(flavor) for flavor in FLAVORS},
+        adapters=adapters,
+        why_no_webgpu=why_no_webgpu,
         why_no_cuda=_why_no_cuda() if gpus.gpus and CUDA_PROVIDER in providers else None,
     )
+
+
+def _adapters() -> tuple[list[Adapter], str | None]:
+    """What WebGPU finds, or why its provider cannot be used."""
+    try:
+        return find_adapters(), None
+    except MedusaError as error:
+        return [], first_line(error).partition(";")[0]
 
 
 def _version(package: str) -> str | None:
@@ -83,8 +96,7 @@ def _why_no_cuda() -> str | None:
     """The reason why the library of the CUDA provider does not load. A session's error would say less."""
     onnxruntime = importlib.import_module("onnxruntime")
     try:
-        with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
-            onnxruntime.preload_dlls()
+        preload_libraries(onnxruntime)
         ctypes.CDLL(str(Path(str(onnxruntime.__file__)).parent / CUDA_LIBRARY))
     except Exception as error:  # noqa: BLE001 - loading a library can raise anything
         return first_line(error)

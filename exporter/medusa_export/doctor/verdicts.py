@@ -36,6 +36,7 @@ def verdicts(facts: Facts) -> list[Verdict]:
         _build(facts, "rtx", "rtx"),
         _run_on_cpu(facts),
         _run_on_gpu(facts),
+        _run_on_webgpu(facts),
         _run_engines(facts, "tensorrt", "trt"),
         _run_engines(facts, "rtx", "trt-rtx"),
     ]
@@ -80,6 +81,17 @@ def _run_on_gpu(facts: Facts) -> Verdict:
         why = f"ONNX Runtime's CUDA provider does not load: {facts.why_no_cuda}"
         return Verdict("run", "ort-cuda", works=False, why=why, mend=install_command("gpu"))
     return Verdict("run", "ort-cuda", works=True, why=f"ONNX Runtime {_onnxruntime(facts)}, {_gpus(facts)}")
+
+
+def _run_on_webgpu(facts: Facts) -> Verdict:
+    if facts.why_no_webgpu:
+        return Verdict("run", "ort-webgpu", works=False, why=facts.why_no_webgpu, mend=install_command("webgpu"))
+    if not facts.adapters:
+        return Verdict(
+            "run", "ort-webgpu", works=False, why="WebGPU finds no GPU with a driver for Vulkan, Metal or Direct3D 12"
+        )
+    names = ", ".join(adapter.name for adapter in facts.adapters)
+    return Verdict("run", "ort-webgpu", works=True, why=f"ONNX Runtime {_onnxruntime(facts)}, {names}")
 
 
 def _run_engines(facts: Facts, flavor: str, name: str) -> Verdict:

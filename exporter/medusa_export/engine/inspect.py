@@ -118,7 +118,6 @@ def _engine(tensorrt: TensorRT, manifest: Manifest, bundle: Path, name: str) -> 
     log = error_log(trt)
     runtime = trt.Runtime(log)
     assert manifest.engine is not None
-    runtime.engine_host_code_allowed = manifest.engine.lean_runtime
     with open_plan(manifest, bundle, name) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CUDA, Manifest
+from medusa_runtime.backends.webgpu.adapters import choose_adapter, find_adapters
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CUDA, ORT_WEBGPU, STEP, Manifest
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
 
 AUTO, TRT, TRT_RTX = "auto", "trt", "trt-rtx"
-BACKENDS = (AUTO, ORT_CPU, ORT_CUDA, TRT, TRT_RTX)
+BACKENDS = (AUTO, ORT_CPU, ORT_CUDA, ORT_WEBGPU, TRT, TRT_RTX)
+KINDS = {ORT_CPU: "cpu", ORT_CUDA: "cuda", ORT_WEBGPU: "gpu"}  # of devices that a backend for ONNX bundles runs on
 OF_FLAVOR = {"tensorrt": TRT, "rtx": TRT_RTX}
 
 __all__ = ["BACKENDS", "Backend", "HeadOutput", "Placement", "StepOutput", "choose_backend", "open_backend"]
@@ -23,7 +25,7 @@ class Placement:
     """The backend and the device on which a bundle runs."""
 
     backend: str  # one of `BACKENDS`, except auto
-    device: str  # "cpu" or "cuda:N"
+    device: str  # "cpu", "cuda:N" or "gpu:N"
     why: str
     is_fallback: bool = False  # there is a better device here, but something for it is missing
 
@@ -31,6 +33,8 @@ class Placement:
     def processor(self) -> str | None:
         """The GPU's name. None for the CPU, and if the driver cannot be asked."""
         kind, index = parse_device(self.device)
+        if kind == "gpu":
+            return choose_adapter(index).name
         return next((gpu.name for gpu in find_gpus().gpus if kind == "cuda" and gpu.index == index), None)
 
     def __str__(self) -> str:
@@ -43,7 +47,7 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
     Args:
         manifest: the bundle's.
         backend: one of `BACKENDS`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``gpu`` or ``gpu:N``.
 
     Raises:
         OptionError: one of the names is unknown, or they contradict each other.
@@ -57,9 +61,9 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
     if backend in (TRT, TRT_RTX):
         flavor = "" if backend == TRT_RTX else " --flavor tensorrt"
         raise BackendError(f"{backend} runs engine bundles, this is an ONNX bundle; build one with: medusa-export trt{flavor}")
-    if (backend, kind) in ((ORT_CPU, "cuda"), (ORT_CUDA, "cpu")):
+    if AUTO not in (backend, kind) and KINDS[backend] != kind:
         raise OptionError(f"the backend {backend} does not run on the device {device}")
-    if manifest.quantization is not None and (backend == ORT_CUDA or kind == "cuda"):
+    if manifest.quantization is not None and not {backend, kind}.isdisjoint({ORT_CUDA, ORT_WEBGPU, "cuda", "gpu"}):
         raise BackendError(
             f"this bundle is quantised for CPUs ({manifest.quantization.scheme}); use the float bundle that it was made from, "
             "or engines with rounded weights (medusa-export trt --weights)"
@@ -68,6 +72,8 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
         return Placement(ORT_CPU, "cpu", "asked for")
     if backend == ORT_CUDA or kind == "cuda":
         return Placement(ORT_CUDA, f"cuda:{index}", "asked for")
+    if backend == ORT_WEBGPU or kind == "gpu":
+        return Placement(ORT_WEBGPU, f"gpu:{index}", "asked for")
     return _choose_onnx(manifest)
 
 
@@ -79,6 +85,7 @@ def open_backend(
     device: str = AUTO,
     num_threads: int = 0,
     cuda_graphs: bool | None = None,
+    allow_engine_code: bool = False,
 ) -> Backend:
     """Open a bundle on a backend. `auto` takes the best one for the bundle on this machine, see `choose_backend`.
 
@@ -86,10 +93,11 @@ def open_backend(
         bundle: the bundle's directory.
         manifest: the bundle's.
         backend: one of `BACKENDS`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``gpu`` or ``gpu:N``.
         num_threads: for a CPU backend; 0 for one per core.
         cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed. None means yes with TensorRT, and no
             with ONNX Runtime, which can capture only some graphs.
+        allow_engine_code: run the code that version-compatible engines bring (see `bundle.plans.require_allowed`).
 
     Raises:
         OptionError: a name is unknown, or they contradict each other.
@@ -98,7 +106,12 @@ def open_backend(
         CapacityError: the GPU has too little memory.
     """
     return open_placement(
-        bundle, manifest, choose_backend(manifest, backend, device), num_threads=num_threads, cuda_graphs=cuda_graphs
+        bundle,
+        manifest,
+        choose_backend(manifest, backend, device),
+        num_threads=num_threads,
+        cuda_graphs=cuda_graphs,
+        allow_engine_code=allow_engine_code,
     )
 
 
@@ -109,12 +122,17 @@ def open_placement(
     *,
     num_threads: int = 0,
     cuda_graphs: bool | None = None,
+    allow_engine_code: bool = False,
 ) -> Backend:
     """Open a bundle with a placement from `choose_backend`. Other arguments and errors as for `open_backend`."""
     if placement.backend == ORT_CPU:
         from medusa_runtime.backends.ort_cpu import OrtCpuBackend  # noqa: PLC0415 - needs an extra, as those below
 
         return OrtCpuBackend(bundle, manifest, num_threads)
+    if placement.backend == ORT_WEBGPU:
+        from medusa_runtime.backends.webgpu.webgpu_backend import OrtWebGpuBackend  # noqa: PLC0415
+
+        return OrtWebGpuBackend(bundle, manifest, choose_adapter(parse_device(placement.device)[1]))
     from medusa_runtime.backends.gpu.driver import Gpu  # noqa: PLC0415
 
     gpu = Gpu(parse_device(placement.device)[1])
@@ -124,15 +142,15 @@ def open_placement(
         return open_ort_cuda(bundle, manifest, gpu, cuda_graphs=bool(cuda_graphs))
     from medusa_runtime.backends.gpu.trt import open_tensorrt  # noqa: PLC0415
 
-    return open_tensorrt(bundle, manifest, gpu, cuda_graphs=cuda_graphs is not False)
+    return open_tensorrt(bundle, manifest, gpu, cuda_graphs=cuda_graphs is not False, allow_engine_code=allow_engine_code)
 
 
 def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
     """The placement of an engine bundle: the TensorRT flavour that its engines were built for, on a GPU."""
     if backend not in (AUTO, own):
         raise BackendError(f"this bundle's engines are for {own}, not {backend}; leave the backend out, or build them again")
-    if kind == "cpu":
-        raise OptionError("TensorRT engines do not run on the device cpu; the ONNX bundle that they were built from does")
+    if kind in ("cpu", "gpu"):
+        raise OptionError(f"TensorRT engines do not run on the device {kind}; the ONNX bundle that they were built from does")
     return Placement(own, f"cuda:{index}", "what its engines were built for" if backend == AUTO else "asked for")
 
 
@@ -142,7 +160,7 @@ def _choose_onnx(manifest: Manifest) -> Placement:
         return Placement(ORT_CPU, "cpu", "the bundle is quantised for CPUs")
     found = find_gpus()
     if found.why_none is not None:
-        return Placement(ORT_CPU, "cpu", found.why_none)
+        return _webgpu_if_there(manifest) or Placement(ORT_CPU, "cpu", found.why_none)
     try:
         providers = importlib.import_module("onnxruntime").get_available_providers()
     except ImportError as error:
@@ -155,3 +173,14 @@ def _choose_onnx(manifest: Manifest) -> Placement:
             is_fallback=True,
         )
     return Placement(ORT_CUDA, "cuda:0", f"there is {found.gpus[0].name}")
+
+
+def _webgpu_if_there(manifest: Manifest) -> Placement | None:
+    """The placement on a GPU without CUDA, if WebGPU is installed, finds one, and the bundle has graphs for it."""
+    try:
+        found = [adapter for adapter in find_adapters() if not adapter.is_software]
+    except (BackendError, MissingExtraError):
+        return None
+    if not found or f"{STEP}.{ORT_WEBGPU}" not in manifest.graphs:
+        return None
+    return Placement(ORT_WEBGPU, f"gpu:{found[0].index}", f"there is {found[0].name}, and no GPU with CUDA")

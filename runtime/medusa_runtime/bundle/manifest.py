@@ -23,6 +23,7 @@ Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
 EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # the backends that a graph can be made for
+ORT_WEBGPU = "ort-webgpu"
 ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider and steps of one sequence
 STEP, HEADS = "step", "heads"
 PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; the heads' profile is called `heads`

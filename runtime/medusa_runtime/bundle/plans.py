@@ -28,6 +28,22 @@ FLAVOR_NAMES = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 _REBUILD = "build them again with: medusa-export trt"
 
 
+def require_allowed(manifest: Manifest, bundle: str | Path, *, allow_engine_code: bool) -> None:
+    """Refuse engines that bring code for this machine's processor, unless the caller allows it.
+
+    A version-compatible plan holds a lean runtime, which TensorRT loads into this process. Whoever made the bundle decides
+    what that code does.
+
+    Raises:
+        BundleError: they bring code, and it is not allowed.
+    """
+    if manifest.engine is not None and manifest.engine.lean_runtime and not allow_engine_code:
+        raise BundleError(
+            f"the engines of {bundle} bring code that would run in this process (they are version-compatible); if you trust "
+            "whoever built them, allow it (allow_engine_code=True, --allow-engine-code)"
+        )
+
+
 def require_loadable(
     manifest: Manifest,
     directory: str | Path,

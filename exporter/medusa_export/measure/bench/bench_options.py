@@ -39,6 +39,7 @@ class BenchOptions:
     backend: str = "auto"
     device: str = "auto"
     cuda_graphs: bool | None = None
+    allow_engine_code: bool = False
     threads: int = 0
     steps: tuple[int, ...] = STEP_WIDTHS
     prefill: tuple[int, ...] = PREFILL_LENGTHS

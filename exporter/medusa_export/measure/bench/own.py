@@ -49,7 +49,16 @@ class Clock:
 class OwnDecoding:
     """A bundle that can decode in every mode."""
 
-    def __init__(self, bundle: str, threads: int, backend: str, device: str, *, cuda_graphs: bool | None) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        threads: int,
+        backend: str,
+        device: str,
+        *,
+        cuda_graphs: bool | None,
+        allow_engine_code: bool = False,
+    ) -> None:
         lm = MedusaLM.from_bundle(
             bundle,
             backend,
@@ -58,6 +67,7 @@ class OwnDecoding:
             device=device,
             num_threads=threads,
             cuda_graphs=cuda_graphs,
+            allow_engine_code=allow_engine_code,
         )
         self._lm, self._codec, self.backend = lm, lm.codec, lm.engine.backend
         self._clock = Clock(self.backend)

@@ -98,6 +98,7 @@ def _start(bench: Bench, processes: ExitStack) -> None:
                 "backend": placement.backend,
                 "device": placement.device,
                 "cuda_graphs": bench.options.cuda_graphs,
+                "allow_engine_code": bench.options.allow_engine_code,
             }
         )
         with stage(f"load {name}"):

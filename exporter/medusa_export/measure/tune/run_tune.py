@@ -64,6 +64,7 @@ class TuneOptions:
     device: str = "auto"
     threads: int = 0
     cuda_graphs: bool | None = None
+    allow_engine_code: bool = False
 
 
 def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
@@ -228,6 +229,7 @@ def _open(options: TuneOptions, manifest: Manifest, placement: Placement, texts:
             device=placement.device,
             num_threads=options.threads,
             cuda_graphs=options.cuda_graphs,
+            allow_engine_code=options.allow_engine_code,
         )
     new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
     codec = open_codec(options.bundle, manifest)

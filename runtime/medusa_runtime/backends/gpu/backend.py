@@ -226,9 +226,14 @@ class GpuBackend:
         if (work := self._works.get(shape)) is not None:
             self._works.move_to_end(shape)
             return work
-        if shape.with_logits:
-            self._reserve_limits(with_logits=True)  # the host's room for logits: not needed before a step asks for them
-        if self._buffers.reserve(shape.batch, shape.width, shape.rows, with_logits=shape.with_logits):
+        try:
+            if shape.with_logits:
+                self._reserve_limits(with_logits=True)  # the host's room for logits: not needed before a step asks for them
+            moved = self._buffers.reserve(shape.batch, shape.width, shape.rows, with_logits=shape.with_logits)
+        except BaseException:
+            self._forget()  # some buffers are new, or gone: what was prepared points at freed memory
+            raise
+        if moved:
             self._forget()
         assert self._cache is not None
         work = self._buffers.work(shape, self._cache)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from medusa_runtime.backends.gpu.driver import Driver, GpuFacts
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
@@ -30,14 +33,29 @@ def find_gpus() -> Gpus:
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """The kind and the index that a device's name means: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+    """The kind and the index that a device's name means: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``gpu`` or ``gpu:1``.
+
+    ``cuda`` is an NVIDIA GPU through CUDA, ``gpu`` is any GPU through WebGPU.
 
     Raises:
         OptionError: it is something else.
     """
     kind, colon, index = device.partition(":")
-    if kind == "cuda" and (index.isdecimal() if colon else True):
+    if kind in ("cuda", "gpu") and (index.isdecimal() if colon else True):
         return kind, int(index or 0)
     if device not in ("auto", "cpu"):
-        raise OptionError(f"the device is {device!r}; there are: auto, cpu, cuda, cuda:0, cuda:1 …")
+        raise OptionError(f"the device is {device!r}; there are: auto, cpu, cuda, cuda:1 … (CUDA), gpu, gpu:1 … (WebGPU)")
     return device, 0
+
+
+def preload_libraries(onnxruntime: Any) -> None:
+    """Load CUDA's and cuDNN's libraries, if they are packages of this Python.
+
+    ONNX Runtime prints those that it does not find. Its own `print` goes to stderr meanwhile. Standard output as a whole is
+    not redirected, since other threads of this process may be printing.
+    """
+    onnxruntime.print = partial(print, file=sys.stderr)
+    try:
+        onnxruntime.preload_dlls()
+    finally:
+        del onnxruntime.print

@@ -177,9 +177,12 @@ class Gpu:
             self._left.append((function, handle))
             return
         with suppress(BackendError):  # at the end of the process, the driver may be gone already
-            self.make_current()
-            self.synchronize()
-            self._driver(function, handle)
+            self._driver("cuCtxPushCurrent", self._context)  # a finalizer may run in any thread, which has a context of its own
+            try:
+                self.synchronize()
+                self._driver(function, handle)
+            finally:
+                self._driver("cuCtxPopCurrent")
 
     def pinned(self, num_bytes: int) -> PinnedMemory:
         """Memory of the host that the GPU can read and write.

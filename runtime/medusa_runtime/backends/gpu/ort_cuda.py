@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from medusa_runtime.backends.gpu.backend import GpuBackend
+from medusa_runtime.backends.gpu.devices import preload_libraries
 from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import Call, Shape
 from medusa_runtime.bundle.manifest import HEADS, ORT_CUDA, STEP, Manifest
@@ -42,8 +41,7 @@ def open_ort_cuda(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
             "the installed ONNX Runtime is for the CPU alone; replace it with: "
             "pip uninstall onnxruntime && pip install 'medusa-export[gpu]'"
         )
-    with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
-        ort.preload_dlls()  # CUDA's and cuDNN's libraries, if they are packages of this Python
+    preload_libraries(ort)
     gpu.make_current()
     return GpuBackend(manifest, gpu, OrtCudaExecutor(Path(bundle), manifest, gpu, cuda_graphs=cuda_graphs))
 

@@ -15,14 +15,16 @@ from medusa_runtime.backends.gpu.driver import DeviceMemory, Gpu
 from medusa_runtime.backends.gpu.step import Call, Shape
 from medusa_runtime.bundle.files import replacing
 from medusa_runtime.bundle.manifest import HEADS, RUNTIME_CACHE, STEP, Manifest
-from medusa_runtime.bundle.plans import FLAVOR_NAMES, open_plan, plan_size, require_loadable
+from medusa_runtime.bundle.plans import FLAVOR_NAMES, open_plan, plan_size, require_allowed, require_loadable
 from medusa_runtime.errors import BackendError, MissingExtraError, first_line
 
 PACKAGES = {"rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}  # by flavour: module and extra
 log = logging.getLogger(__name__)
 
 
-def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_graphs: bool = True) -> GpuBackend:
+def open_tensorrt(
+    bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_graphs: bool = True, allow_engine_code: bool = False
+) -> GpuBackend:
     """Open an engine bundle on a GPU.
 
     Args:
@@ -31,6 +33,7 @@ def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
         gpu: the GPU to run on.
         cuda_graphs: replay a step as one CUDA graph. TensorRT-RTX captures by itself, because its kernels may change while it
             runs.
+        allow_engine_code: run the code that plans with a lean runtime contain.
 
     Raises:
         MissingExtraError: the flavour's package is not installed.
@@ -52,6 +55,7 @@ def open_tensorrt(bundle: str | Path, manifest: Manifest, gpu: Gpu, *, cuda_grap
         tensorrt_version=str(api.__version__),
         compute_capability=gpu.facts.compute_capability,
     )
+    require_allowed(manifest, bundle, allow_engine_code=allow_engine_code)
     gpu.make_current()
     executor = TensorRTExecutor(api, Path(bundle), manifest, gpu, cuda_graphs=cuda_graphs)
     return GpuBackend(manifest, gpu, executor, cuda_graphs=cuda_graphs)
@@ -95,7 +99,7 @@ class TensorRTExecutor:
         self._log = error_log(api)
         self._runtime = api.Runtime(self._log)
         if manifest.engine.lean_runtime:
-            self._runtime.engine_host_code_allowed = True  # the plans contain code that runs them
+            self._runtime.engine_host_code_allowed = True  # `require_allowed` has asked the caller
         for graph in (STEP, HEADS):
             self._engines[graph] = self._engine(bundle, graph)
         self._cache_file = bundle / RUNTIME_CACHE.format(gpu.facts.compute_capability.replace(".", ""))

@@ -1,0 +1,1 @@
+"""Passes for ONNX Runtime's WebGPU provider."""

@@ -1,0 +1,163 @@
+"""WebGPU: what runs where, more architectures, refusals, and memory. What it shares with other GPUs is in the other files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from medusa_export.bundle.export import export_bundle
+from medusa_export.check import validate
+from medusa_export.command_options.export_options import ExportOptions
+from medusa_runtime import BackendError, DynamicTree, Manifest, MedusaLM, OptionError, choose_backend, open_backend
+from medusa_runtime.backends.webgpu import webgpu_backend
+from medusa_runtime.backends.webgpu.adapters import PROVIDER, find_adapters
+from medusa_runtime.bundle.manifest import QuantizationFacts
+from tests.gpu.conftest import logits
+from tests.gpu.here import GPUS, IN_SOFTWARE, WEBGPU, WHY_NOT, a_gpus
+from tests.support.models import save_random_heads
+from tests.support.zoo import save_zoo_model
+
+pytestmark = [a_gpus, pytest.mark.skipif(WHY_NOT[WEBGPU] is not None, reason=str(WHY_NOT[WEBGPU]))]
+Make = Callable[..., Path]
+PROMPTS = ("a small model learns", "the quick brown fox jumps over the lazy dog " * 2)
+ARCHITECTURES = {  # type -> what it shows
+    "gpt_neox": "partial rotation, LayerNorm, biases",
+    "gemma2": "soft caps, sliding windows",
+    "gpt_oss": "sinks, experts",
+    "bloom": "a bias by position for each head",
+    "deepseek_v3": "latent cache, values of another width",
+    "lfm2": "short convolutions beside attention",
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_other_architectures_are_pytorchs(model_type: str, tmp_path: Path) -> None:
+    model = save_zoo_model(tmp_path / "model", model_type)
+    heads = save_random_heads(model, tmp_path / "heads")
+    export_bundle(ExportOptions(str(model), heads, tmp_path / "bundle"))
+    report = validate(tmp_path / "bundle", str(model), heads=heads, prompts=PROMPTS[:1], max_new_tokens=8, device="gpu")
+    assert report.status == "passed", report.verdicts()
+    assert (report.backend, report.targets) == (WEBGPU, [WEBGPU])
+
+
+def test_layers_run_on_the_gpu_and_copies_do_not_grow_with_them(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = [_placed(make_model("llama", num_hidden_layers=layers), tmp_path / str(layers), monkeypatch) for layers in (2, 4)]
+    assert counted[0]["CPUExecutionProvider"] == counted[1]["CPUExecutionProvider"]  # masks, angles and indices, once a step
+    assert not {"MatMul", "Softmax", "ScatterND", "RMSNormalization"} & counted[0]["CPUExecutionProvider"].keys()
+    copies = [{name: count for name, count in one[PROVIDER].items() if name.startswith("Memcpy")} for one in counted]
+    assert copies[0] == copies[1]
+    assert 0 < sum(copies[0].values()) < 20
+
+
+def _placed(model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[str]]:
+    """How often each operator ran on each provider in one step of four tokens, by ONNX Runtime's profile."""
+    export_bundle(ExportOptions(str(model), save_random_heads(model, place / "heads"), place / "bundle"))
+    sessions: list[ort.InferenceSession] = []
+
+    def open_profiled(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+        options.enable_profiling, options.profile_file_prefix = True, str(place / path.stem)
+        sessions.append(ort_session(path, options))
+        return sessions[-1]
+
+    ort_session = ort.InferenceSession
+    with monkeypatch.context() as patched:
+        patched.setattr(webgpu_backend.ort, "InferenceSession", open_profiled)
+        gpu = open_backend(place / "bundle", Manifest.load(place / "bundle"), WEBGPU)
+    gpu.resize(1, 64)
+    logits(gpu, [5, 9, 14, 21])
+    events: list[dict[str, Any]] = json.loads(Path(sessions[0].end_profiling()).read_text())
+    found: dict[str, Counter[str]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            found.setdefault(event["args"]["provider"], Counter())[event["args"]["op_name"]] += 1
+    return found
+
+
+def test_a_cache_that_grows_keeps_its_entries(make_bundle: Make) -> None:
+    bundle = make_bundle("llama", precision="fp32")
+    prompt, fields = " ".join(PROMPTS), {"max_new_tokens": 80, "ignore_eos": True, "tree": DynamicTree(8)}
+    with MedusaLM.from_bundle(bundle, device="cpu") as right, MedusaLM.from_bundle(bundle, device="gpu") as lm:
+        before = lm.engine.backend.capacity
+        assert lm.generate(prompt, **fields).token_ids == right.generate(prompt, **fields).token_ids
+        assert lm.engine.backend.capacity > max(before, 64)
+
+
+def test_sampled_answers_prefixes_and_cancelled_requests_are_the_cpus(make_bundle: Make) -> None:
+    bundle = make_bundle("llama", precision="fp32")
+    fields = {"temperature": 0.8, "top_k": 5, "seed": 3, "max_new_tokens": 12, "ignore_eos": True}
+    longer = PROMPTS[1] + "and more"
+    with (
+        MedusaLM.from_bundle(bundle, device="cpu", max_batch_size=2) as right,
+        MedusaLM.from_bundle(bundle, device="gpu", max_batch_size=2) as lm,
+    ):
+        for prompt in (PROMPTS[1], longer):  # the second begins as the first
+            assert lm.generate(prompt, **fields).token_ids == right.generate(prompt, **fields).token_ids
+        cancelled, other = lm.submit(PROMPTS[0], max_new_tokens=200, ignore_eos=True), lm.submit(longer, **fields)
+        cancelled.cancel()
+        assert other.result(120).token_ids == right.generate(longer, **fields).token_ids
+        assert lm.generate(PROMPTS[0], **fields).token_ids == right.generate(PROMPTS[0], **fields).token_ids
+
+
+def test_memory_is_constant(make_bundle: Make) -> None:
+    """The driver in software takes the host's memory; a real one's memory is not told."""
+    bundle = make_bundle("llama", precision="fp32")
+    with MedusaLM.from_bundle(bundle, device="gpu", max_batch_size=2) as lm:
+        _ask(lm, 40)
+        before = _resident()
+        _ask(lm, 150)
+        assert _resident() - before < 16 << 20
+
+
+def _ask(lm: MedusaLM, count: int) -> None:
+    rng = np.random.default_rng(0)
+    words = PROMPTS[1].split()
+    for _ in range(count // 2):
+        lm.generate_batch([" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(2)], max_new_tokens=2)
+
+
+def _resident() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("this system does not tell a process's memory in /proc")
+    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+
+
+def test_what_webgpu_does_not_run_is_refused_in_one_line(make_bundle: Make) -> None:
+    bundle = make_bundle("llama", precision="fp32")
+    manifest = Manifest.load(bundle)
+    older = manifest.model_copy(update={"graphs": {n: g for n, g in manifest.graphs.items() if g.target != WEBGPU}})
+    quantised = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0.0, quality={})
+    with pytest.raises(BackendError, match=r"^this bundle has no graphs for WebGPU; export it again$"):
+        open_backend(bundle, older, WEBGPU)
+    with pytest.raises(BackendError, match=r"^this bundle is quantised for CPUs \(int8\); use the float bundle"):
+        open_backend(bundle, manifest.model_copy(update={"quantization": quantised}), device="gpu")
+    with pytest.raises(OptionError, match=f"^the device is gpu:99, but WebGPU finds {len(find_adapters())} here"):
+        open_backend(bundle, manifest, device="gpu:99")
+    bf16 = make_bundle("llama", precision="bf16")
+    with pytest.raises(BackendError, match=r"^ort-webgpu does not run a bundle in bf16; use one in fp32 or fp16$"):
+        open_backend(bf16, Manifest.load(bf16), device="gpu")
+
+
+@pytest.mark.skipif(not IN_SOFTWARE, reason="this GPU computes in fp16")
+def test_a_device_without_fp16_says_so(make_bundle: Make) -> None:
+    bundle = make_bundle("llama", precision="fp16")
+    with (
+        MedusaLM.from_bundle(bundle, device="gpu") as lm,
+        pytest.raises(BackendError, match=r"cannot compute in fp16 through WebGPU; use a bundle in fp32"),
+    ):
+        lm.generate(PROMPTS[0], max_new_tokens=2)
+
+
+def test_a_driver_in_software_is_not_used_unless_it_is_asked_for(make_bundle: Make) -> None:
+    manifest = Manifest.load(make_bundle("llama", precision="fp32"))
+    assert (choose_backend(manifest).backend == WEBGPU) == (GPUS.why_none is not None and not IN_SOFTWARE)
+    assert choose_backend(manifest, device="gpu").backend == WEBGPU
