@@ -1,4 +1,4 @@
-"""Errors of export, quantisation and validation. The base class is in `medusa_runtime.errors`."""
+"""Errors of export, quantisation, validation and tuning. The base class is in `medusa_runtime.errors`."""
 
 from __future__ import annotations
 
@@ -17,5 +17,11 @@ class QualityError(MedusaError):
 
 class ValidationMismatchError(MedusaError):
     """A bundle's output differs from the reference by more than the tolerance."""
+
+    exit_code = 3
+
+
+class PredictionError(MedusaError):
+    """A bundle decoded slower or faster than its tuning predicted."""
 
     exit_code = 3

@@ -11,6 +11,7 @@ from medusa_runtime.bundle.cpu import check_num_threads, device_key, memory_limi
 from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.decoding.checks import check_limits, check_tree, checked_batch_size
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
+from medusa_runtime.drafting.corrected import CorrectedCosts
 from medusa_runtime.drafting.costs import Costs, LearnedCosts, StepCosts, fitting_nodes
 from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
@@ -102,11 +103,15 @@ def _tuned_choice(
     tree: Tree | None,
     prompt_lookup: bool | None,
 ) -> tuple[Tree | None, Costs | None, bool | None]:
-    """Tree, costs and prompt lookup from a device's tuning, if there is one. Values that the caller gave come first."""
+    """Tree, costs and prompt lookup from a device's tuning, if there is one. Values that the caller gave come first.
+
+    The costs are corrected while decoding: the machine may be busier than when it was tuned, or less busy.
+    """
     if found is None:
         return tree, LearnedCosts(), prompt_lookup
     prompt_lookup = found.prompt_lookup if prompt_lookup is None else prompt_lookup
     if tree is not None:
-        return tree, found.costs, prompt_lookup
+        return tree, CorrectedCosts(found.costs), prompt_lookup
     lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
-    return *found.choice(max_batch_size, lookup_nodes), prompt_lookup
+    tree, table = found.choice(max_batch_size, lookup_nodes)
+    return tree, None if table is None else CorrectedCosts(table), prompt_lookup

@@ -23,6 +23,7 @@ from medusa_runtime.backends.gpu import ort_cuda
 from medusa_runtime.backends.gpu.devices import find_gpus
 from medusa_runtime.drafting.tuning import Tuning
 from tests.support.cli import fails
+from tests.support.clock import TuningClock
 from tests.support.engines import stand_in_engine
 from tests.support.stand_in_cuda import StandInDriver
 from tests.support.stand_in_ort_cuda import StandInOrt
@@ -170,7 +171,8 @@ def test_what_keeps_engines_from_being_opened_is_no_verdict(engines: Path, make_
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) -> None:
+def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TuningClock().install(monkeypatch)
     bundle = Path(shutil.copytree(make_bundle(), tmp_path / "bundle"))
     small = ("--quick", "--max-nodes", 4, "--max-new-tokens", 8)
     told = done("tune", bundle, *small, "--device", "cuda")
@@ -191,8 +193,11 @@ def test_a_gpu_is_tuned_under_its_own_name(make_bundle: Make, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_an_engine_of_one_sequence_is_tuned_within_its_limits(make_bundle: Make, tmp_path: Path) -> None:
+def test_an_engine_of_one_sequence_is_tuned_within_its_limits(
+    make_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Default batch sizes, also those of --quick, are cut to the bundle's limit; larger given ones are refused."""
+    TuningClock().install(monkeypatch)
     engine = stand_in_engine(make_bundle(), tmp_path / "engine", max_batch_size=1)
     done("tune", engine, "--quick", "--max-new-tokens", 8)
     found = Tuning.load(engine)

@@ -29,6 +29,7 @@ from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import Shape, StepBuffers, Work
 from medusa_runtime.bundle.manifest import STEP, Manifest
 from medusa_runtime.drafting.measuring import measure_grid
+from medusa_runtime.drafting.rounds import Rounds
 from medusa_runtime.errors import BackendError, BundleError, CapacityError, ClosedError, MissingExtraError
 from tests.support.engines import stand_in_engine
 from tests.support.models import save_random_heads
@@ -325,9 +326,9 @@ def test_costs_are_measured_on_warm_steps(engine: Callable[..., Path], tensorrt:
 
     backend.step = noted
     widths = (1, 4, 8)
-    costs, heads = measure_grid(backend, (1, 2), widths, (96, 160), rounds=3)
-    assert np.shape(costs) == (2, 2, 3)
-    assert len(heads) == 2
+    found = measure_grid(backend, (1, 2), widths, (96, 160), rounds=Rounds(3))
+    assert np.shape(found.step_seconds) == (2, 2, 3)
+    assert len(found.head_seconds) == 2
     shapes = 2 * len(widths)
     steps = sum(timed)
     assert steps >= 2 * shapes * 3  # of each point in each round at least one

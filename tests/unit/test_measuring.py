@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from medusa_runtime.drafting import measuring
+from medusa_runtime.drafting.rounds import Rounds, low, noise
 from tests.support.fake_backend import FakeBackend, fake_manifest
 
 
@@ -39,7 +40,7 @@ class Slow(FakeBackend):
 def measure(monkeypatch: pytest.MonkeyPatch):
     def run(backend: Slow, **settings):
         monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: backend.now))
-        given = {"batch_sizes": [1, 4], "widths": [1, 2, 4, 8, 16], "capacities": [64, 192], "rounds": 3} | settings
+        given = {"batch_sizes": [1, 4], "widths": [1, 2, 4, 8, 16], "capacities": [64, 192], "rounds": Rounds(3)} | settings
         return measuring.measure_grid(backend, **given)
 
     return run
@@ -47,11 +48,12 @@ def measure(monkeypatch: pytest.MonkeyPatch):
 
 def test_each_point_has_its_own_seconds(measure) -> None:
     backend, told = Slow(0.01), []
-    steps, heads = measure(backend, tell=told.append)
+    found = measure(backend, tell=told.append)
     expected = [[[1 + 0.01 * batch * width for width in (1, 2, 4, 8, 16)] for batch in (1, 4)]] * 2
-    np.testing.assert_allclose(steps, expected)
-    assert heads == pytest.approx([0.25, 1.0])
-    assert told == [1, 2, 3, 4]
+    np.testing.assert_allclose(found.step_seconds, expected)
+    assert found.head_seconds == pytest.approx([0.25, 1.0])
+    assert (found.rounds, found.noise) == (3, pytest.approx(0.0, abs=1e-9))
+    assert told == [1, 2, 3, 4] * 2  # one sequence, then several
 
 
 def test_the_cache_is_full_of_real_entries_but_for_the_widest_step(measure) -> None:
@@ -67,8 +69,8 @@ def test_the_cache_is_full_of_real_entries_but_for_the_widest_step(measure) -> N
 def test_what_can_never_pay_is_not_measured_but_goes_on_as_steeply(measure) -> None:
     """Three heads give four tokens at most."""
     backend = Slow(1.0)
-    steps, _ = measure(backend, capacities=[64])
-    np.testing.assert_allclose(steps[0], [[2.0, 3.0, 5.0, 9.0, 17.0], [5.0, 9.0, 17.0, 33.0, 65.0]])
+    found = measure(backend, capacities=[64])
+    np.testing.assert_allclose(found.step_seconds[0], [[2.0, 3.0, 5.0, 9.0, 17.0], [5.0, 9.0, 17.0, 33.0, 65.0]])
     assert backend.steps.count((1, 16)) == 2 + 3  # 17 seconds where one node takes 2 is the first that is too dear: asked twice
     assert backend.steps.count((4, 8)) == 2 + 3
     assert (4, 16) not in backend.steps
@@ -81,7 +83,49 @@ def test_a_stall_in_the_first_round_hides_no_width(measure) -> None:
 
 
 def test_a_stall_changes_nothing(measure) -> None:
-    quiet, _ = measure(Slow(0.01))
+    quiet = measure(Slow(0.01)).step_seconds
     for stall in (5, 20, 41, 60):
-        stalled, _ = measure(Slow(0.01, frozenset({stall})))
+        stalled = measure(Slow(0.01, frozenset({stall}))).step_seconds
         np.testing.assert_allclose(stalled, quiet)
+
+
+class Busy(Slow):
+    """While another program is busy, from one second to another, a step takes longer by a factor that depends on the step."""
+
+    def __init__(self, busy_until: float) -> None:
+        super().__init__(0.01)
+        self.busy_until = busy_until
+
+    def step(self, input_ids, *args, **kwargs):
+        before = self.now
+        result = super().step(input_ids, *args, **kwargs)
+        if before < self.busy_until:
+            self.now += (self.now - before) * (1.0 + 0.5 * (len(self.steps) % 3))
+        return result
+
+
+def test_a_busy_machine_is_measured_until_half_of_the_rounds_were_quiet(measure) -> None:
+    """Other programs run until second 500: for the first rounds of one sequence. Then all is quiet."""
+    quiet, busy = measure(Slow(0.01)), measure(Busy(500.0), rounds=Rounds(3, 0.05, 10_000.0))
+    np.testing.assert_allclose(busy.step_seconds, quiet.step_seconds, rtol=0.01)
+    assert busy.noise <= 0.05
+
+
+def test_a_machine_that_stays_busy_is_given_up_after_the_time_limit(measure) -> None:
+    backend, told = Busy(1e9), []
+    found = measure(backend, rounds=Rounds(3, 0.05, 1000.0), tell=told.append)
+    assert found.noise > 0.2
+    assert found.rounds > 3
+    assert backend.now < 2000.0
+    few = measure(Busy(1e9), rounds=Rounds(3, 0.05, 0.0))  # without time for more, there are the least rounds
+    assert few.rounds == 3
+    assert few.noise > 0.05
+    assert told.index(1, 1) > 4  # the first group took no more than its half of the time, and more rounds than it had to
+
+
+def test_the_timing_that_counts_is_one_that_a_quarter_of_the_rounds_reach() -> None:
+    table = [[1.0, 20.0], [9.0, 10.0], [8.0, 30.0], [1.0, 40.0], [7.0, 10.0]]
+    assert low(table).tolist() == [1.0, 10.0]
+    assert noise([table]) == pytest.approx(((7.0 / 1.0 - 1) + (20.0 / 10.0 - 1)) / 2)
+    assert noise([[[2.0, 2.0]], [[3.0], [3.0]]]) == 0.0
+    assert float(low([5.0, 1.0, 3.0])) == 2.0

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medusa_export.bundle.kinds import is_bundle
-from medusa_export.measure.tune.run_tune import keep
+from medusa_export.measure.tune.keep import keep
 from medusa_runtime import BundleError, CandidateTree, DynamicTree, Manifest, StepCosts
 from medusa_runtime.bundle.cpu import cpu_name, device_key
 from medusa_runtime.bundle.manifest import FileFacts, Provenance

@@ -15,12 +15,13 @@ from medusa_runtime.arrays import FloatArray
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import Limits
+from medusa_runtime.drafting.coefficients import Coefficients
 from medusa_runtime.drafting.measuring import measure_grid
+from medusa_runtime.drafting.rounds import Rounds
 from medusa_runtime.errors import BundleError
 
 ROUNDS = 3
 MOVE = 0.1  # how far a moving average goes to a new value
-COST_DECAY = 0.998  # the weight of earlier evidence after one more step; forgotten evidence returns the variance to the prior
 COST_PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2  # variances of the three coefficients of `LearnedCosts`
 
 
@@ -94,7 +95,8 @@ class StepCosts:
         """
         batch_sizes, widths = _grid(max_batch_size), _grid(fitting_nodes(backend.manifest.limits, max_nodes))
         fitting = fitting_capacities(backend.manifest.limits, capacities, widths[-1])
-        return cls(batch_sizes, widths, fitting, *measure_grid(backend, batch_sizes, widths, fitting, rounds=ROUNDS))
+        grid = measure_grid(backend, batch_sizes, widths, fitting, rounds=Rounds(ROUNDS))
+        return cls(batch_sizes, widths, fitting, grid.step_seconds, grid.head_seconds)
 
     @classmethod
     def load(cls, path: str | Path) -> StepCosts:
@@ -135,6 +137,10 @@ class StepCosts:
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
         """See `Costs.steps`. The host's work is included if it was measured."""
+        return np.asarray(self.backend_steps(batch, capacity, max_width) + self.host(batch), np.float32)
+
+    def backend_steps(self, batch: int, capacity: int, max_width: int) -> npt.NDArray[np.float64]:
+        """See `Costs.steps`, without the host's work. [max_width]"""
         table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
         by_batch = _along(table, self.capacities, capacity)
         by_width = _along(by_batch, self.batch_sizes, batch)
@@ -143,9 +149,11 @@ class StepCosts:
         if len(self.widths) > 1:  # beyond the grid, with the slope at its end
             slope = (by_width[-1] - by_width[-2]) / (self.widths[-1] - self.widths[-2])
             inside += np.maximum(widths - self.widths[-1], 0) * slope
-        if self.host_seconds:
-            inside = inside + _along(np.array(self.host_seconds), self.batch_sizes, batch)
-        return np.asarray(inside, np.float32)
+        return inside
+
+    def host(self, batch: int) -> float:
+        """Seconds of the host's work in a step; 0 if it was not measured."""
+        return float(_along(np.array(self.host_seconds), self.batch_sizes, batch)) if self.host_seconds else 0.0
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`."""
@@ -168,10 +176,8 @@ class LearnedCosts:
 
     def __init__(self) -> None:
         self._unit = 0.0  # seconds of a step of one token, by the first step seen; the coefficients are relative to it
-        self._mean = np.array([1.0, 0.05, 0.02])
-        self._covariance = COST_PRIOR
+        self._coefficients = Coefficients(np.array([1.0, 0.05, 0.02]), COST_PRIOR)
         self._head_seconds: dict[int, float] = {}  # by batch size
-        self._num_steps = 0
 
     @property
     def is_warm(self) -> bool:
@@ -182,7 +188,7 @@ class LearnedCosts:
         """See `Costs.steps`."""
         tokens = batch * np.arange(1, max_width + 1)
         features = np.stack([np.ones(max_width), tokens, tokens * capacity / 1000], axis=1)  # [max_width, 3]
-        costs = features @ np.maximum(self._mean, [0.05, 0.0, 0.0])
+        costs = features @ np.maximum(self._coefficients.mean, [0.05, 0.0, 0.0])
         return np.asarray((self._unit or 1.0) * costs, np.float32)
 
     def heads(self, batch: int) -> float:
@@ -194,17 +200,12 @@ class LearnedCosts:
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
         """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
-        self._num_steps += 1
-        if self._num_steps > 100 and self._num_steps % 4:
+        if not self._coefficients.wants():
             return
         features = np.array([1.0, batch * width, batch * width * capacity / 1000])
         if not self._unit:
-            self._unit = seconds / float(features @ self._mean)
-        surprise = seconds / self._unit - float(features @ self._mean)
-        spread = self._covariance @ features
-        gain = spread / (float(features @ spread) + (0.1 * float(features @ self._mean)) ** 2)
-        self._mean = self._mean + gain * np.clip(surprise, -1.0, 1.0)  # a stall of the machine counts for little
-        self._covariance = COST_DECAY * (self._covariance - np.outer(gain, spread)) + (1 - COST_DECAY) * COST_PRIOR
+            self._unit = seconds / float(features @ self._coefficients.mean)
+        self._coefficients.learn(features, seconds / self._unit)
 
     def observe_heads(self, batch: int, seconds: float) -> None:
         """See `Costs.observe_heads`."""

@@ -8,15 +8,33 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median
 
 import numpy as np
 
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
+from medusa_runtime.drafting.rounds import Rounds, low, noise
 
 CHUNK = 128  # tokens a step while the cache is filled
 MARGIN = 1.5  # skip widths that cost MARGIN times what they could ever save
+
+
+@dataclass(frozen=True)
+class MeasuredGrid:
+    """The seconds of steps and heads, and how they were measured.
+
+    Args:
+        step_seconds: nested lists. [capacities, batch_sizes, widths]
+        head_seconds: of one evaluation of the heads. [batch_sizes]
+        noise: how much longer the median step took than the seconds given here; see `rounds.noise`.
+        rounds: how often each step was timed, at least.
+    """
+
+    step_seconds: list[list[list[float]]]
+    head_seconds: list[float]
+    noise: float
+    rounds: int
 
 
 def measure_grid(
@@ -25,10 +43,12 @@ def measure_grid(
     widths: Sequence[int],
     capacities: Sequence[int],
     *,
-    rounds: int,
+    rounds: Rounds,
     tell: Callable[[int], None] = lambda _: None,
-) -> tuple[list[list[list[float]]], list[float]]:
-    """Seconds of steps and of the heads: medians over rounds, after one that does not count. The cache's entries are lost.
+) -> MeasuredGrid:
+    """Measure the seconds of steps and of the heads. The cache's entries are lost.
+
+    There is a first round that does not count. Of the others, the low quantile counts: what a quarter of the rounds reach.
 
     Of a cache of S entries, all are in use but the last ones, which the widest step needs. So backends whose time depends on
     the entries in use and those whose time depends on the allocated entries are both measured at about S.
@@ -41,11 +61,8 @@ def measure_grid(
         batch_sizes: B, ascending.
         widths: T, ascending.
         capacities: S, ascending, each at least the largest width.
-        rounds: measurements of each point.
-        tell: called with the number of rounds that are done, the first one included.
-
-    Returns:
-        Seconds of a step, [capacities, batch_sizes, widths], and of the heads, [batch_sizes].
+        rounds: how often each point is measured. The time limit is for the whole grid.
+        tell: called with the number of rounds that are done, the first one included; for one sequence, then for several.
 
     Raises:
         CapacityError: there is no memory for the cache.
@@ -53,16 +70,32 @@ def measure_grid(
     apart = int(batch_sizes[0] == 1)  # there may be a graph of its own for one sequence
     step_seconds: list[list[list[float]]] = [[] for _ in capacities]
     head_seconds: list[float] = []
+    noises, counts = [], []
     groups = [group for group in (batch_sizes[:apart], batch_sizes[apart:]) if group]
+    each = replace(rounds, max_seconds=rounds.max_seconds / len(groups))
     for group in groups:
-        is_last = group is groups[-1]
-        steps, heads = _measure(backend, group, widths, capacities, rounds=rounds, tell=tell if is_last else lambda _: None)
+        found = _measure(backend, group, widths, capacities, each, tell)
         for place, capacity in enumerate(capacities):
-            rows = [np.median(steps[capacity, batch], axis=0).tolist() for batch in group]
-            step_seconds[place] += [_extended(row, widths) for row in rows]
-        head_seconds += [median(heads[batch]) for batch in group]
+            step_seconds[place] += [_extended(low(found.steps[capacity, batch]).tolist(), widths) for batch in group]
+        head_seconds += [float(low(found.heads[batch])) for batch in group]
+        noises.append(found.noise)
+        counts.append(found.num_rounds)
     backend.resize(1, capacities[0])  # so that the graph for one sequence is open again
-    return step_seconds, head_seconds
+    return MeasuredGrid(step_seconds, head_seconds, max(noises), min(counts))
+
+
+@dataclass
+class _Timings:
+    """Seconds of steps by capacity and batch, with one row of widths per round; and of the heads by batch, one per round."""
+
+    steps: dict[tuple[int, int], list[list[float]]] = field(default_factory=lambda: defaultdict(list))
+    heads: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    num_rounds: int = 0
+
+    @property
+    def noise(self) -> float:
+        """See `rounds.noise`."""
+        return noise(list(self.steps.values()))
 
 
 def _measure(
@@ -70,16 +103,14 @@ def _measure(
     batch_sizes: Sequence[int],
     widths: Sequence[int],
     capacities: Sequence[int],
-    *,
-    rounds: int,
+    rounds: Rounds,
     tell: Callable[[int], None],
-) -> tuple[dict[tuple[int, int], list[list[float]]], dict[int, list[float]]]:
-    """Seconds of steps by capacity and batch, with one row of widths per round; and of the heads by batch, one per round."""
+) -> _Timings:
+    """Time steps and heads in rounds, until these are enough or the time is over."""
     useful: dict[tuple[int, int], Sequence[int]] = {}  # by capacity and batch: widths that are measured
-    steps: dict[tuple[int, int], list[list[float]]] = defaultdict(list)
-    heads: dict[int, list[float]] = defaultdict(list)
-    num_filled = 0
-    for number in range(rounds + 1):
+    timings = _Timings()
+    num_filled, number, started, is_late = 0, 0, time.perf_counter(), False
+    while number <= rounds.least or not (is_late or timings.noise <= rounds.max_noise):
         for capacity in capacities:
             num_filled = _fill(backend, batch_sizes[-1], capacity, capacity - widths[-1], num_filled)
             for batch in batch_sizes:
@@ -88,11 +119,14 @@ def _measure(
                     useful[point] = _useful(backend, batch, widths, num_filled)
                     continue
                 _step(backend, batch, 1, num_filled)()  # the first step after a change of batch takes longer
-                steps[point].append([_seconds(_step(backend, batch, width, num_filled)) for width in useful[point]])
+                timings.steps[point].append([_seconds(_step(backend, batch, width, num_filled)) for width in useful[point]])
                 first = np.zeros(batch, np.int64)
-                heads[batch].append(_seconds(partial(backend.propose, first, first)))
-        tell(number + 1)
-    return steps, heads
+                timings.heads[batch].append(_seconds(partial(backend.propose, first, first)))
+        number += 1
+        tell(number)
+        is_late = time.perf_counter() - started >= rounds.max_seconds
+    timings.num_rounds = number - 1
+    return timings
 
 
 def _useful(backend: Backend, batch: int, widths: Sequence[int], length: int) -> Sequence[int]:

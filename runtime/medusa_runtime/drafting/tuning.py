@@ -39,14 +39,22 @@ class Check(_Model):
 
     prompts: int
     steps: int
+    rounds: int = Field(1, ge=1, description="how often the prompts were decoded: more than once if that was too slow")
     predicted_tokens_per_second: float
     measured_tokens_per_second: float
     plain_predicted_tokens_per_second: float
     plain_measured_tokens_per_second: float
+    same_prompts: bool = Field(True, description="whether the prediction is for these prompts, and not for an evaluation's")
 
     @property
     def error(self) -> float:
-        """How far the measurement is from the prediction, as a fraction of the prediction."""
+        """How far the measurement is from the prediction, as a fraction of the prediction.
+
+        If the prediction is for other prompts, other drafts are accepted, which says nothing about the costs. Then it is the
+        error of plain decoding.
+        """
+        if not self.same_prompts:
+            return self.plain_measured_tokens_per_second / self.plain_predicted_tokens_per_second - 1
         return self.measured_tokens_per_second / self.predicted_tokens_per_second - 1
 
 
@@ -78,6 +86,15 @@ class LookupCheck(_Model):
     ratio: float = Field(description="of the two speeds: the median over prompts, or over groups of one batch size")
 
 
+class Measurement(_Model):
+    """How well the costs of steps could be measured. Other programs on the machine make steps slower, some more than others."""
+
+    rounds: int = Field(ge=1, description="how often each step was timed")
+    noise: float = Field(ge=0, description="how much longer the median step took than the costs say, as a fraction")
+    other_cores: float | None = Field(None, ge=0, description="cores that other programs used meanwhile; omitted: unknown")
+    is_quiet: bool = Field(description="whether noise and other programs were below the limits that tuning had")
+
+
 class DeviceTuning(_Model):
     """The measurements on one device."""
 
@@ -86,6 +103,7 @@ class DeviceTuning(_Model):
     threads: int = Field(description="of a CPU backend; 0 for a GPU")
     cores: int
     provenance: Provenance
+    measurement: Measurement | None = Field(None, description="of the costs; omitted: by a version that did not record it")
     costs: StepCosts
     acceptance_from: str = Field(description="the source of the acceptance rates")
     accuracy: list[list[float]] = Field(description="[K][M]: how often the token of rank r of head k is right")

@@ -12,6 +12,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.drafting.costs import StepCosts
+from medusa_runtime.drafting.rounds import low
 from medusa_runtime.drafting.tree import DynamicTree
 from medusa_runtime.drafting.tuning import LookupCheck
 from medusa_runtime.options import DecodingOptions
@@ -128,7 +129,7 @@ def with_host_seconds(backend: Backend, costs: StepCosts, prompts: Sequence[Sequ
         engine = DecodingEngine(backend, tree, max_batch_size=batch, reuse_prefixes=False)
         options = DecodingOptions(max_new_tokens=HOST_TOKENS, ignore_eos=True)
         steps = full_steps(engine, cycled(prompts, batch), options, HOST_STEPS)
-        measured.append(median(step.seconds - step.engine_seconds for step in steps) if steps else 0.0)
+        measured.append(float(low([step.seconds - step.engine_seconds for step in steps])) if steps else 0.0)
     slope = (measured[1] - measured[0]) / max(1, ends[1] - ends[0])
     return dataclasses.replace(
         costs, host_seconds=[max(0.0, measured[0] + slope * (batch - ends[0])) for batch in costs.batch_sizes]

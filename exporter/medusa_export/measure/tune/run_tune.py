@@ -8,37 +8,40 @@ from pathlib import Path
 
 from medusa_export.bundle.writable import require_writable
 from medusa_export.measure.prompt_files import PROMPTS, read_prompts
-from medusa_export.measure.tune.decode import TimedStep, cycled, full_steps, in_turn, lookup_check, rate, with_host_seconds
+from medusa_export.measure.tune.check import TOLERANCE, Checker, Prompts
+from medusa_export.measure.tune.decode import in_turn, lookup_check, with_host_seconds
+from medusa_export.measure.tune.keep import holds, keep
+from medusa_export.measure.tune.others import OtherPrograms
 from medusa_export.measure.tune.record import record
 from medusa_export.measure.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
 from medusa_export.placement import place
-from medusa_export.progress import count_stage, note, stage
+from medusa_export.progress import count_stage, stage
 from medusa_export.provenance import provenance
 from medusa_heads.errors import CheckpointError
 from medusa_heads.replay import Evaluation
 from medusa_runtime.backends.base import Backend
-from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.backends.choosing import Placement, open_backend
 from medusa_runtime.bundle.cpu import cpu_name, device_key, num_cores
 from medusa_runtime.bundle.manifest import TUNING_NAME, Limits, Manifest
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
+from medusa_runtime.drafting.corrected import CorrectedCosts
 from medusa_runtime.drafting.costs import StepCosts, fitting_capacities, fitting_nodes
 from medusa_runtime.drafting.measuring import measure_grid
 from medusa_runtime.drafting.ngrams import NGrams
-from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.drafting.tuning import Check, DeviceTuning, LookupCheck, TunedBatch, Tuning
+from medusa_runtime.drafting.rounds import Rounds
+from medusa_runtime.drafting.tuning import DeviceTuning, LookupCheck, Measurement, TunedBatch
 from medusa_runtime.errors import BundleError, CapacityError, OptionError
 from medusa_runtime.options import DecodingOptions
+from medusa_runtime.text.codec import Prompt
 from medusa_runtime.text.token_ids import open_codec
 
 BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
-TOLERANCE = 0.15  # largest relative error of a prediction
-CHECKED = 3  # fewest prompts that a check decodes
 LOOKED_UP = 8  # groups of prompts that are decoded with and without prompt lookup
 LOOKUP_PAYS = 1.02  # least speed-up at which prompt lookup is used
 RECORDED_TOGETHER = 8  # answers that are recorded in one batch
 SPARE = 16  # cache entries for drafts, in addition to prompt and answer
+FREE = 0.1  # largest part of the cores that other programs use on a quiet machine
 EVALUATION_NAME = "evaluation.json"  # in the heads' directory
-Prompts = Sequence[Sequence[int]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class TuneOptions:
     lengths: tuple[int, ...] = ()
     max_new_tokens: int = 64
     rounds: int = 5
+    max_noise: float = 0.05
+    max_seconds: float = 60.0
     backend: str = "auto"
     device: str = "auto"
     threads: int = 0
@@ -64,6 +69,8 @@ class TuneOptions:
 
 def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. This takes a minute or two.
+
+    Nothing is written if a check was off: an earlier tuning stays.
 
     Returns the device's name in `tuning.json`, and its tuning.
 
@@ -80,23 +87,9 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     batch_sizes = _batch_sizes(options, manifest.limits)
     max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
     placement = place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
-    with stage("open the bundle"):
-        manifest.require_intact(options.bundle)
-        backend = open_backend(
-            options.bundle,
-            manifest,
-            placement.backend,
-            device=placement.device,
-            num_threads=options.threads,
-            cuda_graphs=options.cuda_graphs,
-            allow_engine_code=options.allow_engine_code,
-        )
-    new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
-    codec = open_codec(options.bundle, manifest)
-    prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
-    run = _Run(backend, prompts, new_tokens, options.rounds, NGrams.of_bundle(options.bundle, manifest))
+    run = _open(options, manifest, placement, texts)
 
-    costs = run.costs(batch_sizes, max_nodes, options.lengths or LENGTHS)
+    costs, measurement = run.costs(batch_sizes, max_nodes, options.lengths or LENGTHS)
     acceptance: RecordedAcceptance | EvaluatedAcceptance
     if evaluation is not None:
         acceptance = EvaluatedAcceptance(evaluation, manifest.heads.top_k, max_nodes)
@@ -104,49 +97,29 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     else:
         acceptance = run.acceptance(max_nodes)
         rows = len(acceptance.record.ranks)
-        source = f"{options.prompts.name if options.prompts else 'built-in prompts'} ({len(prompts)} answers, {rows} tokens)"
-    batches = []
-    with count_stage("check by decoding", len(batch_sizes), "batches") as tell:
-        for number, batch_size in enumerate(batch_sizes, start=1):
-            run.capacity(batch_size)
-            batches.append(run.tuned(Place(costs, batch_size, run.entries(batch_size)), acceptance))
-            tell(number, number - 1, 1)
+        source = f"{options.prompts.name if options.prompts else 'built-in prompts'} ({len(texts)} answers, {rows} tokens)"
     found = DeviceTuning(
         backend=placement.backend,
         processor=placement.processor or cpu_name(),
         threads=0 if placement.processor else options.threads or num_cores(),
         cores=num_cores(),
         provenance=provenance(),
+        measurement=measurement,
         costs=costs,
         acceptance_from=source,
         accuracy=acceptance.accuracy[:, : manifest.heads.top_k].tolist(),
         capacity=run.entries(1),
-        batches=batches,
+        batches=run.batches(costs, acceptance),
     )
     lookup = run.lookup(found)
-    backend.save()
-    backend.close()
+    run.backend.save()
+    run.backend.close()
     pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
     found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
     device = device_key(placement.backend, num_threads=options.threads, processor=placement.processor)
-    keep(options.bundle, manifest, device, found)
+    if holds(found):
+        keep(options.bundle, manifest, device, found)
     return device, found
-
-
-def keep(bundle: Path, manifest: Manifest, device: str, found: DeviceTuning) -> None:
-    """Add a device to a bundle's tuning. Other devices' entries are kept, unless they are damaged or the bundle has changed."""
-    digest = manifest.content_digest()
-    devices: dict[str, DeviceTuning] = {}
-    try:
-        before = Tuning.load(bundle)
-    except BundleError as error:
-        note(f"{error}; it is replaced")
-    else:
-        if before is not None and before.bundle == digest:
-            devices = before.devices
-        elif before is not None:
-            note("the existing tuning belongs to other files; it is replaced")
-    Tuning(bundle=digest, devices=devices | {device: found}).save(bundle)
 
 
 @dataclass(frozen=True)
@@ -156,21 +129,25 @@ class _Run:
     backend: Backend
     prompts: Prompts
     new_tokens: int
-    rounds: int
+    rounds: Rounds
     ngrams: NGrams | None
 
-    def costs(self, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]) -> StepCosts:
-        """The time of steps, including the host's share."""
+    def costs(self, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]) -> tuple[StepCosts, Measurement]:
+        """The time of steps, including the host's share, and how well it could be measured."""
         widths = [1 << power for power in range(max_nodes.bit_length()) if 1 << power < max_nodes] + [max_nodes]
         capacities = fitting_capacities(self.backend.manifest.limits, [length + max_nodes for length in lengths], max_nodes)
-        with count_stage("step costs", self.rounds + 1, "rounds") as tell:
-            table = measure_grid(
-                self.backend, batch_sizes, widths, capacities, rounds=self.rounds, tell=lambda done: tell(done, 0, done)
+        others = OtherPrograms()
+        with stage("step costs") as tell:
+            grid = measure_grid(
+                self.backend, batch_sizes, widths, capacities, rounds=self.rounds, tell=lambda done: tell(f"{done} rounds")
             )
-        costs = StepCosts(list(batch_sizes), widths, capacities, *table)
+        costs = StepCosts(list(batch_sizes), widths, capacities, grid.step_seconds, grid.head_seconds)
+        other_cores = others.cores()
+        is_quiet = grid.noise <= self.rounds.max_noise and (other_cores or 0.0) <= FREE * num_cores()
+        measurement = Measurement(rounds=grid.rounds, noise=grid.noise, other_cores=other_cores, is_quiet=is_quiet)
         with stage("the host's share of a step"):
             self.backend.resize(batch_sizes[-1], self.capacity(1))
-            return with_host_seconds(self.backend, costs, self.prompts)
+            return with_host_seconds(self.backend, costs, self.prompts), measurement
 
     def acceptance(self, max_nodes: int) -> RecordedAcceptance:
         """Which drafts would have been accepted in the prompts' greedy answers."""
@@ -200,46 +177,16 @@ class _Run:
         longest = [max(len(prompt) for prompt in group) for group in groups]
         return round(sum(longest) / len(longest) + self.new_tokens / 2)
 
-    def tuned(self, place: Place, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> TunedBatch:
-        """The best trees for a batch size. The better one is checked by decoding."""
-        plain, static, dynamic = place.whole(1, 1.0), acceptance.static(place), acceptance.dynamic(place)
-        best = best_kind(plain, static, dynamic)
-        found = TunedBatch(batch_size=place.batch_size, best=best, plain=plain, static=static, dynamic=dynamic)
-        check = self._check(place, found, acceptance)
-        return found.model_copy(update={"check": check, "as_predicted": check and abs(check.error) <= TOLERANCE})
-
-    def _check(self, place: Place, found: TunedBatch, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> Check | None:
-        """Decode some prompts in turn without Medusa and with the best tree. None if their answers are too short."""
-        batch, count = place.batch_size, -(-CHECKED // place.batch_size) * place.batch_size
-        answers = cycled(range(len(self.prompts)), count)
-        best = {"plain": found.plain, "static": found.static, "dynamic": found.dynamic}[found.best]
-        tree = CandidateTree.from_json(found.static.tree) if found.best == "static" else None
-        if isinstance(acceptance, RecordedAcceptance) and found.best != "plain":
-            best = acceptance.replayed(place, tree or best.nodes, answers)
-        engine = DecodingEngine(
-            self.backend, DynamicTree(found.dynamic.nodes), max_batch_size=batch, costs=place.costs, reuse_prefixes=False
-        )
-        plain = DecodingOptions(max_new_tokens=self.new_tokens, medusa=False)
-        ways = {"plain": plain}
-        if found.best != "plain":
-            ways[found.best] = DecodingOptions(max_new_tokens=self.new_tokens, tree=tree)
-        # warm up: the first run may include preparation
-        full_steps(engine, [self.prompts[answer] for answer in answers[:batch]], plain, 1)
-        steps: dict[str, list[TimedStep]] = {way: [] for way in ways}
-        for start in range(0, count, batch):
-            group = [self.prompts[answer] for answer in answers[start : start + batch]]
-            for way, decoding in ways.items():
-                steps[way] += full_steps(engine, group, decoding)
-        if not all(steps.values()):
-            return None
-        return Check(
-            prompts=count,
-            steps=len(steps[found.best]),
-            predicted_tokens_per_second=best.tokens_per_second,
-            measured_tokens_per_second=rate(steps[found.best]),
-            plain_predicted_tokens_per_second=found.plain.tokens_per_second,
-            plain_measured_tokens_per_second=rate(steps["plain"]),
-        )
+    def batches(self, costs: StepCosts, acceptance: RecordedAcceptance | EvaluatedAcceptance) -> list[TunedBatch]:
+        """The best trees for each batch size of the costs."""
+        sizes, found = costs.batch_sizes, []
+        checker = Checker(self.backend, self.prompts, self.new_tokens, self.rounds.max_seconds / len(sizes))
+        with count_stage("check by decoding", len(sizes), "batches") as tell:
+            for number, batch_size in enumerate(sizes, start=1):
+                self.capacity(batch_size)
+                found.append(_tuned(Place(costs, batch_size, self.entries(batch_size)), acceptance, checker))
+                tell(number, number - 1, 1)
+        return found
 
     def lookup(self, found: DeviceTuning) -> LookupCheck | None:
         """Decode some prompts in turn with and without prompt lookup, one at a time, with the engine of an opened tuned bundle.
@@ -264,11 +211,40 @@ class _Run:
             self.backend,
             tree,
             max_batch_size=batch,
-            costs=costs,
+            costs=costs and CorrectedCosts(costs),
             reuse_prefixes=False,
             prompt_lookup=lookup_nodes > 0,
             ngrams=self.ngrams,
         )
+
+
+def _open(options: TuneOptions, manifest: Manifest, placement: Placement, texts: Sequence[Prompt]) -> _Run:
+    """Open the bundle's backend and encode the prompts."""
+    with stage("open the bundle"):
+        manifest.require_intact(options.bundle)
+        backend = open_backend(
+            options.bundle,
+            manifest,
+            placement.backend,
+            device=placement.device,
+            num_threads=options.threads,
+            cuda_graphs=options.cuda_graphs,
+            allow_engine_code=options.allow_engine_code,
+        )
+    new_tokens = min(options.max_new_tokens, manifest.limits.max_seq_len // 2)
+    codec = open_codec(options.bundle, manifest)
+    prompts = [codec.encode(text)[: manifest.limits.max_seq_len - new_tokens] for text in texts]
+    rounds = Rounds(options.rounds, options.max_noise, options.max_seconds)
+    return _Run(backend, prompts, new_tokens, rounds, NGrams.of_bundle(options.bundle, manifest))
+
+
+def _tuned(place: Place, acceptance: RecordedAcceptance | EvaluatedAcceptance, checker: Checker) -> TunedBatch:
+    """The best trees for a batch size. The better one is checked by decoding."""
+    plain, static, dynamic = place.whole(1, 1.0), acceptance.static(place), acceptance.dynamic(place)
+    best = best_kind(plain, static, dynamic)
+    found = TunedBatch(batch_size=place.batch_size, best=best, plain=plain, static=static, dynamic=dynamic)
+    check = checker.check(place, found, acceptance)
+    return found.model_copy(update={"check": check, "as_predicted": check and abs(check.error) <= TOLERANCE})
 
 
 def _checked(bundle: Path) -> Manifest:

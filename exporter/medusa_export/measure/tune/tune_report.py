@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.measure.tune.run_tune import TOLERANCE
-from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch
+from medusa_export.measure.tune.check import TOLERANCE
+from medusa_runtime.drafting.tuning import DeviceTuning, Measurement, TunedBatch
 
 
 def show(device: str, found: DeviceTuning, console: Console) -> None:
-    """Print trees and predictions as a table, then one line for each check, and one for prompt lookup."""
+    """Print trees and predictions as a table, then one line for the machine, one for each check, and one for prompt lookup."""
     console.print(f"{device}; acceptance from {found.acceptance_from}", markup=False, soft_wrap=True)
     table = Table("batch", "tree", "nodes", "tokens/step", "ms", "tokens/s", "plain", "ratio", title="predicted")
     for batch in found.batches:
@@ -31,9 +31,21 @@ def show(device: str, found: DeviceTuning, console: Console) -> None:
         "*: best for its batch size; nodes in brackets: average verified; ms: time of a step; plain: tokens/s without Medusa",
         soft_wrap=True,
     )
+    if found.measurement is not None:
+        console.print(machine(found.measurement), markup=False, soft_wrap=True)
     for batch in found.batches:
         console.print(checked(batch), markup=False, soft_wrap=True)
     console.print(looked_up(found), markup=False, soft_wrap=True)
+
+
+def machine(measurement: Measurement) -> str:
+    """How noisy the machine was, in one line."""
+    took = f"steps took {measurement.noise:.0%} longer in the median than in the fastest quarter of {measurement.rounds} rounds"
+    if measurement.other_cores is not None:
+        took += f"; other programs used {measurement.other_cores:.1f} cores"
+    if measurement.is_quiet:
+        return f"machine: quiet; {took}"
+    return f"machine: BUSY; {took}. Trees are better if nothing else runs on the machine during tuning"
 
 
 def checked(batch: TunedBatch) -> str:
@@ -42,12 +54,17 @@ def checked(batch: TunedBatch) -> str:
     if check is None:
         return f"{name}: NOT CHECKED, since the answers are too short to fill the batch; give prompts with longer answers"
     measured, plain = check.measured_tokens_per_second, check.plain_measured_tokens_per_second
-    line = (
-        f"{name}: measured {measured:.1f} tokens/s, predicted {check.predicted_tokens_per_second:.1f} for the same prompts "
-        f"({check.error:+.0%}); plain measured {plain:.1f}, ratio {measured / plain:.2f}"
-    )
+    often = f" (steps as in the fastest quarter of {check.rounds} rounds)" if check.rounds > 1 else ""
+    predicted = f"predicted {check.predicted_tokens_per_second:.1f}"
+    if check.same_prompts:
+        line = f"{name}: measured {measured:.1f} tokens/s{often}, {predicted} for the same prompts ({check.error:+.0%})"
+        line += f"; plain measured {plain:.1f}, ratio {measured / plain:.2f}"
+    else:
+        line = f"{name}: measured {measured:.1f} tokens/s{often}, {predicted} for the evaluation's prompts, which are others"
+        line += f"; plain measured {plain:.1f}, predicted {check.plain_predicted_tokens_per_second:.1f} ({check.error:+.0%})"
+        line += f", ratio {measured / plain:.2f}"
     if not batch.as_predicted:
-        line += f"; NOT AS PREDICTED: more than {TOLERANCE:.0%} off. The machine may have been busy; tune again"
+        line += f"; NOT AS PREDICTED: more than {TOLERANCE:.0%} off"
     return line
 
 

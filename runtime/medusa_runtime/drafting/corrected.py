@@ -1,0 +1,62 @@
+"""Costs that were measured earlier, corrected by the steps that are made now."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from medusa_runtime.arrays import FloatArray
+from medusa_runtime.drafting.coefficients import Coefficients
+from medusa_runtime.drafting.costs import StepCosts, moving_average
+
+PRIOR = 0.3**2 * np.array([[1.0, 0.8], [0.8, 1.0]])  # variances of the two factors: most often, both are wrong alike
+LEAST = 0.05  # no factor falls below this
+
+
+class CorrectedCosts:
+    """A measured table whose steps are corrected by what steps take now.
+
+    Other programs may have used the machine while the table was measured, or may use it now. The table still says how costs
+    depend on batch, nodes and cache. Two factors are learned: of a step of one node, and of what further nodes add to it. They
+    start at 1 and move together until steps of several widths tell them apart. So narrow steps also correct the costs of wide
+    ones that were never tried. The heads have a factor of their own. The host's work has that of a step of one node.
+
+    Args:
+        table: the costs as they were measured. They stay as they are.
+    """
+
+    def __init__(self, table: StepCosts) -> None:
+        self.table = table
+        self._factors = Coefficients(np.ones(2), PRIOR)
+        self._head_factor = 1.0
+
+    @property
+    def is_warm(self) -> bool:
+        """See `Costs.is_warm`: they were measured."""
+        return True
+
+    def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
+        """See `Costs.steps`."""
+        first, further = self._parts(batch, capacity, max_width)
+        one, more = np.maximum(self._factors.mean, LEAST)
+        return np.asarray(one * (first + self.table.host(batch)) + more * further, np.float32)
+
+    def heads(self, batch: int) -> float:
+        """See `Costs.heads`."""
+        return self._head_factor * self.table.heads(batch)
+
+    def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
+        """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
+        if self._factors.wants():
+            first, further = self._parts(batch, capacity, width)
+            whole = first + float(further[-1])
+            self._factors.learn(np.array([first, further[-1]]) / whole, seconds / whole)
+
+    def observe_heads(self, batch: int, seconds: float) -> None:
+        """See `Costs.observe_heads`."""
+        factor = min(seconds / self.table.heads(batch), 2 * self._head_factor)
+        self._head_factor = max(moving_average(self._head_factor, factor), LEAST)
+
+    def _parts(self, batch: int, capacity: int, max_width: int) -> tuple[float, FloatArray]:
+        """What the table says of a step of one node, and what 0, 1 … further nodes add to it, without the host's work."""
+        seconds = self.table.backend_steps(batch, capacity, max_width)  # [max_width]
+        return float(seconds[0]), np.maximum(seconds - seconds[0], 0.0).astype(np.float32)
