@@ -36,7 +36,7 @@ class OtherPrograms:
     def _counts(self) -> tuple[float, float, float] | None:
         """Seconds that the cores were used, seconds that they existed, and seconds of this process; None if unknown."""
         try:
-            lines = [line.split() for line in self._stat.read_text().splitlines() if line.startswith("cpu")]
+            lines = [line.split() for line in self._stat.read_text(encoding="utf-8").splitlines() if line.startswith("cpu")]
         except OSError:
             return None
         names = {f"cpu{core}" for core in _cores()}
