@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,19 @@ from medusa_export.command_options.engine_options import EngineOptions
 from medusa_export.engine.build import build_engines
 from medusa_runtime import Backend, Manifest, open_backend
 from tests.gpu.here import FLAVORS, GPUS, device_of
+from tests.support.software_gpu import settings
 
 Make = Callable[..., Path]
 Open = Callable[..., Any]  # GpuBackend, or what has its methods
 Rows = npt.NDArray[np.floating]
 MAX_BATCH_SIZE, MAX_TREE_NODES, MAX_PREFILL_TOKENS = 4, 16, 32  # of the engines
+
+
+@pytest.fixture(autouse=True)
+def _driver_in_software(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebGPU may use a driver in software, but only in these tests."""
+    for name, value in settings().items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
 
 
 @pytest.fixture(scope="session")

@@ -174,6 +174,9 @@ def test_the_backend_runs_the_graphs_made_for_it(exported: Make, tmp_path: Path)
         "step.ort-cpu-single": "step.ort-cpu-single.onnx",
         "heads": "heads.onnx",
         "heads.ort-cpu": "heads.ort-cpu.onnx",
+        "step.ort-webgpu": "step.ort-webgpu.onnx",
+        "heads.ort-webgpu": "heads.ort-webgpu.onnx",
+        "cache.ort-webgpu": "cache.ort-webgpu.onnx",
     }
     for name in (STEP, HEADS):
         assert manifest.graphs[name].inputs == manifest.graphs[f"{name}.{ORT_CPU}"].inputs

@@ -203,7 +203,9 @@ def test_a_tree_deeper_or_wider_than_the_heads_is_refused(bundle: Path, lm: Medu
 
 
 def test_an_unknown_backend_is_refused(bundle: Path) -> None:
-    with pytest.raises(OptionError, match=r"^the backend is 'tpu'; there are: auto, ort-cpu, ort-cuda, trt, trt-rtx$"):
+    with pytest.raises(
+        OptionError, match=r"^the backend is 'tpu'; there are: auto, ort-cpu, ort-cuda, ort-webgpu, trt, trt-rtx$"
+    ):
         MedusaLM.from_bundle(bundle, backend="tpu")
 
 

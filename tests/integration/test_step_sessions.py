@@ -255,7 +255,7 @@ def test_arguments_are_checked_before_the_weights_are_read(bundle, monkeypatch) 
         {"costs": "cheap"},
         {"tree": deep},
         {"backend": "tpu"},
-        {"device": "gpu"},
+        {"device": "tpu"},
         {"num_threads": -1},
         {"max_gap_seconds": 0},
         {"max_cache_bytes": "1 GB"},

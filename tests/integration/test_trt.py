@@ -188,7 +188,6 @@ def test_full_tensorrt_builds_for_the_gpu_it_finds(
         ({"max_batch_size": 0}, "--max-batch-size is 0; it must be 1 or more"),
         ({"max_tree_nodes": 8}, r"--max-tree-nodes is 8; it must be 16 \(the bundle's default tree\) to 1024"),
         ({"max_prefill_tokens": 0}, "--max-prefill-tokens is 0; it must be 1 or more"),
-        ({"flavor": "lite"}, "--flavor is 'lite'; use one of: rtx, tensorrt"),
         ({"compute_capabilities": ("9.0",)}, r"--compute-capability is '9\.0', but TensorRT-RTX .* builds only for .*8\.9"),
         ({"compute_capabilities": ("SM89",)}, "--compute-capability is 'SM89'"),
         ({"workspace": 0}, "--workspace is 0; it must be 1 or more"),

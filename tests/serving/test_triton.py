@@ -202,6 +202,7 @@ def test_requests_are_answered_side_by_side(server: TritonServer, expected: Any,
 def test_a_client_that_goes_away_frees_its_slot(server: TritonServer, streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_down(server, monkeypatch)
     stats = server.model._lm.stats
+    until(lambda: stats().num_active == 0)  # what other tests asked for has ended
     before = stats().num_cancelled
     asking = server.ask(text_input=PROMPT, sampling_parameters=LONG, stream=streams)
     until(lambda: stats().num_active == 1)

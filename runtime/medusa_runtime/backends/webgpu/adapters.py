@@ -64,6 +64,8 @@ def _registered() -> Any:
         import onnxruntime_ep_webgpu  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("onnxruntime-ep-webgpu", "webgpu") from error
+    if not hasattr(ort, "register_execution_provider_library"):
+        raise BackendError("the installed ONNX Runtime takes no plugins, so it has no WebGPU; update it")
     with _lock:
         if not _state["registered"]:
             try:
