@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="where to write the page with the rows of the JSON file")
     parser.add_argument("--only-traced", action="store_true", help="compare what would be traced; no export. A second a type")
     parser.add_argument("--only-float", action="store_true", help="export and validate; no int8, no TensorRT-RTX engines")
+    parser.add_argument("--webgpu", action="store_true", help="also compare on WebGPU, by a driver in software if there is one")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one type")
     options = parser.parse_args()
     if unknown := sorted({*options.types} - {*TYPES}):
@@ -41,7 +42,7 @@ def main() -> None:
     for model_type in types:
         with TemporaryDirectory() as scratch:
             export, further = not options.only_traced, not options.only_float
-            parts = {"export": export, "quantize": further, "engines": further}
+            parts = {"export": export, "quantize": further, "engines": further, "webgpu": options.webgpu}
             row = check_apart(model_type, Path(scratch) / "type", options.timeout, **parts)
         seconds = sum(row.seconds.values())
         print(f"{model_type:22} {row.outcome:8} {row.work:7} {seconds:6.1f} s  {row.reason}", flush=True)

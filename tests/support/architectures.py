@@ -29,6 +29,7 @@ from medusa_export.trace.skeleton import require_traceable
 from medusa_runtime.errors import MedusaError, first_line
 from tests.support.eager_step import compare
 from tests.support.models import save_random_heads
+from tests.support.software_gpu import settings
 from tests.support.zoo import save_zoo_model
 
 PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many words", "a fox")
@@ -58,7 +59,15 @@ class Row:
         return asdict(self) | {"seconds": {name: round(value, 1) for name, value in self.seconds.items()}}
 
 
-def check_type(model_type: str, directory: Path, *, export: bool = True, quantize: bool = True, engines: bool = True) -> Row:
+def check_type(
+    model_type: str,
+    directory: Path,
+    *,
+    export: bool = True,
+    quantize: bool = True,
+    engines: bool = True,
+    webgpu: bool = False,
+) -> Row:
     """Make a type's tiny model in an empty directory, compare what would be traced, export it, and compare what comes out."""
     row = Row(model_type)
     model, bundle = directory / "model", directory / "bundle"
@@ -86,6 +95,8 @@ def check_type(model_type: str, directory: Path, *, export: bool = True, quantiz
             _check(row, "int8", lambda: _quantized(bundle, model, directory / "int8"))
         if engines:
             _check(row, "engines", lambda: _built(bundle, directory / "engine"))
+        if webgpu:
+            _check(row, "webgpu", lambda: _on_webgpu(bundle, model, heads))
     failed = {name: found for name, found in row.checks.items() if found != "passes"}
     row.outcome, row.reason = ("fails", "; ".join(f"{n}: {f}" for n, f in failed.items())) if failed else ("passes", "")
     return row
@@ -129,6 +140,13 @@ def _built(bundle: Path, output: Path) -> str:
         EngineOptions(bundle, output, max_seq_len=64, max_prefill_tokens=32, max_tree_nodes=16, max_batch_size=2, opt_level=0)
     )
     return "passes"
+
+
+def _on_webgpu(bundle: Path, model: Path, heads: Path) -> str:
+    """The comparison with PyTorch on WebGPU, or its driver in software: on less, since that is slow."""
+    os.environ.update(settings())
+    report = validate(bundle, str(model), heads=heads, prompts=PROMPTS[:1], max_new_tokens=8, device="gpu")
+    return _failures(report.verdicts())
 
 
 def _architecture(model: Path) -> str:
