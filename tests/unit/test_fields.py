@@ -112,3 +112,5 @@ def test_a_bad_value_is_refused_by_its_flag(words: str, message: str) -> None:
 def test_a_value_that_no_flag_can_refuse_is_told_with_the_flag() -> None:
     with pytest.raises(OptionError, match=r"^--share is nan: input should be a finite number$"):
         parse(Options, {"place": "here", "heads": None, "output": "there", "share": float("nan")})
+    with pytest.raises(OptionError, match=r"^--dtype is 'middle': input should be 'low' or 'high'$"):
+        parse(Options, {"place": "here", "heads": None, "output": "there", "precision": "middle"})

@@ -40,20 +40,21 @@ def parse(model: type[Model], values: dict[str, Any]) -> Model:
         OptionError: a value is out of range; the message names the flag.
     """
     fields = fields_of(model)
-    given = {name: value for name, value in values.items() if value not in (None, ()) or fields[name].is_required()}
+    needed = {name for name, field in fields.items() if field.is_required()}
+    given = {name: value for name, value in values.items() if value not in (None, ()) or name in needed}
     try:
         return TypeAdapter(model).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # one of our own validators: the message is complete
             raise OptionError(str(first["ctx"]["error"])) from error
-        flag = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+        name, *rest = map(str, first["loc"])
+        flag = ".".join([_flags(name, fields[name])[-1], *rest])
         raise OptionError(f"{flag} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
-    told = next((found for found in field.metadata if isinstance(found, Flag)), Flag())
-    flags, kind = told.names or ("--" + name.replace("_", "-"),), _plain(field.annotation)
+    told, flags, kind = _told(field), _flags(name, field), _plain(field.annotation)
     text = _sentence(field.description or "")
     is_many = get_origin(kind) is tuple
     default = told.default or _default(field.default)
@@ -71,6 +72,14 @@ def _option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
     plain = get_args(kind)[0] if is_many else kind
     kinds = _click_type(plain, field, told)
     return click.option(*flags, name, type=kinds, multiple=is_many, metavar=told.metavar, required=is_needed, help=text)
+
+
+def _told(field: FieldInfo) -> Flag:
+    return next((found for found in field.metadata if isinstance(found, Flag)), Flag())
+
+
+def _flags(name: str, field: FieldInfo) -> tuple[str, ...]:
+    return _told(field).names or ("--" + name.replace("_", "-"),)
 
 
 def _sentence(description: str) -> str:
