@@ -117,7 +117,6 @@ def _fail(error: MedusaError) -> None:
 def main() -> None:
     """Export Hugging Face LLMs with Medusa heads to ONNX Runtime and TensorRT, and decode several tokens a step.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check failed (output differs from the reference, a
-    tuning does not hold), 141 nobody reads the output any more,
-    143 ended by SIGTERM.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check failed (output differs from the reference,
+    or a tuning does not hold), 141 nobody reads the output any more, 143 ended by SIGTERM.
     """

@@ -84,8 +84,9 @@ def _run_on_gpu(facts: Facts) -> Verdict:
 
 
 def _run_on_webgpu(facts: Facts) -> Verdict:
+    needed = ("cpu", "webgpu") if "onnxruntime" in facts.missing else ("webgpu",)
     if facts.why_no_webgpu:
-        return Verdict("run", "ort-webgpu", works=False, why=facts.why_no_webgpu, mend=install_command("webgpu"))
+        return Verdict("run", "ort-webgpu", works=False, why=facts.why_no_webgpu, mend=install_command(*needed))
     if not facts.adapters:
         return Verdict(
             "run", "ort-webgpu", works=False, why="WebGPU finds no GPU with a driver for Vulkan, Metal or Direct3D 12"

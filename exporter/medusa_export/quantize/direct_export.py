@@ -40,7 +40,7 @@ def export(options: ExportOptions) -> Manifest:
     deleted, since their outliers are measured with it.
 
     Raises:
-        OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs that.
+        OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs `quantize`.
         MedusaError: see `export_bundle` and `quantize_bundle`.
     """
     scheme = options.quantize

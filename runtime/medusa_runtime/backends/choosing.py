@@ -31,7 +31,11 @@ class Placement:
 
     @property
     def processor(self) -> str | None:
-        """The GPU's name. None for the CPU, and if the driver cannot be asked."""
+        """The GPU's name. None for the CPU, and if NVIDIA's driver cannot be asked.
+
+        Raises:
+            BackendError, OptionError: WebGPU finds no such GPU.
+        """
         kind, index = parse_device(self.device)
         if kind == "gpu":
             return choose_adapter(index).name
@@ -166,7 +170,7 @@ def _choose_onnx(manifest: Manifest) -> Placement:
     except ImportError as error:
         raise MissingExtraError("onnxruntime-gpu", "gpu") from error
     if "CUDAExecutionProvider" not in providers:
-        return Placement(
+        return _webgpu_if_there(manifest) or Placement(
             ORT_CPU,
             "cpu",
             f"there is {found.gpus[0].name}, but ONNX Runtime is installed without CUDA (extra gpu)",
@@ -176,11 +180,11 @@ def _choose_onnx(manifest: Manifest) -> Placement:
 
 
 def _webgpu_if_there(manifest: Manifest) -> Placement | None:
-    """The placement on a GPU without CUDA, if WebGPU is installed, finds one, and the bundle has graphs for it."""
+    """The placement on a GPU through WebGPU, if that is installed, finds one, and the bundle has graphs for it."""
     try:
         found = [adapter for adapter in find_adapters() if not adapter.is_software]
     except (BackendError, MissingExtraError):
         return None
     if not found or f"{STEP}.{ORT_WEBGPU}" not in manifest.graphs:
         return None
-    return Placement(ORT_WEBGPU, f"gpu:{found[0].index}", f"there is {found[0].name}, and no GPU with CUDA")
+    return Placement(ORT_WEBGPU, f"gpu:{found[0].index}", f"there is {found[0].name}, and ONNX Runtime cannot use CUDA")

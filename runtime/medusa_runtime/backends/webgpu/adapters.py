@@ -61,6 +61,9 @@ def _registered() -> Any:
     """ONNX Runtime, with the provider's library."""
     try:
         import onnxruntime as ort  # noqa: PLC0415 - needs an extra, as the next
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    try:
         import onnxruntime_ep_webgpu  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("onnxruntime-ep-webgpu", "webgpu") from error

@@ -19,7 +19,7 @@ from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, 
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise MissingExtraError("onnxruntime", "webgpu") from error
+    raise MissingExtraError("onnxruntime", "cpu") from error
 
 from medusa_runtime.backends.webgpu.device_slots import DeviceSlots
 
@@ -53,7 +53,7 @@ class OrtWebGpuBackend:
         self._slots = DeviceSlots(CacheLayout.of(manifest.graphs[STEP]), editor, self._memory)
         self._bindings: dict[tuple[int, bool], ort.IOBinding] = {}  # by slot, and whether logits are bound
         self._hidden: list[Any] = []  # of each sequence of the last step, [1, R, C] on the device
-        self._rooms: dict[tuple[int, int], Any] = {}  # by sequence and R: memory for hidden states
+        self._rooms: dict[int, Any] = {}  # by sequence: memory for the hidden states of one step
         self._known: set[tuple[int, int, bool]] = set()  # shapes that have run, so their shaders are compiled
 
     @property
@@ -165,12 +165,11 @@ class OrtWebGpuBackend:
 
     def _room(self, sequence: int, rows: int) -> Any:
         """Memory on the device for the hidden states of one sequence's rows. [1, R, C]"""
-        if (sequence, rows) not in self._rooms:
-            shape = [1, rows, self.manifest.model.hidden_size]
-            self._rooms[sequence, rows] = ort.OrtValue.ortvalue_from_shape_and_type(
-                shape, self._dtype.type, memory_info=self._memory
-            )
-        return self._rooms[sequence, rows]
+        shape = [1, rows, self.manifest.model.hidden_size]
+        if sequence not in self._rooms or self._rooms[sequence].shape() != shape:
+            room = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype.type, memory_info=self._memory)
+            self._rooms[sequence] = room
+        return self._rooms[sequence]
 
     def _binding(self, slot: int, *, with_logits: bool) -> ort.IOBinding:
         """A slot's cache, bound as input and output: the graph writes into the buffers themselves."""
@@ -190,14 +189,11 @@ def require_graphs(manifest: Manifest) -> None:
     Raises:
         BackendError: it has no graphs for WebGPU.
     """
+    if manifest.quantization is not None or manifest.precision not in DTYPES:
+        what = f"a bundle in {manifest.precision}" if manifest.quantization is None else "a quantised bundle"
+        raise BackendError(f"{ORT_WEBGPU} does not run {what}; use one in fp32 or fp16")
     if f"{STEP}.{ORT_WEBGPU}" not in manifest.graphs:
-        why = "a quantised bundle" if manifest.quantization is not None else f"a bundle in {manifest.precision}"
-        known = manifest.precision in DTYPES and manifest.quantization is None
-        raise BackendError(
-            "this bundle has no graphs for WebGPU; export it again"
-            if known
-            else f"{ORT_WEBGPU} does not run {why}; use one in fp32 or fp16"
-        )
+        raise BackendError("this bundle has no graphs for WebGPU; export it again")
 
 
 def _graphs(manifest: Manifest) -> list[GraphFacts]:
