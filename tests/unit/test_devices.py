@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from medusa_runtime import BackendError, OptionError, choose_backend
+from medusa_runtime.backends import choosing
 from medusa_runtime.backends.gpu.buffers import Layout, Packet
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
 from medusa_runtime.backends.gpu.driver import Gpu
+from medusa_runtime.backends.webgpu.adapters import Adapter
 from medusa_runtime.bundle.cpu import device_key
 from medusa_runtime.bundle.manifest import EngineFacts, Manifest, QuantizationFacts
 from medusa_runtime.errors import CapacityError, MissingExtraError
@@ -87,6 +89,25 @@ def test_without_the_bindings_it_says_what_to_install(monkeypatch: pytest.Monkey
     assert find_gpus().why_none == "no GPU support is installed; install it with: pip install 'medusa-export[cuda]'"
     with pytest.raises(MissingExtraError, match=r"^cuda-bindings is not installed; .*'medusa-export\[cuda\]'$"):
         Gpu()
+
+
+@pytest.mark.parametrize("has_nvidia", [True, False])
+def test_auto_takes_webgpu_where_onnx_runtime_has_no_cuda(has_nvidia, driver: StandInDriver, monkeypatch) -> None:
+    if not has_nvidia:
+        monkeypatch.setattr(StandInDriver, "_devicegetcount", lambda _: 0)
+    with_providers(monkeypatch, "CPUExecutionProvider")
+    manifest = fake_manifest()
+    found = [
+        Adapter(0, "a software driver", is_software=True, device=None),
+        Adapter(1, "A GPU", is_software=False, device=None),
+    ]
+    monkeypatch.setattr(choosing, "find_adapters", lambda: found)
+    assert choose_backend(manifest).backend == "ort-cpu"  # the bundle has no graphs for it
+    graphs = manifest.graphs | {"step.ort-webgpu": manifest.graphs["step"]}
+    placed = choose_backend(manifest.model_copy(update={"graphs": graphs}))
+    assert (placed.backend, placed.device) == ("ort-webgpu", "gpu:1")
+    monkeypatch.setattr(choosing, "find_adapters", lambda: found[:1])
+    assert choose_backend(manifest.model_copy(update={"graphs": graphs})).backend == "ort-cpu"
 
 
 def test_a_driver_without_a_gpu_is_no_gpu(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.cache_inputs import cache_inputs
 from medusa_export.passes.common.values import constant, heads_and_width
-from medusa_runtime.bundle.cache_layout import PAST, PRESENT
-
-FROM, SOURCES, TARGETS = "from.", "sources", "targets"
+from medusa_runtime.bundle.cache_layout import FROM, PAST, PRESENT, SOURCES, TARGETS
 
 
 def cache_graph(step: ir.Model) -> ir.Model:

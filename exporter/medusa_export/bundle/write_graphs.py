@@ -15,6 +15,7 @@ from medusa_export.passes.ort_cpu.variants import for_one_sequence, for_ort_cpu
 from medusa_export.passes.webgpu.for_webgpu import for_webgpu
 from medusa_export.progress import byte_stage
 from medusa_runtime.bundle.manifest import (
+    CACHE,
     ORT_CPU,
     ORT_CPU_SINGLE,
     ORT_WEBGPU,
@@ -29,7 +30,6 @@ from medusa_runtime.bundle.manifest import (
 )
 
 WEBGPU_PRECISIONS = ("fp32", "fp16")
-CACHE = "cache"  # the graph that edits a cache
 
 
 def write_graphs(

@@ -9,6 +9,7 @@ from medusa_runtime.bundle.manifest import GraphFacts, TensorFacts
 from medusa_runtime.errors import BundleError
 
 PAST, PRESENT = "past.", "present."  # prefixes of the step graph's inputs and outputs that hold the cache
+FROM, SOURCES, TARGETS = "from.", "sources", "targets"  # inputs of the graph that edits a cache
 BATCH_AXIS, CAPACITY_AXIS = 0, 2  # of a cache tensor: [B, H, S, D]
 ITEM_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 

@@ -26,6 +26,7 @@ PORTABLE, ORT_CPU, ORT_CUDA = "portable", "ort-cpu", "ort-cuda"  # the backends 
 ORT_WEBGPU = "ort-webgpu"
 ORT_CPU_SINGLE = "ort-cpu-single"  # for ONNX Runtime's CPU provider and steps of one sequence
 STEP, HEADS = "step", "heads"
+CACHE = "cache"  # the graph that edits a cache where the runtime cannot do so by itself
 PREFILL, VERIFY = "prefill", "verify"  # profiles of an engine's step; the heads' profile is called `heads`
 
 

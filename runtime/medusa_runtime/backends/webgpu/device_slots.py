@@ -9,11 +9,10 @@ import numpy as np
 import onnxruntime as ort
 
 from medusa_runtime.arrays import IntArray
-from medusa_runtime.bundle.cache_layout import CacheLayout, CacheTensor
+from medusa_runtime.bundle.cache_layout import FROM, SOURCES, TARGETS, CacheLayout, CacheTensor
 from medusa_runtime.errors import BackendError, CapacityError, first_line
 
 DTYPES = {"float": np.float32, "float16": np.float16}
-FROM, SOURCES, TARGETS = "from.", "sources", "targets"  # inputs of the graph that edits: docs/onnx-contract.md
 Buffers = dict[str, Any]  # a cache tensor's name -> its OrtValue, [1, H, S, D]
 
 

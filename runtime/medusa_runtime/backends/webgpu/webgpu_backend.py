@@ -13,7 +13,7 @@ from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.backends.webgpu.adapters import Adapter
 from medusa_runtime.bundle.cache_layout import CacheLayout
-from medusa_runtime.bundle.manifest import HEADS, ORT_WEBGPU, STEP, GraphFacts, Manifest
+from medusa_runtime.bundle.manifest import CACHE, HEADS, ORT_WEBGPU, STEP, GraphFacts, Manifest
 from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, first_line
 
 try:
@@ -23,7 +23,7 @@ except ImportError as error:
 
 from medusa_runtime.backends.webgpu.device_slots import DeviceSlots
 
-CACHE = "cache"  # the graph that edits a cache
+ROWS = "rows"  # the input of the heads' graph that says which rows of the hidden states it reads
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -123,7 +123,7 @@ class OrtWebGpuBackend:
             one = slice(sequence, sequence + 1)
             binding = session.io_binding()
             binding.bind_ortvalue_input("hidden", self._hidden[sequence])
-            binding.bind_cpu_input("rows", np.array([row], np.int64))
+            binding.bind_cpu_input(ROWS, np.array([row], np.int64))
             if self.manifest.heads.reads_root:
                 binding.bind_cpu_input("root_ids", np.ascontiguousarray(root_ids[one], np.int64))
             for name, array in (("head_ids", token_ids), ("head_log_probs", log_probs)):
