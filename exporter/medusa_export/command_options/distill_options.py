@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from medusa_export.command_options.flag import OUTPUT, CudaGraphs, Flag, Threads, TrustRemoteCode
+from medusa_export.command_options.flag import OUTPUT, AllowEngineCode, CudaGraphs, Flag, Threads, TrustRemoteCode
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,6 @@ class DistillOptions:
         str, Field(description="device for transformers or a bundle: auto, cpu, cuda, cuda:1 …; for a bundle also gpu (WebGPU)")
     ] = "auto"
     cuda_graphs: CudaGraphs = None
+    allow_engine_code: AllowEngineCode = False
     threads: Threads = 0
     trust_remote_code: TrustRemoteCode = False

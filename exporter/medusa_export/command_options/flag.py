@@ -39,6 +39,9 @@ OUTPUT = Flag(("-o", "--output"))
 
 Force = Annotated[bool, Field(description="replace the output if it exists")]
 TrustRemoteCode = Annotated[bool, Field(description="run Python code that comes with the checkpoint")]
+AllowEngineCode = Annotated[
+    bool, Field(description="run the code that version-compatible engines bring. Do so if you trust them")
+]
 Threads = Annotated[int, Field(ge=0, le=max_threads(), description="CPU threads"), Flag(default="one per core")]
 CudaGraphs = Annotated[
     bool | None,

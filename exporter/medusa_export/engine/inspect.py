@@ -63,7 +63,9 @@ def inspect_engines(bundle: Path) -> Inspection:
             tensorrt_version=tensorrt.version,
             compute_capability=gpus[0].compute_capability if gpus else None,
         )
-        if gpus:
+        if gpus and engine.lean_runtime:
+            loads_here = "not tried: the engines bring code, which runs when they are loaded"
+        elif gpus:
             engines = {name: _built(tensorrt, manifest, bundle, name) for name in manifest.graphs}
         else:
             loads_here = f"unknown without a GPU ({find_gpus().why_none}); layers and memory need a GPU too"

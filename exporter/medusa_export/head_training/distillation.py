@@ -188,6 +188,7 @@ def _open_bundle(options: DistillOptions) -> _Model:
         device=placement.device,
         num_threads=options.threads,
         cuda_graphs=options.cuda_graphs,
+        allow_engine_code=options.allow_engine_code,
     )
     _require_room(options, manifest.limits.max_seq_len)
     digest = vocabulary_digest(lm.codec.tokenizer.get_vocab())

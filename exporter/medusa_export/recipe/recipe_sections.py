@@ -16,7 +16,7 @@ from medusa_heads.train.settings import TrainSettings
 SECTIONS = ("distill", "train", "onnx", "validate")
 ELSEWHERE = {"model", "output", "heads", "force"}  # given by other steps, or by `recipes run`
 MACHINE = {"device", "threads"}  # the hardware that a step runs on: it does not change the result
-TRUST = {"trust_remote_code"}  # decided by whoever runs a recipe, not by its author
+TRUST = {"trust_remote_code", "allow_engine_code"}  # decided by whoever runs a recipe, not by its author
 
 
 @functools.cache

@@ -90,6 +90,7 @@ def _open(settings: ModelSettings) -> MedusaLM:
         num_threads=settings.threads,
         max_batch_size=settings.max_batch_size,
         max_queue=settings.max_queue,
+        allow_engine_code=settings.allow_engine_code,
     )
     lm.warm_up()
     return lm

@@ -18,6 +18,7 @@ class ModelSettings(BaseModel):
     bundle: str = Field("bundle", description="the bundle's directory; if relative, in the directory of model.py")
     backend: str = Field("auto", description=f"backend that runs the bundle: {', '.join(BACKENDS)}")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, gpu or gpu:N")
+    allow_engine_code: bool = Field(False, description="run the code that version-compatible engines bring")
     threads: int = Field(0, ge=0, description="CPU threads; 0 for one per core")
     max_batch_size: int | None = Field(None, ge=1, description="answers decoded at a time; omit for the runtime's choice")
     max_queue: int = Field(128, ge=0, description="answers that may wait; further requests are refused")
