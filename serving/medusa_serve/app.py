@@ -74,7 +74,7 @@ def create_app(settings: ServerSettings, served: ServedBundle, *, on_failure: Ca
     app.state.is_loading = False  # at the end: the thread that loads the model still runs
     open_paths = [route.path for route in (*OPEN, *shown)]
     app.user_middleware = [
-        Middleware(Recorder, paths=paths, report=observers.report),
+        Middleware(Recorder, paths=paths, is_ending=lambda: state.is_ending, report=observers.report),
         *_cors(settings),
         Middleware(Errors, with_texts=settings.log_texts),
         Middleware(Doors, trusted_hosts=settings.trusted_hosts, keys=keys, open_paths=open_paths),

@@ -37,11 +37,14 @@ class Recorder:
     Args:
         app: the layer below.
         paths: the paths that are known; metrics tell these apart.
+        is_ending: tells whether the server is shutting down.
         report: gets each record, once its request has ended.
     """
 
-    def __init__(self, app: ASGIApp, paths: Collection[str], report: Callable[[RequestRecord], None]) -> None:
-        self._app, self._paths, self._report = app, frozenset(paths), report
+    def __init__(
+        self, app: ASGIApp, paths: Collection[str], is_ending: Callable[[], bool], report: Callable[[RequestRecord], None]
+    ) -> None:
+        self._app, self._paths, self._is_ending, self._report = app, frozenset(paths), is_ending, report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -53,8 +56,10 @@ class Recorder:
         exchange, started = _Exchange(scope, receive, send, record), time.perf_counter()
         try:
             await self._app(scope, exchange.receive, exchange.send)
-        except asyncio.CancelledError:  # only the end of the server cancels requests
-            record.status, record.error = 503, record.error or "shutdown"
+        except asyncio.CancelledError:  # by the server's end, or by Ray's proxy if the client has gone
+            record.status = CLIENT_GONE
+            if self._is_ending():
+                record.status, record.error = 503, record.error or "shutdown"
             raise
         except Exception:  # noqa: BLE001 - `Errors` has logged it; the connection is closed, because the answer has no end
             record.status = 500

@@ -175,6 +175,11 @@ class ServerState:
         return BuildInfo(self.version, where.backend, where.processor or where.device, self.manifest.content_digest())
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the server is shutting down."""
+        return self.phase == "draining" or self._stopped is not None
+
+    @property
     def num_under_way(self) -> int:
         """Requests for answers that have not ended."""
         return len(self._under_way)

@@ -412,7 +412,6 @@ def test_a_client_that_reads_nothing_is_cut_off(tools_bundle: Path, tmp_path: Pa
             assert eventually(lambda: [line["status"] for line in lines()] == [499])
             assert 1 << 16 < max(sizes) < 1 << 20  # bytes that wait to be sent: bounded, and there were some
         running.wait_until_idle()
-        assert running.lm.stats().num_cancelled > 0
 
 
 def _has_ended(running: Running, sizes: list[int]) -> bool:
