@@ -15,10 +15,12 @@ import pytest
 from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
 from medusa_export.command_options.export_options import ExportOptions
+from medusa_export.quantize import QuantizeOptions, export, quantize_bundle
 from medusa_runtime import BackendError, DynamicTree, Manifest, MedusaLM, OptionError, choose_backend, open_backend
 from medusa_runtime.backends.webgpu import webgpu_backend
 from medusa_runtime.backends.webgpu.adapters import PROVIDER, find_adapters
-from medusa_runtime.bundle.manifest import QuantizationFacts
+from medusa_runtime.bundle.cache_layout import CacheLayout
+from medusa_runtime.bundle.manifest import STEP, QuantizationFacts, Scheme
 from tests.gpu.conftest import logits
 from tests.gpu.here import GPUS, IN_SOFTWARE, WEBGPU, WHY_NOT, a_gpus
 from tests.support.models import save_random_heads
@@ -47,20 +49,61 @@ def test_other_architectures_are_pytorchs(model_type: str, tmp_path: Path) -> No
     assert (report.backend, report.targets) == (WEBGPU, [WEBGPU])
 
 
-def test_layers_run_on_the_gpu_and_copies_do_not_grow_with_them(
-    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scheme", ["int8-blocks", "int4"])
+def test_weights_in_blocks_are_multiplied_on_the_gpu(
+    scheme: Scheme, make_bundle: Make, make_model: Make, tmp_path: Path
 ) -> None:
-    counted = [_placed(make_model("llama", num_hidden_layers=layers), tmp_path / str(layers), monkeypatch) for layers in (2, 4)]
+    """In float32, as the portable graph says; the CPU's own graphs round activations."""
+    bundle = tmp_path / "bundle"
+    quantize_bundle(QuantizeOptions(make_bundle("llama", precision="fp32"), bundle, scheme))
+    tokens, manifest = [5, 9, 14, 21], Manifest.load(bundle)
+    gpu = open_backend(bundle, manifest, device="gpu")
+    gpu.resize(1, 64)
+    np.testing.assert_allclose(logits(gpu, tokens), _portable(bundle, manifest, tokens), rtol=1e-4, atol=1e-4)
+    report = validate(bundle, str(make_model("llama")), prompts=PROMPTS[:1], max_new_tokens=8, device="gpu")
+    assert report.status == "passed", report.verdicts()
+    assert report.targets == [WEBGPU]
+
+
+def _portable(bundle: Path, manifest: Manifest, tokens: list[int]) -> np.ndarray:
+    """The logits of the portable graph as it is written: no operator is fused. [T, V]"""
+    options, count = ort.SessionOptions(), len(tokens)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(bundle / manifest.graphs[STEP].file, options, providers=["CPUExecutionProvider"])
+    feeds = {
+        "input_ids": np.array([tokens]),
+        "position_ids": np.arange(count)[None],
+        "tree_mask": np.tri(count, dtype=np.bool_)[None],
+        "cache_lengths": np.array([0]),
+        "logit_rows": np.arange(count)[None],
+    }
+    feeds |= {
+        tensor.past: np.zeros(tensor.shape(1, 64), np.float32) for tensor in CacheLayout.of(manifest.graphs[STEP]).tensors
+    }
+    found: np.ndarray = session.run(["logits"], feeds)[0]
+    return found[0]
+
+
+@pytest.mark.parametrize("scheme", [None, "int8-blocks"])
+def test_layers_run_on_the_gpu_and_copies_do_not_grow_with_them(
+    scheme: Scheme | None, make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = [
+        _placed(make_model("llama", num_hidden_layers=layers), scheme, tmp_path / str(layers), monkeypatch) for layers in (2, 4)
+    ]
     assert counted[0]["CPUExecutionProvider"] == counted[1]["CPUExecutionProvider"]  # masks, angles and indices, once a step
-    assert not {"MatMul", "Softmax", "ScatterND", "RMSNormalization"} & counted[0]["CPUExecutionProvider"].keys()
+    on_cpu = {"MatMul", "MatMulNBits", "Softmax", "ScatterND", "RMSNormalization"} & counted[0]["CPUExecutionProvider"].keys()
+    assert not on_cpu
+    assert counted[0][PROVIDER]["MatMul" if scheme is None else "MatMulNBits"] > 2 * 4
     copies = [{name: count for name, count in one[PROVIDER].items() if name.startswith("Memcpy")} for one in counted]
     assert copies[0] == copies[1]
     assert 0 < sum(copies[0].values()) < 20
 
 
-def _placed(model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[str]]:
+def _placed(model: Path, scheme: Scheme | None, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[str]]:
     """How often each operator ran on each provider in one step of four tokens, by ONNX Runtime's profile."""
-    export_bundle(ExportOptions(str(model), save_random_heads(model, place / "heads"), place / "bundle"))
+    export(ExportOptions(str(model), save_random_heads(model, place / "heads"), place / "bundle", quantize=scheme))
     sessions: list[ort.InferenceSession] = []
 
     def open_profiled(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -113,7 +156,7 @@ def test_memory_is_constant(make_bundle: Make) -> None:
     with MedusaLM.from_bundle(bundle, device="gpu", max_batch_size=2) as lm:
         _ask(lm, 40)
         before = _resident()
-        _ask(lm, 150)
+        _ask(lm, 300)
         assert _resident() - before < 16 << 20
 
 
@@ -138,8 +181,8 @@ def test_what_webgpu_does_not_run_is_refused_in_one_line(make_bundle: Make) -> N
     quantised = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0.0, quality={})
     with pytest.raises(BackendError, match=r"^this bundle has no graphs for WebGPU; export it again$"):
         open_backend(bundle, older, WEBGPU)
-    with pytest.raises(BackendError, match=r"^this bundle is quantised for CPUs \(int8\); use the float bundle"):
-        open_backend(bundle, manifest.model_copy(update={"quantization": quantised}), device="gpu")
+    with pytest.raises(BackendError, match=r"^this bundle of the scheme int8 has no graphs for WebGPU; quantize again with "):
+        open_backend(bundle, older.model_copy(update={"quantization": quantised}), device="gpu")
     with pytest.raises(OptionError, match=f"^the device is gpu:99, but WebGPU finds {len(find_adapters())} here"):
         open_backend(bundle, manifest, device="gpu:99")
     bf16 = make_bundle("llama", precision="bf16")

@@ -320,8 +320,10 @@ def test_a_scheme_says_which_weights_have_how_many_bits(
         assert {node.domain for node in model.graph} == {""}  # standard operators alone
         assert set(model.opset_imports) == {""}
         for name, value in model.graph.initializers.items():
-            if value.dtype in (ir.DataType.INT8, ir.DataType.UINT4) and not name.endswith(".zero"):
-                bits[name.removesuffix(".int8").removesuffix(".uint4")] = value.dtype.bitwidth
+            if (end := name.rpartition(".")[2]) in ("int8", "uint8", "uint4"):
+                assert value.dtype is not None
+                assert value.dtype.name.lower() == end
+                bits[name.removesuffix(f".{end}")] = value.dtype.bitwidth
             assert value.shape is not None
             if name.endswith(".scale"):
                 assert len(value.shape) == (2 if in_blocks else 1)

@@ -338,30 +338,6 @@ def test_weights_are_kept_once_when_products_are_merged() -> None:
         assert all(value.const_value is not None and value.const_value.size <= 3 for value in new.values())
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-def test_products_with_scales_of_blocks_become_one(zeros: bool) -> None:
-    """With 8 bits. With 4 bits they are not merged, since a runtime cannot concatenate 4-bit weights."""
-    text = """
-    g (float[T,64] x, TYPE[64,24] q, float[2,24] qs, TYPE[2,24] qz, TYPE[64,8] k, float[2,8] ks, TYPE[2,8] kz)
-      => (float[T,24] qx, float[T,8] kx)
-    { qw = DequantizeLinear <axis = 0, block_size = 32> (q, qs, qz)
-      qx = MatMul (x, qw)
-      kw = DequantizeLinear <axis = 0, block_size = 32> (k, ks, kz)
-      kx = MatMul (x, kw) }"""
-    weights = {"q": int8(64, 24), "qs": normal(2, 24), "k": int8(64, 8), "ks": normal(2, 8)}
-    if zeros:
-        weights |= {"qz": int8(2, 24), "kz": int8(2, 8)}
-    else:
-        text = text.replace(", qz)", ")").replace(", kz)", ")").replace(", TYPE[2,24] qz", "").replace(", TYPE[2,8] kz", "")
-    model = parse(text.replace("TYPE", "int8"), **weights)
-    feeds = {"x": normal(3, 64)}
-    before = outputs(model, **feeds)
-    assert MergeProjections()(model).modified != zeros
-    assert kinds(model).count("MatMul") == (2 if zeros else 1)
-    for name, array in outputs(model, **feeds).items():
-        np.testing.assert_allclose(array, before[name], rtol=1e-4, atol=1e-2)
-
-
 def test_a_transposed_table_among_the_products_leaves_the_graph_in_order() -> None:
     text = """
     g (float[T,16] x, int8[16,24] q, float[24] qs, int8[8,16] k, float[8] ks) => (float[T,24] qx, float[T,8] kx)

@@ -193,7 +193,7 @@ def test_quantised_bundles_stay_on_the_cpu(driver: StandInDriver) -> None:
     manifest = fake_manifest().model_copy(update={"quantization": facts})
     assert choose_backend(manifest).backend == "ort-cpu"
     for backend, device in (("auto", "cuda:0"), ("ort-cuda", "auto"), ("auto", "gpu"), ("ort-webgpu", "auto")):
-        with pytest.raises(BackendError, match=r"^this bundle is quantised for CPUs \(int8\); use the float bundle"):
+        with pytest.raises(BackendError, match=r"^ort-cuda does not run quantised bundles \(int8\); use the float bundle"):
             choose_backend(manifest, backend, device)
 
 

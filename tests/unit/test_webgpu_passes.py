@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medusa_export.bundle.cache_graph import cache_graph
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
 from medusa_export.passes.portable.expand_sinks import ExpandSinks
+from medusa_export.passes.webgpu.cache_graph import cache_graph
 from medusa_export.passes.webgpu.device_attention import DeviceAttention
 from medusa_export.passes.webgpu.read_rows import ReadRows
 from medusa_export.passes.webgpu.scatter_entries import ScatterEntries

@@ -8,14 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from medusa_export.bundle.cache_graph import cache_graph
 from medusa_export.bundle.weights_file import total_bytes, write_weights
 from medusa_export.passes.common.roles import KEY, keep_roles
 from medusa_export.passes.ort_cpu.variants import for_one_sequence, for_ort_cpu
 from medusa_export.passes.webgpu.for_webgpu import for_webgpu
 from medusa_export.progress import byte_stage
 from medusa_runtime.bundle.manifest import (
-    CACHE,
     ORT_CPU,
     ORT_CPU_SINGLE,
     ORT_WEBGPU,
@@ -55,24 +53,12 @@ def write_graphs(
             derived = model.clone()
             for_ort_cpu(derived, activation_bits)
             facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
-    if precision in WEBGPU_PRECISIONS and not any(_is_quantised(model) for model in graphs.values()):
-        for name, model in for_device(graphs).items():
+    if precision in WEBGPU_PRECISIONS:
+        for name, model in for_webgpu(graphs).items():
             facts[f"{name}.{ORT_WEBGPU}"] = _save(model, f"{name}.{ORT_WEBGPU}", directory, ORT_WEBGPU)
     if precision == "fp32" and for_one_sequence(single := graphs[STEP].clone(), activation_bits):
         facts[f"{STEP}.{ORT_CPU_SINGLE}"] = _save(single, f"{STEP}.{ORT_CPU_SINGLE}", directory, ORT_CPU_SINGLE)
     return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
-
-
-def for_device(graphs: dict[str, ir.Model]) -> dict[str, ir.Model]:
-    """The graphs for WebGPU: step, heads, and the one that edits the cache."""
-    derived = {name: model.clone() for name, model in graphs.items()}
-    for name, model in derived.items():
-        for_webgpu(name, model)
-    return derived | {CACHE: cache_graph(graphs[STEP])}
-
-
-def _is_quantised(model: ir.Model) -> bool:
-    return any(node.op_type == "DequantizeLinear" for node in model.graph)
 
 
 def _save(model: ir.Model, name: str, directory: Path, target: str) -> GraphFacts:

@@ -67,10 +67,10 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
         raise BackendError(f"{backend} runs engine bundles, this is an ONNX bundle; build one with: medusa-export trt{flavor}")
     if AUTO not in (backend, kind) and KINDS[backend] != kind:
         raise OptionError(f"the backend {backend} does not run on the device {device}")
-    if manifest.quantization is not None and not {backend, kind}.isdisjoint({ORT_CUDA, ORT_WEBGPU, "cuda", "gpu"}):
+    if manifest.quantization is not None and not {backend, kind}.isdisjoint({ORT_CUDA, "cuda"}):
         raise BackendError(
-            f"this bundle is quantised for CPUs ({manifest.quantization.scheme}); use the float bundle that it was made from, "
-            "or engines with rounded weights (medusa-export trt --weights)"
+            f"{ORT_CUDA} does not run quantised bundles ({manifest.quantization.scheme}); use the float bundle that it was "
+            "made from, or engines with rounded weights (medusa-export trt --weights)"
         )
     if backend == ORT_CPU or kind == "cpu":
         return Placement(ORT_CPU, "cpu", "asked for")
@@ -161,7 +161,7 @@ def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
 def _choose_onnx(manifest: Manifest) -> Placement:
     """The placement of an ONNX bundle: a GPU if there is one and ONNX Runtime can use it, else the CPU."""
     if manifest.quantization is not None:
-        return Placement(ORT_CPU, "cpu", "the bundle is quantised for CPUs")
+        return _webgpu_if_there(manifest) or Placement(ORT_CPU, "cpu", "the bundle is quantised, and CUDA runs no such bundle")
     found = find_gpus()
     if found.why_none is not None:
         return _webgpu_if_there(manifest) or Placement(ORT_CPU, "cpu", found.why_none)

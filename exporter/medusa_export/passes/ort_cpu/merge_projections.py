@@ -11,11 +11,11 @@ from medusa_export.passes.common.values import constant, replace
 
 
 class MergeProjections(GraphPass):
-    """Merge the query, key and value projections into one MatMul, and likewise gate and up.
+    """Merge the query, key and value projections into one product, and likewise gate and up.
 
     Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers: all float, or all int8 under a
-    ``DequantizeLinear`` with one scale per column or per block of a column.
-    Result: one ``MatMul`` for each such group, one ``Add`` if all have a bias, and a ``Split``. Weights and biases are
+    ``DequantizeLinear`` with one scale per column. Or ``MatMulNBits`` nodes with a common input, bits and block size.
+    Result: one product for each such group, one ``Add`` if all have a bias, and a ``Split``. Weights and biases are
     concatenated in the graph. A runtime does that once when it loads the graph, so they are stored only once.
     """
 
@@ -23,9 +23,10 @@ class MergeProjections(GraphPass):
         """Rewrite in place."""
         groups: dict[tuple[ir.Value, str], list[ir.Node]] = {}
         for node in model.graph:
-            if node.op_type != "MatMul":
+            if node.op_type not in ("MatMul", "MatMulNBits"):
                 continue
-            if (kind := _kind(node.inputs[1])) is not None:
+            kind = _kind(node.inputs[1]) if node.op_type == "MatMul" else _kind_of_blocks(node)
+            if kind is not None:
                 assert node.inputs[0] is not None
                 groups.setdefault((node.inputs[0], kind), []).append(node)
             elif _is_weight(node.inputs[1]):
@@ -47,13 +48,15 @@ def _kind(weight: ir.Value | None) -> str | None:
     # not so for an embedding that is transposed first, for example
     if not all(value is not None and value.is_initializer() for value in source.inputs):
         return None
-    if is_int8_weight(source):
-        return "channels"
-    in_blocks = source.op_type == "DequantizeLinear" and source.attributes.get_int("block_size", 0) > 0
-    data = source.inputs[0]
-    if not in_blocks or len(source.inputs) != 2 or data is None or data.dtype != ir.DataType.INT8:
+    return "channels" if is_int8_weight(source) else None
+
+
+def _kind_of_blocks(node: ir.Node) -> str | None:
+    """How the weight of a ``MatMulNBits`` is stored; None if it is not only initializers."""
+    if not all(value is not None and value.is_initializer() for value in node.inputs[1:]):
         return None
-    return f"blocks of {source.attributes.get_int('block_size')}"
+    bits, size = (node.attributes.get_int(name) for name in ("bits", "block_size"))
+    return f"{bits} bits in blocks of {size}, {len(node.inputs)} inputs"
 
 
 def _is_weight(value: ir.Value | None) -> bool:
@@ -81,20 +84,14 @@ def is_int8_weight(node: ir.Node) -> bool:
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     first = nodes[0]
-    weights = [node.inputs[1] for node in nodes]
-    sizes = [_columns(weight) for weight in weights]  # the output of DequantizeLinear has the weight's shape
+    sizes = [_num_outputs(node) for node in nodes]
     tape = ir.tape.Tape()
-    sources = [source for weight in weights if weight is not None and (source := weight.producer()) is not None]
-    if sources:
-        parts = [_joined(tape, values) for values in zip(*(source.inputs for source in sources), strict=True)]
-        weight = tape.op("DequantizeLinear", parts, dict(sources[0].attributes))
-        shape = parts[0].shape
+    if first.op_type == "MatMulNBits":
+        parts = [_joined(tape, values, axis=0) for values in zip(*(node.inputs[1:] for node in nodes), strict=True)]
+        attributes = dict(first.attributes) | {"N": sum(sizes)}
+        whole = tape.op("MatMulNBits", [first.inputs[0], *parts], attributes, domain=first.domain)
     else:
-        weight = _joined(tape, weights)
-        shape = weight.shape
-    assert weights[0] is not None
-    weight.shape, weight.type = shape, weights[0].type
-    whole = tape.op("MatMul", [first.inputs[0], weight])
+        whole = tape.op("MatMul", [first.inputs[0], _joined_weight(tape, [node.inputs[1] for node in nodes])])
     sums = [found for node in nodes if (found := _sum_with_bias(node)) is not None]
     if len(sums) == len(nodes):
         whole = tape.op("Add", [whole, _joined(tape, [bias for _, bias in sums])])
@@ -113,6 +110,23 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         graph.remove(node, safe=True)
 
 
+def _joined_weight(tape: ir.tape.Tape, weights: Sequence[ir.Value | None]) -> ir.Value:
+    """The weights of products, float or int8 under a ``DequantizeLinear``, side by side. [K, sum of N]"""
+    sources = [source for weight in weights if weight is not None and (source := weight.producer()) is not None]
+    if not sources:
+        return _joined(tape, weights)
+    parts = [_joined(tape, values) for values in zip(*(source.inputs for source in sources), strict=True)]
+    weight = tape.op("DequantizeLinear", parts, dict(sources[0].attributes))
+    assert weights[0] is not None
+    weight.shape, weight.type = parts[0].shape, weights[0].type
+    return weight
+
+
+def _num_outputs(node: ir.Node) -> int:
+    """N of a product."""
+    return node.attributes.get_int("N") if node.op_type == "MatMulNBits" else _size(node.inputs[1], -1)
+
+
 def _sum_with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     """The ``Add`` that is the product's only reader, and its bias, an initializer [N]."""
     uses = list(node.outputs[0].uses())
@@ -120,23 +134,24 @@ def _sum_with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
         return None
     bias = uses[0].node.inputs[1 - uses[0].idx]
     is_vector = bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1
-    return (uses[0].node, bias) if bias is not None and is_vector and bias.shape == [_columns(node.inputs[1])] else None
+    return (uses[0].node, bias) if bias is not None and is_vector and bias.shape == [_num_outputs(node)] else None
 
 
-def _joined(tape: ir.tape.Tape, values: Sequence[ir.Value | None]) -> ir.Value:
-    """Values of one type, concatenated along their last axis."""
+def _joined(tape: ir.tape.Tape, values: Sequence[ir.Value | None], axis: int = -1) -> ir.Value:
+    """Values of one type, concatenated along an axis."""
     first = values[0]
     assert first is not None
     assert first.shape is not None
-    result = tape.op("Concat", values, {"axis": -1})
-    last = sum(_columns(value) for value in values)
-    result.shape, result.type = ir.Shape([*first.shape[:-1], last]), first.type
+    result = tape.op("Concat", values, {"axis": axis})
+    sizes = list(first.shape)
+    sizes[axis] = sum(_size(value, axis) for value in values)
+    result.shape, result.type = ir.Shape(sizes), first.type
     return result
 
 
-def _columns(value: ir.Value | None) -> int:
+def _size(value: ir.Value | None, axis: int) -> int:
     assert value is not None
     assert value.shape is not None
-    size = value.shape[-1]
+    size = value.shape[axis]
     assert isinstance(size, int)
     return size

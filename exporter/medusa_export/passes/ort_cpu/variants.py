@@ -7,6 +7,7 @@ import logging
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medusa_export.passes.common.block_products import BlockProducts
 from medusa_export.passes.ort_cpu.collect_sinks import CollectSinks
 from medusa_export.passes.ort_cpu.gqa import CachedAttention
 from medusa_export.passes.ort_cpu.gqa_packed_qkv import PackedAttention
@@ -18,6 +19,7 @@ from medusa_export.passes.ort_cpu.quick_silu import QuickSilu
 from medusa_export.passes.ort_cpu.skip_norm import SkipNorm
 from medusa_export.passes.ort_cpu.slice_used import UsedEntries
 
+ACTIVATIONS_IN_8_BITS = 4  # an accuracy level of ``MatMulNBits``; its kernels for float32 are several times slower
 log = logging.getLogger(__name__)
 
 __all__ = [
@@ -50,6 +52,7 @@ def for_ort_cpu(model: ir.Model, activation_bits: int = 16) -> None:
     CollectSinks()(model)
     UsedEntries()(model)
     GroupedAttention()(model)
+    BlockProducts(ACTIVATIONS_IN_8_BITS)(model)
     MergeProjections()(model)
     _finish(model, activation_bits)
 
@@ -67,6 +70,7 @@ def for_one_sequence(model: ir.Model, activation_bits: int = 16) -> bool:
     if not CachedAttention()(model).modified:
         return False
     GroupedAttention()(model)  # for layers that `CachedAttention` does not support
+    BlockProducts(ACTIVATIONS_IN_8_BITS)(model)
     MergeProjections()(model)
     PackedAttention()(model)
     _finish(model, activation_bits)

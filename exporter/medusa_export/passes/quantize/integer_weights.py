@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,24 +12,26 @@ import onnx_ir as ir
 from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
-from medusa_export.passes.common.values import Together, add_initializer, lazy_tensor, replace, shape_of
+from medusa_export.passes.common.values import Together, add_initializer, constant, lazy_tensor, replace, shape_of
 from medusa_export.passes.quantize.given_codes import GivenCodes
 
 Storage = Literal["int8", "int8-blocks", "int4"]
+HALF_RANGE = 128  # the code of zero for 8 bits in blocks
 
 
 class QuantizeWeights(GraphPass):
     """Store weights as integers.
 
     Needs: a float32 graph as the exporter writes it.
-    Result: still only standard operators, with each weight under a ``DequantizeLinear``. A weight that cannot be divided into
-    blocks of 32 inputs gets one scale per output. A weight from which rows are also gathered (a tied embedding) stays one
-    tensor, with at least 8 bits.
+    Result: still only standard operators, with each weight under a ``DequantizeLinear``. Weights in blocks lie as [out, in] and
+    are unsigned: so `BlockProducts` can give the same bytes to ``MatMulNBits``. A weight that cannot be divided into blocks of
+    32 inputs gets one scale per output. A weight from which rows are also gathered (a tied embedding) stays one tensor, with
+    at least 8 bits.
 
     Args:
         storage: how to store the weight of a name; None to leave it as it is.
-        tables: where weights lie from which any graph gathers rows, see `tables`. All graphs keep their layout
-            [out, in], so that they are stored once.
+        tables: where weights lie from which any graph gathers rows, see `tables`. Such a weight is rounded anew in all graphs,
+            so that it is stored once.
         given: codes that the checkpoint has for the weights of these names. They are taken as they are if they have as many
             bits as the weight is to be stored with.
     """
@@ -67,11 +69,11 @@ class QuantizeWeights(GraphPass):
             if storage == "int4" and gathers:
                 storage = "int8-blocks"
             if storage != "int8" and readers[0].num_inputs % BLOCK_SIZE == 0:
-                is_table = bool(gathers) or (readers[0].transposed and not self.tables.isdisjoint(_offsets(weight)))
+                is_table = bool(gathers) or not self.tables.isdisjoint(_offsets(weight))
                 bits = 4 if storage == "int4" else 8
                 given = self.given.get(weight.name or "")
                 given = None if given is None or given.bits != bits or is_table else given
-                _store_blocks(graph, weight, readers, gathers, bits=bits, as_table=is_table, given=given)
+                _store_blocks(graph, weight, readers, gathers, bits=bits, given=given)
                 self.kept += [weight.name or ""] if given is not None else []
             else:
                 _store_channels(graph, weight, readers, gathers)
@@ -124,55 +126,59 @@ def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], ga
     data, scales = (add_initializer(graph, part.name or "", part) for part in parts)
     stored = _turned(graph, readers[0].node, data) if by_rows else data
     for reader in readers:
-        _read(graph, reader, ir.node("DequantizeLinear", [stored, scales], {"axis": 1}))
+        _read(graph, reader, _dequantized(graph, reader.node, [stored, scales], {"axis": 1}))
     for gather in gathers:
         _gather(graph, gather, data, scales, blocks=None)
     _forget(graph, weight)
 
 
 def _store_blocks(
-    graph: ir.Graph,
-    weight: ir.Value,
-    readers: list[Linear],
-    gathers: list[ir.Node],
-    *,
-    bits: int,
-    as_table: bool,
-    given: GivenCodes | None,
+    graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int, given: GivenCodes | None
 ) -> None:
-    """Store as int8 or uint4, with one scale per output and block of inputs; uint4 has zero points as well.
-
-    If `as_table`, the layout stays [out, in], so that rows can be gathered.
-    """
+    """Store [out, in] as uint8 or uint4, with one scale per output and block of inputs. uint4 has zero points as well."""
     name, tensor, by_rows = weight.name or "", weight.const_value, readers[0].transposed
     assert tensor is not None
     inputs, outputs = readers[0].num_inputs, readers[0].num_outputs
 
-    def store() -> list[npt.NDArray[np.generic]]:
+    def store() -> Sequence[npt.NDArray[np.generic]]:
         array = tensor.numpy()
-        parts = (to_uint4 if bits == 4 else to_int8_blocks)(array.T if by_rows else array)
-        return [part.T if as_table else part for part in parts]
+        return (to_uint4 if bits == 4 else to_int8_blocks)(array.T if by_rows else array)
 
-    rounded = Together(store if given is None else given.parts)
+    def turned() -> list[npt.NDArray[np.generic]]:
+        codes, *others = store() if given is None else given.parts()
+        codes = codes if bits == 4 else (codes.astype(np.int16) + HALF_RANGE).astype(np.uint8)
+        return [part.T for part in (codes, *others)]
+
+    rounded = Together(turned)
     size = BLOCK_SIZE if given is None else given.block_size
-    dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.INT8
-    whole: list[int | ir.SymbolicDim] = [inputs, outputs]
-    blocks: list[int | ir.SymbolicDim] = [inputs // size, outputs]
-    if as_table:
-        whole, blocks = whole[::-1], blocks[::-1]
+    dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
+    whole, blocks = [outputs, inputs], [outputs, inputs // size]
     parts = [
-        lazy_tensor(f"{name}.{'uint4' if bits == 4 else 'int8'}", dtype, whole, lambda: rounded.part(0)),
+        lazy_tensor(f"{name}.{dtype.name.lower()}", dtype, whole, lambda: rounded.part(0)),
         lazy_tensor(f"{name}.scale", ir.DataType.FLOAT, blocks, lambda: rounded.part(1)),
     ]
     if bits == 4:
         parts.append(lazy_tensor(f"{name}.zero", dtype, blocks, lambda: rounded.part(2)))
-    values = [add_initializer(graph, part.name or "", part) for part in parts]
-    stored = [_turned(graph, readers[0].node, value) for value in values] if as_table else values
+    stored = [add_initializer(graph, part.name or "", part) for part in parts]
     for reader in readers:
-        _read(graph, reader, ir.node("DequantizeLinear", stored, {"axis": 0, "block_size": size}))
+        zeros = [] if bits == 4 else [_halves(graph, reader.node, blocks)]
+        result = _dequantized(graph, reader.node, [*stored, *zeros], {"axis": 1, "block_size": size})
+        _read(graph, reader, _turned(graph, reader.node, result))
     for gather in gathers:
-        _gather(graph, gather, values[0], values[1], blocks=inputs // BLOCK_SIZE)
+        _gather(graph, gather, stored[0], stored[1], blocks=inputs // size)
     _forget(graph, weight)
+
+
+def _halves(graph: ir.Graph, before: ir.Node, shape: Sequence[int]) -> ir.Value:
+    """Zero points of 8-bit codes, all the same."""
+    node = ir.node("Expand", [constant(graph, "half_range", np.uint8(HALF_RANGE)), constant(graph, _named(shape), shape)])
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), ir.TensorType(ir.DataType.UINT8)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _named(shape: Sequence[int]) -> str:
+    return "shape_" + "_".join(map(str, shape))
 
 
 def _turned(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
@@ -180,18 +186,21 @@ def _turned(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
     turn = ir.node("Transpose", [value], {"perm": [1, 0]})
     result = turn.outputs[0]
     assert value.shape is not None
-    result.name, result.shape, result.type = f"{value.name}.T", ir.Shape(list(value.shape)[::-1]), value.type
+    result.shape, result.type = ir.Shape(list(value.shape)[::-1]), value.type
     graph.insert_before(before, turn)
     return result
 
 
-def _read(graph: ir.Graph, reader: Linear, dequantize: ir.Node) -> None:
-    data = dequantize.inputs[0]
-    assert data is not None
-    dequantize.outputs[0].shape, dequantize.outputs[0].type = data.shape, ir.TensorType(ir.DataType.FLOAT)
-    graph.insert_before(reader.node, dequantize)
+def _dequantized(graph: ir.Graph, before: ir.Node, inputs: Sequence[ir.Value], attributes: Mapping[str, int]) -> ir.Value:
+    node = ir.node("DequantizeLinear", inputs, attributes)
+    node.outputs[0].shape, node.outputs[0].type = inputs[0].shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _read(graph: ir.Graph, reader: Linear, weight: ir.Value) -> None:
     before = reader.node.inputs[1]
-    reader.node.replace_input_with(1, dequantize.outputs[0])
+    reader.node.replace_input_with(1, weight)
     assert before is not None
     if (transpose := before.producer()) is not None and not before.uses():
         graph.remove(transpose, safe=True)
@@ -202,16 +211,16 @@ def _gather(graph: ir.Graph, gather: ir.Node, data: ir.Value, scales: ir.Value, 
     ids = gather.inputs[1]
     tape = ir.tape.Tape()
     rows = tape.op("Cast", [tape.op("Gather", [data, ids], {"axis": 0})], {"to": ir.DataType.FLOAT})
-    sizes = tape.op(
-        "Unsqueeze", [tape.op("Gather", [scales, ids], {"axis": 0}), tape.op("Constant", [], {"value": ir.tensor([-1])})]
-    )
+    sizes = tape.op("Unsqueeze", [tape.op("Gather", [scales, ids], {"axis": 0}), constant(graph, "last_axis", [-1])])
     if blocks is None:
         result = tape.op("Mul", [rows, sizes])
     else:
         assert ids is not None
+        assert data.shape is not None
         rank = len(ids.shape) if ids.shape is not None else 2
-        whole = tape.op("Shape", [rows])
-        cut = tape.op("Constant", [], {"value": ir.tensor([0] * rank + [blocks, BLOCK_SIZE])})
+        whole, size = tape.op("Shape", [rows]), int(str(data.shape[1])) // blocks
+        rows = tape.op("Sub", [rows, constant(graph, "half_range_float", float(HALF_RANGE))])
+        cut = constant(graph, f"in_blocks_{rank}_{blocks}_{size}", [0] * rank + [blocks, size])
         result = tape.op("Reshape", [tape.op("Mul", [tape.op("Reshape", [rows, cut]), sizes]), whole])
     graph.insert_before(gather, tape.nodes)
     replace(gather.outputs[0], result)

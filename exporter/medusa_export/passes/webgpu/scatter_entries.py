@@ -53,7 +53,6 @@ def entry_indices(graph: ir.Graph, tape: ir.tape.Tape, lengths: ir.Value, new: i
     """
     op, zero, one = tape.op, constant(graph, "first", np.int64(0)), constant(graph, "step", np.int64(1))
     count, tokens = op("Shape", [lengths]), op("Shape", [new], {"start": CAPACITY_AXIS, "end": CAPACITY_AXIS + 1})
-    whole = op("Concat", [count, constant(graph, f"heads_{heads}", [heads]), tokens, constant(graph, "one", [1])], {"axis": 0})
     sequences = op("Range", [zero, op("Squeeze", [count]), one])
     places = op(  # [B, T]
         "Add",
@@ -62,9 +61,20 @@ def entry_indices(graph: ir.Graph, tape: ir.tape.Tape, lengths: ir.Value, new: i
             op("Range", [zero, op("Squeeze", [tokens]), one]),
         ],
     )
-    parts = [
-        op("Unsqueeze", [sequences, constant(graph, "axes_1_2_3", [1, 2, 3])]),
-        constant(graph, f"each_of_{heads}_heads", np.arange(heads).reshape(1, heads, 1, 1)),
-        op("Unsqueeze", [places, constant(graph, "axes_1_3", [1, 3])]),
-    ]
-    return op("Concat", [op("Expand", [part, whole]) for part in parts], {"axis": 3})
+    sequences = op("Unsqueeze", [sequences, constant(graph, "axes_1_2_3", [1, 2, 3])])
+    return scatter_indices(graph, tape, sequences, op("Unsqueeze", [places, constant(graph, "axes_1_3", [1, 3])]), heads)
+
+
+def scatter_indices(graph: ir.Graph, tape: ir.tape.Tape, sequences: ir.Value, places: ir.Value, heads: int) -> ir.Value:
+    """The indices of entries in a cache [B, H, S, D], for ``ScatterND``: sequence, head, place. [B, H, T, 3]
+
+    Args:
+        graph: the graph, for constants.
+        tape: records the nodes.
+        sequences: [B, 1, 1, 1].
+        places: [B, 1, T, 1].
+        heads: H.
+    """
+    each = constant(graph, f"each_of_{heads}_heads", np.arange(heads).reshape(1, heads, 1, 1))
+    whole = tape.op("Shape", [tape.op("Add", [places, each])])
+    return tape.op("Concat", [tape.op("Expand", [part, whole]) for part in (sequences, each, places)], {"axis": 3})

@@ -189,11 +189,16 @@ def require_graphs(manifest: Manifest) -> None:
     Raises:
         BackendError: it has no graphs for WebGPU.
     """
-    if manifest.quantization is not None or manifest.precision not in DTYPES:
-        what = f"a bundle in {manifest.precision}" if manifest.quantization is None else "a quantised bundle"
-        raise BackendError(f"{ORT_WEBGPU} does not run {what}; use one in fp32 or fp16")
-    if f"{STEP}.{ORT_WEBGPU}" not in manifest.graphs:
-        raise BackendError("this bundle has no graphs for WebGPU; export it again")
+    if manifest.precision not in DTYPES:
+        raise BackendError(f"{ORT_WEBGPU} does not run a bundle in {manifest.precision}; use one in fp32 or fp16")
+    if f"{STEP}.{ORT_WEBGPU}" in manifest.graphs:
+        return
+    if manifest.quantization is not None:
+        raise BackendError(
+            f"this bundle of the scheme {manifest.quantization.scheme} has no graphs for WebGPU; "
+            "quantize again with --scheme int8-blocks, int4 or int8-int4 (experts stay in fp32 or fp16 there)"
+        )
+    raise BackendError("this bundle has no graphs for WebGPU; export it again")
 
 
 def _graphs(manifest: Manifest) -> list[GraphFacts]:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.cache_inputs import cache_inputs
 from medusa_export.passes.common.values import constant, heads_and_width
+from medusa_export.passes.webgpu.scatter_entries import scatter_indices
 from medusa_runtime.bundle.cache_layout import FROM, PAST, PRESENT, SOURCES, TARGETS
 
 
@@ -42,13 +43,7 @@ def cache_graph(step: ir.Model) -> ir.Model:
 
 
 def _indices(graph: ir.Graph, tape: ir.tape.Tape, targets: ir.Value, heads: int) -> ir.Value:
-    """The places of entries in a cache of one sequence: sequence 0, head, entry. [1, H, A, 3]"""
-    count = tape.op("Shape", [targets])
-    ends = [constant(graph, f"heads_{heads}", [1, heads]), count, constant(graph, "one", [1])]
-    whole = tape.op("Concat", ends, {"axis": 0})
-    parts = [
-        constant(graph, "sequence", np.zeros((1, 1, 1, 1), np.int64)),
-        constant(graph, f"each_of_{heads}_heads", np.arange(heads).reshape(1, heads, 1, 1)),
-        tape.op("Unsqueeze", [targets, constant(graph, "axes_0_1_3", [0, 1, 3])]),
-    ]
-    return tape.op("Concat", [tape.op("Expand", [part, whole]) for part in parts], {"axis": 3})
+    """The indices of entries in a cache of one sequence. [1, H, A, 3]"""
+    sequence = constant(graph, "sequence", np.zeros((1, 1, 1, 1), np.int64))
+    places = tape.op("Unsqueeze", [targets, constant(graph, "axes_0_1_3", [0, 1, 3])])
+    return scatter_indices(graph, tape, sequence, places, heads)

@@ -1,0 +1,152 @@
+"""Multiplies with weights in blocks by the operator of ONNX Runtime that reads them as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from medusa_export.passes.common.graph_pass import GraphPass
+from medusa_export.passes.common.values import add_initializer, replace
+
+BITS = {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}
+
+
+class BlockProducts(GraphPass):
+    """Replace products with weights in blocks by ``MatMulNBits``.
+
+    Needs: ``MatMul(x, Transpose(DequantizeLinear(codes, scales, zeros)))`` as `QuantizeWeights` writes it: codes [N, K] are
+    uint8 around 128, or uint4 with zero points.
+    Result: ``MatMulNBits``. It reads the same bytes; only their shape is told otherwise.
+
+    Args:
+        accuracy_level: how precisely the operator multiplies: 1 for float32; 4 for activations in 8 bits, each row on its own.
+    """
+
+    def __init__(self, accuracy_level: int) -> None:
+        super().__init__()
+        self._accuracy_level = accuracy_level
+
+    def rewrite(self, model: ir.Model) -> int:
+        """Rewrite in place."""
+        views: dict[ir.Value, ir.Value] = {}
+        count = 0
+        for node in [node for node in model.graph if node.op_type == "MatMul"]:
+            stored = _stored(node.inputs[1])
+            if stored is None:
+                continue
+            weights = [_codes(model.graph, views, stored), stored.scales]
+            if stored.zeros is not None:
+                weights.append(_zeros(model.graph, views, stored))
+            attributes = {
+                "K": stored.num_inputs,
+                "N": stored.num_outputs,
+                "bits": stored.bits,
+                "block_size": stored.block_size,
+                "accuracy_level": self._accuracy_level,
+            }
+            product = ir.node("MatMulNBits", [node.inputs[0], *weights], attributes, domain="com.microsoft")
+            model.graph.insert_before(node, product)
+            replace(node.outputs[0], product.outputs[0])
+            model.graph.remove(node, safe=True)
+            count += 1
+        if count:
+            model.opset_imports["com.microsoft"] = 1
+        return count
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A weight in blocks: codes [N, K], scales [N, G], and zeros [N, G] or None for 8 bits."""
+
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    block_size: int
+
+    @property
+    def bits(self) -> int:
+        assert self.codes.dtype is not None
+        return BITS[self.codes.dtype]
+
+    @property
+    def num_outputs(self) -> int:
+        return _sizes(self.codes)[0]
+
+    @property
+    def num_inputs(self) -> int:
+        return _sizes(self.codes)[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_inputs // self.block_size
+
+
+def _stored(weight: ir.Value | None) -> _Blocks | None:
+    turn = None if weight is None else weight.producer()
+    if turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
+        return None
+    source = turn.inputs[0].producer()
+    if source is None or source.op_type != "DequantizeLinear" or not source.attributes.get_int("block_size", 0):
+        return None
+    codes, scales, zeros = source.inputs
+    assert codes is not None
+    assert scales is not None
+    return _Blocks(codes, scales, zeros if codes.dtype == ir.DataType.UINT4 else None, source.attributes.get_int("block_size"))
+
+
+def _codes(graph: ir.Graph, views: dict[ir.Value, ir.Value], stored: _Blocks) -> ir.Value:
+    """The codes as ``MatMulNBits`` wants them: [N, G, bytes of a block]."""
+    if stored.codes not in views:
+        tensor = stored.codes.const_value
+        assert tensor is not None
+        shape = [stored.num_outputs, stored.num_blocks, stored.block_size * stored.bits // 8]
+        views[stored.codes] = add_initializer(graph, f"{stored.codes.name}.blocks", _as_bytes(tensor, shape))
+    return views[stored.codes]
+
+
+def _zeros(graph: ir.Graph, views: dict[ir.Value, ir.Value], stored: _Blocks) -> ir.Value:
+    """The zero points of 4-bit codes, two in a byte: [N, bytes of a row]. Each row begins with a byte of its own."""
+    zeros = stored.zeros
+    assert zeros is not None
+    if zeros not in views:
+        tensor, shape = zeros.const_value, [stored.num_outputs, (stored.num_blocks + 1) // 2]
+        assert tensor is not None
+        name = f"{zeros.name}.bytes"
+        if stored.num_blocks % 2:
+            padded = np.pad(tensor.numpy().astype(np.uint8), ((0, 0), (0, 1)))
+            views[zeros] = add_initializer(graph, name, ir.tensor(padded[:, ::2] | padded[:, 1::2] << 4, name=name))
+        else:
+            views[zeros] = add_initializer(graph, name, _as_bytes(tensor, shape))
+    return views[zeros]
+
+
+def _as_bytes(tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.TensorProtocol:
+    """The same bytes as uint8 in another shape: still in the weights file, if they are there."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            ir.DataType.UINT8,
+            shape=ir.Shape(shape),
+            name=tensor.name or "",
+            base_dir=tensor.base_dir,
+        )
+
+    def evaluate() -> ir.TensorProtocol:
+        array: npt.NDArray[np.uint8] = np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape)
+        return ir.tensor(array, name=tensor.name)
+
+    return ir.LazyTensor(evaluate, dtype=ir.DataType.UINT8, shape=ir.Shape(shape), name=tensor.name, cache=False)
+
+
+def _sizes(value: ir.Value) -> tuple[int, int]:
+    assert value.shape is not None
+    rows, columns = value.shape
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    return rows, columns
