@@ -60,6 +60,10 @@ class BackendError(MedusaError):
     """A backend is unknown, is not installed, or cannot run this bundle."""
 
 
+class DeviceLostError(BackendError):
+    """A GPU stopped working for this process: its driver was reset, updated or failed. Close the model and open it again."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,16 @@ from medusa_export.bundle.export import export_bundle
 from medusa_export.check import validate
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.quantize import QuantizeOptions, export, quantize_bundle
-from medusa_runtime import BackendError, DynamicTree, Manifest, MedusaLM, OptionError, choose_backend, open_backend
+from medusa_runtime import (
+    BackendError,
+    CapacityError,
+    DynamicTree,
+    Manifest,
+    MedusaLM,
+    OptionError,
+    choose_backend,
+    open_backend,
+)
 from medusa_runtime.backends.webgpu import webgpu_backend
 from medusa_runtime.backends.webgpu.adapters import PROVIDER, find_adapters
 from medusa_runtime.bundle.cache_layout import CacheLayout
@@ -172,6 +185,72 @@ def _resident() -> int:
     if not status.exists():
         pytest.skip("this system does not tell a process's memory in /proc")
     return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif(not IN_SOFTWARE, reason="a real GPU may have the memory")
+def test_a_cache_for_which_there_is_no_memory_is_refused_and_the_old_one_stays(make_bundle: Make) -> None:
+    """The provider tells nobody that a buffer could not be made; whoever uses it is told that it is invalid."""
+    bundle = make_bundle("llama", precision="fp32")
+    gpu = open_backend(bundle, Manifest.load(bundle), device="gpu")
+    gpu.resize(1, 64)
+    before = logits(gpu, [5, 9, 14])
+    with pytest.raises(CapacityError, match=r"^the device has no memory for a cache of 1 times \d+ entries \("):
+        gpu.resize(1, 1 << 24, [3])  # 2 GiB a tensor
+    assert gpu.capacity == 64
+    np.testing.assert_array_equal(logits(gpu, [5, 9, 14]), before)
+
+
+LOSS = """
+import os, sys
+from pathlib import Path
+
+from medusa_runtime import ClosedError, DeviceLostError, MedusaLM
+
+bundle, lost, fields = sys.argv[1], Path(os.environ["LOSSY_WHILE"]), {"max_new_tokens": 12, "ignore_eos": True}
+with MedusaLM.from_bundle(bundle, device="gpu", max_batch_size=2) as lm:
+    before = lm.generate("the quick fox", **fields).token_ids
+    lost.touch()
+    for handle in [lm.submit("the lazy dog", **fields) for _ in range(2)]:
+        try:
+            raise AssertionError(f"an answer from a lost device: {handle.result(60)}")
+        except DeviceLostError as error:
+            print(error)
+    health = lm.health()
+    assert not health.is_alive, health
+    assert health.why_not.endswith("open the model again"), health
+    try:
+        raise AssertionError(f"an answer after the loss: {lm.generate('the quick fox', **fields)}")
+    except ClosedError as error:
+        assert str(error) == health.why_not
+lost.unlink()
+with MedusaLM.from_bundle(bundle, device="gpu") as lm:
+    assert lm.generate("the quick fox", **fields).token_ids == before
+print("as before")
+"""
+
+
+@pytest.mark.skipif(not IN_SOFTWARE or shutil.which("cc") is None, reason="needs the driver in software, and a C compiler")
+def test_a_lost_device_is_an_error_and_the_model_can_be_opened_again(make_bundle: Make, tmp_path: Path) -> None:
+    """In a process of its own: its driver passes everything to the driver in software, but refuses work when it is told to."""
+    library, description = tmp_path / "lossy.so", tmp_path / "lossy.json"
+    source = Path(__file__).parents[1] / "support/lossy_vulkan.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
+    described = {"library_path": str(library), "api_version": "1.1"}
+    description.write_text(json.dumps({"file_format_version": "1.0.0", "ICD": described}), encoding="utf-8")
+    real = Path(os.environ["VK_DRIVER_FILES"])
+    named = json.loads(real.read_text(encoding="utf-8"))["ICD"]["library_path"]
+    lossy = {
+        "LOSSY_DRIVER": str(real.parent / named),
+        "LOSSY_WHILE": str(tmp_path / "lost"),
+        "VK_DRIVER_FILES": str(description),
+    }
+    command = [sys.executable, "-c", LOSS, str(make_bundle("llama", precision="fp32"))]
+    done = subprocess.run(command, env=os.environ | lossy, capture_output=True, encoding="utf-8", timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert first == second
+    assert "was lost: its driver was reset or failed; open the model again" in first
+    assert last == "as before"
 
 
 def test_what_webgpu_does_not_run_is_refused_in_one_line(make_bundle: Make) -> None:

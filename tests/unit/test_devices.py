@@ -15,7 +15,7 @@ from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.webgpu.adapters import Adapter
 from medusa_runtime.bundle.cpu import device_key
 from medusa_runtime.bundle.manifest import EngineFacts, Manifest, QuantizationFacts
-from medusa_runtime.errors import CapacityError, MissingExtraError
+from medusa_runtime.errors import CapacityError, DeviceLostError, MissingExtraError
 from tests.support.fake_backend import fake_manifest
 from tests.support.stand_in_cuda import CUresult, StandInDriver
 
@@ -127,6 +127,11 @@ def test_failures_of_the_driver_are_one_line(driver: StandInDriver, monkeypatch:
     monkeypatch.setattr(StandInDriver, "_streamsynchronize", lambda *_: (CUresult.CUDA_ERROR_INVALID_VALUE,))
     with pytest.raises(BackendError, match=r"cuStreamSynchronize says CUDA_ERROR_INVALID_VALUE$"):
         gpu.synchronize()
+    monkeypatch.setattr(StandInDriver, "_streamsynchronize", lambda *_: (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,))
+    with pytest.raises(
+        DeviceLostError, match=r"^the GPU is lost to this process, which must be started again: .*_ILLEGAL_ADDRESS$"
+    ):
+        gpu.synchronize()
 
 
 def test_a_capture_that_fails_leaves_the_stream_usable(driver: StandInDriver) -> None:
@@ -192,8 +197,15 @@ def test_quantised_bundles_stay_on_the_cpu(driver: StandInDriver) -> None:
     facts = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0, source_bundle="", quality={})
     manifest = fake_manifest().model_copy(update={"quantization": facts})
     assert choose_backend(manifest).backend == "ort-cpu"
-    for backend, device in (("auto", "cuda:0"), ("ort-cuda", "auto"), ("auto", "gpu"), ("ort-webgpu", "auto")):
-        with pytest.raises(BackendError, match=r"^ort-cuda does not run quantised bundles \(int8\); use the float bundle"):
+    on_cuda = r"^ort-cuda does not run quantised bundles \(int8\); use the float bundle"
+    on_webgpu = r"^this bundle of the scheme int8 has no graphs for WebGPU; quantize again with --scheme int8-blocks"
+    for backend, device, told in (
+        ("auto", "cuda:0", on_cuda),
+        ("ort-cuda", "auto", on_cuda),
+        ("auto", "gpu", on_webgpu),
+        ("ort-webgpu", "auto", on_webgpu),
+    ):
+        with pytest.raises(BackendError, match=told):
             choose_backend(manifest, backend, device)
 
 

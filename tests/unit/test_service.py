@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +24,7 @@ from medusa_runtime import (
     CapacityError,
     ClosedError,
     DecodingEngine,
+    DeviceLostError,
     DynamicTree,
     GenerationOptions,
     MedusaLM,
@@ -326,6 +328,47 @@ def test_a_failing_device_fails_its_requests_and_the_service_goes_on() -> None:
             lm.generate("a", max_new_tokens=5)
         assert lm.generate("a", max_new_tokens=5).text == text_of("a", 5)
         assert (lm.stats().num_failed, lm.stats().num_completed) == (1, 1)
+
+
+def test_a_lost_device_ends_all_requests_and_the_service() -> None:
+    gate, backend = gated(num_free_steps=2)
+    with service(backend=backend) as lm:
+        handles = [lm.submit(letter, max_new_tokens=150) for letter in "ab"]
+        assert gate.arrived.wait(30)
+
+        def fail(_: FakeBackend) -> None:
+            raise DeviceLostError("the device was lost; open the model again")
+
+        backend.fails = fail
+        gate.is_open.set()
+        for handle in handles:
+            with pytest.raises(DeviceLostError, match="open the model again"):
+                handle.result(30)
+        health = lm.health()
+        assert (health.is_alive, health.why_not) == (False, "the device was lost; open the model again")
+        with pytest.raises(ClosedError, match="the device was lost"):
+            lm.generate("a", max_new_tokens=5)
+        assert lm.stats().num_failed == 2
+
+
+def test_a_lost_device_leaves_nothing_in_tracebacks() -> None:
+    """What lived on the device must be gone before a new one is opened, even if the caller keeps the error."""
+    backend = FakeBackend("never")
+    buffers = []
+
+    def fail(_: FakeBackend) -> None:
+        buffer = np.zeros(3)
+        buffers.append(weakref.ref(buffer))
+        try:
+            raise RuntimeError("gone")
+        except RuntimeError as error:
+            raise DeviceLostError("lost") from error
+
+    backend.fails = fail
+    with service(backend=backend) as lm, pytest.raises(DeviceLostError) as kept:
+        lm.generate("a", max_new_tokens=5)
+    assert str(kept.value) == "lost"
+    assert buffers[0]() is None
 
 
 def test_a_strange_error_is_told_as_a_failed_request(monkeypatch) -> None:

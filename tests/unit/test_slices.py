@@ -30,6 +30,7 @@ def test_names_of_the_driver() -> None:
     assert len(attributes) == 2
     assert attributes <= set(real.CUdevice_attribute.__members__)
     assert {"CUDA_SUCCESS", "CUDA_ERROR_OUT_OF_MEMORY"} <= set(real.CUresult.__members__)
+    assert set(real.CUresult.__members__) >= driver.LASTING
     assert driver.THREAD_LOCAL in real.CUstreamCaptureMode.__members__
     assert "CU_MEMORYTYPE_DEVICE" in real.CUmemorytype.__members__
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
-from medusa_runtime.backends.webgpu.adapters import choose_adapter, find_adapters
+from medusa_runtime.backends.webgpu.adapters import choose_adapter, find_adapters, require_graphs
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CUDA, ORT_WEBGPU, STEP, Manifest
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
 
@@ -77,6 +77,7 @@ def choose_backend(manifest: Manifest, backend: str = AUTO, device: str = AUTO) 
     if backend == ORT_CUDA or kind == "cuda":
         return Placement(ORT_CUDA, f"cuda:{index}", "asked for")
     if backend == ORT_WEBGPU or kind == "gpu":
+        require_graphs(manifest)
         return Placement(ORT_WEBGPU, f"gpu:{index}", "asked for")
     return _choose_onnx(manifest)
 

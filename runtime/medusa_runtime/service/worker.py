@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.errors import (
     CapacityError,
     ClosedError,
+    DeviceLostError,
     MedusaError,
     QueueFullError,
     QueueTimeoutError,
@@ -71,6 +73,7 @@ class Worker:
         self._counts = _Counts()
         self._thread: threading.Thread | None = None
         self._closed: str | None = None  # why no further request is taken
+        self._lost: DeviceLostError | None = None  # after which no request can be answered
         self._since = time.time()  # when it was opened, or closed
         self._process = os.getpid()
         _open_workers.add(self)
@@ -206,8 +209,8 @@ class Worker:
             self._inbox.clear()
         for job in jobs:
             with contextlib.suppress(Exception):  # an engine that failed may fail again
-                self._end(job, error)
-            job.tell(error=error)
+                self._end(job, self._lost or error)
+            job.tell(error=self._lost or error)
 
     def _take_in(self) -> bool:
         """Wait for work, and take new requests and cancellations. Returns whether to go on."""
@@ -255,6 +258,11 @@ class Worker:
             self._end(job, as_request_error(error))
 
     def _end(self, job: Job, error: MedusaError) -> None:
+        if isinstance(error, DeviceLostError):
+            forget_frames(error)
+            self._lost = error
+            with self._changed:
+                self._close_for(str(error))
         if not isinstance(error, ClosedError):
             log.warning("a request failed: %s", error)
         for answer in job.answers:
@@ -294,6 +302,13 @@ def _stop_all() -> None:
         worker.stop()
     for worker in workers:
         worker.join()
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the local variables that an error's traceback keeps. Among them may be what lives on a lost device."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def as_request_error(error: BaseException) -> MedusaError:

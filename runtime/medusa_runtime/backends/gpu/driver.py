@@ -16,10 +16,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medusa_runtime.errors import BackendError, CapacityError, MissingExtraError
+from medusa_runtime.errors import BackendError, CapacityError, DeviceLostError, MissingExtraError
 
 NON_BLOCKING = 1  # a stream with this flag does not wait for the default stream
 THREAD_LOCAL = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"  # a capture restricts only the thread that captures
+
+LASTING = frozenset(  # after these, every call of the process fails, as NVIDIA's reference says
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ASSERT",
+        "CONTEXT_IS_DESTROYED",
+        "ECC_UNCORRECTABLE",
+        "HARDWARE_STACK_ERROR",
+        "ILLEGAL_ADDRESS",
+        "ILLEGAL_INSTRUCTION",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "MISALIGNED_ADDRESS",
+    )
+)
 
 
 class NoGpuError(BackendError):
@@ -76,13 +93,16 @@ class Driver:
 
         Raises:
             CapacityError: the GPU's memory is full.
+            DeviceLostError: the GPU fails every call of this process from now on.
             BackendError: the status is any other failure.
         """
         code, *values = getattr(self.api, name)(*arguments)
         if code == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise CapacityError(f"the GPU has no memory left ({name})")
         if code != self.api.CUresult.CUDA_SUCCESS:
-            raise BackendError(f"the GPU's driver failed: {name} says {self._name(code)}")
+            if (status := self._name(code)) in LASTING:
+                raise DeviceLostError(f"the GPU is lost to this process, which must be started again: {name} says {status}")
+            raise BackendError(f"the GPU's driver failed: {name} says {status}")
         return values[0] if len(values) == 1 else tuple(values)
 
     @property

@@ -9,8 +9,11 @@ import numpy as np
 import onnxruntime as ort
 
 from medusa_runtime.arrays import IntArray
+from medusa_runtime.backends.webgpu.adapters import Adapter, held
+from medusa_runtime.backends.webgpu.running import run
 from medusa_runtime.bundle.cache_layout import FROM, SOURCES, TARGETS, CacheLayout, CacheTensor
-from medusa_runtime.errors import BackendError, CapacityError, first_line
+from medusa_runtime.bundle.manifest import CACHE
+from medusa_runtime.errors import CapacityError, DeviceLostError, first_line
 
 DTYPES = {"float": np.float32, "float16": np.float16}
 Buffers = dict[str, Any]  # a cache tensor's name -> its OrtValue, [1, H, S, D]
@@ -22,11 +25,13 @@ class DeviceSlots:
     Args:
         layout: the tensors.
         editor: a session of the bundle's graph that edits a cache.
-        memory: where buffers are allocated: the device's OrtMemoryInfo.
+        adapter: the device.
     """
 
-    def __init__(self, layout: CacheLayout, editor: ort.InferenceSession, memory: Any) -> None:
-        self._layout, self._editor, self._memory = layout, editor, memory
+    def __init__(self, layout: CacheLayout, editor: ort.InferenceSession, adapter: Adapter) -> None:
+        self._layout, self._adapter = layout, adapter
+        self._memory = adapter.device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
+        self._editor: ort.InferenceSession | None = editor
         self._slots: list[Buffers] = []
         self._zeros = {tensor.name: self._buffer(tensor, 1) for tensor in layout.tensors}  # one entry each
         self.capacity = 0
@@ -50,6 +55,10 @@ class DeviceSlots:
         kept = [*lengths, *[0] * num_slots][:num_slots]
         try:
             slots = [{tensor.name: self._buffer(tensor, capacity) for tensor in self._layout.tensors} for _ in range(num_slots)]
+            for buffers in slots:  # memory that the device does not have is noticed when it is used
+                self._edit(buffers, self._zeros, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        except DeviceLostError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             what = f"the device has no memory for a cache of {num_slots} times {capacity} entries"
             raise CapacityError(f"{what} ({first_line(error)})") from error
@@ -79,26 +88,24 @@ class DeviceSlots:
             self._edit(self._slots[slot], self._zeros, np.zeros(stop - start, np.int64), np.arange(start, stop))
 
     def free(self) -> None:
-        """Give the memory back."""
-        self._slots, self.capacity = [], 0
+        """Give all memory back. The slots cannot be used any more."""
+        self._slots, self._zeros, self._editor, self.capacity = [], {}, None, 0
 
     def _edit(self, into: Buffers, out_of: Buffers, sources: IntArray, targets: IntArray) -> None:
         """Copy entries between the buffers of two slots, which may be the same: all are read before one is written."""
-        binding = self._editor.io_binding()
+        assert self._editor is not None
+        binding = held(self._editor.io_binding())
         binding.bind_cpu_input(SOURCES, np.ascontiguousarray(sources, np.int64))
         binding.bind_cpu_input(TARGETS, np.ascontiguousarray(targets, np.int64))
         for tensor in self._layout.tensors:
             binding.bind_ortvalue_input(FROM + tensor.name, out_of[tensor.name])
             binding.bind_ortvalue_input(tensor.past, into[tensor.name])
             binding.bind_ortvalue_output(tensor.present, into[tensor.name])
-        try:
-            self._editor.run_with_iobinding(binding)
-        except Exception as error:  # as above
-            raise BackendError(f"ONNX Runtime cannot edit the cache: {first_line(error)}") from error
+        run(self._editor, binding, CACHE, self._adapter)
 
     def _buffer(self, tensor: CacheTensor, capacity: int) -> Any:
         """A buffer of zeros. What the device gives may hold anything."""
         shape, dtype = tensor.shape(1, capacity), DTYPES[tensor.dtype]
-        buffer = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, memory_info=self._memory)
+        buffer = held(ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, memory_info=self._memory))
         ort.copy_tensors([ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))], [buffer])
         return buffer

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
-from medusa_runtime.backends.webgpu.adapters import Adapter
+from medusa_runtime.backends.webgpu.adapters import Adapter, held, require_graphs
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import CACHE, HEADS, ORT_WEBGPU, STEP, GraphFacts, Manifest
-from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, first_line
+from medusa_runtime.errors import ClosedError, MissingExtraError
 
 try:
     import onnxruntime as ort
@@ -22,6 +22,7 @@ except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 from medusa_runtime.backends.webgpu.device_slots import DeviceSlots
+from medusa_runtime.backends.webgpu.running import open_session, run
 
 ROWS = "rows"  # the input of the heads' graph that says which rows of the hidden states it reads
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -48,9 +49,9 @@ class OrtWebGpuBackend:
         self._dtype = np.dtype(DTYPES[manifest.precision])
         self._memory = adapter.device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
         bundle = Path(bundle).resolve()
-        step, heads, editor = (_open(bundle, graph, adapter) for graph in _graphs(manifest))
+        step, heads, editor = (open_session(bundle / graph.file, adapter) for graph in _graphs(manifest))
         self._sessions: tuple[ort.InferenceSession, ort.InferenceSession] | None = (step, heads)
-        self._slots = DeviceSlots(CacheLayout.of(manifest.graphs[STEP]), editor, self._memory)
+        self._slots = DeviceSlots(CacheLayout.of(manifest.graphs[STEP]), editor, adapter)
         self._bindings: dict[tuple[int, bool], ort.IOBinding] = {}  # by slot, and whether logits are bound
         self._hidden: list[Any] = []  # of each sequence of the last step, [1, R, C] on the device
         self._rooms: dict[int, Any] = {}  # by sequence: memory for the hidden states of one step
@@ -108,7 +109,7 @@ class OrtWebGpuBackend:
             for name, array in outputs.items():
                 binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
             binding.bind_ortvalue_output("hidden", hidden)
-            _run(self._require_open()[0], binding, STEP, self._adapter)
+            run(self._require_open()[0], binding, STEP, self._adapter)
         shape = (tokens, rows, with_logits)
         is_warm = shape in self._known
         self._known.add(shape)
@@ -121,14 +122,14 @@ class OrtWebGpuBackend:
         token_ids, log_probs = np.empty(shape, np.int64), np.empty(shape, np.float32)
         for sequence, row in enumerate(rows.tolist()):
             one = slice(sequence, sequence + 1)
-            binding = session.io_binding()
+            binding = held(session.io_binding())
             binding.bind_ortvalue_input("hidden", self._hidden[sequence])
             binding.bind_cpu_input(ROWS, np.array([row], np.int64))
             if self.manifest.heads.reads_root:
                 binding.bind_cpu_input("root_ids", np.ascontiguousarray(root_ids[one], np.int64))
             for name, array in (("head_ids", token_ids), ("head_log_probs", log_probs)):
                 binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array[one]))
-            _run(session, binding, HEADS, self._adapter)
+            run(session, binding, HEADS, self._adapter)
         return HeadOutput(token_ids, log_probs)
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:
@@ -167,7 +168,7 @@ class OrtWebGpuBackend:
         """Memory on the device for the hidden states of one sequence's rows. [1, R, C]"""
         shape = [1, rows, self.manifest.model.hidden_size]
         if sequence not in self._rooms or self._rooms[sequence].shape() != shape:
-            room = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype.type, memory_info=self._memory)
+            room = held(ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype.type, memory_info=self._memory))
             self._rooms[sequence] = room
         return self._rooms[sequence]
 
@@ -175,7 +176,7 @@ class OrtWebGpuBackend:
         """A slot's cache, bound as input and output: the graph writes into the buffers themselves."""
         key = (slot, with_logits)
         if key not in self._bindings:
-            binding = self._require_open()[0].io_binding()
+            binding = held(self._require_open()[0].io_binding())
             for tensor, buffer in self._slots.tensors(slot):
                 binding.bind_ortvalue_input(tensor.past, buffer)
                 binding.bind_ortvalue_output(tensor.present, buffer)
@@ -183,42 +184,5 @@ class OrtWebGpuBackend:
         return self._bindings[key]
 
 
-def require_graphs(manifest: Manifest) -> None:
-    """Refuse a bundle that WebGPU cannot run.
-
-    Raises:
-        BackendError: it has no graphs for WebGPU.
-    """
-    if manifest.precision not in DTYPES:
-        raise BackendError(f"{ORT_WEBGPU} does not run a bundle in {manifest.precision}; use one in fp32 or fp16")
-    if f"{STEP}.{ORT_WEBGPU}" in manifest.graphs:
-        return
-    if manifest.quantization is not None:
-        raise BackendError(
-            f"this bundle of the scheme {manifest.quantization.scheme} has no graphs for WebGPU; "
-            "quantize again with --scheme int8-blocks, int4 or int8-int4 (experts stay in fp32 or fp16 there)"
-        )
-    raise BackendError("this bundle has no graphs for WebGPU; export it again")
-
-
 def _graphs(manifest: Manifest) -> list[GraphFacts]:
     return [manifest.graphs[f"{name}.{ORT_WEBGPU}"] for name in (STEP, HEADS, CACHE)]
-
-
-def _open(bundle: Path, graph: GraphFacts, adapter: Adapter) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns about each node that it leaves to the CPU: those that make masks and indices
-    options.add_provider_for_devices([adapter.device], {})
-    try:
-        return ort.InferenceSession(bundle / graph.file, options)
-    except Exception as error:  # ONNX Runtime's errors have no common base but this
-        raise BackendError(f"ONNX Runtime cannot open {bundle / graph.file} on {adapter.name}: {first_line(error)}") from error
-
-
-def _run(session: ort.InferenceSession, binding: ort.IOBinding, name: str, adapter: Adapter) -> None:
-    try:
-        session.run_with_iobinding(binding)
-    except Exception as error:  # as above
-        if "requires f16" in str(error):
-            raise BackendError(f"{adapter.name} cannot compute in fp16 through WebGPU; use a bundle in fp32") from error
-        raise BackendError(f"ONNX Runtime cannot run the {name} graph on WebGPU: {first_line(error)}") from error
