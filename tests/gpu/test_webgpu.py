@@ -17,6 +17,7 @@ import onnxruntime as ort
 import pytest
 
 from medusa_export.bundle.export import export_bundle
+from medusa_export.bundle.write_graphs import PROMISED_BYTES
 from medusa_export.check import validate
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.quantize import QuantizeOptions, export, quantize_bundle
@@ -32,6 +33,7 @@ from medusa_runtime import (
 )
 from medusa_runtime.backends.webgpu import webgpu_backend
 from medusa_runtime.backends.webgpu.adapters import PROVIDER, find_adapters
+from medusa_runtime.backends.webgpu.vulkan import device_of, find_vulkan_devices
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import STEP, QuantizationFacts, Scheme
 from tests.gpu.conftest import logits
@@ -185,6 +187,16 @@ def _resident() -> int:
     if not status.exists():
         pytest.skip("this system does not tell a process's memory in /proc")
     return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there is no Vulkan on a Mac")
+def test_vulkan_tells_the_limits() -> None:
+    [adapter, *_], devices = find_adapters(), find_vulkan_devices()
+    device = device_of(adapter, devices)
+    assert device is not None
+    assert (device.is_software, bool(device.name)) == (adapter.is_software, True)
+    assert device.largest_buffer >= PROMISED_BYTES
+    assert device.memory > PROMISED_BYTES
 
 
 @pytest.mark.skipif(not IN_SOFTWARE, reason="a real GPU may have the memory")

@@ -16,16 +16,18 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from medusa_export.cli import main
 from medusa_export.doctor import machine_facts as looking
-from medusa_export.doctor.doctor_report import as_json, warnings
+from medusa_export.doctor.doctor_report import as_json, show, warnings
 from medusa_export.doctor.machine_facts import CUDA_LIBRARY, CUDA_PROVIDER, PACKAGES, Facts, FlavorFacts, find_facts
 from medusa_export.doctor.verdicts import BINDINGS, EXPORT, Verdict, verdicts
 from medusa_export.packages import import_problem
 from medusa_runtime.backends.gpu.devices import Gpus
 from medusa_runtime.backends.gpu.driver import GpuFacts
 from medusa_runtime.backends.webgpu.adapters import Adapter
+from medusa_runtime.backends.webgpu.vulkan import VulkanDevice, device_of
 
 RTX_CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
 ADA = GpuFacts(0, "A GPU", "8.9", 24 * 10**9)
@@ -251,3 +253,22 @@ def test_json_says_all_that_is_shown() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["gpus"] == [{"index": 0, "name": "H GPU", "compute_capability": "9.0", "memory": 80 * 10**9}]
     assert found["tensorrt"]["rtx"]["compute_capabilities"] == RTX_CAPABILITIES
+
+
+def test_a_gpu_of_webgpu_is_told_with_its_limits() -> None:
+    hardware = SimpleNamespace(vendor_id=0x8086, device_id=0x56A0)
+    adapter = Adapter(0, "Arc GPU", is_software=False, device=SimpleNamespace(device=hardware))
+    other, arc = (
+        VulkanDevice(name, 0x8086, number, False, 16 << 30, 4 << 30) for name, number in (("UHD", 1), ("Arc", 0x56A0))
+    )
+    console = Console(record=True, width=200)
+    show(facts(adapters=[adapter], vulkan=[other, arc]), [], console)
+    assert "gpu:0: Arc GPU (WebGPU), Arc: 17.2 GB of memory, tensors of up to 4.3 GB" in console.export_text()
+    [told_of] = as_json(facts(adapters=[adapter], vulkan=[other, arc]), [])["webgpu_adapters"]
+    assert told_of["vulkan"]["largest_buffer"] == 4 << 30
+    show(facts(adapters=[adapter]), [], console)
+    assert "gpu:0: Arc GPU (WebGPU), whose limits are not told here" in console.export_text()
+    in_software = dataclasses.replace(adapter, is_software=True)
+    assert device_of(in_software, [arc, dataclasses.replace(other, is_software=True)]) == dataclasses.replace(
+        other, is_software=True
+    )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from medusa_export.bundle.write_graphs import _warn_of_large_tensors
 from medusa_export.passes.common.attention_math import SINK_ATTENTION, SINK_DOMAIN
+from medusa_export.passes.common.values import add_initializer
 from medusa_export.passes.portable.expand_sinks import ExpandSinks
+from medusa_export.passes.quantize.integer_weights import QuantizeWeights
 from medusa_export.passes.webgpu.cache_graph import cache_graph
 from medusa_export.passes.webgpu.device_attention import DeviceAttention
+from medusa_export.passes.webgpu.for_webgpu import for_webgpu
 from medusa_export.passes.webgpu.read_rows import ReadRows
 from medusa_export.passes.webgpu.scatter_entries import ScatterEntries
+from medusa_runtime.bundle.manifest import CACHE, HEADS, STEP
 from tests.support.graphs import kinds, outputs, parse, run
 
 RANDOM = np.random.default_rng(0)
@@ -126,3 +133,34 @@ def test_a_cache_is_edited_by_a_graph() -> None:
         wanted = array.copy()
         wanted[:, :, targets] = other[name][:, :, sources]
         np.testing.assert_array_equal(found[f"present.{name}"], wanted)
+
+
+def test_a_tensor_larger_than_webgpu_promises_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def graphs(rows: int) -> list[ir.Model]:
+        model = parse("g (int64[T] ids) => (int64[T] same) { same = Identity (ids) }")
+        add_initializer(model.graph, "table", ir.LazyTensor(_never, ir.DataType.FLOAT, ir.Shape([rows, 1024]), name="table"))
+        return [model]
+
+    _warn_of_large_tensors(graphs(1 << 16))
+    assert not capsys.readouterr().err
+    _warn_of_large_tensors(graphs(1 << 17))
+    told = "table has 537 MB; WebGPU promises buffers of 268 MB. Most GPUs take larger ones: ask `medusa-export doctor` there"
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def _never() -> ir.TensorProtocol:
+    raise AssertionError("the tensor need not be made")
+
+
+def test_weights_in_blocks_have_graphs_and_one_scale_a_column_has_none() -> None:
+    text = """g (int64[B,R] hidden_ids, float[B,64] hidden, float[64,96] w) => (float[B,96] y) { y = MatMul (hidden, w) }"""
+    step = """g (float[B,2,S,4] past, float[B,64] x, float[64,96] w) => (float[B,2,S,4] present, float[B,96] y)
+    { present = Identity (past) y = MatMul (x, w) }"""
+    for storage, names in (("int8-blocks", {STEP, HEADS, CACHE}), ("int4", {STEP, HEADS, CACHE}), ("int8", set())):
+        graphs = {STEP: parse(step, w=normal(64, 96)), HEADS: parse(text, w=normal(64, 96))}
+        graphs[STEP].graph.inputs[0].name = "past.0.key"
+        for model in graphs.values():
+            assert QuantizeWeights(lambda _, storage=storage: storage)(model).modified
+        found = for_webgpu(graphs)
+        assert found.keys() == names
+        assert all("MatMulNBits" in kinds(found[name]) for name in names - {CACHE})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,7 +13,8 @@ from medusa_export.bundle.weights_file import total_bytes, write_weights
 from medusa_export.passes.common.roles import KEY, keep_roles
 from medusa_export.passes.ort_cpu.variants import for_one_sequence, for_ort_cpu
 from medusa_export.passes.webgpu.for_webgpu import for_webgpu
-from medusa_export.progress import byte_stage
+from medusa_export.progress import byte_stage, note
+from medusa_runtime.backends.webgpu.adapters import PRECISIONS
 from medusa_runtime.bundle.manifest import (
     ORT_CPU,
     ORT_CPU_SINGLE,
@@ -27,7 +29,7 @@ from medusa_runtime.bundle.manifest import (
     file_facts,
 )
 
-WEBGPU_PRECISIONS = ("fp32", "fp16")
+PROMISED_BYTES = 256 << 20  # the largest buffer that WebGPU promises on any GPU: its default limit
 
 
 def write_graphs(
@@ -53,12 +55,24 @@ def write_graphs(
             derived = model.clone()
             for_ort_cpu(derived, activation_bits)
             facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
-    if precision in WEBGPU_PRECISIONS:
-        for name, model in for_webgpu(graphs).items():
+    if precision in PRECISIONS:
+        derived_for_webgpu = for_webgpu(graphs)
+        _warn_of_large_tensors(derived_for_webgpu.values())
+        for name, model in derived_for_webgpu.items():
             facts[f"{name}.{ORT_WEBGPU}"] = _save(model, f"{name}.{ORT_WEBGPU}", directory, ORT_WEBGPU)
     if precision == "fp32" and for_one_sequence(single := graphs[STEP].clone(), activation_bits):
         facts[f"{STEP}.{ORT_CPU_SINGLE}"] = _save(single, f"{STEP}.{ORT_CPU_SINGLE}", directory, ORT_CPU_SINGLE)
     return files | {graph.file: file_facts(directory / graph.file) for graph in facts.values()}, facts
+
+
+def _warn_of_large_tensors(graphs: Iterable[ir.Model]) -> None:
+    values = [value for model in graphs for value in model.graph.initializers.values()]
+    sizes = {value.name: value.const_value.nbytes for value in values if value.const_value is not None}
+    if sizes and (size := max(sizes.values())) > PROMISED_BYTES:
+        note(
+            f"{max(sizes, key=sizes.__getitem__)} has {size / 1e6:.0f} MB; WebGPU promises buffers of "
+            f"{PROMISED_BYTES / 1e6:.0f} MB. Most GPUs take larger ones: ask `medusa-export doctor` there"
+        )
 
 
 def _save(model: ir.Model, name: str, directory: Path, target: str) -> GraphFacts:

@@ -12,6 +12,8 @@ from rich.table import Table
 from medusa_export.doctor.machine_facts import Facts
 from medusa_export.doctor.verdicts import Verdict
 from medusa_export.packages import install_command
+from medusa_runtime.backends.webgpu.adapters import Adapter
+from medusa_runtime.backends.webgpu.vulkan import VulkanDevice, device_of
 from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
 BOTH = (
@@ -31,10 +33,27 @@ def as_json(facts: Facts, found: Sequence[Verdict]) -> dict[str, Any]:
         "gpus": [dataclasses.asdict(gpu) for gpu in facts.gpus.gpus],
         "why_no_gpu": facts.gpus.why_none,
         "cuda_version": facts.gpus.cuda_version,
+        "webgpu_adapters": [_adapter(adapter, facts) for adapter in facts.adapters],
         "tensorrt": {name: dataclasses.asdict(flavor) for name, flavor in facts.flavors.items()},
         "verdicts": [dataclasses.asdict(verdict) for verdict in found],
         "warnings": warnings(facts),
     }
+
+
+def _adapter(adapter: Adapter, facts: Facts) -> dict[str, Any]:
+    device = device_of(adapter, facts.vulkan)
+    return {
+        "index": adapter.index,
+        "name": adapter.name,
+        "is_software": adapter.is_software,
+        "vulkan": None if device is None else dataclasses.asdict(device),
+    }
+
+
+def _limits(device: VulkanDevice | None) -> str:
+    if device is None:
+        return "whose limits are not told here"
+    return f"{device.name}: {device.memory / 1e9:.1f} GB of memory, tensors of up to {device.largest_buffer / 1e9:.1f} GB"
 
 
 def warnings(facts: Facts) -> list[str]:
@@ -52,6 +71,8 @@ def show(facts: Facts, found: Sequence[Verdict], console: Console) -> None:
         _line(console, f"cuda:{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory / 1e9:.0f} GB")
     cuda = f"the driver supports CUDA {facts.gpus.cuda_version}" if facts.gpus.cuda_version else facts.gpus.why_none
     _line(console, f"GPUs: {len(facts.gpus.gpus)}; {cuda}")
+    for adapter in facts.adapters:
+        _line(console, f"gpu:{adapter.index}: {adapter.name} (WebGPU), {_limits(device_of(adapter, facts.vulkan))}")
     for name, flavor in facts.flavors.items():
         known = ", ".join(flavor.compute_capabilities) or "no GPU of this machine"
         _line(console, f"{FLAVOR_NAMES[name]}: {flavor.why_not or f'{flavor.version}, builds for {known}'}")

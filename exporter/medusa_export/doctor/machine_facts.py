@@ -14,6 +14,7 @@ from medusa_export.engine.flavor import FLAVORS, TensorRT, module_of
 from medusa_export.packages import import_problem
 from medusa_runtime.backends.gpu.devices import Gpus, find_gpus, preload_libraries
 from medusa_runtime.backends.webgpu.adapters import Adapter, find_adapters
+from medusa_runtime.backends.webgpu.vulkan import VulkanDevice, find_vulkan_devices
 from medusa_runtime.errors import MedusaError, first_line
 
 PACKAGES = (
@@ -46,6 +47,7 @@ class Facts:
     gpus: Gpus
     flavors: dict[str, FlavorFacts]
     adapters: list[Adapter] = field(default_factory=list)  # what WebGPU finds
+    vulkan: list[VulkanDevice] = field(default_factory=list)  # what Vulkan's driver tells of them
     why_no_webgpu: str | None = None  # why its provider cannot be used
     why_no_cuda: str | None = None  # why ONNX Runtime's CUDA provider does not load; only checked if there is a GPU
 
@@ -67,6 +69,7 @@ def find_facts() -> Facts:
         gpus=gpus,
         flavors={flavor: _flavor(flavor) for flavor in FLAVORS},
         adapters=adapters,
+        vulkan=find_vulkan_devices() if adapters else [],
         why_no_webgpu=why_no_webgpu,
         why_no_cuda=_why_no_cuda() if gpus.gpus and CUDA_PROVIDER in providers else None,
     )
