@@ -50,6 +50,7 @@ ARCHITECTURES = {  # type -> what it shows
     "gpt_oss": "sinks, experts",
     "bloom": "a bias by position for each head",
     "deepseek_v3": "latent cache, values of another width",
+    "cohere": "norms of queries with gains for each head, parallel blocks",
     "lfm2": "short convolutions beside attention",
 }
 

@@ -15,6 +15,7 @@ from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights
 from medusa_export.passes.webgpu.cache_graph import cache_graph
 from medusa_export.passes.webgpu.device_attention import DeviceAttention
+from medusa_export.passes.webgpu.flat_gains import FlatGains
 from medusa_export.passes.webgpu.for_webgpu import for_webgpu
 from medusa_export.passes.webgpu.read_rows import ReadRows
 from medusa_export.passes.webgpu.scatter_entries import ScatterEntries
@@ -105,6 +106,22 @@ def test_attention_without_a_mask_is_left_with_the_reason() -> None:
     spell = DeviceAttention()
     assert not spell(model).modified
     assert dict(spell.declined) == {"it has other inputs or outputs than queries, keys, values and a mask": 1}
+
+
+@pytest.mark.parametrize("axis", ["axis = -1", "axis = 3"])
+def test_gains_of_each_head_are_multiplied_behind_the_norm(axis: str) -> None:
+    text = f"""g (float[B,T,2,4] x, float[2,4] gains, float[4] flat) => (float[B,T,2,4] y, float[B,T,2,4] z)
+    {{ y = RMSNormalization <{axis}, epsilon = 1e-5> (x, gains)
+      z = RMSNormalization <{axis}, epsilon = 1e-5> (y, flat) }}"""
+    model, feeds = parse(text, gains=normal(2, 4), flat=normal(4)), {"x": normal(2, 3, 2, 4)}
+    before = outputs(model, **feeds)
+    assert FlatGains()(model).modified
+    assert (kinds(model).count("RMSNormalization"), kinds(model).count("Mul")) == (2, 1)
+    for name, array in outputs(model, **feeds).items():
+        np.testing.assert_allclose(array, before[name], rtol=1e-5, atol=1e-6)
+    over_two = FlatGains()
+    assert not over_two(parse(text.replace(axis, "axis = 2"), gains=normal(2, 4), flat=normal(4))).modified
+    assert over_two.declined
 
 
 def test_heads_choose_their_rows() -> None:

@@ -12,6 +12,7 @@ from medusa_export.passes.common.block_products import BlockProducts
 from medusa_export.passes.ort_cpu.collect_sinks import CollectSinks
 from medusa_export.passes.webgpu.cache_graph import cache_graph
 from medusa_export.passes.webgpu.device_attention import DeviceAttention
+from medusa_export.passes.webgpu.flat_gains import FlatGains
 from medusa_export.passes.webgpu.read_rows import ReadRows
 from medusa_export.passes.webgpu.scatter_entries import ScatterEntries
 from medusa_runtime.bundle.manifest import CACHE, STEP
@@ -42,6 +43,7 @@ def _derived(name: str, model: ir.Model) -> ir.Model:
         CollectSinks()(model)
         ScatterEntries()(model)
         DeviceAttention()(model)
+        FlatGains()(model)
     else:
         ReadRows()(model)
     BlockProducts(IN_FLOAT)(model)
