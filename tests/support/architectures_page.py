@@ -33,7 +33,7 @@ differ from PyTorch's by rounding alone, for the portable graphs and those for t
 runtime, with and without Medusa, gives PyTorch's tokens (*greedy*); a bundle rounded to 8 bits passes its own checks
 (*int8*); engines are built from the graphs, which needs no GPU (*TensorRT-RTX*); and prompts, trees and greedy decoding
 hold on WebGPU as well, on a Vulkan driver in software (*WebGPU*). An empty cell: not tried. CI repeats *traced* and the
-refusals for every type, everything but WebGPU for one type of each mechanism, and WebGPU for seven types.
+refusals for every type, everything but WebGPU for one type of each mechanism, and WebGPU for eight types.
 
 A checkpoint of such a type works like its tiny model unless its settings ask for something else; `medusa-export onnx`
 compares each export with PyTorch. [Bring your own model](bring-your-own-model.md) says what a refusal means.
