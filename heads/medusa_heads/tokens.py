@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medusa_heads.distill.prompts import only_text
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.errors import OptionError, first_line
 from medusa_runtime.text.codec import Message
@@ -16,12 +17,18 @@ MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # placeholder for the user's words
 
 
 class CheckpointCodec:
-    """Converts messages to token ids and back, with a Transformers tokenizer."""
+    """Converts messages to token ids and back, with a Transformers tokenizer.
+
+    A base model has no chat template. Its prompt is one message, of which the answer is the continuation.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        if not tokenizer.chat_template:
-            raise OptionError("this model has no chat template, so it cannot answer prompts; use an instruction-tuned model")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return bool(self.tokenizer.chat_template)
 
     @cached_property
     def digest(self) -> str:
@@ -29,11 +36,13 @@ class CheckpointCodec:
         return vocabulary_digest(self.tokenizer.get_vocab())
 
     def encode(self, prompt: Sequence[Message]) -> list[int]:
-        """Token ids of messages in the chat template, up to the start of the answer.
+        """Token ids of messages in the chat template, up to the start of the answer. Without one, those of the only message.
 
         Raises:
-            OptionError: the template refuses the messages.
+            OptionError: the template refuses the messages, or there are several for a base model.
         """
+        if not self.is_chat:
+            return self._plain_ids(only_text(prompt))
         return self.text_ids(self._render(prompt, add_generation_prompt=True))
 
     def text_ids(self, text: str) -> list[int]:
@@ -47,6 +56,9 @@ class CheckpointCodec:
 
     def answer_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the last message (the assistant's), with the special token that the template puts after it."""
+        if not self.is_chat:
+            only_text(messages[:-1])
+            return [*self.text_ids(messages[-1]["content"]), *([] if (eos := self.closing()) is None else [eos])]
         before, whole = self._render(messages[:-1], add_generation_prompt=True), self._render(messages)
         if not whole.startswith(before):
             raise OptionError(
@@ -56,7 +68,10 @@ class CheckpointCodec:
         return ids[: ids.index(end) + 1] if end in ids else ids
 
     def opening(self) -> list[int]:
-        """Token ids of a conversation up to the user's first words."""
+        """Token ids of a conversation up to the user's first words; for a base model, what every text begins with."""
+        if not self.is_chat:
+            start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+            return [] if start is None else [start]
         text = self._render([{"role": "user", "content": MARK}])
         if text.count(MARK) != 1:
             raise OptionError(
@@ -66,17 +81,24 @@ class CheckpointCodec:
 
     def closing(self) -> int | None:
         """The special token that the chat template puts after an answer, or else the tokenizer's end-of-sequence token."""
+        end: int | None = self.tokenizer.eos_token_id
+        if not self.is_chat:
+            return end
         text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         after = self.text_ids(text.partition(MARK)[2])[:1]
         known = self.tokenizer.added_tokens_decoder
         if after and after[0] in known and known[after[0]].special:
             return after[0]
-        end: int | None = self.tokenizer.eos_token_id
         return end
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text with the special tokens that it begins with, but not the one that would end it."""
+        ids = list(self.tokenizer(text).input_ids)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1 else ids
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         conversation: Any = list(messages)

@@ -211,6 +211,24 @@ def test_both_codecs_make_the_same_of_messages(make_model: Make, make_bundle: Ma
     assert ids[: len(of_checkpoint.opening())] == of_checkpoint.opening()
 
 
+def test_without_a_template_a_prompt_is_a_text_and_its_answer_goes_on(make_model: Make) -> None:
+    tokenizer = load_tokenizer(str(make_model()))
+    tokenizer.chat_template = None
+    codec = CheckpointCodec(tokenizer)
+    assert not codec.is_chat
+    question = [{"role": "user", "content": "a fox , a"}]
+    assert codec.decode(codec.encode(question)) == "a fox , a"
+    whole = codec.encode([{"role": "user", "content": "a fox , a dog"}])
+    answered = codec.answer_ids([*question, {"role": "assistant", "content": " dog"}])
+    assert (codec.encode(question) + answered[:-1], answered[-1]) == (whole, tokenizer.eos_token_id)
+    assert codec.opening() == [tokenizer.bos_token_id]
+    assert codec.closing() == tokenizer.eos_token_id
+    several = [*question, {"role": "assistant", "content": "dog"}, *question]
+    for messages in (several, [{"role": "system", "content": "be kind"}]):
+        with pytest.raises(OptionError, match="has no chat template, so a prompt is one text"):
+            codec.encode(messages)
+
+
 @pytest.mark.parametrize(
     ("template", "closing"),
     [

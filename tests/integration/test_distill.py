@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from medusa_export.bundle.export import export_bundle
 from medusa_export.cli import main
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_heads.distill import endpoint
 from medusa_heads.distill.store import AnswerStore, Row, read_facts, read_rows
 from tests.support.chat_server import chat_server, completion, failure
@@ -70,6 +73,36 @@ def test_prompts_become_data(make_model: Make, prompts: Path, tmp_path: Path) ->
     again = run(make_model(), "--prompts", prompts, "-o", tmp_path / "data", *SHORT)
     assert again.stdout == result.stdout
     assert rows_of(tmp_path / "data") == rows
+
+
+def test_a_base_model_goes_on_with_texts(make_model: Make, tmp_path: Path) -> None:
+    """Texts from a file and such that it begins by itself; heads can be trained on them, and a bundle answers alike."""
+    base = tmp_path / "base"
+    shutil.copytree(make_model(), base)
+    for path in (base / "chat_template.jinja", base / "tokenizer_config.json"):
+        if path.exists():
+            path.unlink() if path.suffix == ".jinja" else _without_template(path)
+    (tmp_path / "texts.txt").write_text("the quick brown\nmany words at once\n")
+    result = run(base, "--prompts", tmp_path / "texts.txt", "--self-prompts", 3, "-o", tmp_path / "data", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(tmp_path / "data")
+    assert {"texts-1.0", "texts-2.0"} < rows.keys()
+    assert any(key.startswith("self-") for key in rows)
+    assert all([message["role"] for message in row.messages] == ["user", "assistant"] for row in rows.values())
+    words = ("--data", tmp_path / "data", "-o", tmp_path / "heads", "--num-heads", 2, "--epochs", 1, "--max-length", 128)
+    trained = CliRunner().invoke(main, ["train", *(str(word) for word in (base, *words))])
+    assert trained.exit_code == 0, trained.stderr
+    export_bundle(ExportOptions(str(base), tmp_path / "heads", tmp_path / "bundle"))
+    result = run(tmp_path / "bundle", "--prompts", tmp_path / "texts.txt", "-o", tmp_path / "again", *BUNDLE_SHORT)
+    assert result.exit_code == 0, result.stderr
+    for key, row in rows_of(tmp_path / "again").items():
+        assert (row.prompt_token_ids, row.response_token_ids) == (rows[key].prompt_token_ids, rows[key].response_token_ids)
+
+
+def _without_template(path: Path) -> None:
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("own", [0, 4])
@@ -245,7 +278,11 @@ FILES = {
         ),
         ("{bundle} -o {new} --prompts {p}", 2, "is 1280, but the model takes at most 256 tokens; lower one"),
         ("/nowhere -o {new} --prompts {p}", 1, "there is no tokenizer '/nowhere'"),
-        ("{silent} -o {new} --prompts {p}", 2, "this model has no chat template, so it cannot answer prompts"),
+        (
+            "{silent} -o {new} --prompts {p} --base-url http://x/v1",
+            2,
+            "this model has no chat template, and an endpoint is asked in",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(

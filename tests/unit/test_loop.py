@@ -32,6 +32,8 @@ OPTIONS = AnswerOptions(max_new_tokens=8, max_prompt_tokens=200)
 class FakeCodec:
     """A codec in which each character is a token and each line a message."""
 
+    is_chat = True
+
     def encode(self, prompt: Sequence[Message]) -> list[int]:
         if any(message["content"] == "forbidden" for message in prompt):
             raise OptionError("the chat template refuses it")
@@ -184,6 +186,15 @@ def test_own_prompts_that_come_to_nothing_are_skipped(tmp_path: Path) -> None:
     assert (progress.done, progress.skipped, progress.resumed) == (1, 3, 1)
 
 
+def test_a_base_model_begins_texts_that_need_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeCodec, "is_chat", False)
+    answerer = FakeAnswerer(1, speak=lambda request: "once upon a time" * 9 if request.key.endswith(".prompt") else "so.")
+    rows, progress = run(tmp_path, self_prompted(1), answerer)
+    [row] = rows.values()
+    assert row.messages[0]["content"] == ("once upon a time" * 2)[: loop.OWN_BEGINNING_TOKENS]
+    assert (progress.done, progress.skipped) == (1, 0)
+
+
 def test_too_long_prompts_are_skipped_with_the_turns_after_them(tmp_path: Path) -> None:
     conversations = [asks("short", key="a"), asks("x" * 300, key="b"), asks("short", "y" * 300, "never asked", key="c")]
     rows, progress = run(tmp_path, conversations, FakeAnswerer())
@@ -201,7 +212,7 @@ def test_a_prompt_may_be_just_as_long_as_the_limit(tmp_path: Path) -> None:
 def test_an_own_prompt_is_no_longer_than_prompts_may_be(tmp_path: Path) -> None:
     run(tmp_path, self_prompted(1), answerer := FakeAnswerer(), AnswerOptions(8, 20))
     assert answerer.requests[0].max_new_tokens == 20 - len(FakeCodec().opening())
-    with pytest.raises(OptionError, match="has 6 tokens before the user's words"):
+    with pytest.raises(OptionError, match="there are 6 tokens before the user's words"):
         run(tmp_path, self_prompted(1), FakeAnswerer(), AnswerOptions(8, 6))
 
 

@@ -203,6 +203,8 @@ def _open_endpoint(options: DistillOptions) -> _Model:
 
     assert options.base_url  # `_backend` has checked it
     codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
+    if not codec.is_chat:
+        raise OptionError("this model has no chat template, and an endpoint is asked in messages; use --backend transformers")
     served_model, batch_size = options.served_model or options.model, options.batch_size or 64
     answerer = EndpointAnswerer(options.base_url, served_model, codec.text_ids, codec.closing(), batch_size)
     return _Model(answerer, codec, codec.digest, served_model, "unknown")

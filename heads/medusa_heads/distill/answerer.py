@@ -40,10 +40,13 @@ class Answerer(Protocol):
 
 
 class Codec(Protocol):
-    """Converts messages to token ids and back, with the model's own tokenizer and chat template."""
+    """Converts messages to token ids and back, with the model's own tokenizer and chat template, if it has one."""
+
+    @property
+    def is_chat(self) -> bool: ...  # whether it has one
 
     def encode(self, prompt: Sequence[Message]) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
-    def opening(self) -> list[int]: ...  # token ids of a conversation up to the user's first words
+    def opening(self) -> list[int]: ...  # token ids of a conversation up to the user's first words, or of any text

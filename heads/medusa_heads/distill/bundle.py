@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from collections.abc import Sequence as Tokens
 
 from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.prompts import only_text
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence
 from medusa_runtime.errors import OptionError
@@ -14,22 +15,19 @@ from medusa_runtime.text.codec import Message, TextCodec
 
 
 class BundleCodec:
-    """Converts messages to token ids and back, with a bundle's own tokenizer and chat template.
-
-    Raises:
-        OptionError: the bundle has no chat template.
-    """
+    """Converts messages to token ids and back, with a bundle's own tokenizer and chat template, if it has one."""
 
     def __init__(self, text: TextCodec) -> None:
         self.text = text
-        if not text.has_chat_template:
-            raise OptionError(
-                "this bundle has no chat template, so it cannot answer prompts; use that of an instruction-tuned model"
-            )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the bundle has a chat template."""
+        return self.text.has_chat_template
 
     def encode(self, prompt: Tokens[Message]) -> list[int]:
-        """Token ids of messages in the chat template, up to the start of the answer."""
-        return self.text.encode(prompt)
+        """Token ids of messages in the chat template, up to the start of the answer. Without one, those of the only message."""
+        return self.text.encode(prompt) if self.is_chat else self.text.encode(only_text(prompt), raw=True)
 
     def decode(self, token_ids: Tokens[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -17,6 +17,7 @@ from medusa_runtime.text.codec import Message
 
 WINDOW = 1024  # conversations that are sorted by length together: neighbours are similar, and the whole stays mixed
 OWN_PROMPT_TOKENS = 256  # longest prompt that the model writes; longer ones are dropped
+OWN_BEGINNING_TOKENS = 32  # of a text that a base model begins by itself, before the answer goes on with it
 OWN_PROMPT = ".prompt"  # end of the key of a request for such a prompt
 
 
@@ -117,7 +118,8 @@ class _Run:
         talk = self.asked.pop(answer.request.key)
         said = self.codec.decode(answer.token_ids)
         if answer.request.key.endswith(OWN_PROMPT):
-            if answer.finish_reason != "stop" or not said.strip() or said in self.own_prompts:
+            is_whole = answer.finish_reason == "stop" or not self.codec.is_chat
+            if not is_whole or not said.strip() or said in self.own_prompts:
                 self.progress.skipped += 1
                 return
             self.own_prompts.add(said)
@@ -138,7 +140,7 @@ class _Run:
         if not 0 < len(opening) < self.options.max_prompt_tokens:
             limit = self.options.max_prompt_tokens
             raise OptionError(
-                f"the model cannot write its own prompts: its chat template has {len(opening)} tokens before the user's words; "
+                f"the model cannot write its own prompts: there are {len(opening)} tokens before the user's words; "
                 f"there must be 1 to {limit - 1} (one less than --max-prompt-tokens); use --prompts instead"
             )
         return opening
@@ -168,7 +170,8 @@ class _Run:
 
     def _prompt_request(self, talk: _Talk) -> Request:
         temperature, seed = self.options.prompt_temperature, self._seed(key := talk.key + OWN_PROMPT)
-        max_new_tokens = min(OWN_PROMPT_TOKENS, self.options.max_prompt_tokens - len(self.opening))
+        most = OWN_PROMPT_TOKENS if self.codec.is_chat else OWN_BEGINNING_TOKENS
+        max_new_tokens = min(most, self.options.max_prompt_tokens - len(self.opening))
         self.asked[key] = talk
         return Request(key, (), tuple(self.opening), max_new_tokens, temperature, seed)
 

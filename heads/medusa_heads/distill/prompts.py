@@ -59,9 +59,24 @@ def self_prompted(count: int) -> list[Conversation]:
     """Conversations in which the model also writes the user's turn.
 
     Given its chat template up to the user's words, an instruction-tuned model continues with a question like those that it was
-    tuned on. Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing".
+    tuned on. Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing". A base
+    model writes the beginning of a text.
     """
     return [Conversation(f"self-{index}", (), "self") for index in range(count)]
+
+
+def only_text(messages: Sequence[Message]) -> str:
+    """The text of the only message of a prompt.
+
+    Raises:
+        OptionError: there are several, or it is not a user's.
+    """
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise OptionError(
+            "this model has no chat template, so a prompt is one text, without a system message and without further turns"
+        )
+    text: str = messages[0]["content"]
+    return text
 
 
 def select(
