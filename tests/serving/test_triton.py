@@ -87,7 +87,7 @@ def test_the_configuration_is_triton_s(server: TritonServer) -> None:
     }
     assert {key: value["string_value"] for key, value in config["parameters"].items()} == {
         "bundle": "bundle", "backend": "ort-cpu", "device": "auto", "threads": "1", "max_batch_size": "4", "max_queue": "128",
-        "allow_engine_code": "False",
+        "allow_engine_code": "False", "spin": "auto",
     }  # fmt: skip
 
 
