@@ -25,10 +25,12 @@ from environment import environment, publish
 from medusa_runtime import DecodingStats, Manifest, MedusaLM
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import open_backend
+from medusa_runtime.backends.ort_sessions import SPIN_SETTINGS
 
 REPEATS = 15
 FIRST = (np.zeros(1, np.int64), np.zeros(1, np.int64))  # row and root of one sequence
-OWN_SETTING = "session.force_spinning_stop"  # of the backend
+STOP = "session.force_spinning_stop"
+OWN_SETTINGS = {STOP, *(key for key, _ in SPIN_SETTINGS.values())}  # of the backend
 PROMPT = "Explain in three sentences why the sky is blue."
 
 
@@ -62,7 +64,7 @@ class ThreadOptions(ort.SessionOptions):  # type: ignore[misc]
         super().add_session_config_entry(key, value)
 
     def add_session_config_entry(self, key: str, value: str) -> None:
-        if key != OWN_SETTING:
+        if key not in OWN_SETTINGS:
             super().add_session_config_entry(key, value)
 
 
@@ -109,8 +111,8 @@ def threads(bundle: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
     """Times of step and heads with three ways for the idle threads of a session to wait."""
     found = {}
     settings = {
-        "spin until the session's run ends": (OWN_SETTING, "1"),
-        "spin on": (OWN_SETTING, "0"),
+        "spin until the session's run ends": (STOP, "1"),
+        "spin on": (STOP, "0"),
         "never spin": ("session.intra_op.allow_spinning", "0"),
     }
     for name, setting in settings.items():

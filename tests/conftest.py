@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.cli.torch_threads import share_cores
+
+share_cores()  # before any test imports PyTorch
 if threading.current_thread() is threading.main_thread():  # a shell's background jobs ignore it, and so would what is tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

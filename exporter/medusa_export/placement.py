@@ -6,6 +6,7 @@ from medusa_export.progress import note
 from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
 from medusa_runtime.backends.webgpu.adapters import choose_adapter
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_WEBGPU, Manifest
 from medusa_runtime.errors import BackendError, OptionError
 
@@ -18,6 +19,7 @@ def place(
     device: str = AUTO,
     *,
     threads: int = 0,
+    spin: Spin = "auto",
     cuda_graphs: bool | None = None,
     tell: bool = True,
 ) -> Placement:
@@ -28,6 +30,7 @@ def place(
         backend: one of `medusa_runtime.BACKENDS`.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``gpu`` or ``gpu:N``.
         threads: CPU threads; 0 if the user gave none.
+        spin: how they wait; auto if the user did not say.
         cuda_graphs: whether to use CUDA graphs; None if the user did not say.
         tell: whether to print an automatic choice.
 
@@ -37,13 +40,13 @@ def place(
         MissingExtraError: the package of the backend is not installed.
     """
     placement = choose_backend(manifest, backend, device)
-    require_usable(placement, threads=threads, cuda_graphs=cuda_graphs)
+    require_usable(placement, threads=threads, spin=spin, cuda_graphs=cuda_graphs)
     if tell and backend == AUTO:
         note(f"runs with {placement}")
     return placement
 
 
-def require_usable(placement: Placement, *, threads: int, cuda_graphs: bool | None) -> None:
+def require_usable(placement: Placement, *, threads: int, spin: Spin, cuda_graphs: bool | None) -> None:
     """Check that there is a GPU if one is needed, and that the options have a meaning on the device.
 
     Raises:
@@ -59,7 +62,8 @@ def require_usable(placement: Placement, *, threads: int, cuda_graphs: bool | No
         choose_adapter(parse_device(placement.device)[1])
     elif (why := find_gpus().why_none) is not None:
         raise BackendError(f"{placement.backend} needs an NVIDIA GPU: {why}")
-    if threads:
-        raise OptionError(
-            f"--threads is only for the CPU, but the bundle runs on {placement.device}; leave it out or use --device cpu"
-        )
+    for flag, is_given in (("--threads", threads != 0), ("--spin", spin != "auto")):
+        if is_given:
+            raise OptionError(
+                f"{flag} is only for the CPU, but the bundle runs on {placement.device}; leave it out or use --device cpu"
+            )

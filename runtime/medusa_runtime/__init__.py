@@ -7,6 +7,7 @@
 
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend, open_backend
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep, TokenLogprob
@@ -73,6 +74,7 @@ __all__ = [
     "RequestError",
     "SequenceStep",
     "ServiceStats",
+    "Spin",
     "StepCosts",
     "TextCodec",
     "TokenLogprob",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.drafting.guide import Guide
@@ -66,6 +67,7 @@ class MedusaLM:
         max_cache_bytes: int | None = None,
         device: str = "auto",
         num_threads: int = 0,
+        spin: Spin = "auto",
         cuda_graphs: bool | None = None,
         verify_files: bool = True,
         allow_failed: bool = False,
@@ -96,6 +98,8 @@ class MedusaLM:
                 ended. None for all the memory there is: on a CPU, the machine's or its container's.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             num_threads: for a CPU backend; 0 for one per core.
+            spin: for a CPU backend, how threads wait for work within a step: "auto", "on" or "off"; see
+                `medusa_runtime.open_backend`.
             cuda_graphs: on a GPU, whether steps are captured and replayed; see `medusa_runtime.open_backend`.
             verify_files: compare every file with the manifest's digest first (about a second per gigabyte).
             allow_failed: load even a bundle whose validation failed.
@@ -120,6 +124,7 @@ class MedusaLM:
             max_cache_bytes=max_cache_bytes,
             device=device,
             num_threads=num_threads,
+            spin=spin,
             cuda_graphs=cuda_graphs,
             verify_files=verify_files,
             allow_failed=allow_failed,

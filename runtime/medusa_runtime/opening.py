@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from medusa_runtime.backends.choosing import AUTO, Placement, choose_backend, open_placement
-from medusa_runtime.bundle.cpu import check_num_threads, device_key, memory_limit
+from medusa_runtime.bundle.cpu import Spin, check_num_threads, check_spin, device_key, memory_limit
 from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.decoding.checks import check_limits, check_tree, checked_batch_size
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
@@ -36,6 +36,7 @@ def open_engine(
     max_cache_bytes: int | None = None,
     device: str = "auto",
     num_threads: int = 0,
+    spin: Spin = "auto",
     cuda_graphs: bool | None = None,
     verify_files: bool = True,
     allow_failed: bool = False,
@@ -50,6 +51,7 @@ def open_engine(
             "or allow it on purpose (allow_failed=True, --allow-failed)"
         )
     max_batch_size, num_threads = checked_batch_size(manifest, max_batch_size), check_num_threads(num_threads)
+    check_spin(spin)
     check_limits(max_gap_seconds, max_cache_bytes)
     if isinstance(costs, str) and costs not in ("auto", "learn", "measure"):
         raise OptionError(f"costs is {costs!r}; it must be 'auto', 'learn', 'measure', a table of costs or None")
@@ -58,7 +60,7 @@ def open_engine(
     placement = choose_backend(manifest, backend, device)
     known: Costs | None = None
     if costs == "auto":
-        key = device_key(placement.backend, num_threads=num_threads, processor=placement.processor)
+        key = device_key(placement.backend, num_threads=num_threads, spin=spin, processor=placement.processor)
         found = tuned(path, manifest, key)
         tree, known, prompt_lookup = _tuned_choice(found, manifest, max_batch_size, tree, prompt_lookup)
     elif costs == "learn":
@@ -73,7 +75,13 @@ def open_engine(
     if max_cache_bytes is None and placement.backend == ORT_CPU:
         max_cache_bytes = memory_limit()  # of the machine, or of its container
     runner = open_placement(
-        path, manifest, placement, num_threads=num_threads, cuda_graphs=cuda_graphs, allow_engine_code=allow_engine_code
+        path,
+        manifest,
+        placement,
+        num_threads=num_threads,
+        spin=spin,
+        cuda_graphs=cuda_graphs,
+        allow_engine_code=allow_engine_code,
     )
     if costs == "measure":
         known = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)

@@ -168,6 +168,7 @@ def served_bundle(settings: RaySettings) -> ServedBundle:
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,
             num_threads=settings.threads,
+            spin=settings.spin,
             allow_failed=settings.allow_failed,
             allow_engine_code=settings.allow_engine_code,
         )

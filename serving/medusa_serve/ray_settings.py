@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from medusa_runtime import BACKENDS
+from medusa_runtime import BACKENDS, Spin
 from medusa_serve.settings import ServerSettings
 
 PROXYS = ("host", "port", "uds", "root_path", "max_connections", "header_seconds")  # of the process that listens: Ray's proxy
@@ -27,6 +27,7 @@ class RaySettings(ServerSettings):
     threads: int = Field(
         0, ge=0, description="CPU threads of a replica; omit for all cores, and then there is one replica on a machine"
     )
+    spin: Spin = Field("auto", description="how CPU threads wait for work within a step; see `medusa-export serve --help`")
     gpus: int = Field(0, ge=0, le=1, description="GPUs of a replica: 0 to run on the CPU, or 1")
     max_batch_size: int | None = Field(
         None, ge=1, description=f"answers that a replica decodes at a time; omit for {DEFAULT_BATCH_SIZE}, or fewer"
@@ -70,6 +71,8 @@ class RaySettings(ServerSettings):
             raise ValueError(f"min_replicas is {self.min_replicas}, but max_replicas is {self.max_replicas}")
         if self.gpus and self.threads:
             raise ValueError("threads is only for the CPU; leave it out, or gpus")
+        if self.gpus and self.spin != "auto":
+            raise ValueError("spin is only for the CPU; leave it out, or gpus")
         return self
 
     @property

@@ -194,6 +194,8 @@ def test_replicas_scale_by_requests_and_take_a_machine_each_without_threads(bund
         ({"min_replicas": 2}, "need max_replicas"),
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas is 3, but max_replicas is 2"),
         ({"gpus": 1, "threads": 2}, "threads is only for the CPU"),
+        ({"gpus": 1, "spin": "off"}, "spin is only for the CPU"),
+        ({"spin": "sometimes"}, "spin\n.*'auto', 'on' or 'off'"),
         ({"backend": "abacus"}, "it must be one of"),
     ],
 )

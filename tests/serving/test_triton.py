@@ -87,7 +87,7 @@ def test_the_configuration_is_triton_s(server: TritonServer) -> None:
     }
     assert {key: value["string_value"] for key, value in config["parameters"].items()} == {
         "bundle": "bundle", "backend": "ort-cpu", "device": "auto", "threads": "1", "max_batch_size": "4", "max_queue": "128",
-        "allow_engine_code": "False",
+        "allow_engine_code": "False", "spin": "auto",
     }  # fmt: skip
 
 
@@ -256,6 +256,10 @@ def test_a_full_queue_and_unloading_are_told(bundle: Path, tmp_path: Path, monke
         ({"parameters": {"bundle": {"string_value": "nowhere"}}}, "nowhere"),
         ({"parameters": {"treads": {"string_value": "1"}}}, "the parameter treads"),
         ({"parameters": {"threads": {"string_value": "two"}}}, "the parameter threads in config.pbtxt is 'two'"),
+        (
+            {"parameters": {"spin": {"string_value": "never"}}},
+            "the parameter spin in config.pbtxt is 'never'; it must be 'auto', 'on' or 'off'",
+        ),
         ({"parameters": {"backend": {"string_value": "none"}}}, "'none'"),
     ],
 )
@@ -267,7 +271,8 @@ def test_a_model_that_cannot_be_loaded_says_why(bundle: Path, tmp_path: Path, ch
 
 def test_triton_s_own_parameters_are_left_alone() -> None:
     given = {"FORCE_CPU_ONLY_INPUT_TENSORS": {"string_value": "no"}, "threads": {"string_value": "2"}}
-    assert ModelSettings.of(given) == ModelSettings(threads=2)
+    given["spin"] = {"string_value": "off"}
+    assert ModelSettings.of(given) == ModelSettings(threads=2, spin="off")
 
 
 @pytest.mark.parametrize("files", ["copy", "path"])
@@ -295,11 +300,15 @@ def run(*words: object) -> Result:
 
 def test_the_command_writes_a_model_beside_others(bundle: Path, tmp_path: Path, expected: Any) -> None:
     (tmp_path / "other").mkdir()
-    result = run(bundle, "-o", tmp_path, "--name", "tiny", "--threads", 1, "--max-batch-size", 2, "--backend", "ort-cpu")
+    result = run(
+        bundle, "-o", tmp_path, "--name", "tiny", "--threads", 1, "--max-batch-size", 2, "--backend", "ort-cpu", "--spin", "off"
+    )
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'tiny'}\n")
     assert {entry.name for entry in tmp_path.iterdir()} == {"other", "tiny"}
     served = TritonServer(tmp_path / "tiny")
     assert served.model._lm.engine.max_batch_size == 2
+    settings = served.model._lm.engine.backend._heads_session.get_session_options()
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     told = served.ask(text_input=PROMPT, sampling_parameters=GREEDY, exclude_input_in_output=True).only()
     served.close()
     assert told["text_output"] == [expected.text]

@@ -59,6 +59,12 @@ def test_a_choice_is_told_once_with_its_reason(manifest: Manifest, told: list[st
             "--threads is only for the CPU, but the bundle runs on cuda:0",
         ),
         (
+            ONE_GPU,
+            {"device": "cuda", "spin": "off"},
+            OptionError,
+            "--spin is only for the CPU, but the bundle runs on cuda:0",
+        ),
+        (
             NO_GPU,
             {"cuda_graphs": True},
             OptionError,
@@ -91,5 +97,5 @@ def test_what_cannot_be_is_refused_in_one_line(
 def test_what_has_a_meaning_is_accepted(manifest: Manifest, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, ONE_GPU)
     assert place(manifest, device="cuda", cuda_graphs=False).device == "cuda:0"
-    assert place(manifest, device="cpu", threads=2).backend == "ort-cpu"
+    assert place(manifest, device="cpu", threads=2, spin="off").backend == "ort-cpu"
     assert told == ["runs with ort-cuda on cuda:0 (asked for)", "runs with ort-cpu on cpu (asked for)"]

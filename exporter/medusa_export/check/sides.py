@@ -26,7 +26,7 @@ from medusa_heads.errors import CheckpointError
 from medusa_runtime.arrays import IntArray
 from medusa_runtime.backends.base import Backend, HeadOutput
 from medusa_runtime.backends.choosing import Placement, open_backend
-from medusa_runtime.bundle.cpu import memory_limit
+from medusa_runtime.bundle.cpu import Spin, memory_limit
 from medusa_runtime.bundle.manifest import (
     ORT_CPU,
     ORT_CPU_SINGLE,
@@ -131,6 +131,7 @@ class BundleSide:
         target: str = PORTABLE,
         *,
         num_threads: int = 0,
+        spin: Spin = "auto",
         cuda_graphs: bool | None = None,
         allow_engine_code: bool = False,
     ) -> None:
@@ -140,6 +141,7 @@ class BundleSide:
             placement.backend,
             device=placement.device,
             num_threads=num_threads,
+            spin=spin,
             cuda_graphs=cuda_graphs,
             allow_engine_code=allow_engine_code,
         )

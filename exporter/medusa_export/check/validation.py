@@ -31,6 +31,7 @@ from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DecodingStats, Manifest
 from medusa_runtime.backends.choosing import Placement
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME, GenerationFacts
 from medusa_runtime.errors import MedusaError, OptionError
@@ -52,6 +53,7 @@ def validate(
     backend: str = AUTO,
     device: str = AUTO,
     threads: int = 0,
+    spin: Spin = "auto",
     cuda_graphs: bool | None = None,
     allow_engine_code: bool = False,
     trust_remote_code: bool = False,
@@ -74,7 +76,7 @@ def validate(
     manifest = Manifest.load(bundle)
     if not prompts:
         raise OptionError("there are no prompts to validate with; give a file with at least one")
-    placement = _placement(manifest, backend, device, threads=threads, cuda_graphs=cuda_graphs)
+    placement = _placement(manifest, backend, device, threads=threads, spin=spin, cuda_graphs=cuda_graphs)
     on_gpu = placement.backend != ORT_CPU
     report = ValidationReport(
         reference=reference,
@@ -108,6 +110,7 @@ def validate(
                         placement,
                         target,
                         num_threads=threads,
+                        spin=spin,
                         cuda_graphs=cuda_graphs,
                         allow_engine_code=allow_engine_code,
                     )
@@ -147,10 +150,12 @@ def _encoded(
     return {name: ids[: manifest.limits.max_seq_len - new_tokens] for name, ids in encoded.items()}, new_tokens
 
 
-def _placement(manifest: Manifest, backend: str, device: str, *, threads: int, cuda_graphs: bool | None) -> Placement:
+def _placement(
+    manifest: Manifest, backend: str, device: str, *, threads: int, spin: Spin, cuda_graphs: bool | None
+) -> Placement:
     if (backend, device, manifest.kind) != (AUTO, AUTO, "onnx"):
-        return place(manifest, backend, device, threads=threads, cuda_graphs=cuda_graphs)
-    require_usable(ON_CPU, threads=threads, cuda_graphs=cuda_graphs)
+        return place(manifest, backend, device, threads=threads, spin=spin, cuda_graphs=cuda_graphs)
+    require_usable(ON_CPU, threads=threads, spin=spin, cuda_graphs=cuda_graphs)
     note(f"runs with {ON_CPU}")
     return ON_CPU
 

@@ -14,6 +14,7 @@ from click.exceptions import Exit
 
 from medusa_export.cli import streams
 from medusa_export.cli.ending import cleanly_on_sigterm
+from medusa_export.cli.torch_threads import share_cores
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
     "recipes": "Run all steps for a model with one command.",
     "doctor": "Report what can be exported, built and run on this machine.",
 }
+MEASURES_OTHERS = "bench"  # it starts other engines, and measures them as they come
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
     "optimum": "export", "safetensors": "export", "accelerate": "train", "gguf": "export", "onnxruntime": "cpu",
@@ -53,6 +55,8 @@ class _LazyCommands(click.Group):
     def get_command(self, _: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
+        if name != MEASURES_OTHERS:
+            share_cores()
         module = importlib.import_module(f"medusa_export.cli.{name}")
         command: click.Command = module.command
         return command

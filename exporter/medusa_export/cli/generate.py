@@ -12,6 +12,7 @@ import click
 from medusa_export.cli import streams
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import decodes_a_bundle
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.files import json_text, read_json
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import OptionError
@@ -65,6 +66,7 @@ def command(
     device: str,
     cuda_graphs: bool | None,
     threads: int,
+    spin: Spin,
     **fields: Any,
 ) -> None:
     """Answer a prompt with BUNDLE. The text streams to stdout, statistics go to stderr.
@@ -92,7 +94,7 @@ def command(
         else None,
     }
     options = parse(GenerationOptions, fields | given)
-    placement = place(Manifest.load(bundle), backend, device, threads=threads, cuda_graphs=cuda_graphs, tell=False)
+    placement = place(Manifest.load(bundle), backend, device, threads=threads, spin=spin, cuda_graphs=cuda_graphs, tell=False)
     with MedusaLM.from_bundle(
         bundle,
         placement.backend,
@@ -100,6 +102,7 @@ def command(
         prompt_lookup=options.prompt_lookup,
         device=placement.device,
         num_threads=threads,
+        spin=spin,
         cuda_graphs=cuda_graphs,
         allow_failed=allow_failed,
         allow_engine_code=allow_engine_code,

@@ -10,6 +10,7 @@ import click
 
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import decodes_a_bundle
+from medusa_runtime.bundle.cpu import Spin
 from medusa_serve.settings import ServerSettings
 
 
@@ -33,6 +34,7 @@ def command(
     device: str,
     cuda_graphs: bool | None,
     threads: int,
+    spin: Spin,
     **fields: Any,
 ) -> None:
     """Serve BUNDLE over HTTP, as OpenAI's API: chat, completions, responses, metrics, and a page to try it.
@@ -48,7 +50,7 @@ def command(
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     settings = parse(ServerSettings, fields)
     manifest = Manifest.load(bundle)
-    placement = place(manifest, backend, device, threads=threads, cuda_graphs=cuda_graphs)
+    placement = place(manifest, backend, device, threads=threads, spin=spin, cuda_graphs=cuda_graphs)
 
     def open_model() -> MedusaLM:
         return MedusaLM.from_bundle(
@@ -58,6 +60,7 @@ def command(
             max_batch_size=max_batch_size,
             max_queue=max_queue,
             num_threads=threads,
+            spin=spin,
             cuda_graphs=cuda_graphs,
             allow_failed=allow_failed,
             allow_engine_code=allow_engine_code,

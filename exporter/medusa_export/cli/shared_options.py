@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from medusa_runtime.backends.choosing import BACKENDS
-from medusa_runtime.bundle.cpu import max_threads
+from medusa_runtime.bundle.cpu import SPINS, max_threads
 
 Function = Callable[..., Any]
 
@@ -26,6 +26,14 @@ exclude_option = click.option(
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(0, max_threads()), default=0, help="CPU threads. [default: one per core]"
+)
+spin_option = click.option(
+    "--spin",
+    type=click.Choice(SPINS),
+    default="auto",
+    show_default=True,
+    help="How CPU threads wait for work within a step. on: they spin, for machines that nothing else uses. off: they sleep. "
+    "auto: they spin for a moment, which suits both.",
 )
 backend_option = click.option(
     "--backend",
@@ -83,8 +91,8 @@ verbose_option = click.option(
 
 
 def runs_a_bundle(function: Function) -> Function:
-    """Add the options for where a bundle runs: backend, device and CPU threads."""
-    return backend_option(device_option(threads_option(function)))
+    """Add the options for where a bundle runs: backend, device, CPU threads and how they wait."""
+    return backend_option(device_option(threads_option(spin_option(function))))
 
 
 def decodes_a_bundle(function: Function) -> Function:

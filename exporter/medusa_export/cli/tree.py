@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from medusa_export.cli.shared_options import runs_a_bundle
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.errors import OptionError
 
 FORMATS = (".png", ".svg")
@@ -36,6 +37,7 @@ def show(
     backend: str,
     device: str,
     threads: int,
+    spin: Spin,
 ) -> None:
     """Draw a tree: each node with its path of ranks, and the probability that all drafts down to it are right.
 
@@ -52,7 +54,7 @@ def show(
             raise OptionError(f"--plot {plot}: the name must end in {' or '.join(FORMATS)}")
         if not plot.absolute().parent.is_dir():
             raise OptionError(f"{plot} cannot be written: there is no directory {plot.parent}")
-    found = find_tree(source, Device(backend, device, threads), batch_size, evaluation)
+    found = find_tree(source, Device(backend, device, threads, spin), batch_size, evaluation)
     console = stdout_console()
     console.print(found.source, markup=False, soft_wrap=True)
     console.print(found.drawn())

@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from medusa_export.cli.shared_options import force_option, runs_a_bundle
+from medusa_runtime.bundle.cpu import Spin
 
 
 @click.command("triton")
@@ -44,13 +45,14 @@ def command(
     backend: str,
     device: str,
     threads: int,
+    spin: Spin,
     *,
     force: bool,
 ) -> None:
     """Write BUNDLE as a model of an NVIDIA Triton model repository, for Triton's Python backend.
 
-    Backend, device and threads are those of the machine on which Triton runs. There, Python needs the package medusa-export
-    with the extra serve. Answers are streamed, and requests are decoded side by side.
+    Backend, device, threads and spin are for the machine on which Triton runs. There, Python needs the package
+    medusa-export with the extra serve. Answers are streamed, and requests are decoded side by side.
     """
     from medusa_heads.directories import new_directory
     from medusa_serve.triton import ModelSettings, check_name, is_model, write_model
@@ -58,7 +60,12 @@ def command(
     name = name or bundle.resolve().name
     check_name(name)
     settings = ModelSettings(
-        backend=backend, device=device, threads=threads, max_batch_size=max_batch_size, max_queue=max_queue
+        backend=backend,
+        device=device,
+        threads=threads,
+        spin=spin,
+        max_batch_size=max_batch_size,
+        max_queue=max_queue,
     )
     with new_directory(repository / name, is_model, force=force, inputs=(bundle,)) as directory:
         write_model(directory, bundle, name, settings, files=files)

@@ -10,6 +10,7 @@ import click
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import decodes_a_bundle, trust_remote_code_option
 from medusa_export.command_options.validate_settings import ValidateSettings
+from medusa_runtime.bundle.cpu import Spin
 
 
 @click.command("validate")
@@ -33,6 +34,7 @@ def command(
     backend: str,
     device: str,
     threads: int,
+    spin: Spin,
     cuda_graphs: bool | None,
     allow_engine_code: bool,
     trust_remote_code: bool,
@@ -60,6 +62,7 @@ def command(
         backend=backend,
         device=device,
         threads=threads,
+        spin=spin,
         cuda_graphs=cuda_graphs,
         allow_engine_code=allow_engine_code,
         trust_remote_code=trust_remote_code,

@@ -9,6 +9,7 @@ from pathlib import Path
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
 from medusa_runtime.backends.webgpu.adapters import choose_adapter, find_adapters, require_graphs
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CUDA, ORT_WEBGPU, STEP, Manifest
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
 
@@ -89,6 +90,7 @@ def open_backend(
     *,
     device: str = AUTO,
     num_threads: int = 0,
+    spin: Spin = "auto",
     cuda_graphs: bool | None = None,
     allow_engine_code: bool = False,
 ) -> Backend:
@@ -100,6 +102,8 @@ def open_backend(
         backend: one of `BACKENDS`.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``gpu`` or ``gpu:N``.
         num_threads: for a CPU backend; 0 for one per core.
+        spin: for a CPU backend, how threads wait for work within a step. "on" spins, which is fast if nothing else runs, "off"
+            sleeps, and "auto" spins for a moment, which is nearly as fast as the better of both.
         cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed. None means yes with TensorRT, and no
             with ONNX Runtime, which can capture only some graphs.
         allow_engine_code: run the code that version-compatible engines bring (see `bundle.plans.require_allowed`).
@@ -115,6 +119,7 @@ def open_backend(
         manifest,
         choose_backend(manifest, backend, device),
         num_threads=num_threads,
+        spin=spin,
         cuda_graphs=cuda_graphs,
         allow_engine_code=allow_engine_code,
     )
@@ -126,6 +131,7 @@ def open_placement(
     placement: Placement,
     *,
     num_threads: int = 0,
+    spin: Spin = "auto",
     cuda_graphs: bool | None = None,
     allow_engine_code: bool = False,
 ) -> Backend:
@@ -133,7 +139,7 @@ def open_placement(
     if placement.backend == ORT_CPU:
         from medusa_runtime.backends.ort_cpu import OrtCpuBackend  # noqa: PLC0415 - needs an extra, as those below
 
-        return OrtCpuBackend(bundle, manifest, num_threads)
+        return OrtCpuBackend(bundle, manifest, num_threads, spin)
     if placement.backend == ORT_WEBGPU:
         from medusa_runtime.backends.webgpu.webgpu_backend import OrtWebGpuBackend  # noqa: PLC0415
 

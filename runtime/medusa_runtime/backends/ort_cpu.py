@@ -13,7 +13,7 @@ from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.backends.host_cache import HostCache
 from medusa_runtime.bundle.cache_layout import CacheLayout
-from medusa_runtime.bundle.cpu import check_num_threads
+from medusa_runtime.bundle.cpu import Spin, check_num_threads, check_spin
 from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, STEP, Manifest
 from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, first_line
 
@@ -35,13 +35,14 @@ class OrtCpuBackend:
         bundle: the bundle's directory.
         manifest: the bundle's manifest.
         num_threads: threads of each matrix product; 0 for one per core.
+        spin: how these threads wait for work, see `open_backend`.
 
     Raises:
-        OptionError: num_threads is out of range.
+        OptionError: num_threads is out of range, or spin is unknown.
         BackendError: the bundle's precision has no CPU kernels, or ONNX Runtime refuses a graph.
     """
 
-    def __init__(self, bundle: str | Path, manifest: Manifest, num_threads: int = 0) -> None:
+    def __init__(self, bundle: str | Path, manifest: Manifest, num_threads: int = 0, spin: Spin = "auto") -> None:
         if manifest.kind != "onnx":
             raise BackendError(f"ort-cpu runs ONNX bundles; {bundle} is a {manifest.kind} bundle")
         if manifest.precision not in DTYPES:
@@ -51,10 +52,10 @@ class OrtCpuBackend:
             )
         self.manifest = manifest
         self._dtype = np.dtype(DTYPES[manifest.precision])
-        bundle, num_threads = Path(bundle).resolve(), check_num_threads(num_threads)
+        bundle, num_threads, spin = Path(bundle).resolve(), check_num_threads(num_threads), check_spin(spin)
         self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}  # by first slot, B, and whether logits are bound
-        self._steps: StepSessions | None = StepSessions(bundle, manifest, num_threads, self._bindings.clear)
-        self._heads_session = open_graph(bundle, manifest, HEADS, manifest.graph(HEADS, ORT_CPU), num_threads)
+        self._steps: StepSessions | None = StepSessions(bundle, manifest, num_threads, spin, self._bindings.clear)
+        self._heads_session = open_graph(bundle, manifest, HEADS, manifest.graph(HEADS, ORT_CPU), num_threads, spin)
         self._hidden = np.empty((0, 0, manifest.model.hidden_size), self._dtype)  # [B, R, C] of the last step
         self._logits = np.empty(0, self._dtype)  # room for the largest logits asked for so far
         self._cache = HostCache(CacheLayout.of(manifest.graphs[STEP]), num_slots=0, capacity=0)

@@ -20,12 +20,20 @@ from pathlib import Path
 import onnxruntime as ort
 
 from medusa_runtime.bundle.cache_layout import CacheLayout
-from medusa_runtime.bundle.cpu import available_memory, has_exact_products, num_cores
+from medusa_runtime.bundle.cpu import Spin, available_memory, has_exact_products, num_cores
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
 from medusa_runtime.errors import BackendError, first_line
 
 RETRY_SECONDS = 30.0  # the wait before a graph that could not be opened is tried again
 MEMORY_MARGIN = 1.3  # a session takes more than its weights while it is opened
+# ONNX Runtime's settings for threads that wait for an operator's work (docs/decisions/0034-shared-machines.md). A thread that
+# never spins has to be woken for each operator, which costs up to a fifth of a step. One that spins long keeps its core from
+# other programs, and from a sibling that has work. Most waits within a step end after some microseconds.
+SPIN_SETTINGS: dict[Spin, tuple[str, str]] = {
+    "auto": ("session.intra_op.spin_duration_us", "10"),
+    "on": ("session.intra_op.allow_spinning", "1"),  # about a millisecond
+    "off": ("session.intra_op.allow_spinning", "0"),
+}
 CHANGED = "the bundle's files have changed since it was opened"
 log = logging.getLogger(__name__)
 
@@ -37,14 +45,16 @@ class StepSessions:
         bundle: the bundle's directory, as an absolute path.
         manifest: the bundle's.
         num_threads: threads of each matrix product; 0 for one a core.
+        spin: how they wait, one of `SPINS`.
         forget: drops all references to the open session, so that its memory is freed.
 
     Raises:
         BackendError: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int, forget: Callable[[], None]) -> None:
-        self._bundle, self._manifest, self._num_threads, self._forget = bundle, manifest, num_threads, forget
+    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int, spin: Spin, forget: Callable[[], None]) -> None:
+        self._bundle, self._manifest, self._forget = bundle, manifest, forget
+        self._num_threads, self._spin = num_threads, spin
         self._for_several = manifest.graph(STEP, ORT_CPU)
         self._for_one = manifest.graphs.get(f"{STEP}.{ORT_CPU_SINGLE}", self._for_several)
         self._identity = self._files()
@@ -150,7 +160,7 @@ class StepSessions:
 
     def _opened(self, graph: GraphFacts) -> ort.InferenceSession:
         """Open a graph. A session of other weights would go on with the cache of these, so it is refused."""
-        session = open_graph(self._bundle, self._manifest, STEP, graph, self._num_threads)
+        session = open_graph(self._bundle, self._manifest, STEP, graph, self._num_threads, self._spin)
         if self._files() != self._identity:
             raise BackendError(f"{self._bundle / graph.file} cannot be opened: {CHANGED}; open the bundle again")
         return session
@@ -165,7 +175,9 @@ class StepSessions:
         return sorted(found)
 
 
-def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, num_threads: int) -> ort.InferenceSession:
+def open_graph(
+    bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, num_threads: int, spin: Spin
+) -> ort.InferenceSession:
     """Open one graph of a bundle, and compare it with the manifest.
 
     Args:
@@ -174,6 +186,7 @@ def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, n
         name: ``step`` or ``heads``.
         graph: the graph's facts.
         num_threads: threads of each matrix product; 0 for one a core.
+        spin: how they wait, one of `SPINS`.
 
     Raises:
         BackendError: ONNX Runtime cannot open it, or it is not the graph that the manifest describes.
@@ -183,6 +196,7 @@ def open_graph(bundle: Path, manifest: Manifest, name: str, graph: GraphFacts, n
     # Without this, idle threads of one session spin on the cores that the other one needs: a step and its heads took 86 ms
     # instead of 46 (docs/decisions/0002-threads-of-two-sessions.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(*SPIN_SETTINGS[spin])
     # How ONNX Runtime multiplies with weights under DequantizeLinear: blocks in int8, which is fast. In bundles of scheme int8,
     # graphs for the CPU have such products of their own, and the portable graph is compared with them: in float32.
     in_float = manifest.quantization is not None and manifest.quantization.scheme == "int8"

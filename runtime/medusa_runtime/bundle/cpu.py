@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 from medusa_runtime.errors import OptionError
 
@@ -20,20 +21,24 @@ EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # x86: products of u
 UNLIMITED = 1 << 60  # bytes; control groups of version 1 write such a number if there is no limit
 CPUINFO, ROOT = Path("/proc/cpuinfo"), Path("/")
 THREADS_PER_CORE, MIN_THREADS = 4, 32  # `max_threads`: 512 threads on 2 cores take 38 s to start
+Spin = Literal["auto", "on", "off"]  # how a thread waits for work within a step
+SPINS: tuple[Spin, ...] = get_args(Spin)
 
 
-def device_key(backend: str, *, num_threads: int = 0, processor: str | None = None) -> str:
+def device_key(backend: str, *, num_threads: int = 0, spin: Spin = "auto", processor: str | None = None) -> str:
     """The name of a device in `tuning.json`: everything that the time of a step depends on, in words.
 
     Args:
         backend: one of `medusa_runtime.BACKENDS` except auto; see `medusa_runtime.choose_backend`.
         num_threads: of a CPU backend; 0 means one for each core.
+        spin: of a CPU backend. It is named only if it is not auto.
         processor: the GPU's name; omit it for this machine's CPU.
     """
     if processor is not None:
         return f"{backend}, {processor}"
     cores = num_cores()
-    return f"{backend}, {cpu_name()}, {num_threads or cores} threads on {cores} cores"
+    waiting = "" if spin == "auto" else f", spin {spin}"
+    return f"{backend}, {cpu_name()}, {num_threads or cores} threads on {cores} cores{waiting}"
 
 
 def num_cores(root: Path = ROOT) -> int:
@@ -42,9 +47,13 @@ def num_cores(root: Path = ROOT) -> int:
     Args:
         root: the file system's root, where `proc` and `sys` are.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for quota in (*_quotas_v2(root), *_quotas_v1(root)) if quota is not None]
-    return max(1, min([affinity, *map(math.ceil, quotas)]))
+    return max(1, min([num_affine_cores(), *map(math.ceil, quotas)]))
+
+
+def num_affine_cores() -> int:
+    """Cores that this process may run on, whatever part of their time its container may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
@@ -93,6 +102,17 @@ def check_num_threads(num_threads: int) -> int:
             f"0 for one thread on each of the {num_cores()} cores that may be used here"
         )
     return number
+
+
+def check_spin(spin: Spin) -> Spin:
+    """The option `spin`, checked: one of `SPINS`.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if spin not in SPINS:
+        raise OptionError(f"spin is {spin!r}; there are: {', '.join(SPINS)}")
+    return spin
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:

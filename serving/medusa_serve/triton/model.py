@@ -88,6 +88,7 @@ def _open(settings: ModelSettings) -> MedusaLM:
         settings.backend,
         device=settings.device,
         num_threads=settings.threads,
+        spin=settings.spin,
         max_batch_size=settings.max_batch_size,
         max_queue=settings.max_queue,
         allow_engine_code=settings.allow_engine_code,

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medusa_runtime import BACKENDS, OptionError
+from medusa_runtime import BACKENDS, OptionError, Spin
 
 
 class ModelSettings(BaseModel):
@@ -20,6 +20,7 @@ class ModelSettings(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, gpu or gpu:N")
     allow_engine_code: bool = Field(False, description="run the code that version-compatible engines bring")
     threads: int = Field(0, ge=0, description="CPU threads; 0 for one per core")
+    spin: Spin = Field("auto", description="how CPU threads wait for work within a step: auto, on or off")
     max_batch_size: int | None = Field(None, ge=1, description="answers decoded at a time; omit for the runtime's choice")
     max_queue: int = Field(128, ge=0, description="answers that may wait; further requests are refused")
 

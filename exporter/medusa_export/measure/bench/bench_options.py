@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medusa_runtime.bundle.cpu import Spin
+
 MODES = {
     "plain": "no drafts",
     "static": "Medusa with the bundle's default tree",
@@ -41,6 +43,7 @@ class BenchOptions:
     cuda_graphs: bool | None = None
     allow_engine_code: bool = False
     threads: int = 0
+    spin: Spin = "auto"
     steps: tuple[int, ...] = STEP_WIDTHS
     prefill: tuple[int, ...] = PREFILL_LENGTHS
     context: tuple[int, ...] = CONTEXT_LENGTHS

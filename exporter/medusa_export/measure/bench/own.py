@@ -18,6 +18,7 @@ import numpy as np
 from medusa_export.measure.bench.workers.request_loop import Operations, serve
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DynamicTree, MedusaLM
 from medusa_runtime.backends.base import Backend
+from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.decoding.prefill import CHUNK
 from medusa_runtime.text.codec import TextCodec
 from medusa_runtime.text.stream import TextStream
@@ -57,6 +58,7 @@ class OwnDecoding:
         device: str,
         *,
         cuda_graphs: bool | None,
+        spin: Spin = "auto",
         allow_engine_code: bool = False,
     ) -> None:
         lm = MedusaLM.from_bundle(
@@ -66,6 +68,7 @@ class OwnDecoding:
             reuse_prefixes=False,
             device=device,
             num_threads=threads,
+            spin=spin,
             cuda_graphs=cuda_graphs,
             allow_engine_code=allow_engine_code,
         )

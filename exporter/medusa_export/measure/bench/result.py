@@ -58,6 +58,7 @@ def slower_than_plain(result: dict[str, Any]) -> str | None:
 def _settings(bench: Bench) -> dict[str, Any]:
     return {
         "threads": bench.threads,
+        "spin": bench.options.spin,
         "placements": {name: str(placement) for name, placement in bench.placements.items()},
         "cuda_graphs": bench.options.cuda_graphs,
         "rounds": bench.options.rounds,

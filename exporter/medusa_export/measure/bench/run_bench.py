@@ -39,7 +39,14 @@ def prepare(options: BenchOptions) -> Bench:
     bundles = _bundles(options.bundles)
     chosen = choose_peers(options.peers, options.sources, options.peers_python)
     placements = {
-        name: place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
+        name: place(
+            manifest,
+            options.backend,
+            options.device,
+            threads=options.threads,
+            spin=options.spin,
+            cuda_graphs=options.cuda_graphs,
+        )
         for name, (_, manifest) in bundles.items()
     }
     bench = Bench(options, bundles, [], chosen, placements)
@@ -95,6 +102,7 @@ def _start(bench: Bench, processes: ExitStack) -> None:
             {
                 "bundle": str(path),
                 "threads": bench.threads,
+                "spin": bench.options.spin,
                 "backend": placement.backend,
                 "device": placement.device,
                 "cuda_graphs": bench.options.cuda_graphs,

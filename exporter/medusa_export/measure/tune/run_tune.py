@@ -21,7 +21,7 @@ from medusa_heads.errors import CheckpointError
 from medusa_heads.replay import Evaluation
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.choosing import Placement, open_backend
-from medusa_runtime.bundle.cpu import cpu_name, device_key, num_cores
+from medusa_runtime.bundle.cpu import Spin, cpu_name, device_key, num_cores
 from medusa_runtime.bundle.manifest import TUNING_NAME, Limits, Manifest
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
 from medusa_runtime.drafting.corrected import CorrectedCosts
@@ -63,6 +63,7 @@ class TuneOptions:
     backend: str = "auto"
     device: str = "auto"
     threads: int = 0
+    spin: Spin = "auto"
     cuda_graphs: bool | None = None
     allow_engine_code: bool = False
 
@@ -86,7 +87,14 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     texts = read_prompts(options.prompts) if options.prompts else PROMPTS
     batch_sizes = _batch_sizes(options, manifest.limits)
     max_nodes = fitting_nodes(manifest.limits, min(options.max_nodes, manifest.limits.max_seq_len // 2))
-    placement = place(manifest, options.backend, options.device, threads=options.threads, cuda_graphs=options.cuda_graphs)
+    placement = place(
+        manifest,
+        options.backend,
+        options.device,
+        threads=options.threads,
+        spin=options.spin,
+        cuda_graphs=options.cuda_graphs,
+    )
     run = _open(options, manifest, placement, texts)
 
     costs, measurement = run.costs(batch_sizes, max_nodes, options.lengths or LENGTHS)
@@ -116,7 +124,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     run.backend.close()
     pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
     found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
-    device = device_key(placement.backend, num_threads=options.threads, processor=placement.processor)
+    device = device_key(placement.backend, num_threads=options.threads, spin=options.spin, processor=placement.processor)
     if holds(found):
         keep(options.bundle, manifest, device, found)
     return device, found
@@ -228,6 +236,7 @@ def _open(options: TuneOptions, manifest: Manifest, placement: Placement, texts:
             placement.backend,
             device=placement.device,
             num_threads=options.threads,
+            spin=options.spin,
             cuda_graphs=options.cuda_graphs,
             allow_engine_code=options.allow_engine_code,
         )

@@ -12,7 +12,7 @@ from rich.tree import Tree
 from medusa_export.measure.tune.run_tune import read_evaluation
 from medusa_export.measure.tune.search import path_products
 from medusa_export.placement import place
-from medusa_runtime.bundle.cpu import device_key
+from medusa_runtime.bundle.cpu import Spin, device_key
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.drafting.tuning import DeviceTuning, tuned
@@ -25,11 +25,12 @@ class Device:
     backend: str = "auto"
     device: str = "auto"
     threads: int = 0
+    spin: Spin = "auto"
 
     def key(self, manifest: Manifest) -> str:
         """The device's name in a bundle's `tuning.json`."""
-        placement = place(manifest, self.backend, self.device, threads=self.threads)
-        return device_key(placement.backend, num_threads=self.threads, processor=placement.processor)
+        placement = place(manifest, self.backend, self.device, threads=self.threads, spin=self.spin)
+        return device_key(placement.backend, num_threads=self.threads, spin=self.spin, processor=placement.processor)
 
 
 @dataclass(frozen=True)
