@@ -195,6 +195,16 @@ def test_a_bundle_samples_the_same_whatever_it_decodes_beside(make_bundle: Make)
     assert warm != collect(BundleAnswerer(alone), requests())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_no_numbers_are_an_error_and_no_answer(temperature: float, make_model: Make) -> None:
+    decoder = slot_decoder(make_model(), 2)
+    with torch.no_grad():
+        decoder.model.base_model.norm.weight[3] = float("nan")
+    asked = iter([Request("a", (), (5, 9), 4, temperature), Request("b", (), (6, 7), 4, temperature)])
+    with pytest.raises(CheckpointError, match="logits that are not finite numbers in float32; use --dtype bf16 or fp32"):
+        list(decoder.answers(lambda: next(asked, None)))
+
+
 def test_a_bundle_does_not_prompt_itself(make_bundle: Make) -> None:
     with pytest.raises(OptionError, match="--self-prompts does not work with a bundle"):
         BundleCodec(MedusaLM.from_bundle(make_bundle()).codec).opening()

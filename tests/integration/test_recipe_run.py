@@ -139,7 +139,7 @@ def test_a_changed_setting_does_its_step_again_and_what_follows(recipe: Path, do
     faster = ("--set", "train.learning_rate=0.02")
     changed = run(recipe, "-o", output, *faster)
     assert (changed.exit_code, steps_of(changed)) == (0, ["train", "onnx", "validate"]), changed.output
-    assert dict(told(changed))["train"][0] == "done again, because learning_rate was 0.0015, is 0.02"
+    assert dict(told(changed))["train"][0] == "done again, because learning_rate was 0.0012, is 0.02"
     assert json.loads((output / "heads" / "run.json").read_text())["settings"]["learning_rate"] == 0.02
     assert Manifest.load(output / "bundle").heads.sha256 != Manifest.load(done / "bundle").heads.sha256
     assert files_of(output / "data") == data

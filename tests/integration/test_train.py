@@ -37,7 +37,21 @@ from tests.support.models import tokenizer
 Make = Callable[..., Path]
 ANSWER = "the quick brown fox jumps over the lazy dog while a small model learns to speak"
 EXACT = ("--mixed-precision", "no", "--backbone-dtype", "fp32", "--threads", 1)
-SHORT = (*EXACT, "--max-length", 128, "--batch-tokens", 64, "--held-out", 0.25, "--epochs", 3, "--num-heads", 2)
+SHORT = (
+    *EXACT,
+    "--soft-targets",
+    0,
+    "--max-length",
+    128,
+    "--batch-tokens",
+    64,
+    "--held-out",
+    0.25,
+    "--epochs",
+    3,
+    "--num-heads",
+    2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +210,7 @@ def test_own_lm_heads_start_from_the_models(make_model: Make, data: Path, tmp_pa
 
 def test_heads_can_be_trained_on(make_model: Make, make_heads: Make, data: Path, tmp_path: Path) -> None:
     given = make_heads(num_heads=2, num_layers=1)
-    words = (*SHORT, "--start-from", given, "--heads-dtype", "fp32")
+    words = (*SHORT, "--start-from", given, "--num-layers", 1, "--heads-dtype", "fp32")
     works(run(make_model(), "--data", data, "-o", tmp_path / "heads", *words, "--learning-rate", 1e-9, "--max-steps", 1))
     for name, tensor in load_heads(tmp_path / "heads").state_dict().items():
         torch.testing.assert_close(tensor, load_heads(given).state_dict()[name], atol=1e-6, rtol=0)

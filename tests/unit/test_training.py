@@ -28,7 +28,7 @@ from medusa_heads.train.objective import HeadsObjective, JointObjective, LmHead,
 from medusa_heads.train.schedule import learning_rate_factor, weight_factor
 from medusa_runtime import OptionError
 from medusa_runtime.bundle.manifest import Provenance
-from tests.support.models import VOCAB_SIZE, tokenizer
+from tests.support.models import VOCAB_SIZE, save_tiny_model, tokenizer
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -495,6 +495,24 @@ def test_soft_targets_equal_a_plain_computation(shared, part, reads_root) -> Non
     torch.testing.assert_close(total.detach(), 0.5 * told[0] + 0.25 * told[1] + 0.125 * told[2])
     total.backward()
     assert all(parameter.grad is not None for parameter in heads.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [
+        ("llama", {}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere2", {"logit_scale": 0.0625}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+    ],
+)
+def test_soft_targets_are_the_models_own_distribution(model_type: str, changed: dict[str, float], tmp_path: Path) -> None:
+    """Of models that scale or cap their logits, too."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model", model_type, **changed)).eval()
+    with torch.no_grad():
+        output = model(torch.tensor([[5, 9, 14, 21]]), output_hidden_states=True)
+        found = lm_head_of(model, torch.float32).distribution(output.hidden_states[-1][0])
+    torch.testing.assert_close(found, output.logits[0].softmax(-1), rtol=1e-4, atol=1e-7)
 
 
 def test_soft_targets_of_no_weight_are_the_tokens_alone() -> None:

@@ -232,6 +232,10 @@ class SlotDecoder:
         return self._choose(logits)
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:  # [B, V] -> [B]
+        active = [index for index, slot in enumerate(self.slots) if slot is not None]
+        if not bool(torch.isfinite(logits[active].amax(-1)).all()):  # the largest of numbers with a NaN is NaN
+            kind = str(logits.dtype).removeprefix("torch.")
+            raise CheckpointError(f"the model gives logits that are not finite numbers in {kind}; use --dtype bf16 or fp32")
         chosen = logits.argmax(-1).cpu()
         warm = [index for index, slot in enumerate(self.slots) if slot is not None and slot.request.temperature > 0]
         for index in warm:

@@ -36,6 +36,7 @@ class LmHead(nn.Module):
         weight: all rows of its weight. [V, C]
         bias: its bias, or None. [V]
         token_ids: the V' tokens that count, or None for all. Other targets are ignored.
+        config: the text model's configuration, which says how the model scales and caps its logits.
     """
 
     weight: torch.Tensor
@@ -43,8 +44,11 @@ class LmHead(nn.Module):
     token_ids: torch.Tensor | None
     index: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None = None, config: Any = None
+    ) -> None:
         super().__init__()
+        self._config = config
         index = torch.arange(len(weight))
         if token_ids is not None:
             index = torch.full((len(weight),), IGNORED)
@@ -57,6 +61,10 @@ class LmHead(nn.Module):
     def kept(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of the tokens that count. [V, …] -> [V', …]"""
         return rows if self.token_ids is None else rows[self.token_ids]
+
+    def distribution(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's own distribution over the tokens that count, from its last hidden states. [U, C] -> [U, V']"""
+        return shaped_logits(F.linear(hidden, self.weight, self.bias), self._config).softmax(-1)
 
     def of(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias for a head's logits: the head's own, or these."""
@@ -73,7 +81,7 @@ def lm_head_of(model: PreTrainedModel, dtype: torch.dtype, token_ids: torch.Tens
     """A copy of a model's LM head in the given precision, for the tokens that count."""
     output: Any = model.get_output_embeddings()
     bias = getattr(output, "bias", None)
-    return LmHead(output.weight.to(dtype), None if bias is None else bias.to(dtype), token_ids)
+    return LmHead(output.weight.to(dtype), None if bias is None else bias.to(dtype), token_ids, model.config.get_text_config())
 
 
 class HeadsObjective(nn.Module):
@@ -111,7 +119,7 @@ class HeadsObjective(nn.Module):
     ) -> torch.Tensor:
         """Like `heads_losses`, but part of each target is the backbone's distribution at its position. [K]"""
         with torch.no_grad():
-            backbone = F.linear(ahead, self.lm_head.weight, self.lm_head.bias).softmax(-1)  # [U, V']
+            backbone = self.lm_head.distribution(ahead)  # [U, V']
         roots = root_states(self.lm_head.weight, self.lm_head.places(root_ids)) if self.heads.config.reads_root else None
         tokens, losses = self.lm_head.places(targets), []  # [N, K]
         for k, head in enumerate(self.heads.heads):

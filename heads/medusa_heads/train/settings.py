@@ -16,7 +16,7 @@ class TrainSettings(BaseModel):
 
     method: Method = Field(default="medusa-1", description="medusa-1: train the heads. medusa-2: train heads and backbone")
     num_heads: int = Field(default=4, ge=1, le=32, description="number of heads")
-    num_layers: int = Field(default=1, ge=1, le=8, description="residual blocks per head")
+    num_layers: int = Field(default=2, ge=1, le=8, description="residual blocks per head")
     own_lm_head: bool = Field(default=False, description="give each head its own LM head, initialised from the model's")
     read_root: bool = Field(default=True, description="heads also read the last decided token; the paper's do not")
     start_from: str | None = Field(default=None, description="directory of heads to start from, instead of new ones")
@@ -24,11 +24,11 @@ class TrainSettings(BaseModel):
         default="fp16", description="precision of the weights in the heads' file"
     )
 
-    epochs: float = Field(default=3.0, gt=0, description="passes over the data")
+    epochs: float = Field(default=2.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, regardless of the epochs")
-    batch_tokens: int = Field(default=1024, ge=1, description="tokens per batch on each process")
+    batch_tokens: int = Field(default=512, ge=1, description="tokens per batch on each process")
     gradient_accumulation: int = Field(default=1, ge=1, description="batches per optimizer step")
-    learning_rate: float = Field(default=1.5e-3, gt=0, description="highest learning rate of the heads")
+    learning_rate: float = Field(default=1.2e-3, gt=0, description="highest learning rate of the heads")
     warmup: float = Field(
         default=0.02, ge=0, lt=1, description="part of the steps in which the learning rate rises to its highest value"
     )
@@ -36,7 +36,7 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="clip gradients to this norm")
     loss_decay: float = Field(default=0.8, gt=0, le=1, description="weight of the k-th head's loss: this to the power of k")
     soft_targets: float = Field(
-        default=0.0,
+        default=0.6,
         ge=0,
         le=1,
         description="part of each target that is the backbone's distribution, the rest being the token; for heads alone",
