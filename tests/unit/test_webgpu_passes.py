@@ -124,6 +124,19 @@ def test_gains_of_each_head_are_multiplied_behind_the_norm(axis: str) -> None:
     assert over_two.declined
 
 
+def test_gains_that_are_ones_of_the_inputs_shape_are_left_out() -> None:
+    text = """g (float[B,T,2,4] x) => (float[B,T,2,4] y)
+    { s = Shape (x)
+      gains = ConstantOfShape <value = float[1] {1.0}> (s)
+      y = RMSNormalization <axis = -1, epsilon = 1e-5> (x, gains) }"""
+    model, feeds = parse(text), {"x": normal(2, 3, 2, 4)}
+    model.graph[1].outputs[0].shape = ir.Shape([None, None, None, None])  # as the trace leaves it
+    before = run(model, **feeds)
+    assert FlatGains()(model).modified
+    assert "Mul" not in kinds(model)
+    np.testing.assert_allclose(run(model, **feeds), before, rtol=1e-5, atol=1e-6)
+
+
 def test_heads_choose_their_rows() -> None:
     text = "g (float[B,4] hidden, float[4,3] w) => (float[B,3] y) { y = MatMul (hidden, w) }"
     weight, hidden = normal(4, 3), normal(2, 5, 4)
