@@ -204,6 +204,8 @@ def for_webgpu(check: Check, entry: Entry) -> Path:
 
 def _refusal(check: Check, bundle: Path) -> str:
     """What a device says that does not compute in a bundle's fp16; empty if it computes."""
+    if _precision(bundle) != "fp16":
+        return ""
     words = ("--device", "gpu", "--prompt", "Hello", "--max-new-tokens", 1)
     try:
         check.budget.run(*MEDUSA, "generate", bundle, *words)

@@ -11,26 +11,34 @@ from pathlib import Path
 
 import pytest
 
+from medusa_export.bundle.export import export_bundle
+from medusa_export.command_options.export_options import ExportOptions
 from medusa_runtime.backends.webgpu.adapters import find_adapters
+from tests.support.models import save_random_heads
 from tests.support.software_gpu import settings, why_no_webgpu
 
 ROOT = Path(__file__).parents[2]
+TEST = "tests/gpu/test_webgpu.py::test_vulkan_tells_the_limits"
 WHY_NOT = why_no_webgpu()
 Make = Callable[..., Path]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="the test that it runs is not for a Mac")
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-def test_a_machine_is_checked_through_webgpu(make_model: Make, make_heads: Make, make_bundle: Make, tmp_path: Path) -> None:
+def test_a_machine_is_checked_through_webgpu(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    heads = save_random_heads(model, tmp_path / "heads")
+    export_bundle(ExportOptions(str(model), heads, tmp_path / "bundle", precision="fp32"))
     prompts, output = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_text("the quick brown fox\n", encoding="utf-8")
     words = {
-        "--bundle": make_bundle("llama", precision="fp32"),
-        "--model": make_model("llama"),
-        "--heads": make_heads("llama"),
+        "--bundle": tmp_path / "bundle",
+        "--model": model,
+        "--heads": heads,
         "--prompts": prompts,
         "--validation-prompts": prompts,
         "--max-new-tokens": 8,
-        "--tests": "tests/gpu/test_webgpu.py::test_a_driver_in_software_is_not_used_unless_it_is_asked_for",
+        "--tests": TEST,
         "--scheme": "int4",
         "--work": tmp_path / "work",
         "--output": output,
