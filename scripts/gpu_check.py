@@ -74,11 +74,16 @@ class Part:
 
 
 PARTS = (
-    Part("export", export_first, lambda check: "bundles are given" if check.are_given else None, needs_bundle=False),
+    Part(
+        "export",
+        export_first,
+        lambda check: "bundles are given" if check.are_given else check.why_no_torch(),
+        needs_bundle=False,
+    ),
     Part("cuda", partial(run_first, "cuda"), lambda check: check.why_not("cuda")),
     Part("rtx", partial(run_first, "rtx"), lambda check: check.why_not("rtx")),
     Part("rtx_verdict", ask_rtx, Check.why_no_rtx_verdict, needs_bundle=False),
-    Part("tests", run_tests, needs_bundle=False),
+    Part("tests", run_tests, Check.why_no_torch, needs_bundle=False),  # which export tiny models
     Part("tensorrt", partial(run_first, "tensorrt"), lambda check: check.why_not("tensorrt")),
     Part("webgpu", run_webgpu, Check.why_no_webgpu),
     Part("quantised", run_quantised, Check.why_no_webgpu),

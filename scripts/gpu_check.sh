@@ -109,11 +109,23 @@ install() {
     "$python" -m pip install --quiet -c constraints.txt $options "$@"
 }
 
+# Installs packages, or says what is left out without them. TensorRT and CUDA are not made for every system that has a GPU.
+install_or_say() {
+    what=$1
+    shift
+    install "$@" || echo "$what cannot be installed here; what needs it is left out" >&2
+}
+
 # onnxruntime and onnxruntime-gpu are one module in two builds, so an environment gets one of the extras cpu and gpu, never both.
 if [ "$kind" = nvidia ]; then
-    install "$from" '.[gpu,rtx,export]' pytest
-    install "$from" '.[webgpu]' || echo "WebGPU's plugin cannot be installed here; what needs it is left out" >&2
-    install "$full" '.[trt]' || echo "full TensorRT cannot be installed here; what needs it is left out" >&2
+    install "$from" '.[export]' pytest
+    if ! install "$from" '.[gpu]'; then
+        echo "ONNX Runtime for CUDA cannot be installed here; what needs it is left out, and the build for CPUs is installed" >&2
+        install "$from" '.[cpu]'
+    fi
+    install_or_say "WebGPU's plugin" "$from" '.[webgpu]'
+    install_or_say TensorRT-RTX "$from" '.[rtx]'
+    install_or_say "full TensorRT" "$full" '.[trt]'
 else
     install "$from" '.[cpu,webgpu]'
     "$python" scripts/gpu_check.py "$@" --dry-run >/dev/null # ends here if WebGPU does not take the GPU

@@ -76,8 +76,11 @@ class Check:
 
     def why_not(self, name: str) -> str | None:
         """The doctor's reason why one of `WAYS` does not work on this machine; None if it works."""
-        found = {(one["action"], one["what"]): one for one in self.doctor["verdicts"]}
-        return next((found[key]["why"] for key in WAYS[name].verdicts if not found[key]["works"]), None)
+        return next(filter(None, (self._reason(*key) for key in WAYS[name].verdicts)), None)
+
+    def why_no_torch(self) -> str | None:
+        """The doctor's reason why models cannot be exported, and bundles not be compared with them."""
+        return self._reason("export", "onnx")
 
     def why_no_rtx_verdict(self) -> str | None:
         """Why TensorRT-RTX cannot be asked what it says of this GPU."""
@@ -85,7 +88,7 @@ class Check:
 
     def why_no_pytorch(self) -> str | None:
         """Why PyTorch is not measured on this GPU."""
-        if why := self._why_no_nvidia():
+        if why := self._why_no_nvidia() or self.why_no_torch():
             return why
         is_known = self.heads is not None and (self.source is not None or not self.are_given)
         return None if is_known else "no --model with --heads is given for the bundles"
@@ -96,6 +99,10 @@ class Check:
             return why
         runs = not self.bundles or any(_precision(one) in WEBGPU_PRECISIONS for one in self.bundles)
         return None if runs else f"WebGPU runs bundles in {' and '.join(WEBGPU_PRECISIONS)} alone"
+
+    def _reason(self, action: str, what: str) -> str | None:
+        [found] = [one for one in self.doctor["verdicts"] if (one["action"], one["what"]) == (action, what)]
+        return None if found["works"] else str(found["why"])
 
     def _why_no_nvidia(self) -> str | None:
         return None if self.doctor["gpus"] else str(self.doctor["why_no_gpu"])
@@ -140,10 +147,10 @@ def run_bundle(check: Check, name: str, bundle: Path, entry: Entry) -> None:
         if not entry.do("build", partial(_build, check, way.flavor, bundle, engine)):
             return
         bundle = engine
-    if check.source:
-        entry.do("validation", partial(_validate, check, way.device, bundle))
+    if why := check.why_no_torch() or (None if check.source else "no --model is given to compare with"):
+        entry.leave_out("validation", why)
     else:
-        entry.leave_out("validation", "no --model is given to compare with")
+        entry.do("validation", partial(_validate, check, way.device, bundle))
     entry.do("benchmark", partial(_measure, check, bundle, ("--device", way.device)))
 
 

@@ -100,7 +100,12 @@ class Machine:
         self.is_software = False
 
     def doctor(self) -> dict[str, Any]:
-        names = [("build", "rtx"), ("build", "trt"), *(("run", name) for name in ("ort-cuda", "trt-rtx", "trt", "ort-webgpu"))]
+        names = [
+            ("export", "onnx"),
+            ("build", "rtx"),
+            ("build", "trt"),
+            *(("run", name) for name in ("ort-cuda", "trt-rtx", "trt", "ort-webgpu")),
+        ]
         verdicts = [
             {"action": action, "what": what, "works": what in self.works, "why": f"{what} says why"} for action, what in names
         ]
@@ -192,14 +197,14 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture
 def nvidia(tmp_path: Path) -> Machine:
-    every = ("ort-cuda", "trt-rtx", "trt", "rtx", "ort-webgpu")
+    every = ("onnx", "ort-cuda", "trt-rtx", "trt", "rtx", "ort-webgpu")
     return Machine(tmp_path / "bench/results/gpu_a-gpu-big.json", *every)
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Machine:
     """A machine with another GPU than NVIDIA's."""
-    return Machine(tmp_path / "bench/results/gpu_arc-tm-7.json", "ort-webgpu")
+    return Machine(tmp_path / "bench/results/gpu_arc-tm-7.json", "onnx", "ort-webgpu")
 
 
 Run = Callable[..., tuple[Result, dict[str, Any]]]
@@ -413,6 +418,17 @@ def test_given_bundles_are_tried_in_their_order(run: Run, nvidia: Machine, tmp_p
     [first, *_] = (words for words in nvidia.words if "bench/gpu.py" in words)
     assert first[first.index("--limit") + 1] == "3"
     assert first[first.index("--max-new-tokens") + 1] == "9"
+
+
+def test_without_pytorch_a_given_bundle_is_measured(run: Run, other: Machine, tmp_path: Path) -> None:
+    other.works = ("ort-webgpu",)
+    make_bundle(tmp_path / "mine", "fp16")
+    result, report = run(
+        other, "--bundle", str(tmp_path / "mine"), "--model", str(tmp_path), "--part", "tests", "--part", "webgpu"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert report["tests"] == report["webgpu"]["mine"]["validation"] == {"left_out": "onnx says why"}
+    assert report["webgpu"]["mine"]["benchmark"]["webgpu"] == {}
 
 
 def test_every_file_of_tests_gpu_is_run(module: ModuleType) -> None:
