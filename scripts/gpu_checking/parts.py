@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from gpu_checking.budget import ROOT, Budget, Failed
+from gpu_checking.budget import ROOT, Budget, Failed, OutOfTime
 from gpu_checking.record import Entry, Facts
 
 MEDUSA = (sys.executable, "-m", "medusa_export")
@@ -201,11 +201,11 @@ def for_webgpu(check: Check, entry: Entry) -> Path:
         entry.facts.update({"refused": {bundle.name: check.refuses_fp16}} if check.refuses_fp16 else {})
     if not check.refuses_fp16:
         return bundle
-    if (other := check.bundle("fp32")) is None:
-        entry.do("export", partial(export, check, "fp32"))
-        other = check.bundle("fp32")
-    if other is None:
-        raise Failed("this device needs a bundle in fp32, and there is none")
+    if check.bundle("fp32") is None and not entry.do("export", partial(export, check, "fp32")):
+        why = "this device needs a bundle in fp32, and there is none"
+        raise OutOfTime(why) if "out_of_time" in entry.facts["export"] else Failed(why)
+    other = check.bundle("fp32")
+    assert other is not None
     return other
 
 

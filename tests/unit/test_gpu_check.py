@@ -273,6 +273,14 @@ def test_a_device_without_fp16_gets_a_bundle_in_fp32(run: Run, other: Machine) -
     assert report["others"]["fp32"]["export"]["left_out"] == "nothing here runs it, or it has run already"
 
 
+def test_a_device_without_fp16_for_whose_bundle_no_time_is_left_has_not_failed(run: Run, other: Machine) -> None:
+    other.says = {"generate fp16": (1, NO_FP16)}
+    other.costs = {"onnx": 50}
+    result, report = run(other, "--minutes", "1.5", "--part", "export", "--part", "webgpu")
+    assert result.exit_code == 4
+    assert report["summary"]["out_of_time"] == ["webgpu/export", "webgpu"]
+
+
 def test_a_device_that_runs_nothing_has_failed(run: Run, other: Machine) -> None:
     other.says = {"generate fp16": (1, "Error: the device was lost")}
     result, report = run(other)
