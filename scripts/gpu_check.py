@@ -184,6 +184,8 @@ def main(
     **bench: str | int | None,
 ) -> None:
     """Check a machine with a GPU, in the order of what the parts are worth."""
+    if len({one.name for one in bundles}) < len(bundles):
+        raise click.UsageError("two bundles have the same name, by which the report tells them apart")
     signal.signal(signal.SIGTERM, _end)
     budget = Budget(60 * minutes, timeout)
     try:

@@ -173,16 +173,24 @@ def _validate(check: Check, device: str, bundle: Path, entry: Entry) -> None:
 
 
 def _measure(check: Check, bundle: Path, words: Sequence[str], entry: Entry) -> None:
-    """Run bench/gpu.py. What it has measured is kept even if it is ended."""
+    """Run bench/gpu.py. What it has measured is kept even if it is ended. CUDA graphs may fail, if all else is measured."""
+    ways: Facts = {}
+    failure: Failed | None = None
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "gpu.json"
         try:
             check.budget.run(sys.executable, "bench/gpu.py", bundle, *words, *check.bench, "-o", target)
+        except Failed as error:
+            failure = error
         finally:
             if target.exists():
                 found = json.loads(target.read_text(encoding="utf-8"))
-                entry.facts.update({name: found[name] for name in ("prompts", "max_new_tokens")})
-                entry.facts.update(found["runs"].get(bundle.name, {}) | found["pytorch"])
+                ways = found["runs"].get(bundle.name, {}) | found["pytorch"]
+                entry.facts.update({name: found[name] for name in ("prompts", "max_new_tokens")} | ways)
+    if ways and all("failed" in way for way in ways.values()):
+        raise Failed("; ".join(f"{name}: {way['failed']}" for name, way in ways.items()))
+    if failure:
+        raise failure
 
 
 def run_webgpu(check: Check, entry: Entry) -> None:
@@ -271,8 +279,10 @@ def _why_not_in(check: Check, name: str, precision: str) -> str | None:
         return why
     if name == "webgpu" and precision not in WEBGPU_PRECISIONS:
         return f"WebGPU does not run {precision}"
-    if name == "webgpu" and check.refuses_fp16:
-        return "its device computes in fp32 alone, which has run already"
+    if name == "webgpu" and check.refuses_fp16 and precision == "fp16":
+        return check.refuses_fp16
+    if name == "webgpu" and check.refuses_fp16 and not check.are_given:
+        return "it has run already, since the device refuses fp16"
     return None
 
 

@@ -346,6 +346,28 @@ def test_what_a_benchmark_measured_before_its_end_is_kept(run: Run, nvidia: Mach
     assert "out_of_time" in report["cuda"]["fp16"]["benchmark"]
 
 
+def test_what_could_not_be_measured_has_failed(run: Run, nvidia: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's failure is in the benchmark's file, not in its exit code; that of a bundle is in both."""
+    leave = nvidia.leave
+
+    def leave_failures(name: str, texts: list[str]) -> None:
+        leave(name, texts)
+        if name == "gpu":
+            target = Path(texts[texts.index("-o") + 1])
+            found = json.loads(target.read_text(encoding="utf-8"))
+            for ways in [*found["runs"].values(), found["pytorch"]]:
+                ways.update({name: {"failed": "no memory"} for name in ways})
+            target.write_text(json.dumps(found), encoding="utf-8")
+
+    monkeypatch.setattr(nvidia, "leave", leave_failures)
+    nvidia.says = {"gpu fp16-rtx": (1, "")}
+    result, report = run(nvidia, "--part", "export", "--part", "rtx", "--part", "pytorch")
+    assert result.exit_code == 1
+    assert report["summary"]["failed"] == ["rtx/fp16/benchmark", "pytorch/eager", "pytorch/compiled"]
+    assert report["rtx"]["fp16"]["benchmark"]["failed"] == "cuda-graphs: no memory"
+    assert report["pytorch"]["eager"]["failed"] == "fp16 eager: no memory"
+
+
 def test_a_command_that_hangs_has_failed_and_the_next_one_runs(run: Run, nvidia: Machine) -> None:
     nvidia.costs = {"trt": 1000}
     result, report = run(nvidia, "--timeout", "20", "--minutes", "60")
@@ -437,6 +459,13 @@ def test_without_pytorch_a_given_bundle_is_measured(run: Run, other: Machine, tm
     assert result.exit_code == 0, result.stderr
     assert report["tests"] == report["webgpu"]["mine"]["validation"] == {"left_out": "onnx says why"}
     assert report["webgpu"]["mine"]["benchmark"]["webgpu"] == {}
+
+
+def test_bundles_of_one_name_are_refused(run: Run, nvidia: Machine, tmp_path: Path) -> None:
+    (tmp_path / "fp16").mkdir()
+    result, _ = run(nvidia, "--bundle", str(tmp_path / "fp16"), "--bundle", f"{tmp_path}/./fp16")
+    assert (result.exit_code, nvidia.commands) == (2, [])
+    assert "two bundles have the same name" in result.stderr
 
 
 def test_every_file_of_tests_gpu_is_run(module: ModuleType) -> None:
