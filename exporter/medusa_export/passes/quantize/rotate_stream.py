@@ -1,0 +1,98 @@
+"""Rotates the residual stream, so that no channel holds outliers (QuaRot's R1, arXiv:2404.00456)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from medusa_export.passes.common.graph_pass import GraphPass
+from medusa_export.passes.common.values import add_initializer, replace
+from medusa_export.passes.quantize.orthogonal import Array, random_rotation, rotated
+from medusa_export.passes.quantize.residual_stream import NotExactError, Output, Read, ResidualStream, residual_stream
+from medusa_export.passes.quantize.weight_edits import Change, WeightEdits
+
+STATE_BASIS = "hidden.basis"  # the weight that gives the last hidden state back in its own basis
+
+
+class RotateStream(GraphPass):
+    """Multiply the residual stream with an orthogonal matrix R, by changing weights alone.
+
+    Needs: a float32 step graph as the exporter writes it, whose stream is read and written by linear layers and normalized by
+    ``RMSNormalization`` before each of them.
+    Result: the same graph except for rounding. The norms' gains move into the weights that follow, and all weights that read
+    or write the stream are multiplied with R. A table that is both embedding and LM head becomes two tables. The output
+    ``hidden`` is still in its own basis: one product gives it back.
+
+    If something does not commute with R, the graph stays as it was and `declined` says why.
+
+    Args:
+        seed: of R.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def rewrite(self, model: ir.Model) -> int:
+        """Rewrite in place."""
+        try:
+            stream = residual_stream(model.graph)
+            rotation = random_rotation(stream.width, np.random.default_rng(self.seed))
+            edits = _edits(stream, rotation)
+        except NotExactError as error:
+            self.decline(str(error))
+            return 0
+        for output in stream.outputs:
+            _give_back(model.graph, output, rotation)
+        edits.apply(model.graph)
+        return len(stream.readers) + len(stream.writers)
+
+
+def _edits(stream: ResidualStream, rotation: Array) -> WeightEdits:
+    edits = WeightEdits()
+    for gather in stream.tables:
+        edits.add(gather, 0, "rows", lambda array: rotated(array, rotation, 1))
+    for linear in stream.writers:
+        axis = 1 - linear.input_axis
+        edits.add_linear(linear, "written", lambda array, axis=axis: rotated(array, rotation, axis))
+    for node, place in stream.biases:
+        edits.add(node, place, "bias", lambda array: rotated(array, rotation, 0))
+    for read in stream.readers:
+        edits.add_linear(read.linear, ("read", read.gain), _reading(read, rotation))
+    for norm in stream.norms:
+        edits.add(norm, 1, "gain", np.ones_like)
+    return edits
+
+
+def _reading(read: Read, rotation: Array) -> Change:
+    """How the weight of a layer that reads the stream changes."""
+    axis, gains = read.linear.input_axis, None if read.gain is None else _tensor(read.gain)
+
+    def change(array: Array) -> Array:
+        if gains is not None:
+            array = array * (gains.numpy()[:, None] if axis == 0 else gains.numpy())
+        return rotated(array, rotation, axis)
+
+    return change
+
+
+def _give_back(graph: ir.Graph, output: Output, rotation: Array) -> None:
+    """Return a value of the stream as it was before: multiplied with the transpose of R, then with the norm's gains."""
+    basis = rotation.T
+    if output.gain is not None:
+        basis = basis * _tensor(output.gain).numpy()
+    name = output.value.name
+    weight = add_initializer(graph, STATE_BASIS, ir.tensor(np.ascontiguousarray(basis), name=STATE_BASIS))
+    product = ir.node("MatMul", [output.value, weight])
+    node = output.value.producer()
+    assert node is not None
+    graph.insert_after(node, product)
+    result = product.outputs[0]
+    result.shape, result.type = output.value.shape, output.value.type
+    graph.outputs[list(graph.outputs).index(output.value)] = result
+    output.value.name, result.name = f"{name}.rotated", name
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
