@@ -13,8 +13,16 @@ from medusa_runtime.bundle.manifest import Scheme
 
 ActivationBits = Annotated[
     Literal[8, 16] | None,
-    Field(description="int8 only: bits of the activations on the CPU. 8 is faster; outliers are then moved into the weights"),
-    Flag(default="16"),
+    Field(description="int8 only: bits of the activations on the CPU. 8 is faster, 16 is more precise"),
+    Flag(default="8, and 16 where 8 would change an activation too much"),
+]
+Rotate = Annotated[
+    bool | None,
+    Field(
+        description="int8 only: rotate the activations first, by changing weights alone, so that no channel holds outliers. "
+        "Without it, 8-bit activations have their outliers moved into the weights"
+    ),
+    Flag(default="yes if it is exact for the model, except with --activation-bits 16"),
 ]
 
 
@@ -33,8 +41,9 @@ class QuantizeOptions:
         ),
     ] = "int8"
     activation_bits: ActivationBits = None
+    rotate: Rotate = None
     calibration_prompts: Annotated[
-        Path | None, Field(description="find outliers with these prompts"), Flag(default="built-in prompts")
+        Path | None, Field(description="int8 only: measure activations on answers to these prompts"), Flag(default="built-in prompts")
     ] = None
     quality_prompts: Annotated[
         Path | None, Field(description="measure quality on answers to these prompts"), Flag(default="built-in prompts")

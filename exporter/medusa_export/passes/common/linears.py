@@ -45,6 +45,12 @@ class Linear:
         """N, the number of outputs."""
         return _size(self.weight, 1 - self.input_axis)
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether no other node reads the weight, or its transpose."""
+        stored = self.node.inputs[1]
+        return stored is not None and len(stored.uses()) == len(self.weight.uses()) == 1
+
 
 def linears(graph: ir.Graph, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,)) -> Iterator[Linear]:
     """The graph's linear layers with weights of the given types and of at least `MIN_SIZE` elements, in order."""

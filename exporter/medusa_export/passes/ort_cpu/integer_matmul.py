@@ -46,7 +46,7 @@ class IntegerProducts(GraphPass):
     def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         rounding = _Rounding(model.graph)
-        products = [node for node in model.graph if node.op_type == "MatMul" and _multiplies_int8(node)]
+        products = [node for node in model.graph if node.op_type == "MatMul" and multiplies_int8(node)]
         for node in products:
             x, weight = node.inputs
             assert x is not None
@@ -120,7 +120,8 @@ class _Rounding:
         return self._shapes[rows]
 
 
-def _multiplies_int8(node: ir.Node) -> bool:
+def multiplies_int8(node: ir.Node) -> bool:
+    """Whether a ``MatMul`` has an int8 weight that `IntegerProducts` can take."""
     weight = node.inputs[1]
     source = None if weight is None else weight.producer()
     return source is not None and is_int8_weight(source)
