@@ -13,16 +13,19 @@ from medusa_runtime.bundle.manifest import Scheme
 
 ActivationBits = Annotated[
     Literal[8, 16] | None,
-    Field(description="int8 only: bits of the activations on the CPU. 8 is faster, 16 is more precise"),
-    Flag(default="8, and 16 where 8 would change an activation too much"),
+    Field(
+        description="int8 only: bits of the activations on the CPU. 8 is faster; activations for which 8 are too few keep 16. "
+        "With 16, more answers of Medusa decoding are those of plain decoding"
+    ),
+    Flag(default="16"),
 ]
 Rotate = Annotated[
     bool | None,
     Field(
-        description="int8 only: rotate the activations first, by changing weights alone, so that no channel holds outliers. "
-        "Without it, 8-bit activations have their outliers moved into the weights"
+        description="int8 only: rotate the activations, by changing weights alone, so that no channel holds outliers. If not, "
+        "outliers of 8-bit activations are moved into the weights"
     ),
-    Flag(default="yes if it is exact for the model, except with --activation-bits 16"),
+    Flag(default="with --activation-bits 8, if it is exact for the model"),
 ]
 
 
@@ -43,7 +46,9 @@ class QuantizeOptions:
     activation_bits: ActivationBits = None
     rotate: Rotate = None
     calibration_prompts: Annotated[
-        Path | None, Field(description="int8 only: measure activations on answers to these prompts"), Flag(default="built-in prompts")
+        Path | None,
+        Field(description="int8 only: measure activations on answers to these prompts"),
+        Flag(default="built-in prompts"),
     ] = None
     quality_prompts: Annotated[
         Path | None, Field(description="measure quality on answers to these prompts"), Flag(default="built-in prompts")

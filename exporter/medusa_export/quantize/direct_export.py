@@ -45,9 +45,7 @@ def export(options: ExportOptions) -> Manifest:
     scheme = options.quantize
     if scheme is None:
         if not {options.max_kl, options.activation_bits, options.rotate} <= {None}:
-            raise OptionError(
-                "--max-kl, --activation-bits and --rotate need --quantize; leave them out, or give --quantize"
-            )
+            raise OptionError("--max-kl, --activation-bits and --rotate need --quantize; leave them out, or give --quantize")
         return export_bundle(options)
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
     if options.precision != "fp32":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -72,7 +72,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     with scratch_beside(options.output) as scratch:
         graphs, rounding = _rounded(options, source, known, scratch)
         with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
-            bits: Literal[8, 16] = 8 if rounding["activation_bits"] == 8 else 16
+            bits = rounding["activation_bits"]
             files, facts = write_graphs(graphs, directory, source.precision, activation_bits=bits)
             for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):
                 shutil.copyfile(options.bundle / name, directory / name)
@@ -112,7 +112,7 @@ def require_int8(scheme: Scheme, **values: object) -> None:
 
 def wants_rotation(scheme: Scheme, activation_bits: int | None, rotate: bool | None) -> bool:
     """Whether a model is to be rotated, if that is exact for it."""
-    return rotate if rotate is not None else scheme == "int8" and activation_bits != 16
+    return rotate if rotate is not None else scheme == "int8" and activation_bits == 8
 
 
 def _rounded(
@@ -151,12 +151,11 @@ def _rounded(
     gathered = tables(graphs.values())
     for name, model in graphs.items():
         quantize_graph(model, options.scheme, gathered, rounded=rounded if name == STEP else None)
-    if rotated is not None and bits is None:
+    if rotated is not None and bits == 8:
         choice = ChooseTerms(rotated.errors)
         choice(graphs[STEP])
-        note(f"{choice.num_with_one_term} of the step's {choice.num_products} products take activations of 8 bits, the rest of 16")
-        facts["activation_bits"] = "mixed"
-        facts |= {"products_with_8_bits": choice.num_with_one_term, "num_products": choice.num_products}
+        note(f"8 bits are too few for the activations of {choice.num_with_two} of the step's {choice.num_products} products")
+        facts |= {"products_with_16_bits": choice.num_with_two, "num_products": choice.num_products}
     return graphs, facts
 
 

@@ -75,9 +75,7 @@ def linear_of(node: ir.Node, dtypes: Collection[ir.DataType] = (ir.DataType.FLOA
     return Linear(node, weight, transposed, reader)
 
 
-def is_weight(
-    value: ir.Value | None, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,), min_size: int = MIN_SIZE
-) -> bool:
+def is_weight(value: ir.Value | None, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,), min_size: int = MIN_SIZE) -> bool:
     """Whether a value is an initializer [·, ·] of one of the types and of at least `min_size` elements."""
     tensor = None if value is None else value.const_value
     return (

@@ -24,7 +24,8 @@ def to_int8(weight: Matrix, axis: int) -> tuple[npt.NDArray[np.int8], Matrix]:
 def scales_of_int8(weight: Matrix, axis: int) -> Matrix:
     """The least scales with which codes in -127…127 reach the largest weights along an axis."""
     largest = np.maximum(np.abs(weight).max(axis), np.finfo(np.float32).tiny * INT8_MAX)
-    return (largest / np.float32(INT8_MAX)).astype(np.float32)
+    scales: Matrix = (largest / np.float32(INT8_MAX)).astype(np.float32)
+    return scales
 
 
 def to_int8_blocks(weight: Matrix) -> tuple[npt.NDArray[np.int8], Matrix]:

@@ -21,7 +21,8 @@ def with_errors(model: ir.Model) -> dict[str, str]:
     Returns:
         The outputs' names by the inputs' names.
     """
-    graph, names = model.graph, {}
+    graph = model.graph
+    names: dict[str, str] = {}
     for x in _inputs(graph):
         tape = ir.tape.Tape()
         last, tiny, levels = constant(graph, "probe_axis", [-1]), constant(graph, "probe_tiny", TINY), float(LEVELS)
@@ -43,7 +44,8 @@ def with_moments(model: ir.Model, inputs: Collection[str]) -> dict[str, str]:
     Returns:
         The outputs' names by the inputs' names.
     """
-    graph, names = model.graph, {}
+    graph = model.graph
+    names: dict[str, str] = {}
     for x in _inputs(graph):
         if x.name not in inputs:
             continue
@@ -53,7 +55,7 @@ def with_moments(model: ir.Model, inputs: Collection[str]) -> dict[str, str]:
         tape = ir.tape.Tape()
         rows = tape.op("Reshape", [x, constant(graph, f"probe_rows_{width}", [-1, width])])
         moments = tape.op("MatMul", [tape.op("Transpose", [rows], {"perm": [1, 0]}), rows])
-        names[x.name] = _output(graph, tape, moments, f"moments.{len(names)}", [width, width])
+        names[x.name or ""] = _output(graph, tape, moments, f"moments.{len(names)}", [width, width])
     return names
 
 

@@ -26,18 +26,18 @@ class ChooseTerms(GraphPass):
     def __init__(self, errors: Mapping[str, float]) -> None:
         super().__init__()
         self.errors = errors
-        self.num_products = self.num_with_one_term = 0
+        self.num_products = self.num_with_two = 0
 
     def rewrite(self, model: ir.Model) -> int:
         """Note in place."""
-        self.num_products = self.num_with_one_term = 0
+        self.num_products = self.num_with_two = 0
         for node in model.graph:
             if node.op_type != "MatMul" or not multiplies_int8(node):
                 continue
             terms = self._terms(node.inputs[0])
             note_terms(node, terms)
             self.num_products += 1
-            self.num_with_one_term += terms == 1
+            self.num_with_two += terms == 2
         return self.num_products
 
     def _terms(self, value: ir.Value | None) -> int:

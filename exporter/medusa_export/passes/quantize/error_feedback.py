@@ -1,4 +1,4 @@
-"""Rounds weights one input after another, so that later inputs make up for the errors of earlier ones (GPTQ, arXiv:2210.17323)."""
+"""Rounds weights input by input, so that later inputs make up for the errors of earlier ones (GPTQ, arXiv:2210.17323)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def to_int8_for(weight: Matrix, moments: Matrix) -> tuple[npt.NDArray[np.int8], 
         moments: sum of x · xᵀ over the measured inputs x. [K, K]
     """
     scale = scales_of_int8(weight, 0)
-    order = np.argsort(-np.diag(moments), kind="stable")  # what matters most is rounded first, while all others can make up for it
+    order = np.argsort(-np.diag(moments), kind="stable")  # what matters most comes first, while the others can make up for it
     left = weight[order]  # what is still to be rounded. [K, N]
     feedback = _feedback(moments[np.ix_(order, order)].astype(np.float64))
     codes = np.empty(weight.shape, np.int8)
@@ -41,7 +41,7 @@ def to_int8_for(weight: Matrix, moments: Matrix) -> tuple[npt.NDArray[np.int8], 
 
 def _feedback(moments: npt.NDArray[np.float64]) -> Matrix:
     """How the error of each input is passed on to those after it: the Cholesky factor of the inverse moments. [K, K]"""
-    moments[np.diag_indices_from(moments)] += max(DAMPING * float(np.diag(moments).mean()), np.finfo(np.float32).tiny)
-    inverse = np.linalg.inv(moments)
+    damping = max(DAMPING * float(np.diag(moments).mean()), float(np.finfo(np.float32).tiny))
+    inverse = np.linalg.inv(moments + damping * np.eye(len(moments)))
     upper: Matrix = np.linalg.cholesky((inverse + inverse.T) / 2, upper=True).astype(np.float32)
     return upper

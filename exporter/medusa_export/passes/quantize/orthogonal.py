@@ -17,7 +17,8 @@ def random_rotation(width: int, rng: np.random.Generator) -> Array:
     two = width & -width  # the largest power of two that divides it
     mixed = np.kron(_hadamard(two), _random_orthogonal(width // two, rng))
     signs = rng.choice(np.array([-1.0, 1.0]), width)
-    return (signs[:, None] * mixed).astype(np.float32)
+    rotation: Array = (signs[:, None] * mixed).astype(np.float32)
+    return rotation
 
 
 def rotated(array: Array, rotation: Array, axis: int) -> Array:
@@ -33,10 +34,11 @@ def rotated(array: Array, rotation: Array, axis: int) -> Array:
 
 def _hadamard(size: int) -> npt.NDArray[np.float64]:
     """The orthogonal Hadamard matrix of a power of two (Sylvester's construction)."""
-    matrix = np.ones((1, 1))
+    matrix: npt.NDArray[np.float64] = np.ones((1, 1))
     while len(matrix) < size:
-        matrix = np.kron(matrix, [[1, 1], [1, -1]])
-    return matrix / np.sqrt(size)
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    normal: npt.NDArray[np.float64] = matrix / np.sqrt(size)
+    return normal
 
 
 def _random_orthogonal(size: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:

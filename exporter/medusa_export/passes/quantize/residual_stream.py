@@ -94,28 +94,27 @@ class _Search:
         node = value.producer()
         if node is None:
             raise NotExactError("an input of the graph is a part of the stream")
-        inputs = [each for each in node.inputs if each is not None]
         linear = linear_of(node)
-        if linear is not None and linear.num_outputs == self.found.width:
-            if node.op_type == "Gemm":
-                raise NotExactError("a Gemm writes the stream")
+        if linear is not None and linear.num_outputs == self.found.width and node.op_type == "MatMul":
             self.found.writers.append(linear)
-        elif gathers_rows(node) and inputs[0].is_initializer():
+        elif gathers_rows(node) and node.inputs[0] is not None and node.inputs[0].is_initializer():
             self.found.tables.append(node)
         elif node.op_type == "Add":
-            for place, each in enumerate(inputs):
-                if _is_vector(each, self.found.width):
-                    self.found.biases.append((node, place))
-                else:
-                    self.join(each)
-        elif (scaled := _scaled(node)) is not None:
-            self.join(scaled)
-        elif node.op_type in UNCHANGED or _selects_rows(node):
-            self.join(inputs[0])
+            self._added(node)
+        elif (source := _carried(node)) is not None:
+            self.join(source)
         elif node.op_type.endswith("Normalization"):
             raise NotExactError("a norm after a block writes the stream, channel by channel")
         else:
             raise NotExactError(f"the operator {node.op_type} writes the stream")
+
+    def _added(self, node: ir.Node) -> None:
+        for place, each in enumerate(node.inputs):
+            assert each is not None
+            if _is_vector(each, self.found.width):
+                self.found.biases.append((node, place))
+            else:
+                self.join(each)
 
     def _read(self, value: ir.Value, gain: ir.Value | None, *, after_norm: bool = False) -> None:
         """What reads a value must be able to read it rotated. After a norm, its gain moves on to the linear layers."""
@@ -127,14 +126,11 @@ class _Search:
                 self.found.readers.append(Read(linear, gain))
             elif node.op_type == "Shape":
                 continue
-            elif usage.idx == 0 and (node.op_type in UNCHANGED or _selects_rows(node)) or _scaled(node) is value:
-                if after_norm:
-                    self._read(node.outputs[0], gain, after_norm=True)
-                else:
-                    self.join(node.outputs[0])
             elif after_norm:
-                raise NotExactError(f"the operator {node.op_type} reads the stream after a norm")
-            elif node.op_type == "Add":
+                if _carried(node) is not value:
+                    raise NotExactError(f"the operator {node.op_type} reads the stream after a norm")
+                self._read(node.outputs[0], gain, after_norm=True)
+            elif node.op_type == "Add" or _carried(node) is value:
                 self.join(node.outputs[0])
             elif node.op_type == "RMSNormalization" and usage.idx == 0:
                 self._norm(node)
@@ -156,6 +152,11 @@ def _is_vector(value: ir.Value, width: int) -> bool:
     return value.is_initializer() and tensor is not None and tuple(tensor.shape) == (width,)
 
 
+def _carried(node: ir.Node) -> ir.Value | None:
+    """The value whose rows [.., C] a node gives as they are, scaled by one number, or in part."""
+    return node.inputs[0] if node.op_type in UNCHANGED or _selects_rows(node) else _scaled(node)
+
+
 def _scaled(node: ir.Node) -> ir.Value | None:
     """The value that a node multiplies by one number, or divides by it."""
     if node.op_type not in ("Mul", "Div"):
@@ -167,7 +168,8 @@ def _scaled(node: ir.Node) -> ir.Value | None:
 
 
 def _is_number(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.size == 1
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.size == 1
 
 
 def _selects_rows(node: ir.Node) -> bool:

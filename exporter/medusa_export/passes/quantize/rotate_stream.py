@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.graph_pass import GraphPass
-from medusa_export.passes.common.values import add_initializer, replace
+from medusa_export.passes.common.values import add_initializer
 from medusa_export.passes.quantize.orthogonal import Array, random_rotation, rotated
 from medusa_export.passes.quantize.residual_stream import NotExactError, Output, Read, ResidualStream, residual_stream
 from medusa_export.passes.quantize.weight_edits import Change, WeightEdits
@@ -51,12 +53,11 @@ class RotateStream(GraphPass):
 def _edits(stream: ResidualStream, rotation: Array) -> WeightEdits:
     edits = WeightEdits()
     for gather in stream.tables:
-        edits.add(gather, 0, "rows", lambda array: rotated(array, rotation, 1))
+        edits.add(gather, 0, "rows", partial(rotated, rotation=rotation, axis=1))
     for linear in stream.writers:
-        axis = 1 - linear.input_axis
-        edits.add_linear(linear, "written", lambda array, axis=axis: rotated(array, rotation, axis))
+        edits.add_linear(linear, "written", partial(rotated, rotation=rotation, axis=1 - linear.input_axis))
     for node, place in stream.biases:
-        edits.add(node, place, "bias", lambda array: rotated(array, rotation, 0))
+        edits.add(node, place, "bias", partial(rotated, rotation=rotation, axis=0))
     for read in stream.readers:
         edits.add_linear(read.linear, ("read", read.gain), _reading(read, rotation))
     for norm in stream.norms:
