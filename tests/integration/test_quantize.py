@@ -260,10 +260,13 @@ def quantized(exported: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 WAYS = [
-    ("llama", "int8", None), ("llama", "int8", 8), ("llama", "int8-blocks", None), ("llama", "int4", None),
-    ("llama", "int8-int4", None), ("qwen2", "int8", None), ("qwen2", "int8-int4", None), ("gemma2", "int8", 8),
-    ("gemma2", "int4", None), ("gpt2", "int8", 16), ("gpt2", "int8-blocks", None),
+    ("llama", "int8", None), ("llama", "int8", 8), ("qwen2", "int8", 8), ("llama", "int8-blocks", None),
+    ("llama", "int4", None), ("llama", "int8-int4", None), ("qwen2", "int8", None), ("qwen2", "int8-int4", None),
+    ("gemma2", "int8", 8), ("gemma2", "int4", None), ("gpt2", "int8", 16), ("gpt2", "int8-blocks", None),
 ]  # fmt: skip
+
+
+ROTATED = {("llama", 8), ("qwen2", 8)}  # gemma2 has a norm after each block
 
 
 @pytest.mark.parametrize(("model_type", "scheme", "bits"), WAYS)
@@ -291,7 +294,9 @@ def test_the_manifest_tells_how_it_was_quantised_and_what_that_cost(
     facts = manifest.quantization
     assert facts is not None
     assert (facts.scheme, facts.activation_bits, facts.max_kl) == (scheme, bits or (16 if scheme == "int8" else 8), None)
-    assert facts.smoothing == (0.5 if bits == 8 else 0)
+    assert facts.smoothing == (0.5 if (model_type, bits) == ("gemma2", 8) else 0)
+    assert (facts.rotation is not None) == ((model_type, bits) in ROTATED)
+    assert (facts.not_rotated is not None) == (facts.smoothing > 0)
     assert facts.source_bundle == source.content_digest()
     assert 0 < facts.quality["mean_kl"] < (0.3 if "int4" in scheme else 0.01)
     assert facts.quality["mean_kl"] <= facts.quality["max_kl"]
@@ -394,7 +399,9 @@ def test_smoothing_saves_a_model_with_outliers(make_model: Make, tmp_path: Path,
     found = {}
     for strength in (0.0, 0.5):
         monkeypatch.setattr(quantizing, "SMOOTHING", strength)
-        facts = quantize_bundle(QuantizeOptions(tmp_path / "bundle", tmp_path / f"{strength}", activation_bits=8)).quantization
+        facts = quantize_bundle(
+            QuantizeOptions(tmp_path / "bundle", tmp_path / f"{strength}", activation_bits=8, rotate=False)
+        ).quantization
         assert facts is not None
         assert facts.smoothing == strength
         found[strength] = facts.quality["mean_kl"]

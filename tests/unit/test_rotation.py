@@ -16,11 +16,11 @@ from medusa_export.passes.quantize.choose_terms import MOST_ERROR, ChooseTerms
 from medusa_export.passes.quantize.error_feedback import to_int8_for
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights
 from medusa_export.passes.quantize.orthogonal import random_rotation, rotated
-from medusa_export.passes.quantize.rotate_stream import STATE_BASIS, RotateStream
+from medusa_export.passes.quantize.rotate_stream import GAINS, STATE_BASIS, RotateStream
 from medusa_export.passes.quantize.rotate_values import RotateValues
 from tests.support.graphs import kinds, outputs, parse
 
-C, V, I = 64, 96, 80  # hidden width, vocabulary, width of the MLP
+C, V, WIDE = 64, 96, 80  # hidden width, vocabulary, width of the MLP
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -80,8 +80,8 @@ IDS = np.array([[3, 95, 0, 17]])
 def step(text: str = STEP, **more: np.ndarray) -> ir.Model:
     weights = {
         "table": normal(V, C) * 4, "gain1": normal(C, seed=1) * 40, "gain2": normal(C, seed=2) + 1, "wo": normal(C, C, seed=3),
-        "bo": normal(C, seed=4), "gate": normal(C, I, seed=5), "up": normal(C, I, seed=6), "down": normal(I, C, seed=7),
-        "wq": normal(C, C, seed=8),
+        "bo": normal(C, seed=4), "gate": normal(C, WIDE, seed=5), "up": normal(C, WIDE, seed=6),
+        "down": normal(WIDE, C, seed=7), "wq": normal(C, C, seed=8),
     }  # fmt: skip
     return parse(text, **weights, **more)
 
@@ -102,8 +102,10 @@ def test_a_rotated_stream_gives_the_same_logits_and_states() -> None:
         np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-4)
     for name in ("wo", "bo", "gate", "up", "down", "wq"):
         assert not np.allclose(changed[name], weights[name], atol=0.01), name
-    np.testing.assert_array_equal(changed["gain1"], np.ones(C))
-    np.testing.assert_array_equal(changed["gain2"], np.ones(C))
+    norms = [node for node in model.graph if node.op_type == "RMSNormalization"]
+    assert len(norms) == 3
+    assert {str(node.inputs[1].name) for node in norms if node.inputs[1] is not None} == {GAINS}
+    np.testing.assert_array_equal(changed[GAINS], np.ones(C))
 
 
 def test_embedding_and_lm_head_of_one_table_become_two() -> None:
@@ -198,8 +200,8 @@ def test_rows_that_are_picked_stay_in_the_stream() -> None:
 # --- the values of attention
 
 ATTENTION = """
-g (float[1,T,64] x, int64[1] lengths, float[1,2,S,16] past, float[1,2,S,16] past_key, float[64,32] wv, float[32] bv, float[64,64] wo,
-   int64[4] cut, int64[3] joined) => (float[1,T,64] y, float[1,2,S,16] present)
+g (float[1,T,64] x, int64[1] lengths, float[1,2,S,16] past, float[1,2,S,16] past_key, float[64,32] wv, float[32] bv,
+   float[64,64] wo, int64[4] cut, int64[3] joined) => (float[1,T,64] y, float[1,2,S,16] present)
 { v0 = MatMul (x, wv)
   v1 = Add (v0, bv)
   v2 = Reshape (v1, cut)

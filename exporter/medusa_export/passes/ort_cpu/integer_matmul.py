@@ -129,7 +129,7 @@ def multiplies_int8(node: ir.Node) -> bool:
 
 def _round8(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
     largest = tape.op("ReduceMax", [tape.op("Abs", [x]), constant(graph, "last_axis", [-1])], {"keepdims": 1})
-    largest = tape.op("Max", [largest, constant(graph, "tiny", TINY)])
+    # In a row of zeros, 0 / 0 gives arbitrary codes, and their product is multiplied with 0 in the end.
     level = constant(graph, "level", 1 / LEVELS)
     codes = tape.op("QuantizeLinear", [tape.op("Div", [x, largest]), level, constant(graph, "code_of_zero", np.uint8(128))])
     return _Rounded(codes, level, largest)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.linears import Linear, gathers_rows, linear_of
+from medusa_export.passes.quantize.orthogonal import Array
 
 UNCHANGED = frozenset({"Identity"})
+ELEMENTWISE: dict[str, Callable[[Array, Array], Array]] = {"Add": np.add, "Mul": np.multiply}
 SELECTS_ROWS = frozenset({"Gather", "GatherElements"})
 
 
@@ -141,10 +145,24 @@ class _Search:
 
     def _norm(self, node: ir.Node) -> None:
         gain = node.inputs[1]
-        if gain is None or not _is_vector(gain, self.found.width) or node.attributes.get_int("axis", -1) not in (-1, 2):
-            raise NotExactError("the gains of a norm are not one number a channel")
+        gains = None if gain is None else constant_numbers(gain)
+        if gains is None or gains.shape != (self.found.width,) or node.attributes.get_int("axis", -1) not in (-1, 2):
+            raise NotExactError("the gains of a norm are not one constant number a channel")
         self.found.norms.append(node)
         self._read(node.outputs[0], gain, after_norm=True)
+
+
+def constant_numbers(value: ir.Value) -> Array | None:
+    """A constant, or what is computed from constants element by element, such as the gains 1 + w; None for other values."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return tensor.numpy()
+    node = value.producer()
+    if node is None or node.op_type not in ELEMENTWISE:
+        return None
+    numbers = [None if each is None else constant_numbers(each) for each in node.inputs]
+    known = [array for array in numbers if array is not None]
+    return ELEMENTWISE[node.op_type](*known) if len(known) == len(numbers) else None
 
 
 def _is_vector(value: ir.Value, width: int) -> bool:

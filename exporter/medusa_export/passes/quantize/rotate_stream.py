@@ -6,13 +6,22 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.values import add_initializer
 from medusa_export.passes.quantize.orthogonal import Array, random_rotation, rotated
-from medusa_export.passes.quantize.residual_stream import NotExactError, Output, Read, ResidualStream, residual_stream
+from medusa_export.passes.quantize.residual_stream import (
+    NotExactError,
+    Output,
+    Read,
+    ResidualStream,
+    constant_numbers,
+    residual_stream,
+)
 from medusa_export.passes.quantize.weight_edits import Change, WeightEdits
 
+GAINS = "gains.moved"  # of all norms: ones
 STATE_BASIS = "hidden.basis"  # the weight that gives the last hidden state back in its own basis
 
 
@@ -47,6 +56,10 @@ class RotateStream(GraphPass):
         for output in stream.outputs:
             _give_back(model.graph, output, rotation)
         edits.apply(model.graph)
+        ones = add_initializer(model.graph, GAINS, ir.tensor(np.ones(stream.width, np.float32), name=GAINS))
+        for norm in stream.norms:
+            norm.replace_input_with(1, ones)
+        RemoveUnusedNodesPass()(model)
         return len(stream.readers) + len(stream.writers)
 
 
@@ -60,18 +73,16 @@ def _edits(stream: ResidualStream, rotation: Array) -> WeightEdits:
         edits.add(node, place, "bias", partial(rotated, rotation=rotation, axis=0))
     for read in stream.readers:
         edits.add_linear(read.linear, ("read", read.gain), _reading(read, rotation))
-    for norm in stream.norms:
-        edits.add(norm, 1, "gain", np.ones_like)
     return edits
 
 
 def _reading(read: Read, rotation: Array) -> Change:
     """How the weight of a layer that reads the stream changes."""
-    axis, gains = read.linear.input_axis, None if read.gain is None else _tensor(read.gain)
+    axis, gains = read.linear.input_axis, None if read.gain is None else constant_numbers(read.gain)
 
     def change(array: Array) -> Array:
         if gains is not None:
-            array = array * (gains.numpy()[:, None] if axis == 0 else gains.numpy())
+            array = array * (gains[:, None] if axis == 0 else gains)
         return rotated(array, rotation, axis)
 
     return change
@@ -79,9 +90,8 @@ def _reading(read: Read, rotation: Array) -> Change:
 
 def _give_back(graph: ir.Graph, output: Output, rotation: Array) -> None:
     """Return a value of the stream as it was before: multiplied with the transpose of R, then with the norm's gains."""
-    basis = rotation.T
-    if output.gain is not None:
-        basis = basis * _tensor(output.gain).numpy()
+    gains = None if output.gain is None else constant_numbers(output.gain)
+    basis = rotation.T if gains is None else rotation.T * gains
     name = output.value.name
     weight = add_initializer(graph, STATE_BASIS, ir.tensor(np.ascontiguousarray(basis), name=STATE_BASIS))
     product = ir.node("MatMul", [output.value, weight])
@@ -92,8 +102,3 @@ def _give_back(graph: ir.Graph, output: Output, rotation: Array) -> None:
     result.shape, result.type = output.value.shape, output.value.type
     graph.outputs[list(graph.outputs).index(output.value)] = result
     output.value.name, result.name = f"{name}.rotated", name
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value
