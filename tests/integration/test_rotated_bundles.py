@@ -181,4 +181,4 @@ def test_rotation_is_for_int8(exported: Make, tmp_path: Path) -> None:
     words = ["quantize", str(exported("llama")), "-o", str(tmp_path / "new"), "--scheme", "int4"]
     result = CliRunner().invoke(main, [*words, "--rotate"])
     assert result.exit_code == 2
-    assert "--rotate only applies to the scheme int8" in result.stderr
+    assert "--rotate only applies to --scheme int8, not int4" in result.stderr

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from medusa_export.bundle.export import Traced, export_bundle, is_onnx_bundle, trace_bundle
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.quality import Quality, compare
+from medusa_export.check.sides import is_large
 from medusa_export.check.torch_logits import TorchLogits
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.command_options.quantize_options import QuantizeOptions
@@ -34,9 +35,9 @@ LEAST_PROMPTS = 2
 def export(options: ExportOptions) -> Manifest:
     """Export a checkpoint to a bundle, quantised if the options say so.
 
-    To int8, a float bundle is written first and deleted, since activations are measured with it. To other schemes, weights go
-    from the checkpoint to a quantised bundle one by one; codes of 4 bits that the checkpoint has are kept as they are, and the
-    quality is measured against the model in PyTorch.
+    To int8, a float bundle is written first and deleted, since weights are rounded for activations that are measured with it.
+    To other schemes, and to int8 if the model is large, weights go from the checkpoint to a quantised bundle one by one. Codes
+    of 4 bits that the checkpoint has are then kept as they are, and the quality is measured against the model in PyTorch.
 
     Raises:
         OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs `quantize`.
@@ -50,16 +51,21 @@ def export(options: ExportOptions) -> Manifest:
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
     if options.precision != "fp32":
         raise OptionError(f"--dtype is {options.precision}, but --quantize needs fp32; leave --dtype out")
-    require_int8(scheme, activation_bits=options.activation_bits, rotate=options.rotate)
-    return _with_measured_activations(options) if scheme == "int8" else _quantized(options, scheme)
+    require_int8("--quantize", scheme, activation_bits=options.activation_bits, rotate=options.rotate)
+    traced = trace_bundle(options)
+    if scheme != "int8":
+        return _quantized(traced, options, scheme)
+    if is_large(traced.backbone.model) and options.activation_bits != 8 and not options.rotate:
+        note("the model is large: weights are rounded to the nearest codes, without a float bundle to measure activations with")
+        return _quantized(traced, options, scheme)
+    return _measured(traced, options)
 
 
-def _with_measured_activations(options: ExportOptions) -> Manifest:
+def _measured(traced: Traced, options: ExportOptions) -> Manifest:
     with scratch_beside(options.output) as scratch:
         source = scratch / "bundle"
-        export_bundle(
-            dataclasses.replace(options, output=source, quantize=None, activation_bits=None, rotate=None, max_kl=None)
-        )
+        source.mkdir()
+        traced.manifest(source, *write_graphs(traced.graphs, source, "fp32")).save(source)
         return quantize_bundle(
             QuantizeOptions(
                 source,
@@ -73,11 +79,11 @@ def _with_measured_activations(options: ExportOptions) -> Manifest:
         )
 
 
-def _quantized(options: ExportOptions, scheme: Scheme) -> Manifest:
-    traced = trace_bundle(options)
+def _quantized(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manifest:
+    activation_bits: Literal[8, 16] = 16 if scheme == "int8" else 8
     _quantize(traced, scheme)
     with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
-        files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=8)
+        files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=activation_bits)
         manifest = traced.manifest(directory, files, graphs)
         with stage("measure the quality against PyTorch"):
             quality = _quality(traced, manifest, directory)
@@ -85,7 +91,7 @@ def _quantized(options: ExportOptions, scheme: Scheme) -> Manifest:
         require_close(quality, options.max_kl)
         manifest.quantization = QuantizationFacts(
             scheme=scheme,
-            activation_bits=8,
+            activation_bits=activation_bits,
             smoothing=0.0,
             quality=quality.model_dump(exclude_none=True),
             max_kl=options.max_kl,

@@ -29,7 +29,7 @@ from medusa_export.provenance import provenance
 from medusa_export.quantize.calibration_text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, answered, pieces
 from medusa_export.quantize.rotation import NotRotatedError, rotate
 from medusa_export.quantize.run_step import run_step
-from medusa_export.quantize.weight_rounding import round_weights
+from medusa_export.quantize.weight_rounding import round_weights, stored_in
 from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
@@ -56,10 +56,8 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle])
     source = _source(options.bundle)
     codec = open_codec(options.bundle, source)
-    require_int8(options.scheme, activation_bits=options.activation_bits, rotate=options.rotate)
-    measures = options.scheme == "int8"
-    if options.calibration_prompts is not None and not measures:
-        raise OptionError(f"--calibration-prompts only applies to --scheme int8, not {options.scheme}; leave it out")
+    given = {name: getattr(options, name) for name in ("activation_bits", "rotate", "calibration_prompts")}
+    require_int8("--scheme", options.scheme, **given)
     quality_prompts = prompts_for(options.quality_prompts, QUALITY_PROMPTS, source)
     calibration_prompts = prompts_for(options.calibration_prompts, CALIBRATION_PROMPTS, source)
     before = open_backend(options.bundle, source, "ort-cpu")
@@ -68,7 +66,7 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
     with stage("answer prompts with the original"):
         answers, stats = answered(engine, codec, quality_prompts)
-        known = answered(engine, codec, calibration_prompts)[0] if measures else []
+        known = answered(engine, codec, calibration_prompts)[0] if options.scheme == "int8" else []
     with scratch_beside(options.output) as scratch:
         graphs, rounding = _rounded(options, source, known, scratch)
         with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
@@ -103,11 +101,11 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     return manifest
 
 
-def require_int8(scheme: Scheme, **values: object) -> None:
-    """Raise an `OptionError` if an option is given that only int8 has."""
+def require_int8(flag: str, scheme: Scheme, **values: object) -> None:
+    """Raise an `OptionError` if an option is given that only int8 has. `flag` is the option that names the scheme."""
     for name, value in values.items():
         if value is not None and scheme != "int8":
-            raise OptionError(f"--{name.replace('_', '-')} only applies to the scheme int8, not {scheme}; leave it out")
+            raise OptionError(f"--{name.replace('_', '-')} only applies to {flag} int8, not {scheme}; leave it out")
 
 
 def wants_rotation(scheme: Scheme, activation_bits: int | None, rotate: bool | None) -> bool:
@@ -140,14 +138,15 @@ def _rounded(
             facts["not_rotated"] = str(error)
         else:
             graphs, facts["rotation"], weights = rotated.graphs, rotated.facts, scratch
-    if rotated is None and bits == 8:
+    if rotated is None and bits == 8 and SMOOTHING:
         with stage("find the outliers of the activations"):
             Smooth(_maxima(options.bundle, source, known), SMOOTHING)(graphs[STEP])
             write_weights(graphs.values(), scratch)
         facts["smoothing"], weights = SMOOTHING, scratch
     rounded: dict[str, Rounded] = {}
     if options.scheme == "int8":
-        rounded = round_weights(graphs[STEP], weights, CacheLayout.of(source.graphs[STEP]), known, scratch)
+        layout = CacheLayout.of(source.graphs[STEP])
+        rounded = round_weights(graphs[STEP], weights, layout, known, scratch, stored_in(graphs[HEADS]))
     gathered = tables(graphs.values())
     for name, model in graphs.items():
         quantize_graph(model, options.scheme, gathered, rounded=rounded if name == STEP else None)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from medusa_export.passes.common.linears import Linear, linears
 from medusa_export.passes.quantize.activation_probes import with_moments
 from medusa_export.passes.quantize.error_feedback import to_int8_for
-from medusa_export.passes.quantize.integer_weights import Rounded
+from medusa_export.passes.quantize.integer_weights import Rounded, offsets
 from medusa_export.progress import stage
 from medusa_export.quantize.run_step import run_step
 from medusa_runtime.bundle.cache_layout import CacheLayout
@@ -21,11 +21,16 @@ MOMENT_BYTES = 1 << 30  # of the second moments that are in memory at a time; th
 
 
 def round_weights(
-    model: ir.Model, weights: Path, layout: CacheLayout, texts: Sequence[Sequence[int]], place: Path
+    model: ir.Model,
+    weights: Path,
+    layout: CacheLayout,
+    texts: Sequence[Sequence[int]],
+    place: Path,
+    shared: frozenset[int] = frozenset(),
 ) -> dict[str, Rounded]:
     """Codes and scales of the weights of linear layers, in the weights' own layout. Codes lie on the disk.
 
-    Weights that other nodes read as well, such as a tied embedding, are left out.
+    Weights that other nodes or graphs read as well, such as a tied embedding, are left out.
 
     Args:
         model: a portable float32 step graph. It is not changed.
@@ -33,10 +38,11 @@ def round_weights(
         layout: its cache.
         texts: token ids of texts to run it on.
         place: a directory for the codes.
+        shared: where weights lie that another graph reads too (`stored_in`): they have to be rounded alike to be stored once.
     """
     found: dict[str, Rounded] = {}
     with stage("round the weights by what they are multiplied with") as tell:
-        for group in _groups(_by_input(model.graph)):
+        for group in _groups(_by_input(model.graph, shared)):
             for name, moments in _moments(model, weights, layout, texts, list(group)).items():
                 for linear, codes, scales in _round(group[name], moments):
                     path = place / f"codes.{len(found)}.npy"
@@ -46,11 +52,16 @@ def round_weights(
     return found
 
 
-def _by_input(graph: ir.Graph) -> dict[str, list[Linear]]:
+def stored_in(model: ir.Model) -> frozenset[int]:
+    """Where a graph's weights lie, as offsets in the weights file."""
+    return frozenset(offset for weight in model.graph.initializers.values() for offset in offsets(weight))
+
+
+def _by_input(graph: ir.Graph, shared: frozenset[int]) -> dict[str, list[Linear]]:
     """The linear layers that can be rounded, by the input that they share."""
     found: dict[str, list[Linear]] = {}
     for linear in linears(graph):
-        if linear.reads_alone:
+        if linear.reads_alone and shared.isdisjoint(offsets(linear.weight)):
             assert linear.node.inputs[0] is not None
             found.setdefault(linear.node.inputs[0].name or "", []).append(linear)
     return found

@@ -74,7 +74,7 @@ class QuantizeWeights(GraphPass):
             if storage == "int4" and gathers:
                 storage = "int8-blocks"
             if storage != "int8" and readers[0].num_inputs % BLOCK_SIZE == 0:
-                is_table = bool(gathers) or not self.tables.isdisjoint(_offsets(weight))
+                is_table = bool(gathers) or not self.tables.isdisjoint(offsets(weight))
                 bits = 4 if storage == "int4" else 8
                 given = self.given.get(weight.name or "")
                 given = None if given is None or given.bits != bits or is_table else given
@@ -107,11 +107,11 @@ def tables(models: Iterable[ir.Model]) -> frozenset[int]:
         for model in models
         for weight in model.graph.initializers.values()
         if any(gathers_rows(usage.node) for usage in weight.uses())
-        for offset in _offsets(weight)
+        for offset in offsets(weight)
     )
 
 
-def _offsets(weight: ir.Value) -> set[int]:
+def offsets(weight: ir.Value) -> set[int]:
     """Where a weight lies: its offset in the weights file, or the address of PyTorch's tensor; nothing if it is computed."""
     tensor = weight.const_value
     if isinstance(tensor, ir.ExternalTensor):
