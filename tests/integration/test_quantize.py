@@ -260,10 +260,13 @@ def quantized(exported: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 WAYS = [
-    ("llama", "int8", None), ("llama", "int8", 8), ("llama", "int8-blocks", None), ("llama", "int4", None),
-    ("llama", "int8-int4", None), ("qwen2", "int8", None), ("qwen2", "int8-int4", None), ("gemma2", "int8", 8),
-    ("gemma2", "int4", None), ("gpt2", "int8", 16), ("gpt2", "int8-blocks", None),
+    ("llama", "int8", None), ("llama", "int8", 8), ("qwen2", "int8", 8), ("llama", "int8-blocks", None),
+    ("llama", "int4", None), ("llama", "int8-int4", None), ("qwen2", "int8", None), ("qwen2", "int8-int4", None),
+    ("gemma2", "int8", 8), ("gemma2", "int4", None), ("gpt2", "int8", 16), ("gpt2", "int8-blocks", None),
 ]  # fmt: skip
+
+
+ROTATED = {("llama", 8), ("qwen2", 8)}  # gemma2 has a norm after each block
 
 
 @pytest.mark.parametrize(("model_type", "scheme", "bits"), WAYS)
@@ -291,7 +294,9 @@ def test_the_manifest_tells_how_it_was_quantised_and_what_that_cost(
     facts = manifest.quantization
     assert facts is not None
     assert (facts.scheme, facts.activation_bits, facts.max_kl) == (scheme, bits or (16 if scheme == "int8" else 8), None)
-    assert facts.smoothing == (0.5 if bits == 8 else 0)
+    assert facts.smoothing == (0.5 if (model_type, bits) == ("gemma2", 8) else 0)
+    assert (facts.rotation is not None) == ((model_type, bits) in ROTATED)
+    assert (facts.not_rotated is not None) == (facts.smoothing > 0)
     assert facts.source_bundle == source.content_digest()
     assert 0 < facts.quality["mean_kl"] < (0.3 if "int4" in scheme else 0.01)
     assert facts.quality["mean_kl"] <= facts.quality["max_kl"]
@@ -394,7 +399,9 @@ def test_smoothing_saves_a_model_with_outliers(make_model: Make, tmp_path: Path,
     found = {}
     for strength in (0.0, 0.5):
         monkeypatch.setattr(quantizing, "SMOOTHING", strength)
-        facts = quantize_bundle(QuantizeOptions(tmp_path / "bundle", tmp_path / f"{strength}", activation_bits=8)).quantization
+        facts = quantize_bundle(
+            QuantizeOptions(tmp_path / "bundle", tmp_path / f"{strength}", activation_bits=8, rotate=False)
+        ).quantization
         assert facts is not None
         assert facts.smoothing == strength
         found[strength] = facts.quality["mean_kl"]
@@ -480,10 +487,8 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
         (("quantize", "{bundle}", "-o", "{new}", "--scheme", "int2"), 2, "Invalid value for '--scheme'"),
         (("quantize", "{bundle}", "-o", "{new}", "--activation-bits", "4"), 2, "Invalid value for '--activation-bits'"),
         (("quantize", "{bundle}", "-o", "{new}", "--max-kl", "-1"), 2, "Invalid value for '--max-kl'"),
-        (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "{prompts}"), 2,
-         "--calibration-prompts only applies to --scheme int8 with --activation-bits 8"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "{prompts}", "--scheme", "int4"), 2,
-         "--calibration-prompts only applies to --scheme int8 with --activation-bits 8"),
+         "--calibration-prompts only applies to --scheme int8, not int4"),
         (("quantize", "{bundle}", "-o", "{new}", "--scheme", "int4", "--activation-bits", "8"), 2,
          "--activation-bits only applies to --scheme int8"),
         (("quantize", "{bundle}", "-o", "{new}", "--calibration-prompts", "/nowhere", "--activation-bits", "8"), 2, "/nowhere"),
@@ -494,9 +499,11 @@ def test_an_interrupted_quantisation_leaves_nothing(exported: Make, tmp_path: Pa
          "--dtype is fp16, but --quantize needs fp32"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--quantize", "int3"), 2, "Invalid value for '--quantize'"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--max-kl", "1"), 2,
-         "--max-kl and --activation-bits need --quantize"),
+         "--max-kl, --activation-bits and --rotate need --quantize"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--activation-bits", "8"), 2,
-         "--max-kl and --activation-bits need --quantize"),
+         "--max-kl, --activation-bits and --rotate need --quantize"),
+        (("onnx", "{model}", "--heads", "{heads}", "-o", "{new}", "--quantize", "int4", "--rotate"), 2,
+         "--rotate only applies to --quantize int8, not int4"),
         (("onnx", "{model}", "--heads", "{heads}", "-o", "{bundle}", "--quantize", "int8"), 2, "exists; choose another output"),
         (("onnx", "{model}", "--heads", "/nowhere", "-o", "{new}", "--quantize", "int8"), 1, "there are no heads at /nowhere"),
         (("trt", "{quantized}", "-o", "{new}"), 1, "is quantised (int8); build from the float bundle that it was made from"),

@@ -23,7 +23,7 @@ def command(*, reference: str | None, trust_remote_code: bool, **values: Any) ->
 
     Perplexity, KL divergence, greedy agreement and tokens per step are written to the new bundle's manifest. Each token of a
     step has its own activation scale, so decoding with and without Medusa gives the same tokens unless two logits are nearly
-    equal. With --activation-bits 8, that happens more often.
+    equal. With --activation-bits 8, they often differ.
     """
     options = parse(QuantizeOptions, values)
     from medusa_export.progress import note

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from medusa_export.command_options.flag import OUTPUT, Flag, Force, MaxKl, TrustRemoteCode
-from medusa_export.command_options.quantize_options import ActivationBits
+from medusa_export.command_options.quantize_options import ActivationBits, Rotate
 from medusa_export.opsets import MAX_OPSET, MIN_OPSET
 from medusa_runtime.bundle.manifest import Precision, Scheme
 
@@ -44,6 +44,7 @@ class ExportOptions:
     tree_nodes: Annotated[int, Field(ge=2, le=1024, description="nodes of the default tree")] = 16
     quantize: Annotated[Scheme | None, Field(description="quantise the weights (see `quantize`)"), Flag(default="no")] = None
     activation_bits: ActivationBits = None
+    rotate: Rotate = None
     max_kl: MaxKl = None
     force: Force = False
     trust_remote_code: TrustRemoteCode = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from medusa_export.bundle.export import Traced, export_bundle, is_onnx_bundle, trace_bundle
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.quality import Quality, compare
+from medusa_export.check.sides import is_large
 from medusa_export.check.torch_logits import TorchLogits
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.command_options.quantize_options import QuantizeOptions
@@ -18,7 +18,7 @@ from medusa_export.passes.quantize.given_codes import Array, GivenCodes, given_c
 from medusa_export.passes.quantize.integer_weights import tables
 from medusa_export.progress import note, stage
 from medusa_export.quantize.calibration_text import QUALITY_PROMPTS, answered
-from medusa_export.quantize.quantized_bundle import prompts_for, quantize_bundle, quantize_graph, require_close
+from medusa_export.quantize.quantized_bundle import prompts_for, quantize_bundle, quantize_graph, require_close, require_int8
 from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
@@ -35,9 +35,9 @@ LEAST_PROMPTS = 2
 def export(options: ExportOptions) -> Manifest:
     """Export a checkpoint to a bundle, quantised if the options say so.
 
-    Weights go from the checkpoint to a quantised bundle one by one. Codes of 4 bits that the checkpoint has are kept as they
-    are. The quality is measured against the model in PyTorch. With 8-bit activations, a float bundle is written first and
-    deleted, since their outliers are measured with it.
+    To int8, a float bundle is written first and deleted, since weights are rounded for activations that are measured with it.
+    To other schemes, and to int8 if the model is large, weights go from the checkpoint to a quantised bundle one by one. Codes
+    of 4 bits that the checkpoint has are then kept as they are, and the quality is measured against the model in PyTorch.
 
     Raises:
         OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs `quantize`.
@@ -45,28 +45,43 @@ def export(options: ExportOptions) -> Manifest:
     """
     scheme = options.quantize
     if scheme is None:
-        if options.max_kl is not None or options.activation_bits is not None:
-            raise OptionError("--max-kl and --activation-bits need --quantize; leave them out, or give --quantize")
+        if not {options.max_kl, options.activation_bits, options.rotate} <= {None}:
+            raise OptionError("--max-kl, --activation-bits and --rotate need --quantize; leave them out, or give --quantize")
         return export_bundle(options)
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
     if options.precision != "fp32":
         raise OptionError(f"--dtype is {options.precision}, but --quantize needs fp32; leave --dtype out")
-    if options.activation_bits is not None and scheme != "int8":
-        raise OptionError(f"--activation-bits only applies to --quantize int8, not {scheme}; leave it out")
-    return _with_8_bit_activations(options) if options.activation_bits == 8 else _quantized(options, scheme)
+    require_int8("--quantize", scheme, activation_bits=options.activation_bits, rotate=options.rotate)
+    traced = trace_bundle(options)
+    if scheme != "int8":
+        return _quantized(traced, options, scheme)
+    if is_large(traced.backbone.model) and options.activation_bits != 8 and not options.rotate:
+        note("the model is large: weights are rounded to the nearest codes, without a float bundle to measure activations with")
+        return _quantized(traced, options, scheme)
+    return _measured(traced, options)
 
 
-def _with_8_bit_activations(options: ExportOptions) -> Manifest:
+def _measured(traced: Traced, options: ExportOptions) -> Manifest:
     with scratch_beside(options.output) as scratch:
         source = scratch / "bundle"
-        export_bundle(dataclasses.replace(options, output=source, quantize=None, activation_bits=None, max_kl=None))
-        return quantize_bundle(QuantizeOptions(source, options.output, "int8", 8, max_kl=options.max_kl, force=options.force))
+        source.mkdir()
+        traced.manifest(source, *write_graphs(traced.graphs, source, "fp32")).save(source)
+        return quantize_bundle(
+            QuantizeOptions(
+                source,
+                options.output,
+                "int8",
+                options.activation_bits,
+                options.rotate,
+                max_kl=options.max_kl,
+                force=options.force,
+            )
+        )
 
 
-def _quantized(options: ExportOptions, scheme: Scheme) -> Manifest:
-    traced = trace_bundle(options)
-    _quantize(traced, scheme)
+def _quantized(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manifest:
     activation_bits: Literal[8, 16] = 16 if scheme == "int8" else 8
+    _quantize(traced, scheme)
     with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
         files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=activation_bits)
         manifest = traced.manifest(directory, files, graphs)

@@ -5,26 +5,32 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from medusa_export.bundle.export import is_onnx_bundle
 from medusa_export.bundle.read_graph import read_graph
+from medusa_export.bundle.weights_file import write_weights
 from medusa_export.bundle.write_graphs import write_graphs
 from medusa_export.check.builtin_prompts import token_prompts
 from medusa_export.check.quality import Quality, compare
 from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
+from medusa_export.passes.quantize.choose_terms import ChooseTerms
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
 from medusa_export.passes.quantize.given_codes import GivenCodes
-from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
+from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Rounded, Storage, tables
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, stage
 from medusa_export.provenance import provenance
 from medusa_export.quantize.calibration_text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, answered, pieces
-from medusa_heads.directories import new_directory, require_new
+from medusa_export.quantize.rotation import NotRotatedError, rotate
+from medusa_export.quantize.run_step import run_step
+from medusa_export.quantize.weight_rounding import round_weights, stored_in
+from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
 from medusa_runtime.bundle.cache_layout import CacheLayout
@@ -43,69 +49,121 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     """Quantise a bundle's weights, measure the loss of quality, and write a new bundle. It appears whole or not at all.
 
     Raises:
-        OptionError: the output exists, or a text file cannot be used.
+        OptionError: the output exists, a text file cannot be used, or the model cannot be rotated though that was asked for.
         BundleError: the bundle is not a float32 ONNX bundle, is already quantised, or has files that do not match its manifest.
         QualityError: the result differs from the original by more than `max_kl`. Nothing is written.
     """
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle])
     source = _source(options.bundle)
     codec = open_codec(options.bundle, source)
-    if options.activation_bits is not None and options.scheme != "int8":
-        raise OptionError(f"--activation-bits only applies to --scheme int8, not {options.scheme}; leave it out")
-    activation_bits = (options.activation_bits or 16) if options.scheme == "int8" else 8
-    smoothing = SMOOTHING if options.activation_bits == 8 else 0.0
-    if options.calibration_prompts is not None and not smoothing:
-        raise OptionError("--calibration-prompts only applies to --scheme int8 with --activation-bits 8; leave it out")
+    given = {name: getattr(options, name) for name in ("activation_bits", "rotate", "calibration_prompts")}
+    require_int8("--scheme", options.scheme, **given)
     quality_prompts = prompts_for(options.quality_prompts, QUALITY_PROMPTS, source)
     calibration_prompts = prompts_for(options.calibration_prompts, CALIBRATION_PROMPTS, source)
-    graphs = {name: read_graph(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
     before = open_backend(options.bundle, source, "ort-cpu")
     ngrams = NGrams.of_bundle(options.bundle, source)
     engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
     text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
     with stage("answer prompts with the original"):
         answers, stats = answered(engine, codec, quality_prompts)
-    if smoothing:
-        with stage("find the outliers of the activations"):
-            known, _ = answered(engine, codec, calibration_prompts)
-            Smooth(_maxima(options.bundle, source, known), smoothing)(graphs[STEP])
-    gathered = tables(graphs.values())
-    for model in graphs.values():
-        quantize_graph(model, options.scheme, gathered)
-    with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
-        files, facts = write_graphs(graphs, directory, source.precision, activation_bits=activation_bits)
-        for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):
-            shutil.copyfile(options.bundle / name, directory / name)
-            files[name] = file_facts(directory / name)
-        manifest = source.model_copy(
-            update={
-                "graphs": facts,
-                "files": files,
-                "provenance": provenance(),
-                "validation": ValidationFacts(status="not run"),
-            }
-        )
-        with stage("measure the quality"):
-            after = open_backend(directory, manifest, "ort-cpu")
-            quality = compare(before, after, text or answers)
-            _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
-            quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step
-        note(quality.line())
-        require_close(quality, options.max_kl)
-        manifest.quantization = QuantizationFacts(
-            scheme=options.scheme,
-            activation_bits=activation_bits,
-            smoothing=smoothing,
-            source_bundle=source.content_digest(),
-            quality=quality.model_dump(exclude_none=True),
-            max_kl=options.max_kl,
-        )
-        manifest.save(directory)
+        known = answered(engine, codec, calibration_prompts)[0] if options.scheme == "int8" else []
+    with scratch_beside(options.output) as scratch:
+        graphs, rounding = _rounded(options, source, known, scratch)
+        with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
+            bits = rounding["activation_bits"]
+            files, facts = write_graphs(graphs, directory, source.precision, activation_bits=bits)
+            for name in sorted({TOKENIZER_NAME, CHAT_NAME, NGRAMS_NAME} & source.files.keys()):
+                shutil.copyfile(options.bundle / name, directory / name)
+                files[name] = file_facts(directory / name)
+            manifest = source.model_copy(
+                update={
+                    "graphs": facts,
+                    "files": files,
+                    "provenance": provenance(),
+                    "validation": ValidationFacts(status="not run"),
+                }
+            )
+            with stage("measure the quality"):
+                after = open_backend(directory, manifest, "ort-cpu")
+                quality = compare(before, after, text or answers)
+                _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
+                quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step
+            note(quality.line())
+            require_close(quality, options.max_kl)
+            manifest.quantization = QuantizationFacts(
+                scheme=options.scheme,
+                source_bundle=source.content_digest(),
+                quality=quality.model_dump(exclude_none=True),
+                max_kl=options.max_kl,
+                **rounding,
+            )
+            manifest.save(directory)
     return manifest
 
 
+def require_int8(flag: str, scheme: Scheme, **values: object) -> None:
+    """Raise an `OptionError` if an option is given that only int8 has. `flag` is the option that names the scheme."""
+    for name, value in values.items():
+        if value is not None and scheme != "int8":
+            raise OptionError(f"--{name.replace('_', '-')} only applies to {flag} int8, not {scheme}; leave it out")
+
+
+def wants_rotation(scheme: Scheme, activation_bits: int | None, rotate: bool | None) -> bool:
+    """Whether a model is to be rotated, if that is exact for it."""
+    return rotate if rotate is not None else scheme == "int8" and activation_bits == 8
+
+
+def _rounded(
+    options: QuantizeOptions, source: Manifest, known: Sequence[Sequence[int]], scratch: Path
+) -> tuple[dict[str, ir.Model], dict[str, Any]]:
+    """The bundle's graphs with weights as integers, and how they were rounded: fields of `QuantizationFacts`.
+
+    Args:
+        options: how to round.
+        source: the bundle's manifest.
+        known: token ids of the texts that activations are measured on.
+        scratch: an empty directory, in which rotated weights lie until they are rounded.
+    """
+    graphs = {name: read_graph(options.bundle / source.graphs[name].file) for name in (STEP, HEADS)}
+    bits = options.activation_bits
+    facts: dict[str, Any] = {"activation_bits": bits or (16 if options.scheme == "int8" else 8), "smoothing": 0.0}
+    rotated, weights = None, options.bundle
+    if wants_rotation(options.scheme, bits, options.rotate):
+        try:
+            rotated = rotate(graphs, options.bundle, source, known, scratch)
+        except NotRotatedError as error:
+            if options.rotate:
+                raise OptionError(f"the model cannot be rotated: {error}; leave --rotate out") from error
+            note(f"the activations are not rotated: {error}")
+            facts["not_rotated"] = str(error)
+        else:
+            graphs, facts["rotation"], weights = rotated.graphs, rotated.facts, scratch
+    if rotated is None and bits == 8 and SMOOTHING:
+        with stage("find the outliers of the activations"):
+            Smooth(_maxima(options.bundle, source, known), SMOOTHING)(graphs[STEP])
+            write_weights(graphs.values(), scratch)
+        facts["smoothing"], weights = SMOOTHING, scratch
+    rounded: dict[str, Rounded] = {}
+    if options.scheme == "int8":
+        layout = CacheLayout.of(source.graphs[STEP])
+        rounded = round_weights(graphs[STEP], weights, layout, known, scratch, stored_in(graphs[HEADS]))
+    gathered = tables(graphs.values())
+    for name, model in graphs.items():
+        quantize_graph(model, options.scheme, gathered, rounded=rounded if name == STEP else None)
+    if rotated is not None and bits == 8:
+        choice = ChooseTerms(rotated.errors)
+        choice(graphs[STEP])
+        note(f"8 bits are too few for the activations of {choice.num_with_two} of the step's {choice.num_products} products")
+        facts |= {"products_with_16_bits": choice.num_with_two, "num_products": choice.num_products}
+    return graphs, facts
+
+
 def quantize_graph(
-    model: ir.Model, scheme: Scheme, gathered: frozenset[int], given: Mapping[str, GivenCodes] | None = None
+    model: ir.Model,
+    scheme: Scheme,
+    gathered: frozenset[int],
+    given: Mapping[str, GivenCodes] | None = None,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> int:
     """Store a graph's weights as integers, in place. Returns the number of those whose given codes were kept.
 
@@ -114,8 +172,9 @@ def quantize_graph(
         scheme: how to store the weights.
         gathered: where weights lie from which any graph gathers rows; see `tables`.
         given: codes that the checkpoint has, by weight.
+        rounded: codes and scales of weights that were rounded before, for int8, by weight.
     """
-    rounding = QuantizeWeights(storage_of(scheme), gathered, given)
+    rounding = QuantizeWeights(storage_of(scheme), gathered, given, rounded)
     rounding(model)
     experts = QuantizeExperts(storage_of(scheme))
     experts(model)
@@ -173,30 +232,14 @@ def storage_of(scheme: Scheme) -> Callable[[str], Storage]:
 
 def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> dict[str, Vector]:
     """Measure on texts the largest magnitude per channel of each activation that can be smoothed."""
-    import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
-
     model = read_graph(bundle / source.graphs[STEP].file)
     found = junctions(model)
     names = with_maxima(model, found)
     if not names:
         raise OptionError("the activations of this model cannot be smoothed, so 8 bits are too few; use --activation-bits 16")
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
-    options.log_severity_level = 3  # errors only: it warns that the cache is copied, which is intended here
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     largest: dict[str, Vector] = {}
-    layout = CacheLayout.of(source.graphs[STEP])
-    for text in texts:
-        count = len(text)
-        feeds = {
-            "input_ids": np.array([text], np.int64),
-            "position_ids": np.arange(count)[None],
-            "tree_mask": np.tri(count, dtype=np.bool_)[None],
-            "cache_lengths": np.zeros(1, np.int64),
-            "logit_rows": np.array([[count - 1]]),
-        }
-        feeds |= {tensor.past: np.zeros(tensor.shape(1, count), np.float32) for tensor in layout.tensors}
-        for junction, values in zip(found, session.run(names, feeds), strict=True):
+    for measured in run_step(model, bundle, CacheLayout.of(source.graphs[STEP]), texts, names):
+        for junction, values in zip(found, measured, strict=True):
             name = junction.activation.name or ""
             largest[name] = np.maximum(largest.get(name, values), values)
     return largest

@@ -115,12 +115,27 @@ class GraphFacts(_Model):
     outputs: list[TensorFacts]
 
 
+class RotationFacts(_Model):
+    """How activations were rotated before the rounding, by changing weights alone."""
+
+    values: bool = Field(description="whether the values of attention were rotated, as the residual stream was")
+    difference: float = Field(
+        description="largest difference between the rotated graph's outputs and the original's in float32, over their range"
+    )
+
+
 class QuantizationFacts(_Model):
     """How a bundle's weights are rounded, and how much that changed."""
 
     scheme: Scheme
     activation_bits: Literal[8, 16] = Field(description="of the numbers that int8 weights are multiplied with on the CPU")
     smoothing: float = Field(ge=0, le=1, description="how far outliers were moved from activations to weights; 0: not at all")
+    rotation: RotationFacts | None = Field(default=None, description="omitted: nothing was rotated")
+    not_rotated: str | None = Field(default=None, description="why nothing was rotated, if that was tried")
+    products_with_16_bits: int | None = Field(
+        default=None, ge=0, description="of the step's integer products, those for which 8 bits are too few; omitted: no choice"
+    )
+    num_products: int | None = Field(default=None, ge=0, description="the step's integer products; omitted as well")
     source_bundle: str | None = Field(
         default=None, description="content digest of the bundle that was quantised; omitted: it was made from the checkpoint"
     )

@@ -45,25 +45,38 @@ class Linear:
         """N, the number of outputs."""
         return _size(self.weight, 1 - self.input_axis)
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether no other node reads the weight, or its transpose."""
+        stored = self.node.inputs[1]
+        return stored is not None and len(stored.uses()) == len(self.weight.uses()) == 1
+
 
 def linears(graph: ir.Graph, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,)) -> Iterator[Linear]:
     """The graph's linear layers with weights of the given types and of at least `MIN_SIZE` elements, in order."""
     for node in graph:
-        if node.op_type not in ("MatMul", "Gemm"):
-            continue
-        weight, reader = node.inputs[1], node
-        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-        assert weight is not None
-        producer = weight.producer()
-        if producer is not None and producer.op_type == "Transpose":
-            weight, reader, transposed = producer.inputs[0], producer, not transposed
-        if is_weight(weight, dtypes):
-            assert weight is not None
-            yield Linear(node, weight, transposed, reader)
+        if (linear := linear_of(node, dtypes, MIN_SIZE)) is not None:
+            yield linear
 
 
-def is_weight(value: ir.Value | None, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,)) -> bool:
-    """Whether a value is an initializer [·, ·] of one of the types and of at least `MIN_SIZE` elements."""
+def linear_of(node: ir.Node, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,), min_size: int = 1) -> Linear | None:
+    """The linear layer that a node computes; None if it is another node, or its weight has another type or is smaller."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
+    weight, reader = node.inputs[1], node
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    assert weight is not None
+    producer = weight.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        weight, reader, transposed = producer.inputs[0], producer, not transposed
+    if not is_weight(weight, dtypes, min_size):
+        return None
+    assert weight is not None
+    return Linear(node, weight, transposed, reader)
+
+
+def is_weight(value: ir.Value | None, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,), min_size: int = MIN_SIZE) -> bool:
+    """Whether a value is an initializer [·, ·] of one of the types and of at least `min_size` elements."""
     tensor = None if value is None else value.const_value
     return (
         tensor is not None
@@ -71,7 +84,7 @@ def is_weight(value: ir.Value | None, dtypes: Collection[ir.DataType] = (ir.Data
         and value.is_initializer()
         and len(tensor.shape) == 2
         and tensor.dtype in dtypes
-        and tensor.size >= MIN_SIZE
+        and tensor.size >= min_size
     )
 
 

@@ -16,9 +16,16 @@ _LEAST = {ir.DataType.FLOAT: 2.0**-126, ir.DataType.FLOAT16: 2.0**-14, ir.DataTy
 
 def to_int8(weight: Matrix, axis: int) -> tuple[npt.NDArray[np.int8], Matrix]:
     """Codes in -127…127, and scales that the weights along `axis` share; the weight is about code x scale."""
-    scale = np.maximum(np.abs(weight).max(axis, keepdims=True), np.finfo(np.float32).tiny * INT8_MAX) / np.float32(INT8_MAX)
-    codes = np.clip(np.rint(weight / scale), -INT8_MAX, INT8_MAX).astype(np.int8)
-    return codes, scale.squeeze(axis).astype(np.float32)
+    scale = scales_of_int8(weight, axis)
+    codes = np.clip(np.rint(weight / np.expand_dims(scale, axis)), -INT8_MAX, INT8_MAX).astype(np.int8)
+    return codes, scale
+
+
+def scales_of_int8(weight: Matrix, axis: int) -> Matrix:
+    """The least scales with which codes in -127…127 reach the largest weights along an axis."""
+    largest = np.maximum(np.abs(weight).max(axis), np.finfo(np.float32).tiny * INT8_MAX)
+    scales: Matrix = (largest / np.float32(INT8_MAX)).astype(np.float32)
+    return scales
 
 
 def to_int8_blocks(weight: Matrix) -> tuple[npt.NDArray[np.int8], Matrix]:

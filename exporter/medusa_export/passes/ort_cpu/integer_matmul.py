@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.passes.common.graph_pass import GraphPass
+from medusa_export.passes.common.terms import noted_terms
 from medusa_export.passes.common.values import constant, replace
 from medusa_export.passes.ort_cpu.merge_projections import is_int8_weight
 
@@ -26,7 +27,7 @@ class IntegerProducts(GraphPass):
     Result: x rounded to uint8 with zero point 128 (int8 x int8 has no fast kernel), ``MatMulIntegerToFloat``, and a node that
     undoes the scaling of x.
 
-    With 8 bits, each row of x is first divided by its largest magnitude. With 16 bits, each row is divided by its root mean
+    With one term, each row of x is first divided by its largest magnitude. With two terms, each row is divided by its root mean
     square, unless x comes from a norm, which has already done so. Then the magnitudes have an upper bound known in advance. x
     is rounded to two terms of 8 bits: the second is the rest that the first leaves. The products of both terms are added. The
     bound is far above usual magnitudes, but 16 bits are precise enough for that.
@@ -35,17 +36,17 @@ class IntegerProducts(GraphPass):
     use one scale for all rows, and a draft token could change the logits of another.
 
     Args:
-        activation_bits: 8 or 16.
+        activation_bits: 8 or 16, for one or two terms, where no number of terms is noted on the product.
     """
 
     def __init__(self, activation_bits: int = 16) -> None:
         super().__init__()
-        self._activation_bits = activation_bits
+        self._terms = 1 if activation_bits == 8 else 2
 
     def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        rounding = _Rounding(model.graph, self._activation_bits)
-        products = [node for node in model.graph if node.op_type == "MatMul" and _multiplies_int8(node)]
+        rounding = _Rounding(model.graph)
+        products = [node for node in model.graph if node.op_type == "MatMul" and multiplies_int8(node)]
         for node in products:
             x, weight = node.inputs
             assert x is not None
@@ -53,7 +54,7 @@ class IntegerProducts(GraphPass):
             source = weight.producer()
             assert source is not None
             tape = ir.tape.Tape()
-            result = rounding.of(tape, x).product(model.graph, tape, source)
+            result = rounding.of(tape, x, noted_terms(node) or self._terms).product(model.graph, tape, source)
             model.graph.insert_before(node, tape.nodes)
             replace(node.outputs[0], result)
             model.graph.remove(node, safe=True)
@@ -95,19 +96,19 @@ class _Rounded:
 class _Rounding:
     """The rounded activations, each rounded once, and the shapes of their products."""
 
-    def __init__(self, graph: ir.Graph, bits: int) -> None:
-        self._graph, self._bits = graph, bits
-        self._rounded: dict[ir.Value, _Rounded] = {}
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._rounded: dict[tuple[ir.Value, int], _Rounded] = {}
         self._shapes: dict[tuple[object, ...], ir.Value] = {}
 
-    def of(self, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
-        """The codes of an activation [.., K]."""
-        if x not in self._rounded:
-            if self._bits == 8:
-                self._rounded[x] = _round8(self._graph, tape, x)
+    def of(self, tape: ir.tape.Tape, x: ir.Value, terms: int) -> _Rounded:
+        """The codes of an activation [.., K], in one term or two."""
+        if (x, terms) not in self._rounded:
+            if terms == 1:
+                self._rounded[x, terms] = _round8(self._graph, tape, x)
             else:
-                self._rounded[x] = _round16(self._graph, tape, x, self._shape(tape, x))
-        return self._rounded[x]
+                self._rounded[x, terms] = _round16(self._graph, tape, x, self._shape(tape, x))
+        return self._rounded[x, terms]
 
     def _shape(self, tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
         """The shape of a product with x, as a target of ``Reshape``: [.., -1]. Computed once per leading shape."""
@@ -119,7 +120,8 @@ class _Rounding:
         return self._shapes[rows]
 
 
-def _multiplies_int8(node: ir.Node) -> bool:
+def multiplies_int8(node: ir.Node) -> bool:
+    """Whether a ``MatMul`` has an int8 weight that `IntegerProducts` can take."""
     weight = node.inputs[1]
     source = None if weight is None else weight.producer()
     return source is not None and is_int8_weight(source)
@@ -127,7 +129,7 @@ def _multiplies_int8(node: ir.Node) -> bool:
 
 def _round8(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> _Rounded:
     largest = tape.op("ReduceMax", [tape.op("Abs", [x]), constant(graph, "last_axis", [-1])], {"keepdims": 1})
-    largest = tape.op("Max", [largest, constant(graph, "tiny", TINY)])
+    # In a row of zeros, 0 / 0 gives arbitrary codes, and their product is multiplied with 0 in the end.
     level = constant(graph, "level", 1 / LEVELS)
     codes = tape.op("QuantizeLinear", [tape.op("Div", [x, largest]), level, constant(graph, "code_of_zero", np.uint8(128))])
     return _Rounded(codes, level, largest)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from medusa_export.passes.common.graph_pass import GraphPass
+from medusa_export.passes.common.terms import note_terms, noted_terms
 from medusa_export.passes.common.values import constant, replace
 
 
@@ -14,21 +15,22 @@ class MergeProjections(GraphPass):
     """Merge the query, key and value projections into one product, and likewise gate and up.
 
     Needs: ``MatMul`` nodes with a common input and weights [K, N] that are initializers: all float, or all int8 under a
-    ``DequantizeLinear`` with one scale per column. Or ``MatMulNBits`` nodes with a common input, bits and block size.
+    ``DequantizeLinear`` with one scale per column and the same terms noted on the products. Or ``MatMulNBits`` nodes with a
+    common input, bits and block size.
     Result: one product for each such group, one ``Add`` if all have a bias, and a ``Split``. Weights and biases are
     concatenated in the graph. A runtime does that once when it loads the graph, so they are stored only once.
     """
 
     def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
-        groups: dict[tuple[ir.Value, str], list[ir.Node]] = {}
+        groups: dict[tuple[ir.Value, str, int | None], list[ir.Node]] = {}
         for node in model.graph:
             if node.op_type not in ("MatMul", "MatMulNBits"):
                 continue
             kind = _kind(node.inputs[1]) if node.op_type == "MatMul" else _kind_of_blocks(node)
             if kind is not None:
                 assert node.inputs[0] is not None
-                groups.setdefault((node.inputs[0], kind), []).append(node)
+                groups.setdefault((node.inputs[0], kind, noted_terms(node)), []).append(node)
             elif _is_weight(node.inputs[1]):
                 self.decline("a weight that no runtime can join to others when it loads the graph")
         merged = [nodes for nodes in groups.values() if len(nodes) > 1]
@@ -92,6 +94,8 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         whole = tape.op("MatMulNBits", [first.inputs[0], *parts], attributes, domain=first.domain)
     else:
         whole = tape.op("MatMul", [first.inputs[0], _joined_weight(tape, [node.inputs[1] for node in nodes])])
+        if (terms := noted_terms(first)) is not None:
+            note_terms(tape.nodes[-1], terms)
     sums = [found for node in nodes if (found := _sum_with_bias(node)) is not None]
     if len(sums) == len(nodes):
         whole = tape.op("Add", [whole, _joined(tape, [bias for _, bias in sums])])

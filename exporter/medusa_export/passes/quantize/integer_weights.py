@@ -10,13 +10,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medusa_export.passes.common.graph_pass import GraphPass
-from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, linears
+from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, is_weight, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
 from medusa_export.passes.common.values import Together, add_initializer, constant, lazy_tensor, replace, shape_of
 from medusa_export.passes.quantize.given_codes import GivenCodes
 
 Storage = Literal["int8", "int8-blocks", "int4"]
 HALF_RANGE = 128  # the code of zero for 8 bits in blocks
+Rounded = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]  # codes in a weight's layout, and one scale per output
 
 
 class QuantizeWeights(GraphPass):
@@ -26,7 +27,7 @@ class QuantizeWeights(GraphPass):
     Result: still only standard operators, with each weight under a ``DequantizeLinear``. Weights in blocks lie as [out, in] and
     are unsigned: so `BlockProducts` can give the same bytes to ``MatMulNBits``. A weight that cannot be divided into blocks of
     32 inputs gets one scale per output. A weight from which rows are also gathered (a tied embedding) stays one tensor, with
-    at least 8 bits.
+    at least 8 bits. With int8, so is an embedding that nothing else reads: one scale per row.
 
     Args:
         storage: how to store the weight of a name; None to leave it as it is.
@@ -34,6 +35,8 @@ class QuantizeWeights(GraphPass):
             so that it is stored once.
         given: codes that the checkpoint has for the weights of these names. They are taken as they are if they have as many
             bits as the weight is to be stored with.
+        rounded: codes and scales of weights that were rounded before, in the weights' layout, for ``int8``. All others get the
+            nearest codes.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class QuantizeWeights(GraphPass):
         storage: Callable[[str], Storage | None],
         tables: frozenset[int] = frozenset(),
         given: Mapping[str, GivenCodes] | None = None,
+        rounded: Mapping[str, Rounded] | None = None,
     ) -> None:
         super().__init__()
         self.storage = storage
         self.tables = tables
         self.given = given or {}
+        self.rounded = rounded or {}
         self.kept: list[str] = []  # weights whose own codes were taken
 
     def rewrite(self, model: ir.Model) -> int:
@@ -69,16 +74,30 @@ class QuantizeWeights(GraphPass):
             if storage == "int4" and gathers:
                 storage = "int8-blocks"
             if storage != "int8" and readers[0].num_inputs % BLOCK_SIZE == 0:
-                is_table = bool(gathers) or not self.tables.isdisjoint(_offsets(weight))
+                is_table = bool(gathers) or not self.tables.isdisjoint(offsets(weight))
                 bits = 4 if storage == "int4" else 8
                 given = self.given.get(weight.name or "")
                 given = None if given is None or given.bits != bits or is_table else given
                 _store_blocks(graph, weight, readers, gathers, bits=bits, given=given)
                 self.kept += [weight.name or ""] if given is not None else []
             else:
-                _store_channels(graph, weight, readers, gathers)
+                _store_channels(graph, weight, readers, gathers, self.rounded.get(weight.name or ""))
             matched += 1
-        return matched
+        return matched + self._embeddings(graph)
+
+    def _embeddings(self, graph: ir.Graph) -> int:
+        """Store tables that are read by the rows of `input_ids` alone."""
+        ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+        found: dict[ir.Value, list[ir.Node]] = {}
+        for node in [usage.node for usage in ids.uses()] if ids is not None else []:
+            if gathers_rows(node) and node.inputs[1] is ids and is_weight(node.inputs[0]):
+                assert node.inputs[0] is not None
+                found.setdefault(node.inputs[0], []).append(node)
+        whole = [weight for weight, gathers in found.items() if len(weight.uses()) == len(gathers)]
+        stored = [weight for weight in whole if self.storage(weight.name or "") == "int8"]
+        for weight in stored:
+            _store_channels(graph, weight, [], found[weight])
+        return len(stored)
 
 
 def tables(models: Iterable[ir.Model]) -> frozenset[int]:
@@ -88,11 +107,11 @@ def tables(models: Iterable[ir.Model]) -> frozenset[int]:
         for model in models
         for weight in model.graph.initializers.values()
         if any(gathers_rows(usage.node) for usage in weight.uses())
-        for offset in _offsets(weight)
+        for offset in offsets(weight)
     )
 
 
-def _offsets(weight: ir.Value) -> set[int]:
+def offsets(weight: ir.Value) -> set[int]:
     """Where a weight lies: its offset in the weights file, or the address of PyTorch's tensor; nothing if it is computed."""
     tensor = weight.const_value
     if isinstance(tensor, ir.ExternalTensor):
@@ -112,19 +131,21 @@ def _can_store(weight: ir.Value, readers: list[Linear], gathers: list[ir.Node]) 
     )
 
 
-def _store_channels(graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node]) -> None:
+def _store_channels(
+    graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], given: Rounded | None = None
+) -> None:
     """Store as int8, with one scale per output."""
-    name, tensor, by_rows = weight.name or "", weight.const_value, readers[0].transposed
+    name, tensor, by_rows = weight.name or "", weight.const_value, not readers or readers[0].transposed
     assert tensor is not None
     rows, columns = shape_of(tensor)
     axis = 1 if by_rows else 0  # the axis of the inputs; they share a scale
-    rounded = Together(lambda: to_int8(tensor.numpy(), axis))
+    rounded = Together(lambda: to_int8(tensor.numpy(), axis) if given is None else given)
     parts = [
         lazy_tensor(f"{name}.int8", ir.DataType.INT8, [rows, columns], lambda: rounded.part(0)),
         lazy_tensor(f"{name}.scale", ir.DataType.FLOAT, [rows if by_rows else columns], lambda: rounded.part(1)),
     ]
     data, scales = (add_initializer(graph, part.name or "", part) for part in parts)
-    stored = _turned(graph, readers[0].node, data) if by_rows else data
+    stored = _turned(graph, readers[0].node, data) if by_rows and readers else data
     for reader in readers:
         _read(graph, reader, _dequantized(graph, reader.node, [stored, scales], {"axis": 1}))
     for gather in gathers:

@@ -34,17 +34,12 @@ def junctions(model: ir.Model) -> list[Junction]:
         by_input.setdefault(linear.node.inputs[0], []).append(linear)
     found = []
     for activation, readers in by_input.items():
-        own = [reader for reader in readers if _reads_alone(reader)]  # no other reader sees the change
+        own = [reader for reader in readers if reader.reads_alone]  # no other reader sees the change
         if activation.is_graph_output() or len(own) < len(activation.uses()):
             continue
         if (source := _source(activation)) is not None and len(source[0].uses()) == 1:
             found.append(Junction(activation, *source, tuple(own)))
     return found
-
-
-def _reads_alone(reader: Linear) -> bool:
-    stored = reader.node.inputs[1]  # the weight, or its transpose
-    return stored is not None and len(stored.uses()) == len(reader.weight.uses()) == 1
 
 
 def _source(activation: ir.Value) -> tuple[ir.Value, int] | None:

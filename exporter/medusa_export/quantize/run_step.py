@@ -1,0 +1,46 @@
+"""Runs a step graph on whole texts in float32, outside of a backend, so that it may have more outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from medusa_runtime.bundle.cache_layout import CacheLayout
+
+Array = npt.NDArray[np.float32]
+
+
+def run_step(
+    model: ir.Model, weights: Path, layout: CacheLayout, texts: Sequence[Sequence[int]], outputs: Sequence[str]
+) -> Iterator[list[Array]]:
+    """The named outputs for each text, which is read at once, with logits after every token.
+
+    Args:
+        model: a portable step graph.
+        weights: the directory of its weights file.
+        layout: the cache that the graph has.
+        texts: token ids.
+        outputs: names of the graph's outputs.
+    """
+    import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
+
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    options.log_severity_level = 3  # errors only: it warns that the cache is copied, which is intended here
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for text in texts:
+        count = len(text)
+        rows = np.arange(count)[None]
+        feeds = {
+            "input_ids": np.array([text], np.int64),
+            "position_ids": rows,
+            "tree_mask": np.tri(count, dtype=np.bool_)[None],
+            "cache_lengths": np.zeros(1, np.int64),
+            "logit_rows": rows,
+        }
+        feeds |= {tensor.past: np.zeros(tensor.shape(1, count), np.float32) for tensor in layout.tensors}
+        yield session.run(list(outputs), feeds)

@@ -1,0 +1,115 @@
+"""Rounds a step graph's weights to int8 such that its products change least on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from medusa_export.passes.common.linears import Linear, linears
+from medusa_export.passes.quantize.activation_probes import with_moments
+from medusa_export.passes.quantize.error_feedback import to_int8_for
+from medusa_export.passes.quantize.integer_weights import Rounded, offsets
+from medusa_export.progress import stage
+from medusa_export.quantize.run_step import run_step
+from medusa_runtime.bundle.cache_layout import CacheLayout
+
+MOMENT_BYTES = 1 << 30  # of the second moments that are in memory at a time; the texts are read once for each such part
+
+
+def round_weights(
+    model: ir.Model,
+    weights: Path,
+    layout: CacheLayout,
+    texts: Sequence[Sequence[int]],
+    place: Path,
+    shared: frozenset[int] = frozenset(),
+) -> dict[str, Rounded]:
+    """Codes and scales of the weights of linear layers, in the weights' own layout. Codes lie on the disk.
+
+    Weights that other nodes or graphs read as well, such as a tied embedding, are left out.
+
+    Args:
+        model: a portable float32 step graph. It is not changed.
+        weights: the directory of its weights file.
+        layout: its cache.
+        texts: token ids of texts to run it on.
+        place: a directory for the codes.
+        shared: where weights lie that another graph reads too (`stored_in`): they have to be rounded alike to be stored once.
+    """
+    found: dict[str, Rounded] = {}
+    with stage("round the weights by what they are multiplied with") as tell:
+        for group in _groups(_by_input(model.graph, shared)):
+            for name, moments in _moments(model, weights, layout, texts, list(group)).items():
+                for linear, codes, scales in _round(group[name], moments):
+                    path = place / f"codes.{len(found)}.npy"
+                    np.save(path, codes)
+                    found[linear.weight.name or ""] = (np.load(path, mmap_mode="r"), scales)
+                tell(f"{len(found)} weights")
+    return found
+
+
+def stored_in(model: ir.Model) -> frozenset[int]:
+    """Where a graph's weights lie, as offsets in the weights file."""
+    return frozenset(offset for weight in model.graph.initializers.values() for offset in offsets(weight))
+
+
+def _by_input(graph: ir.Graph, shared: frozenset[int]) -> dict[str, list[Linear]]:
+    """The linear layers that can be rounded, by the input that they share."""
+    found: dict[str, list[Linear]] = {}
+    for linear in linears(graph):
+        if linear.reads_alone and shared.isdisjoint(offsets(linear.weight)):
+            assert linear.node.inputs[0] is not None
+            found.setdefault(linear.node.inputs[0].name or "", []).append(linear)
+    return found
+
+
+def _groups(by_input: dict[str, list[Linear]]) -> Iterator[dict[str, list[Linear]]]:
+    """Parts of the inputs whose moments fit in memory together."""
+    group: dict[str, list[Linear]] = {}
+    used = 0
+    for name, layers in by_input.items():
+        size = 4 * layers[0].num_inputs ** 2
+        if group and used + size > MOMENT_BYTES:
+            yield group
+            group, used = {}, 0
+        group[name] = layers
+        used += size
+    if group:
+        yield group
+
+
+def _moments(
+    model: ir.Model, weights: Path, layout: CacheLayout, texts: Sequence[Sequence[int]], inputs: list[str]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Second moments [K, K] of the inputs, summed over all tokens of the texts."""
+    probed = model.clone()
+    probes = with_moments(probed, inputs)
+    total: list[npt.NDArray[np.float32]] = []
+    for measured in run_step(probed, weights, layout, texts, list(probes.values())):
+        total = [one + other for one, other in zip(total, measured, strict=True)] if total else measured
+    return dict(zip(probes, total, strict=True))
+
+
+def _round(
+    layers: Sequence[Linear], moments: npt.NDArray[np.float32]
+) -> Iterator[tuple[Linear, npt.NDArray[np.int8], npt.NDArray[np.float32]]]:
+    """Round the weights that one input is multiplied with, all at once."""
+    parts = [_numbers(linear) for linear in layers]
+    codes, scales = to_int8_for(np.concatenate(parts, axis=1), moments)
+    start = 0
+    for linear, part in zip(layers, parts, strict=True):
+        stop = start + part.shape[1]
+        own = codes[:, start:stop]
+        yield linear, np.ascontiguousarray(own.T if linear.transposed else own), scales[start:stop]
+        start = stop
+
+
+def _numbers(linear: Linear) -> npt.NDArray[np.float32]:
+    """A layer's weight as [K, N]."""
+    assert linear.weight.const_value is not None
+    array = linear.weight.const_value.numpy()
+    return array.T if linear.transposed else array
