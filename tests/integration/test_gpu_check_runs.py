@@ -1,4 +1,7 @@
-"""`scripts/gpu_check.sh` for real, on WebGPU: a tiny model, few tokens, one test of tests/gpu, one scheme."""
+"""`scripts/gpu_check.sh` for real, on WebGPU: a tiny model, few tokens, one test of tests/gpu, one scheme.
+
+The part `quantised` does all that `webgpu` does, so that one is left out.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def test_a_machine_is_checked_through_webgpu(make_model: Make, tmp_path: Path) -
     }
     command = ["sh", ROOT / "scripts/gpu_check.sh", "--system", "--python", sys.executable]
     command += [word for pair in words.items() for word in pair]
-    command += [word for part in ("tests", "webgpu", "quantised") for word in ("--part", part)]
+    command += [word for part in ("tests", "quantised") for word in ("--part", part)]
     done = subprocess.run(
         [str(word) for word in command],
         env=os.environ | settings(),
@@ -60,12 +63,12 @@ def test_a_machine_is_checked_through_webgpu(make_model: Make, tmp_path: Path) -
     assert report["summary"] == {"running": None, "failed": [], "out_of_time": []}
     assert report["doctor"]["webgpu_adapters"]
     assert (report["tests"]["passed"], report["tests"]["num_failed"], report["tests"]["skipped"]) == (1, 0, {})
-    for found in (report["webgpu"]["bundle"], report["quantised"]["int4"]):
-        assert (found["validation"]["status"], found["validation"]["backend"]) == ("passed", "ort-webgpu")
-        measured = found["benchmark"]["webgpu"]
-        assert measured["agreement_with_plain"]["static"] | {"num_equal": 1} == measured["agreement_with_plain"]["static"]
-        assert measured["decoding"]["static"]["tokens_per_step"] >= 1
+    found = report["quantised"]["int4"]
+    assert (found["validation"]["status"], found["validation"]["backend"]) == ("passed", "ort-webgpu")
+    measured = found["benchmark"]["webgpu"]
+    assert {mode: same["num_equal"] for mode, same in measured["agreement_with_plain"].items()} == {"static": 1, "dynamic": 1}
+    assert measured["decoding"]["static"]["tokens_per_step"] >= 1
     is_software = all(adapter.is_software for adapter in find_adapters())
-    assert report["is_software"] == is_software
+    assert report["is_software"] == (is_software and not report["doctor"]["gpus"])
     assert ("step_ms" in measured) == (not is_software)
     assert ("tokens_per_second" in measured["decoding"]["plain"]) == (not is_software)
