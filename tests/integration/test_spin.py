@@ -23,7 +23,7 @@ from medusa_runtime.bundle.cpu import SPINS, device_key
 Make = Callable[..., Path]
 KEYS = ("session.intra_op.allow_spinning", "session.intra_op.spin_duration_us")
 PROMPT = [5, 6, 7, 8, 5, 6, 7]
-SETTINGS = {"auto": [None, "10"], "on": ["1", None], "off": ["0", None]}
+SETTINGS = {"auto": [None, "50"], "on": ["1", None], "off": ["0", None]}
 
 
 def settings(session: ort.InferenceSession) -> list[str | None]:

@@ -30,7 +30,7 @@ MEMORY_MARGIN = 1.3  # a session takes more than its weights while it is opened
 # never spins has to be woken for each operator, which costs up to a fifth of a step. One that spins long keeps its core from
 # other programs, and from a sibling that has work. Most waits within a step end after some microseconds.
 SPIN_SETTINGS: dict[Spin, tuple[str, str]] = {
-    "auto": ("session.intra_op.spin_duration_us", "10"),
+    "auto": ("session.intra_op.spin_duration_us", "50"),
     "on": ("session.intra_op.allow_spinning", "1"),  # about a millisecond
     "off": ("session.intra_op.allow_spinning", "0"),
 }

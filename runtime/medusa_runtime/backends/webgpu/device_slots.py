@@ -13,7 +13,7 @@ from medusa_runtime.backends.webgpu.adapters import Adapter, held
 from medusa_runtime.backends.webgpu.running import run
 from medusa_runtime.bundle.cache_layout import FROM, SOURCES, TARGETS, CacheLayout, CacheTensor
 from medusa_runtime.bundle.manifest import CACHE
-from medusa_runtime.errors import CapacityError, DeviceLostError, first_line
+from medusa_runtime.errors import BackendError, CapacityError, first_line
 
 DTYPES = {"float": np.float32, "float16": np.float16}
 Buffers = dict[str, Any]  # a cache tensor's name -> its OrtValue, [1, H, S, D]
@@ -57,9 +57,9 @@ class DeviceSlots:
             slots = [{tensor.name: self._buffer(tensor, capacity) for tensor in self._layout.tensors} for _ in range(num_slots)]
             for buffers in slots:  # memory that the device does not have is noticed when it is used
                 self._edit(buffers, self._zeros, np.zeros(1, np.int64), np.zeros(1, np.int64))
-        except DeviceLostError:
+        except BackendError:  # a lost device, or a graph that it cannot run
             raise
-        except Exception as error:  # ONNX Runtime's errors have no common base but this
+        except Exception as error:  # too little memory, or ONNX Runtime's errors, which have no common base but this
             what = f"the device has no memory for a cache of {num_slots} times {capacity} entries"
             raise CapacityError(f"{what} ({first_line(error)})") from error
         for slot, length in enumerate(kept):
