@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medusa_runtime.bundle.cache_layout import CacheLayout
+from medusa_runtime.bundle.manifest import WEIGHTS_NAME
 
 Array = npt.NDArray[np.float32]
 
@@ -28,10 +29,14 @@ def run_step(
     """
     import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
 
+    file = (weights / WEIGHTS_NAME).resolve()  # ONNX Runtime follows no links out of the directory
+    proto = ir.to_proto(model)
+    for entry in (entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"):
+        entry.value = file.name
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     options.log_severity_level = 3  # errors only: it warns that the cache is copied, which is intended here
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for text in texts:
         count = len(text)
         rows = np.arange(count)[None]
