@@ -94,12 +94,12 @@ def test_codes_of_the_checkpoint_are_kept_bit_for_bit(
         node = next(usage.node for usage in graph.initializers[f"model.{name}.uint4"].uses())
         assert node.attributes.get_int("block_size") == block
         codes, scale, zero = (value.const_value.numpy().astype(np.float32) for value in node.inputs)
-        found = (codes - np.repeat(zero, block, 0)) * np.repeat(scale, block, 0)
-        np.testing.assert_array_equal(found.T, whole)
+        found = (codes - np.repeat(zero, block, 1)) * np.repeat(scale, block, 1)
+        np.testing.assert_array_equal(found, whole)
         if settings is GPTQ:
             expected, _, zeros = packed.rounded(original[name].numpy(), 4, block, symmetric=False)
-            np.testing.assert_array_equal(codes.T, expected)
-            np.testing.assert_array_equal(zero.T, zeros)
+            np.testing.assert_array_equal(codes, expected)
+            np.testing.assert_array_equal(zero, zeros)
     with MedusaLM.from_bundle(tmp_path / "bundle") as lm:
         assert lm.generate("a fox", max_new_tokens=6).stats.num_generated_tokens > 0
 

@@ -109,6 +109,21 @@ def test_products_that_differ_in_bits_are_not_merged() -> None:
     assert not MergeProjections()(model).modified
 
 
+def test_codes_that_are_gathered_first_are_left_alone() -> None:
+    """As those of experts are: they have no place in the file of their own."""
+    text = """g (float[T,64] x, int64[1] n, uint8[2,96,64] codes, float[2,96,2] scales, uint8[96,2] zeros) => (float[T,96] y)
+    { one = Gather <axis = 0> (codes, n)
+      flat = Squeeze (one)
+      its = Gather <axis = 0> (scales, n)
+      flat_scales = Squeeze (its)
+      w = DequantizeLinear <axis = 1, block_size = 32> (flat, flat_scales, zeros)
+      t = Transpose <perm = [1, 0]> (w)
+      y = MatMul (x, t) }"""
+    codes = np.random.default_rng(0).integers(0, 256, (2, 96, 64)).astype(np.uint8)
+    model = parse(text, codes=codes, scales=np.abs(normal(2, 96, 2)), zeros=np.full((96, 2), 128, np.uint8))
+    assert not BlockProducts(IN_FLOAT)(model).modified
+
+
 def test_other_products_are_left_alone() -> None:
     model = quantized("int8")
     assert not BlockProducts(IN_FLOAT)(model).modified

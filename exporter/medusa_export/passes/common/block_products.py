@@ -93,8 +93,8 @@ def _stored(weight: ir.Value | None) -> _Blocks | None:
     if source is None or source.op_type != "DequantizeLinear" or not source.attributes.get_int("block_size", 0):
         return None
     codes, scales, zeros = source.inputs
-    assert codes is not None
-    assert scales is not None
+    if codes is None or scales is None or not (codes.is_initializer() and scales.is_initializer()):
+        return None  # codes that are gathered first, as those of experts
     return _Blocks(codes, scales, zeros if codes.dtype == ir.DataType.UINT4 else None, source.attributes.get_int("block_size"))
 
 
