@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from medusa_runtime import (
     CapacityError,
     ClosedError,
+    DeviceLostError,
     GenerationChunk,
     GenerationResult,
     Handle,
@@ -42,6 +43,7 @@ STATUS = {
     QueueFullError: 429,
     QueueTimeoutError: 503,
     ClosedError: 503,
+    DeviceLostError: 503,
 }
 RETRIED_LATER = (QueueFullError, QueueTimeoutError)
 CHUNK = TypeAdapter(GenerationChunk)

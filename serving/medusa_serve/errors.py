@@ -11,6 +11,7 @@ from medusa_runtime import (
     CapacityError,
     ClosedError,
     ContextLengthError,
+    DeviceLostError,
     GenerationOptions,
     MedusaError,
     MissingExtraError,
@@ -34,6 +35,7 @@ STATUS: dict[type[MedusaError], tuple[int, str | None]] = {
     QueueFullError: (429, "queue_full"),
     QueueTimeoutError: (503, "queue_timeout"),
     ClosedError: (503, "not_running"),
+    DeviceLostError: (503, "device_lost"),
     MissingExtraError: (500, "missing_package"),
 }
 # What the API calls the runtime's options; those not named here have one name everywhere.

@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from medusa_runtime import (
     CapacityError,
     ClosedError,
+    DeviceLostError,
     GenerationResult,
     Handle,
     MedusaError,
@@ -122,7 +123,7 @@ def _code(error: Exception) -> int:
         kind = "INVALID_ARG" if error.status < 500 else "INTERNAL"
     elif isinstance(error, OptionError | CapacityError | TreeError):
         kind = "INVALID_ARG"
-    elif isinstance(error, QueueFullError | QueueTimeoutError | ClosedError):
+    elif isinstance(error, QueueFullError | QueueTimeoutError | ClosedError | DeviceLostError):
         kind = "UNAVAILABLE"
     elif isinstance(error, MissingExtraError):
         kind = "UNSUPPORTED"
