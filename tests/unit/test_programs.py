@@ -24,3 +24,14 @@ def test_what_a_program_imports_of_ours_exists(program: Path) -> None:
         for name in (alias.name for alias in node.names):
             found = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}") is not None
             assert found, f"{node.module} has no {name}"
+
+
+def test_the_readmes_speeds_are_those_that_were_measured() -> None:
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "bench/readme_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    assert program.present(program.README.read_text(encoding="utf-8")) == program.table(), (
+        "python bench/readme_table.py --write"
+    )
