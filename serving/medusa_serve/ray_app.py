@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
@@ -99,7 +100,7 @@ class Replica:
         made = self._app = create_app(self._settings, served_bundle(self._settings))
         made.router.lifespan_context = _with_model(made)
         made.router.routes.insert(0, Route("/metrics", self._all_metrics, methods=["GET"]))
-        made.user_middleware.insert(0, Middleware(ReplicaHeaders, replica_id=serve.get_replica_context().replica_tag))
+        made.user_middleware.insert(0, Middleware(BehindTheProxy, replica_id=serve.get_replica_context().replica_tag))
         return made
 
     def check_health(self) -> None:
@@ -131,8 +132,12 @@ class Replica:
         return Response(text, headers={"Content-Type": kind})
 
 
-class ReplicaHeaders:
-    """Names the replica in the header X-Replica-Id of each response. The proxy itself adds X-Request-Id.
+class BehindTheProxy:
+    """What Ray's proxy makes different from a server of its own.
+
+    The replica is named in the header X-Replica-Id of each response; the proxy itself adds X-Request-Id. When a client goes
+    away, the proxy cancels its calls, so waiting for the next message of the request fails; the application is then told that
+    the client has gone.
 
     Args:
         app: the layer below.
@@ -152,7 +157,13 @@ class ReplicaHeaders:
                 headers["x-replica-id"] = self._replica_id
             await send(message)
 
-        await self._app(scope, receive, send_named)
+        async def receive_or_gone() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_gone, send_named)
 
 
 def served_bundle(settings: RaySettings) -> ServedBundle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -98,7 +99,7 @@ def test_a_stream_passes_as_it_is_made_and_a_client_that_goes_away_frees_its_slo
         assert cluster.metric("vllm:num_requests_running")[replica] == 1  # it goes on, and we have its first chunk
     _wait(lambda: not any(cluster.metric("vllm:num_requests_running").values()))
     assert cluster.metric("medusa_answers_total", outcome="cancelled")[replica] == 1
-    _wait(lambda: cluster.metric("medusa_http_requests_total", status="499").get(replica) == 1)
+    _wait(lambda: cluster.metric("medusa_http_requests_total", status="499").get(replica) == 1, told=lambda: _requests(cluster))
 
 
 def test_a_killed_replica_comes_back_and_a_client_that_retries_loses_nothing(
@@ -151,11 +152,19 @@ def test_the_end_waits_for_what_is_under_way_and_leaves_no_process(cluster: RayC
     _wait(lambda: not cluster.pids())
 
 
-def _wait(done: Callable[[], bool], seconds: float = 120) -> None:
+def _wait(done: Callable[[], bool], seconds: float = 120, told: Callable[[], object] = lambda: None) -> None:
+    """Wait until something is so. told: what is shown if it does not come to be."""
     deadline = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, told()
         time.sleep(0.1)
+
+
+def _requests(cluster: RayCluster) -> str:
+    """The counts of requests, and what the server printed last."""
+    lines = cluster.client.get("/metrics").text.splitlines()
+    counts = [line for line in lines if line.startswith("medusa_http_requests_total")]
+    return "\n".join([*counts, *cluster.output.read_text(encoding="utf-8").splitlines()[-40:]])
 
 
 def test_the_yaml_file_makes_the_application(bundle: Path) -> None:
@@ -215,6 +224,21 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
         check_room(RaySettings(bundle=Path("b"), num_replicas=2), nodes)
     with pytest.raises(OptionError, match="a replica has a GPU"):
         check_room(RaySettings(bundle=Path("b"), gpus=1), nodes)
+
+
+def test_a_call_that_the_proxy_cancels_is_a_client_that_has_gone() -> None:
+    from ray.exceptions import TaskCancelledError
+
+    seen: list[Any] = []
+
+    async def waits(_: object, receive: Callable[[], Any], __: object) -> None:
+        seen.append(await receive())
+
+    async def cancelled() -> dict[str, Any]:
+        raise TaskCancelledError
+
+    asyncio.run(ray_app.BehindTheProxy(waits, "replica")({"type": "http"}, cancelled, None))
+    assert seen == [{"type": "http.disconnect"}]
 
 
 def test_a_wrong_bundle_is_one_line(tmp_path: Path) -> None:
