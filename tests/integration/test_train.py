@@ -210,7 +210,7 @@ def test_own_lm_heads_start_from_the_models(make_model: Make, data: Path, tmp_pa
 
 def test_heads_can_be_trained_on(make_model: Make, make_heads: Make, data: Path, tmp_path: Path) -> None:
     given = make_heads(num_heads=2, num_layers=1)
-    words = (*SHORT, "--start-from", given, "--num-layers", 1, "--heads-dtype", "fp32")
+    words = (*SHORT, "--start-from", given, "--heads-dtype", "fp32")
     works(run(make_model(), "--data", data, "-o", tmp_path / "heads", *words, "--learning-rate", 1e-9, "--max-steps", 1))
     for name, tensor in load_heads(tmp_path / "heads").state_dict().items():
         torch.testing.assert_close(tensor, load_heads(given).state_dict()[name], atol=1e-6, rtol=0)

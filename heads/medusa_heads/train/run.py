@@ -235,6 +235,14 @@ def _identity(
     return data | settings.model_dump(exclude=free) | {"mixed_precision": accelerator.mixed_precision}
 
 
+OF_FORM = {  # settings of the heads' form -> their names in the heads' config
+    "num_heads": "num_heads",
+    "num_layers": "num_layers",
+    "own_lm_head": "shared_lm_head",
+    "read_root": "reads_root",
+}
+
+
 def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
     config = source.model.config.get_text_config()
     wanted = HeadsConfig(
@@ -256,9 +264,11 @@ def _new_heads(source: Source, settings: TrainSettings) -> MedusaHeads:
         raise CheckpointError(f"the heads in {settings.start_from} can be exported but not trained ({told}); start from others")
     if heads.config.vocab_size is None:
         heads.config = heads.config.model_copy(update={"vocab_size": wanted.vocab_size})
-    for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "shared_lm_head", "reads_root"):
+    for setting, name in {**OF_FORM, "hidden_size": "hidden_size", "vocab_size": "vocab_size"}.items():
         found, asked = getattr(heads.config, name), getattr(wanted, name)
-        if found != asked:
+        if setting in OF_FORM and setting not in settings.model_fields_set:  # nobody asked: they stay as they are
+            wanted = wanted.model_copy(update={name: found})
+        elif found != asked:
             hint = "" if name != "reads_root" else f"; give --{'no-' if asked else ''}read-root"
             raise CheckpointError(f"the heads in {settings.start_from} have {name} {found}, but this run needs {asked}{hint}")
     heads.config = wanted  # they may come from another model of this shape

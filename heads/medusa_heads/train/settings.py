@@ -19,7 +19,9 @@ class TrainSettings(BaseModel):
     num_layers: int = Field(default=2, ge=1, le=8, description="residual blocks per head")
     own_lm_head: bool = Field(default=False, description="give each head its own LM head, initialised from the model's")
     read_root: bool = Field(default=True, description="heads also read the last decided token; the paper's do not")
-    start_from: str | None = Field(default=None, description="directory of heads to start from, instead of new ones")
+    start_from: str | None = Field(
+        default=None, description="directory of heads to start from, instead of new ones; they keep their form"
+    )
     heads_dtype: Literal["fp16", "bf16", "fp32"] = Field(
         default="fp16", description="precision of the weights in the heads' file"
     )
