@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from medusa_export.check import sides as runner
-from medusa_export.check.validation_report import BF16_ON_GPU, QUANTIZED, TOLERANCES, tolerance
+from medusa_export.check.validation_report import BF16_ON_GPU, QUANTIZED, QUANTIZED_TO_8_BITS, TOLERANCES, tolerance
 from medusa_export.cli import main
 from medusa_runtime import Manifest
 from medusa_runtime.backends.base import Backend
@@ -232,8 +232,10 @@ def test_bench_says_where_a_bundle_ran(make_bundle: Make, tmp_path: Path) -> Non
 
 def test_only_bfloat16_is_judged_by_where_it_runs() -> None:
     for precision, wanted in TOLERANCES.items():
-        assert tolerance(precision, is_quantized=False, on_gpu=False) == wanted
-        on_gpu = tolerance(precision, is_quantized=False, on_gpu=True)
+        assert tolerance(precision, activation_bits=None, on_gpu=False) == wanted
+        on_gpu = tolerance(precision, activation_bits=None, on_gpu=True)
         assert on_gpu == (BF16_ON_GPU if precision == "bf16" else wanted)
-        assert tolerance(precision, is_quantized=True, on_gpu=False) == QUANTIZED
+        assert tolerance(precision, activation_bits=16, on_gpu=False) == QUANTIZED
+        assert tolerance(precision, activation_bits=8, on_gpu=False) == QUANTIZED_TO_8_BITS
+        assert tolerance(precision, activation_bits=8, on_gpu=True) == QUANTIZED  # there, activations are not rounded
     assert TOLERANCES["fp16"].max_abs < BF16_ON_GPU.max_abs

@@ -84,7 +84,11 @@ def validate(
         processor=placement.processor,
         precision=manifest.precision,
         quantization=None if manifest.quantization is None else manifest.quantization.scheme,
-        tolerance=tolerance(manifest.precision, is_quantized=manifest.quantization is not None, on_gpu=on_gpu),
+        tolerance=tolerance(
+            manifest.precision,
+            activation_bits=None if manifest.quantization is None else manifest.quantization.activation_bits,
+            on_gpu=on_gpu,
+        ),
         allowed_kl=_allowed_kl(manifest),
         targets=list(by_target(manifest, placement.backend)),
         provenance=provenance(),
