@@ -106,6 +106,11 @@ def test_auto_takes_webgpu_where_onnx_runtime_has_no_cuda(has_nvidia, driver: St
     graphs = manifest.graphs | {"step.ort-webgpu": manifest.graphs["step"]}
     placed = choose_backend(manifest.model_copy(update={"graphs": graphs}))
     assert (placed.backend, placed.device) == ("ort-webgpu", "gpu:1")
+    assert placed.why.endswith(", and ONNX Runtime cannot use CUDA")
+    facts = QuantizationFacts(scheme="int4", activation_bits=8, smoothing=0, quality={})
+    placed = choose_backend(manifest.model_copy(update={"graphs": graphs, "quantization": facts}))
+    assert placed.backend == "ort-webgpu"
+    assert placed.why.endswith(", and CUDA does not run quantised bundles")
     monkeypatch.setattr(choosing, "find_adapters", lambda: found[:1])
     assert choose_backend(manifest.model_copy(update={"graphs": graphs})).backend == "ort-cpu"
 

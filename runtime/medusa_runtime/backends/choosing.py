@@ -17,6 +17,7 @@ AUTO, TRT, TRT_RTX = "auto", "trt", "trt-rtx"
 BACKENDS = (AUTO, ORT_CPU, ORT_CUDA, ORT_WEBGPU, TRT, TRT_RTX)
 KINDS = {ORT_CPU: "cpu", ORT_CUDA: "cuda", ORT_WEBGPU: "gpu"}  # of devices that a backend for ONNX bundles runs on
 OF_FLAVOR = {"tensorrt": TRT, "rtx": TRT_RTX}
+NO_CUDA, QUANTISED = "ONNX Runtime cannot use CUDA", "CUDA does not run quantised bundles"  # why not CUDA
 
 __all__ = ["BACKENDS", "Backend", "HeadOutput", "Placement", "StepOutput", "choose_backend", "open_backend"]
 
@@ -103,7 +104,7 @@ def open_backend(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``gpu`` or ``gpu:N``.
         num_threads: for a CPU backend; 0 for one per core.
         spin: for a CPU backend, how threads wait for work within a step. "on" spins, which is fast if nothing else runs, "off"
-            sleeps, and "auto" spins for a moment, which is nearly as fast as the better of both.
+            sleeps, which keeps most of the speed beside other programs, and "auto" spins for a moment, which is between both.
         cuda_graphs: on a GPU, whether steps are captured as CUDA graphs and replayed. None means yes with TensorRT, and no
             with ONNX Runtime, which can capture only some graphs.
         allow_engine_code: run the code that version-compatible engines bring (see `bundle.plans.require_allowed`).
@@ -168,16 +169,16 @@ def _choose_engine(own: str, backend: str, kind: str, index: int) -> Placement:
 def _choose_onnx(manifest: Manifest) -> Placement:
     """The placement of an ONNX bundle: a GPU if there is one and ONNX Runtime can use it, else the CPU."""
     if manifest.quantization is not None:
-        return _webgpu_if_there(manifest) or Placement(ORT_CPU, "cpu", "the bundle is quantised, and CUDA runs no such bundle")
+        return _webgpu_if_there(manifest, QUANTISED) or Placement(ORT_CPU, "cpu", QUANTISED)
     found = find_gpus()
     if found.why_none is not None:
-        return _webgpu_if_there(manifest) or Placement(ORT_CPU, "cpu", found.why_none)
+        return _webgpu_if_there(manifest, NO_CUDA) or Placement(ORT_CPU, "cpu", found.why_none)
     try:
         providers = importlib.import_module("onnxruntime").get_available_providers()
     except ImportError as error:
         raise MissingExtraError("onnxruntime-gpu", "gpu") from error
     if "CUDAExecutionProvider" not in providers:
-        return _webgpu_if_there(manifest) or Placement(
+        return _webgpu_if_there(manifest, NO_CUDA) or Placement(
             ORT_CPU,
             "cpu",
             f"there is {found.gpus[0].name}, but ONNX Runtime is installed without CUDA (extra gpu)",
@@ -186,7 +187,7 @@ def _choose_onnx(manifest: Manifest) -> Placement:
     return Placement(ORT_CUDA, "cuda:0", f"there is {found.gpus[0].name}")
 
 
-def _webgpu_if_there(manifest: Manifest) -> Placement | None:
+def _webgpu_if_there(manifest: Manifest, why_not_cuda: str) -> Placement | None:
     """The placement on a GPU through WebGPU, if that is installed, finds one, and the bundle has graphs for it."""
     try:
         found = [adapter for adapter in find_adapters() if not adapter.is_software]
@@ -194,4 +195,4 @@ def _webgpu_if_there(manifest: Manifest) -> Placement | None:
         return None
     if not found or f"{STEP}.{ORT_WEBGPU}" not in manifest.graphs:
         return None
-    return Placement(ORT_WEBGPU, f"gpu:{found[0].index}", f"there is {found[0].name}, and ONNX Runtime cannot use CUDA")
+    return Placement(ORT_WEBGPU, f"gpu:{found[0].index}", f"there is {found[0].name}, and {why_not_cuda}")

@@ -27,8 +27,8 @@ from medusa_runtime.errors import BackendError, first_line
 RETRY_SECONDS = 30.0  # the wait before a graph that could not be opened is tried again
 MEMORY_MARGIN = 1.3  # a session takes more than its weights while it is opened
 # ONNX Runtime's settings for threads that wait for an operator's work (docs/decisions/0034-shared-machines.md). A thread that
-# never spins has to be woken for each operator, which costs up to a fifth of a step. One that spins long keeps its core from
-# other programs, and from a sibling that has work. Most waits within a step end after some microseconds.
+# never spins has to be woken for each operator, which costs up to a quarter of the speed. One that spins long keeps its core
+# from other programs, and from a sibling that has work. Most waits within a step end after some microseconds.
 SPIN_SETTINGS: dict[Spin, tuple[str, str]] = {
     "auto": ("session.intra_op.spin_duration_us", "50"),
     "on": ("session.intra_op.allow_spinning", "1"),  # about a millisecond

@@ -8,9 +8,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.linears import linears
 from medusa_export.passes.common.values import constant
-
-LEVELS = 127
-TINY = 1e-30
+from medusa_export.passes.ort_cpu.integer_matmul import LEVELS, TINY
 
 
 def with_errors(model: ir.Model) -> dict[str, str]:

@@ -13,10 +13,9 @@ from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, is_weight, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
 from medusa_export.passes.common.values import Together, add_initializer, constant, lazy_tensor, replace, shape_of
-from medusa_export.passes.quantize.given_codes import GivenCodes
+from medusa_export.passes.quantize.given_codes import HALF_RANGE, GivenCodes
 
 Storage = Literal["int8", "int8-blocks", "int4"]
-HALF_RANGE = 128  # the code of zero for 8 bits in blocks
 Rounded = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]  # codes in a weight's layout, and one scale per output
 
 
