@@ -67,13 +67,23 @@ class CheckpointCodec:
         ids, end = self.text_ids(whole[len(before) :]), self.closing()
         return ids[: ids.index(end) + 1] if end in ids else ids
 
-    def opening(self) -> list[int]:
-        """Token ids of a conversation up to the user's first words; for a base model, what every text begins with."""
+    def opening(self, messages: Sequence[Message] = (), start: str = "") -> list[int]:
+        """Token ids of a conversation up to the words that the user says next; for a base model, what every text begins with.
+
+        Args:
+            messages: the conversation so far.
+            start: the first of the user's words, which are then at the end of the ids.
+
+        Raises:
+            OptionError: the template refuses the messages, or changes the user's words.
+        """
         if not self.is_chat:
-            start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-            return [] if start is None else [start]
-        text = self._render([{"role": "user", "content": MARK}])
-        if text.count(MARK) != 1:
+            if start:
+                return self._plain_ids(start)
+            first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+            return [] if first is None else [first]
+        text = self._render([*messages, {"role": "user", "content": start + MARK}])
+        if text.count(MARK) != 1 or start + MARK not in text:
             raise OptionError(
                 "the chat template changes the user's words, so the model cannot write its own prompts; give --prompts instead"
             )

@@ -219,6 +219,10 @@ def test_both_codecs_make_the_same_of_messages(make_model: Make, make_bundle: Ma
     assert of_checkpoint.decode(ids) == of_bundle.decode(ids) == "a fox , a dog !no ."
     assert of_checkpoint.decode(of_checkpoint.opening()) == ""
     assert ids[: len(of_checkpoint.opening())] == of_checkpoint.opening()
+    asked = of_checkpoint.encode([*messages, {"role": "user", "content": "a fox , a dog"}])
+    begun = of_checkpoint.opening(messages, "a fox , a")
+    assert asked[: len(begun)] == begun
+    assert of_checkpoint.decode(begun) == "a fox , a dog !no .a fox , a"
 
 
 def test_without_a_template_a_prompt_is_a_text_and_its_answer_goes_on(make_model: Make) -> None:
@@ -232,6 +236,7 @@ def test_without_a_template_a_prompt_is_a_text_and_its_answer_goes_on(make_model
     answered = codec.answer_ids([*question, {"role": "assistant", "content": " dog"}])
     assert (codec.encode(question) + answered[:-1], answered[-1]) == (whole, tokenizer.eos_token_id)
     assert codec.opening() == [tokenizer.bos_token_id]
+    assert codec.opening((), "a fox , a") == codec.encode(question)
     assert codec.closing() == tokenizer.eos_token_id
     several = [*question, {"role": "assistant", "content": "dog"}, *question]
     for messages in (several, [{"role": "system", "content": "be kind"}]):

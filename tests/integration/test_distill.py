@@ -83,9 +83,14 @@ def test_a_base_model_goes_on_with_texts(make_model: Make, tmp_path: Path) -> No
         if path.exists():
             path.unlink() if path.suffix == ".jinja" else _without_template(path)
     (tmp_path / "texts.txt").write_text("the quick brown\nmany words at once\n")
-    result = run(base, "--prompts", tmp_path / "texts.txt", "--self-prompts", 3, "-o", tmp_path / "data", *SHORT)
+    (tmp_path / "starts.txt").write_text("a fox ,\n")
+    own = ("--self-prompts", 3, "--prompt-starts", tmp_path / "starts.txt")
+    result = run(base, "--prompts", tmp_path / "texts.txt", *own, "-o", tmp_path / "data", *SHORT)
     assert result.exit_code == 0, result.stderr
     rows = rows_of(tmp_path / "data")
+    assert all(row.messages[0]["content"].startswith("a fox ,") for key, row in rows.items() if key.startswith("self-"))
+    refused = run(base, "--self-prompts", 3, "--self-turns", 2, "-o", tmp_path / "turns", *SHORT)
+    assert "has no chat template, so it cannot write several turns; leave --self-turns out" in refused.stderr
     assert {"texts-1.0", "texts-2.0"} < rows.keys()
     assert any(key.startswith("self-") for key in rows)
     assert all([message["role"] for message in row.messages] == ["user", "assistant"] for row in rows.values())
@@ -231,6 +236,16 @@ FILES = {
         ("{model} -o {new} --prompts {p} --mix fox", 2, "'fox' is not SOURCE=N, with N at least 1"),
         ("{model} -o {new} --prompts {p} --mix fox=0", 2, "'fox=0' is not SOURCE=N"),
         ("{model} -o {new} --prompts {p} --mix =3", 2, "'=3' is not SOURCE=N"),
+        (
+            "{model} -o {new} --prompts {files}/self.txt --self-turns 2",
+            2,
+            "are for prompts that the model writes; give --self-prompts",
+        ),
+        (
+            "{model} -o {new} --self-prompts 3 --prompt-starts {files}/none.txt",
+            2,
+            "none.txt cannot be read: No such file or directory",
+        ),
         ("{model} -o {new} --self-prompts 3 --mix fox=3", 2, "--mix selects from --prompts, but there are none"),
         ("{model} -o {new} --prompts {p} --prompts {files}/again/prompts.jsonl", 2, "have the name 'prompts'"),
         ("{model} -o {new} --prompts {files}/self.txt --self-prompts 3", 2, "two sources of prompts have the name 'self'"),

@@ -42,8 +42,8 @@ class FakeCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in token_ids if token != EOS)
 
-    def opening(self) -> list[int]:
-        return [*map(ord, "user: ")]
+    def opening(self, messages: Sequence[Message] = (), start: str = "") -> list[int]:
+        return [*self.encode(messages), *map(ord, f"user: {start}")]
 
 
 class FakeAnswerer:
@@ -125,6 +125,47 @@ def test_the_model_prompts_itself(tmp_path: Path) -> None:
         row = rows[request.key.removesuffix(".prompt")]
         assert row.messages[0] == {"role": "user", "content": answerer.speak(request)}
         assert row.source == "self"
+
+
+def test_the_model_goes_on_with_the_first_words_of_a_prompt(tmp_path: Path) -> None:
+    answerer = FakeAnswerer()
+    rows, _ = run(tmp_path, self_prompted(4, starts=["Translate ", "Add "]), answerer)
+    own = {request.key: request for request in answerer.requests if request.key.endswith(".prompt")}
+    begun = [FakeCodec().decode(request.prompt_ids).removeprefix("user: ") for request in own.values()]
+    assert sorted(begun) == ["Add ", "Add ", "Translate ", "Translate "]
+    for key, request in own.items():
+        start = FakeCodec().decode(request.prompt_ids).removeprefix("user: ")
+        assert rows[key.removesuffix(".prompt")].messages[0]["content"] == start + answerer.speak(request)
+
+
+def test_the_model_writes_several_turns_of_a_conversation(tmp_path: Path) -> None:
+    answerer = FakeAnswerer()
+    rows, progress = run(tmp_path / "whole", own := self_prompted(2, starts=["Why "], turns=2), answerer)
+    second = rows["self-0.1"]
+    roles = [message["role"] for message in second.messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert second.messages[:2] == rows["self-0.0"].messages
+    asked = next(request for request in answerer.requests if request.key == "self-0.1.prompt")
+    assert list(asked.prompt_ids) == FakeCodec().opening(second.messages[:2])
+    assert second.messages[2]["content"] == answerer.speak(asked)  # without first words
+    assert (progress.done, progress.total) == (4, 4)
+    run(tmp_path / "stopped", own, FakeAnswerer(), stop_after=2)
+    assert run(tmp_path / "stopped", own, FakeAnswerer())[0] == rows
+
+
+def test_turns_after_an_unusable_one_are_not_asked(tmp_path: Path) -> None:
+    answerer = FakeAnswerer(
+        speak=lambda request: " " if request.key.endswith("1.prompt") else "yes"[: 2 + len(request.key) % 2]
+    )
+    rows, progress = run(tmp_path, self_prompted(1, turns=3), answerer)
+    assert list(rows) == ["self-0.0"]
+    assert (progress.done, progress.skipped) == (1, 2)
+
+
+def test_first_words_and_turns_are_part_of_the_digest() -> None:
+    plain = self_prompted(2)
+    others = [self_prompted(2, starts=["Why "]), self_prompted(2, turns=2), self_prompted(2, starts=["How "])]
+    assert len({loop.digest(own) for own in [plain, *others]}) == 4
 
 
 @pytest.mark.parametrize(("batch_size", "order"), [(1, 0), (2, 1), (5, 2), (100, 3)])
@@ -212,7 +253,7 @@ def test_a_prompt_may_be_just_as_long_as_the_limit(tmp_path: Path) -> None:
 def test_an_own_prompt_is_no_longer_than_prompts_may_be(tmp_path: Path) -> None:
     run(tmp_path, self_prompted(1), answerer := FakeAnswerer(), AnswerOptions(8, 20))
     assert answerer.requests[0].max_new_tokens == 20 - len(FakeCodec().opening())
-    with pytest.raises(OptionError, match="there are 6 tokens before the user's words"):
+    with pytest.raises(OptionError, match="there are 6 tokens before the words that it writes"):
         run(tmp_path, self_prompted(1), FakeAnswerer(), AnswerOptions(8, 6))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_heads.distill.prompts import Conversation, read_prompts, select, self_prompted
+from medusa_heads.distill.prompts import Conversation, read_prompts, read_starts, select, self_prompted
 from medusa_runtime import OptionError
 
 
@@ -126,6 +126,29 @@ def test_a_mix_of_an_unknown_source_is_refused() -> None:
         select(MANY, mix={"maths": 3, "poems": 5})
     with pytest.raises(OptionError, match=r"no prompt has the source 'poems'; the sources are: none$"):
         select([Conversation("a-1", user("why?"))], mix={"poems": 5})
+
+
+def test_first_words_are_lines_that_are_no_comments(tmp_path: Path) -> None:
+    (place := tmp_path / "starts.txt").write_text(
+        "# writing\n\nWrite a poem about \r\n  Summarize:\n", newline="", encoding="utf-8"
+    )
+    assert read_starts(place) == ["Write a poem about", "Summarize:"]
+    place.write_text("# nothing\n")
+    with pytest.raises(OptionError, match=r"starts.txt has no first words of prompts; each is a line of text"):
+        read_starts(place)
+
+
+def test_all_first_words_are_used_equally_often_in_an_order_of_the_seed() -> None:
+    starts = ["a", "b", "c"]
+    own = self_prompted(7, starts=starts, seed=3)
+    assert sorted(Counter(conversation.start for conversation in own).values()) == [2, 2, 3]
+    assert self_prompted(7, starts=starts, seed=3) == own
+    assert any(self_prompted(7, starts=starts, seed=seed) != own for seed in range(5))
+
+
+def test_the_starts_of_the_recipe_can_be_read() -> None:
+    starts = read_starts(Path(__file__).parents[2] / "recipes" / "prompt_starts.txt")
+    assert len(starts) == len(set(starts)) > 150
 
 
 def test_own_prompts_have_no_turns_and_keys_that_stay() -> None:

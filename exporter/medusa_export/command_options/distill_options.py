@@ -23,6 +23,15 @@ class DistillOptions:
         Field(description="a file of prompts: JSON lines (prompt, turns or messages), or text with one prompt per line"),
     ] = ()
     self_prompts: Annotated[int, Field(ge=0, description="number of prompts that the model writes itself")] = 0
+    prompt_starts: Annotated[
+        Path | None,
+        Field(
+            description="a text file of first words, one per line: each prompt that the model writes goes on with one of them"
+        ),
+    ] = None
+    self_turns: Annotated[
+        int, Field(ge=1, le=16, description="user's turns in each conversation whose prompts the model writes")
+    ] = 1
     mix: Annotated[dict[str, int], Field(description="the most prompts of each source; sources not named are dropped")] = field(
         default_factory=dict
     )

@@ -14,7 +14,7 @@ from medusa_export.progress import count_stage, note, stage
 from medusa_export.provenance import provenance
 from medusa_heads.distill import loop
 from medusa_heads.distill.answerer import Answerer, Codec
-from medusa_heads.distill.prompts import Conversation, read_prompts, select, self_prompted
+from medusa_heads.distill.prompts import Conversation, read_prompts, read_starts, select, self_prompted
 from medusa_heads.distill.store import AnswerStore, DataFacts, Settings, require_place
 from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
@@ -103,7 +103,10 @@ def _conversations(options: DistillOptions) -> list[Conversation]:
         raise OptionError("there are no prompts; give --prompts FILE, --self-prompts N, or both")
     if options.mix and not found:
         raise OptionError("--mix selects from --prompts, but there are none; give --prompts FILE")
-    own = self_prompted(options.self_prompts)
+    if not options.self_prompts and (options.prompt_starts is not None or options.self_turns > 1):
+        raise OptionError("--prompt-starts and --self-turns are for prompts that the model writes; give --self-prompts N, too")
+    starts = read_starts(options.prompt_starts) if options.prompt_starts is not None else ()
+    own = self_prompted(options.self_prompts, starts=starts, turns=options.self_turns, seed=options.seed)
     if repeated := [key for key, count in Counter(conversation.key for conversation in [*found, *own]).items() if count > 1]:
         name = repeated[0].rpartition("-")[0]
         raise OptionError(

@@ -49,4 +49,5 @@ class Codec(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
-    def opening(self) -> list[int]: ...  # token ids of a conversation up to the user's first words, or of any text
+    # token ids of a conversation up to the words that the user says next, or of any text; and of the first of these words
+    def opening(self, messages: Sequence[Message] = (), start: str = "") -> list[int]: ...

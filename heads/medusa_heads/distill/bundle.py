@@ -33,7 +33,7 @@ class BundleCodec:
         """The text of token ids, without special tokens."""
         return self.text.decode(token_ids)
 
-    def opening(self) -> list[int]:
+    def opening(self, messages: Tokens[Message] = (), start: str = "") -> list[int]:  # noqa: ARG002 - the interface has them
         """Not supported: finding the text before the user's words needs a checkpoint's tokenizer."""
         raise OptionError("--self-prompts does not work with a bundle; use its checkpoint, or give --prompts")
 

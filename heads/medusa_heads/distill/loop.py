@@ -60,18 +60,24 @@ class _Talk:
 
     @property
     def num_turns(self) -> int:
-        return len(self.conversation.turns) or 1
+        return len(self.conversation.turns) or self.conversation.own_turns
 
     @property
     def key(self) -> str:
         return f"{self.conversation.key}.{self.turn}"
+
+    @property
+    def start(self) -> str:
+        """The first words of the next prompt that the model writes."""
+        return "" if self.turn else self.conversation.start
 
 
 def digest(conversations: Sequence[Conversation]) -> str:
     """SHA-256 over conversations in their order."""
     whole = hashlib.sha256()
     for conversation in conversations:
-        whole.update(repr((conversation.key, conversation.turns)).encode())
+        own = (conversation.start, conversation.own_turns) if conversation.start or conversation.own_turns != 1 else ()
+        whole.update(repr((conversation.key, conversation.turns, *own)).encode())
     return whole.hexdigest()
 
 
@@ -104,8 +110,8 @@ class _Run:
         self.codec, self.store, self.options = codec, store, options
         talks = [_Talk(conversation) for conversation in conversations]
         self.progress = Progress(total=sum(talk.num_turns for talk in talks))
-        self.opening = self._opening() if any(not conversation.turns for conversation in conversations) else []
-        self.own_prompts = {row.messages[0]["content"] for row in store.rows.values() if row.source == "self"}
+        self._require_own_prompts(conversations)
+        self.own_prompts = {row.messages[-2]["content"] for row in store.rows.values() if row.source == "self"}
         self.asked: dict[str, _Talk] = {}  # unfinished requests, by key
         self.follow_ups: deque[Request] = deque()
         self.fresh = self._windows(talks)
@@ -119,8 +125,9 @@ class _Run:
         said = self.codec.decode(answer.token_ids)
         if answer.request.key.endswith(OWN_PROMPT):
             is_whole = answer.finish_reason == "stop" or not self.codec.is_chat
+            said = talk.start + said
             if not is_whole or not said.strip() or said in self.own_prompts:
-                self.progress.skipped += 1
+                self.progress.skipped += talk.num_turns - talk.turn
                 return
             self.own_prompts.add(said)
             talk.messages.append({"role": "user", "content": said})
@@ -135,15 +142,18 @@ class _Run:
         if follow_up is not None:
             self.follow_ups.append(follow_up)
 
-    def _opening(self) -> list[int]:
-        opening = self.codec.opening()
-        if not 0 < len(opening) < self.options.max_prompt_tokens:
-            limit = self.options.max_prompt_tokens
-            raise OptionError(
-                f"the model cannot write its own prompts: there are {len(opening)} tokens before the user's words; "
-                f"there must be 1 to {limit - 1} (one less than --max-prompt-tokens); use --prompts instead"
-            )
-        return opening
+    def _require_own_prompts(self, conversations: Sequence[Conversation]) -> None:
+        """Check that the model can write the prompts that it is to write."""
+        own = [conversation for conversation in conversations if not conversation.turns]
+        if any(conversation.own_turns > 1 for conversation in own) and not self.codec.is_chat:
+            raise OptionError("this model has no chat template, so it cannot write several turns; leave --self-turns out")
+        limit = self.options.max_prompt_tokens
+        for start in sorted({conversation.start for conversation in own}):
+            if not 0 < (length := len(self.codec.opening((), start))) < limit:
+                raise OptionError(
+                    f"the model cannot write its own prompts: there are {length} tokens before the words that it writes; "
+                    f"there must be 1 to {limit - 1} (one less than --max-prompt-tokens); use --prompts instead"
+                )
 
     def _windows(self, talks: Sequence[_Talk]) -> Iterator[Request]:
         for start in range(0, len(talks), WINDOW):
@@ -168,12 +178,16 @@ class _Run:
         talk.messages += talk.conversation.turns[talk.turn]
         return self._answer_request(talk)
 
-    def _prompt_request(self, talk: _Talk) -> Request:
+    def _prompt_request(self, talk: _Talk) -> Request | None:
         temperature, seed = self.options.prompt_temperature, self._seed(key := talk.key + OWN_PROMPT)
+        opening = self.codec.opening(talk.messages, talk.start)
         most = OWN_PROMPT_TOKENS if self.codec.is_chat else OWN_BEGINNING_TOKENS
-        max_new_tokens = min(most, self.options.max_prompt_tokens - len(self.opening))
+        max_new_tokens = min(most, self.options.max_prompt_tokens - len(opening))
+        if max_new_tokens < 1:  # the turns before leave no room
+            self.progress.skipped += talk.num_turns - talk.turn
+            return None
         self.asked[key] = talk
-        return Request(key, (), tuple(self.opening), max_new_tokens, temperature, seed)
+        return Request(key, (), tuple(opening), max_new_tokens, temperature, seed)
 
     def _answer_request(self, talk: _Talk) -> Request | None:
         try:

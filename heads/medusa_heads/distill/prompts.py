@@ -25,6 +25,8 @@ class Conversation:
     # the messages before each of the model's answers; empty: the model writes the prompt
     turns: tuple[tuple[Message, ...], ...]
     source: str = ""
+    start: str = ""  # the first words of a prompt that the model writes
+    own_turns: int = 1  # the user's turns, if the model writes them
 
 
 def read_prompts(path: str | Path) -> list[Conversation]:
@@ -36,12 +38,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
         OptionError: the file cannot be read, is empty, or has a bad row; the message gives the row's number.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may contain other separators
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path} is not UTF-8 text") from error
-    except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+    lines = _read_text(path).split("\n")  # not splitlines: JSON strings may contain other separators
     as_json = path.suffix.lower() in {".jsonl", ".json"}
     stem = path.stem.encode(errors="replace").decode()  # a file's name may not be valid text
     conversations = []
@@ -55,14 +52,36 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     return conversations
 
 
-def self_prompted(count: int) -> list[Conversation]:
-    """Conversations in which the model also writes the user's turn.
+def read_starts(path: str | Path) -> list[str]:
+    """Read the first words of prompts from a text file with one per line. Empty lines and lines that begin with # are left out.
+
+    Raises:
+        OptionError: the file cannot be read, or has no line that counts.
+    """
+    starts = [line.strip() for line in _read_text(Path(path)).split("\n")]
+    starts = [line for line in starts if line and not line.startswith("#")]
+    if not starts:
+        raise OptionError(f"{path} has no first words of prompts; each is a line of text")
+    return starts
+
+
+def self_prompted(count: int, *, starts: Sequence[str] = (), turns: int = 1, seed: int = 0) -> list[Conversation]:
+    """Conversations in which the model also writes the user's turns.
 
     Given its chat template up to the user's words, an instruction-tuned model continues with a question like those that it was
     tuned on. Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing". A base
-    model writes the beginning of a text.
+    model writes the beginning of a text. Given first words, the model goes on with them, so they decide which kinds of prompts
+    there are.
+
+    Args:
+        count: number of conversations.
+        starts: the first words of the prompts. All are used equally often.
+        turns: the user's turns in each conversation. Those after the first have no first words.
+        seed: the seed of the order of `starts`.
     """
-    return [Conversation(f"self-{index}", (), "self") for index in range(count)]
+    ordered = list(starts) or [""]
+    random.Random(seed).shuffle(ordered)  # noqa: S311 - not used for security
+    return [Conversation(f"self-{index}", (), "self", ordered[index % len(ordered)], turns) for index in range(count)]
 
 
 def only_text(messages: Sequence[Message]) -> str:
@@ -115,6 +134,15 @@ def select(
     if not chosen:
         raise OptionError("--mix and --limit leave no prompts; change them")
     return chosen
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
