@@ -34,6 +34,8 @@ def target_ranks(
 ) -> IntArray:
     """The rank (from 0) of the right token in each head's guesses, at each row. TOP_K stands for all further ranks. [n, K]
 
+    Heads with a draft vocabulary guess only its tokens, as exported heads do. For other tokens, the rank is TOP_K.
+
     Args:
         heads: the heads, in the precision of the LM head.
         lm_head: the backbone's LM head.
@@ -44,6 +46,10 @@ def target_ranks(
     index = np.arange(len(states.next_ids)) if rows is None else rows
     parameter = next(lm_head.parameters())
     ranks = np.full((len(index), heads.config.num_heads), NOT_VALID, np.int64)
+    drafted = None
+    if heads.draft_ids is not None:
+        drafted = torch.zeros(heads.vocab_size, dtype=torch.bool, device=parameter.device)  # [V]
+        drafted[heads.draft_ids] = True
     for start in range(0, len(index), ROWS):
         part = index[start : start + ROWS]
         targets = torch.from_numpy(states.targets(part, heads.config.num_heads)).to(parameter.device)  # [n, K]
@@ -54,7 +60,11 @@ def target_ranks(
             right = logits.gather(1, target)
             after = torch.arange(logits.shape[1], device=logits.device) > target  # of equal logits, the lower id ranks first
             worse = (logits < right) | ((logits == right) & after)  # [n, V], false for NaN
+            if drafted is not None:
+                worse |= ~drafted
             rank = logits.shape[1] - 1 - worse.sum(1)
+            if drafted is not None:
+                rank = rank.masked_fill(~drafted[target[:, 0]], TOP_K)
             rank = rank.clamp(max=TOP_K).masked_fill(targets[:, k] < 0, NOT_VALID)
             ranks[start : start + ROWS, k] = rank.cpu().numpy()
     return ranks

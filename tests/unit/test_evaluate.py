@@ -77,17 +77,20 @@ def judged(shared: bool = True, **settings: Any) -> tuple[MedusaHeads, nn.Linear
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("reads_root", [True, False])
-def test_ranks_count_the_tokens_that_a_head_likes_better(shared, reads_root, monkeypatch) -> None:
+@pytest.mark.parametrize("drafted", [None, range(0, V, 2), range(3)])
+def test_ranks_count_the_drafted_tokens_that_a_head_likes_better(drafted, shared, reads_root, monkeypatch) -> None:
     monkeypatch.setattr("medusa_heads.evaluate.ROWS", 4)
     heads, lm_head, states = judged(shared, reads_root=reads_root)
-    heads.draft_ids = list(range(0, V, 2))
+    heads.draft_ids = None if drafted is None else list(drafted)
+    known = np.arange(V) if drafted is None else np.array(drafted)
     rows, root_ids = torch.from_numpy(states.rows.astype(np.float32)), torch.from_numpy(states.next_ids)
     logits = heads(rows, lm_head, root_ids).detach().numpy()  # [P, K, V]
     targets = states.targets(np.arange(17), 3)
     ranks = target_ranks(heads, lm_head, states)
     for row, k in itertools.product(range(17), range(3)):
-        place = list(np.argsort(-logits[row, k])).index(targets[row, k]) if targets[row, k] >= 0 else NOT_VALID
-        assert ranks[row, k] == min(place, TOP_K)
+        guesses = known[np.argsort(-logits[row, k, known])].tolist()
+        place = guesses.index(targets[row, k]) if targets[row, k] in guesses else TOP_K
+        assert ranks[row, k] == (NOT_VALID if targets[row, k] < 0 else min(place, TOP_K))
     some = np.array([9, 0, 16])
     assert (target_ranks(heads, lm_head, states, some) == ranks[some]).all()
 
