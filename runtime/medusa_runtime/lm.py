@@ -233,7 +233,12 @@ class MedusaLM:
         return self._worker.health()
 
     def close(self) -> None:
-        """End all requests under way with `ClosedError`, refuse new ones, and free the memory of the model."""
+        """End all requests under way with `ClosedError`, refuse new ones, and free the memory of the model.
+
+        In a child of a fork, nothing happens: threads, graphs and cache are the parent's.
+        """
+        if not self._worker.is_of_this_process:
+            return
         self._worker.stop()
         with self._closing:
             self._worker.join()
