@@ -259,6 +259,15 @@ def test_arguments_are_checked_before_the_weights_are_read(bundle, monkeypatch) 
         {"num_threads": -1},
         {"max_gap_seconds": 0},
         {"max_cache_bytes": "1 GB"},
+        {"tree": 5},
+        {"costs": 5},
+        {"device": 5},
+        {"reuse_prefixes": "no"},
+        {"prompt_lookup": "no"},
+        {"cuda_graphs": "no"},
+        {"verify_files": 0},
+        {"allow_failed": "no"},
+        {"allow_engine_code": "no"},
     ):
         with pytest.raises(MedusaError, match=next(iter(fields)).partition("_")[0]):
             MedusaLM.from_bundle(bundle, **fields)

@@ -81,7 +81,6 @@ class DecodingSequence:
         self.guesses: HeadGuesses | None = None  # the heads', for what follows the root
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
-        self.stop_token_id: int | None = None  # the token that ended the answer
         self.stats = DecodingStats()
         self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens from the second on, as far as they are read
         self.since = time.perf_counter() if since is None else since
@@ -178,7 +177,7 @@ class DecodingSequence:
         kept = tokens[: self.remaining]
         end = next((place for place, token in enumerate(kept) if token in self.end_ids), None)
         if end is not None:
-            kept, self.finish_reason, self.stop_token_id = kept[: end + 1], "stop", kept[end]
+            kept, self.finish_reason = kept[: end + 1], "stop"
         elif len(kept) == self.remaining:
             self.finish_reason = "length"
         logprobs = None
