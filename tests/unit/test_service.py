@@ -680,6 +680,43 @@ def test_a_model_without_numbers_is_an_error_and_leaves_nothing_to_others() -> N
             lm.generate(prompt + "uvwxyzabcdefg" * 2, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_device_that_does_not_tell_whether_numbers_are_finite_is_found_out_by_its_heads(beside) -> None:
+    """On GPUs, greedy decoding sees token ids alone. The heads read the model's numbers, so they have none either."""
+    backend = FakeBackend("always", fake_manifest(max_seq_len=300))
+    step, propose = backend.step, backend.propose
+
+    def is_ill(context) -> bool:
+        return context[0] == LETTERS.index("z") and len(context) > 30
+
+    def ill_step(*args, **kwargs):
+        output = step(*args, **kwargs)
+        for row, contexts in enumerate(backend.contexts):
+            for place in [place for place, context in enumerate(contexts) if is_ill(context)]:
+                output.greedy_ids[row, place] = 0
+                if output.logits is not None:
+                    output.logits[row, place] = np.nan
+        return output
+
+    def ill_propose(rows, root_ids):
+        output = propose(rows, root_ids)
+        for row, contexts in enumerate(backend.contexts):
+            if is_ill(contexts[rows[row]]):
+                output.log_probs[row] = np.nan
+        return output
+
+    backend.step, backend.propose = ill_step, ill_propose
+    prompt = "zabcdefghijklmnopqrst"
+    with service(backend=backend, max_batch_size=2) as lm:
+        other = lm.submit("abc", max_new_tokens=100) if beside else None
+        with pytest.raises(BackendError, match="not finite"):
+            lm.generate(prompt, max_new_tokens=60)
+        assert lm.generate(prompt, max_new_tokens=5).stats.num_cached_tokens == 0
+        with pytest.raises(BackendError, match="not finite"):
+            lm.generate(prompt + "uvwxyzabcdefg", max_new_tokens=60)  # already in the prompt
+        assert other is None or other.result(30).text == text_of("abc", 100)
+
+
 def test_a_cache_that_cannot_shrink_stays() -> None:
     backend = FakeBackend("sometimes", fake_manifest(max_seq_len=2000))
     engine = DecodingEngine(backend, max_batch_size=2)

@@ -25,7 +25,7 @@ from medusa_runtime.decoding.checks import (
 from medusa_runtime.decoding.loop import generate
 from medusa_runtime.decoding.prefill import CHUNK, FIRST_GAP_SECONDS, GAP_STEPS, Pass, PromptReader
 from medusa_runtime.decoding.proposer import Proposer, StepDrafts
-from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
+from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, Rows, SequenceStep
 from medusa_runtime.decoding.slots import CacheUse, SlotPool
 from medusa_runtime.decoding.stats import DecodingStats, StepCounts
 from medusa_runtime.drafting.costs import Costs, moving_average
@@ -264,6 +264,7 @@ class DecodingEngine:
                 if not sequence.is_finished:
                     accepted[row] = self._accept(row, sequence, step, accepted[row], output)
         seconds += self._proposer.go_on(sequences, step, batch.width, accepted)
+        _trust(sequences, output)
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
             stats.num_passes += 1
@@ -296,8 +297,9 @@ class DecodingEngine:
         logits = None if output.logits is None else output.logits[row]
         if logits is not None and sequence.needs_logits:
             accepted = sequence.accept(draft, logits)
-        if not output.is_row_finite(row, *accepted.nodes):
+        if not output.is_row_finite(row, *accepted.nodes) or (sequence.is_suspect and not _are_finite(logits, accepted)):
             raise not_finite()
+        sequence.is_suspect = False
         slot = self._slots[row]
         if accepted.nodes[-1] >= len(accepted.nodes):  # else they stand there already
             self.backend.commit(row, slot.length, np.array(accepted.nodes))
@@ -360,6 +362,7 @@ class DecodingEngine:
                     self._slots.start_decoding(sequence)
         try:
             self._proposer.ask(done.sequences, done.last_rows.tolist(), root_ids)  # incomplete ones do not use their guesses
+            _trust(done.sequences, done.output)
         except Exception as error:  # noqa: BLE001 - as for a step that fails
             for row in done.complete:
                 self._blame(done.sequences[row], error)
@@ -423,5 +426,18 @@ class DecodingEngine:
     def _drop(self, sequence: DecodingSequence) -> None:
         """Take a finished sequence out of the engine."""
         self._reader.remove(sequence)
-        self._slots.release(sequence, keep=sequence.error is None)
+        self._slots.release(sequence, keep=sequence.error is None and not sequence.is_suspect)
         self._reader.has_memory = True
+
+
+def _are_finite(logits: Rows | None, accepted: Accepted) -> bool:
+    """Whether the model's numbers are finite after the accepted nodes. logits: [N, V]"""
+    assert logits is not None  # `needs_logits`
+    return bool(np.isfinite(logits[accepted.nodes].max(axis=-1)).all())
+
+
+def _trust(sequences: Sequence[DecodingSequence], output: StepOutput) -> None:
+    """Suspect no sequence if the device itself tells whether the model's numbers are finite: the heads alone computed NaN."""
+    if output.finite is not None:
+        for sequence in sequences:
+            sequence.is_suspect = False

@@ -79,6 +79,7 @@ class DecodingSequence:
         self.end_ids, self.drafter, self.guide = end_ids, drafter, guide
         self.shaper = LogitsShaper(request.options, request.prompt_ids, end_ids, guide)
         self.guesses: HeadGuesses | None = None  # the heads', for what follows the root
+        self.is_suspect = False  # the heads computed NaN: the next step's logits will say whether the model does, too
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
         self.stats = DecodingStats()
@@ -127,7 +128,8 @@ class DecodingSequence:
     @property
     def needs_logits(self) -> bool:
         """Whether a step has to give logits: the model's most likely tokens alone do not decide."""
-        return self.options.is_sampled or not self.shaper.is_identity or self.options.logprobs is not None
+        asked = self.options.is_sampled or not self.shaper.is_identity or self.options.logprobs is not None
+        return asked or self.is_suspect
 
     @property
     def has_fixed_tree(self) -> bool:
