@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
+
 from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.decoding.engine import DecodingEngine
@@ -180,7 +182,7 @@ class MedusaLM:
         """
         if not isinstance(prompts, Sequence) or not prompts:
             raise OptionError("there is no prompt; generate_batch takes a list of prompts")
-        if isinstance(prompts, str) or isinstance(prompts[0], int | Mapping):
+        if isinstance(prompts, str) or isinstance(prompts[0], int | np.integer | Mapping):
             raise OptionError("prompts is a single prompt; generate_batch takes a list of prompts, and generate takes one")
         checked = GenerationOptions.of(options, **fields)
         requests = [self._request(prompt, checked) for prompt in prompts]
@@ -219,7 +221,16 @@ class MedusaLM:
         Args:
             batch_sizes: how many answers are decoded side by side.
             max_new_tokens: tokens of each answer.
+
+        Raises:
+            OptionError: a batch size is not between 1 and the most answers that are decoded at a time.
         """
+        most = self.engine.max_batch_size
+        if not isinstance(batch_sizes, Sequence):
+            raise OptionError(f"batch_sizes is {batch_sizes!r}; it must be a list of whole numbers from 1 to {most}")
+        for size in batch_sizes:
+            if type(size) is not int or not 1 <= size <= most:
+                raise OptionError(f"batch_sizes holds {size!r}; it must be a whole number from 1 to {most}")
         options = GenerationOptions(max_new_tokens=max_new_tokens, ignore_eos=True)
         for size in batch_sizes:
             self.generate_batch([[number % self.manifest.model.vocab_size] * 16 for number in range(size)], options)
@@ -233,7 +244,12 @@ class MedusaLM:
         return self._worker.health()
 
     def close(self) -> None:
-        """End all requests under way with `ClosedError`, refuse new ones, and free the memory of the model."""
+        """End all requests under way with `ClosedError`, refuse new ones, and free the memory of the model.
+
+        In a child of a fork, nothing happens: threads, graphs and cache are the parent's.
+        """
+        if not self._worker.is_of_this_process:
+            return
         self._worker.stop()
         with self._closing:
             self._worker.join()
@@ -271,8 +287,8 @@ class MedusaLM:
         return Request(decoding, self._guides(options), stop, special_stops, since, options.skip_special_tokens)
 
     def _prompt_ids(self, prompt: AnyPrompt, options: GenerationOptions) -> list[int]:
-        if isinstance(prompt, Sequence) and prompt and all(type(part) is int for part in prompt):
-            return list(cast("Sequence[int]", prompt))
+        if isinstance(prompt, Sequence) and prompt and all(map(_is_token_id, prompt)):
+            return [int(token) for token in cast("Sequence[int]", prompt)]
         limit = self.manifest.limits.max_seq_len
         return self.codec.encode(
             cast("Prompt", prompt),
@@ -298,6 +314,10 @@ class MedusaLM:
             return [None] * options.n
         guide = self._grammars.compile(options.structure)
         return [guide, *(guide.copy() for _ in range(options.n - 1))]
+
+
+def _is_token_id(part: object) -> bool:
+    return isinstance(part, int | np.integer) and not isinstance(part, bool)
 
 
 def _check_queue(max_queue: int) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from medusa_runtime.backends.choosing import AUTO, Placement, choose_backend, open_placement
 from medusa_runtime.bundle.cpu import Spin, check_num_threads, check_spin, device_key, memory_limit
 from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
-from medusa_runtime.decoding.checks import check_limits, check_tree, checked_batch_size
+from medusa_runtime.decoding.checks import check_costs, check_limits, check_tree, checked_batch_size
 from medusa_runtime.decoding.engine import LOOKUP_NODES, DecodingEngine
 from medusa_runtime.drafting.corrected import CorrectedCosts
 from medusa_runtime.drafting.costs import Costs, LearnedCosts, StepCosts, fitting_nodes
@@ -43,6 +43,14 @@ def open_engine(
     allow_engine_code: bool = False,
 ) -> DecodingEngine:
     """Open a bundle, and an engine on it. Arguments and errors are those of `MedusaLM.from_bundle`."""
+    _check_flags(
+        reuse_prefixes=reuse_prefixes,
+        prompt_lookup=prompt_lookup is not None and prompt_lookup,
+        cuda_graphs=cuda_graphs is not None and cuda_graphs,
+        verify_files=verify_files,
+        allow_failed=allow_failed,
+        allow_engine_code=allow_engine_code,
+    )
     path = Path(path).resolve()  # a later change of the working directory does not matter
     manifest = Manifest.load(path)
     if manifest.validation.status == "failed" and not allow_failed:
@@ -53,8 +61,7 @@ def open_engine(
     max_batch_size, num_threads = checked_batch_size(manifest, max_batch_size), check_num_threads(num_threads)
     check_spin(spin)
     check_limits(max_gap_seconds, max_cache_bytes)
-    if isinstance(costs, str) and costs not in ("auto", "learn", "measure"):
-        raise OptionError(f"costs is {costs!r}; it must be 'auto', 'learn', 'measure', a table of costs or None")
+    check_costs(costs, "auto", "learn", "measure")
     if tree is not None:
         check_tree(manifest, tree)
     placement = choose_backend(manifest, backend, device)
@@ -96,6 +103,13 @@ def open_engine(
         max_gap_seconds=max_gap_seconds,
         max_cache_bytes=max_cache_bytes,
     )
+
+
+def _check_flags(**flags: bool) -> None:
+    """Refuse values that are neither True nor False: any text, even "no", would count as yes."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} is {value!r}; it must be True or False")
 
 
 def _tell(placement: Placement, asked: str) -> None:

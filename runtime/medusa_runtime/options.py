@@ -179,7 +179,9 @@ class GenerationOptions(DecodingOptions):
     json_schema: Mapping[str, Any] | None = Field(None, description="the answer is JSON that this schema allows")
     regex: str | None = Field(None, description="the answer matches this whole expression")
     choice: tuple[str, ...] = Field((), description="the answer is one of these texts")
-    grammar: str | None = Field(None, description="the answer follows this grammar, written in Lark's form or in EBNF")
+    grammar: str | None = Field(
+        None, description="the answer follows this grammar, in llguidance's Lark form or llama.cpp's GBNF"
+    )
 
     @field_validator("stop", "choice", mode="before")
     @classmethod

@@ -259,6 +259,15 @@ def test_arguments_are_checked_before_the_weights_are_read(bundle, monkeypatch) 
         {"num_threads": -1},
         {"max_gap_seconds": 0},
         {"max_cache_bytes": "1 GB"},
+        {"tree": 5},
+        {"costs": 5},
+        {"device": 5},
+        {"reuse_prefixes": "no"},
+        {"prompt_lookup": "no"},
+        {"cuda_graphs": "no"},
+        {"verify_files": 0},
+        {"allow_failed": "no"},
+        {"allow_engine_code": "no"},
     ):
         with pytest.raises(MedusaError, match=next(iter(fields)).partition("_")[0]):
             MedusaLM.from_bundle(bundle, **fields)
@@ -295,3 +304,25 @@ for chunk in lm.stream("the quick", max_new_tokens=200, ignore_eos=True):
     for _ in range(4):
         done = subprocess.run([sys.executable, "-c", program, os.fspath(bundle)], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("work", ["lm.close()", "lm.engine.backend.close()", "del lm, unused; gc.collect()"])
+def test_a_child_of_a_fork_can_close_and_drop_a_model(bundle, work) -> None:
+    """The child has none of ONNX Runtime's threads, and freeing a session waits for them."""
+    program = f"""
+import gc, os, signal, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from medusa_runtime import MedusaLM
+lm, unused = (MedusaLM.from_bundle(sys.argv[1], verify_files=False, num_threads=2) for _ in range(2))
+lm.generate("the quick", max_new_tokens=3)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    {work}
+    os._exit(5)
+_, status = os.waitpid(pid, 0)
+print(os.waitstatus_to_exitcode(status), lm.generate("the quick", max_new_tokens=3).finish_reason)
+"""
+    done = subprocess.run([sys.executable, "-c", program, os.fspath(bundle)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("5 length\n", "")

@@ -336,7 +336,7 @@ def test_a_step_that_fails_ends_those_on_it_and_the_engine_goes_on() -> None:
     assert waiting[2].token_ids == greedy([3], 9)
 
 
-def test_without_memory_the_longest_sequence_ends_and_the_others_go_on(monkeypatch) -> None:
+def test_a_sequence_that_does_not_fit_alone_ends_and_the_others_go_on(monkeypatch) -> None:
     backend = FakeBackend("never")
     whole = backend.resize
 

@@ -166,9 +166,9 @@ def test_each_message_has_the_form_that_the_template_reads_in_its_place(made) ->
     [
         ([], "there are no messages"),
         ((), "there are no messages"),
-        (b"x", "the prompt is b'x'; it must be text, or a list of messages"),
-        ({"role": "user", "content": "x"}, "it must be text, or a list of messages"),
-        (7, "it must be text, or a list of messages"),
+        (b"x", "the prompt is b'x'; it must be text, a list of messages or a list of token ids"),
+        ({"role": "user", "content": "x"}, "it must be text, a list of messages or a list of token ids"),
+        (7, "it must be text, a list of messages or a list of token ids"),
         (["x"], r"messages\[0\] is 'x'; a message is an object with role and content"),
         ([{"text": "x"}], r"messages\[0\] is .*; a message is an object with role and content"),
         ([{"role": 3, "content": "x"}], "role and content"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from medusa_runtime import BundleError, CapacityError, OptionError
+from medusa_runtime.text import tokenising
 from medusa_runtime.text.bounds import LengthBound
 from medusa_runtime.text.codec import TextCodec
 from medusa_runtime.text.token_bytes import byte_letters
@@ -128,6 +132,32 @@ def test_what_the_tokenizer_puts_behind_a_text_stays_there(tmp_path) -> None:
 
 
 # Texts that are too long
+
+
+@pytest.mark.parametrize("options", [{"raw": True}, {}, {"plain_content": True}, {"raw": True, "plain_content": True}])
+def test_a_long_text_has_the_tokens_it_always_has(codec, options, monkeypatch) -> None:
+    text = "the quick <|user|> brown\n fox </s> " * 500
+    assert len(text) > tokenising.LONG
+    long = codec.encode(text, **options)
+    monkeypatch.setattr(tokenising, "LONG", 2 * len(text))
+    assert codec.encode(text, **options) == long
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenised(codec) -> None:
+    """Python's lock is free meanwhile: event loops and the thread that decodes do not wait."""
+    done, num_ticks = threading.Event(), itertools.count()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            next(num_ticks)
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(tick)
+        before = next(num_ticks)
+        codec.encode("the quick brown fox " * 50_000, raw=True)
+        during = next(num_ticks) - before
+        done.set()
+    assert during > 10  # with the lock held: one or two
 
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(codec, monkeypatch) -> None:

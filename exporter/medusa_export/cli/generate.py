@@ -32,7 +32,9 @@ LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that n
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
 @click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
 @click.option(
-    "--grammar", type=click.Path(path_type=Path), help="File with a grammar, in Lark or EBNF, that the answer must match."
+    "--grammar",
+    type=click.Path(path_type=Path),
+    help="File with a grammar, in llguidance's Lark form or llama.cpp's GBNF, that the answer must match.",
 )
 @click.option(
     "--tree", "tree_file", type=click.Path(path_type=Path), help="File with a candidate tree as JSON: choices or parents."

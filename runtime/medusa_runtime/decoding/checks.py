@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medusa_runtime.bundle.manifest import Manifest
+from medusa_runtime.drafting.costs import Costs
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import CapacityError, ContextLengthError, OptionError
 from medusa_runtime.options import DecodingOptions
@@ -60,10 +61,13 @@ def check_tree(manifest: Manifest, tree: CandidateTree | DynamicTree) -> None:
     """Refuse a tree that the bundle cannot verify.
 
     Raises:
+        OptionError: it is no tree.
         TreeError: it is deeper or wider than the heads.
         CapacityError: it has more nodes than the bundle's engines take.
     """
     heads, limits = manifest.heads, manifest.limits
+    if not isinstance(tree, CandidateTree | DynamicTree):
+        raise OptionError(f"tree is {tree!r}; it must be a CandidateTree, a DynamicTree or none")
     if isinstance(tree, CandidateTree):
         tree.check_fits(heads.num_heads, heads.top_k)
     if limits.max_tree_nodes is not None and tree.num_nodes > limits.max_tree_nodes:
@@ -88,6 +92,16 @@ def checked_batch_size(manifest: Manifest, max_batch_size: int | None) -> int:
     if largest is not None and max_batch_size > largest:
         raise CapacityError(f"max_batch_size is {max_batch_size}, the bundle takes {largest}")
     return max_batch_size
+
+
+def check_costs(costs: Costs | str | None, *names: str) -> None:
+    """Refuse anything but a table of costs, costs that are learned, None, or one of some names.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if costs is not None and costs not in names and not hasattr(costs, "observe_heads"):
+        raise OptionError(f"costs is {costs!r}; it must be {', '.join([*map(repr, names), 'StepCosts, LearnedCosts or None'])}")
 
 
 def check_limits(max_gap_seconds: float | None, max_cache_bytes: int | None) -> None:

@@ -14,11 +14,18 @@ import numpy as np
 
 from medusa_runtime.arrays import TokenBuffer
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
-from medusa_runtime.decoding.checks import DecodingRequest, check_limits, check_request, check_tree, checked_batch_size
+from medusa_runtime.decoding.checks import (
+    DecodingRequest,
+    check_costs,
+    check_limits,
+    check_request,
+    check_tree,
+    checked_batch_size,
+)
 from medusa_runtime.decoding.loop import generate
 from medusa_runtime.decoding.prefill import CHUNK, FIRST_GAP_SECONDS, GAP_STEPS, Pass, PromptReader
 from medusa_runtime.decoding.proposer import Proposer, StepDrafts
-from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, SequenceStep
+from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, Rows, SequenceStep
 from medusa_runtime.decoding.slots import CacheUse, SlotPool
 from medusa_runtime.decoding.stats import DecodingStats, StepCounts
 from medusa_runtime.drafting.costs import Costs, moving_average
@@ -27,7 +34,7 @@ from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.drafting.proposals import Drafter, candidates_for
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
-from medusa_runtime.errors import CapacityError, OptionError, QueueTimeoutError, is_failure
+from medusa_runtime.errors import CapacityError, QueueTimeoutError, is_failure
 from medusa_runtime.options import DecodingOptions
 from medusa_runtime.sampling.acceptance import Accepted, accept_greedy
 
@@ -77,8 +84,7 @@ class DecodingEngine:
         max_gap_seconds: float | None = None,
         max_cache_bytes: int | None = None,
     ) -> None:
-        if costs is not None and not hasattr(costs, "observe_heads"):
-            raise OptionError(f"costs is {costs!r}; it must be StepCosts, LearnedCosts or none")
+        check_costs(costs)
         check_limits(max_gap_seconds, max_cache_bytes)
         self.backend = backend
         self.tree = tree or CandidateTree.from_json(backend.manifest.tree)
@@ -195,6 +201,7 @@ class DecodingEngine:
         self._end_overdue()
         self._decode()
         self._read_prompts()
+        self._refuse_late()
         news, self._news = list(self._news.values()), {}
         for sequence in news:
             if sequence.is_finished:
@@ -257,6 +264,7 @@ class DecodingEngine:
                 if not sequence.is_finished:
                     accepted[row] = self._accept(row, sequence, step, accepted[row], output)
         seconds += self._proposer.go_on(sequences, step, batch.width, accepted)
+        _trust(sequences, output)
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
             stats.num_passes += 1
@@ -289,8 +297,9 @@ class DecodingEngine:
         logits = None if output.logits is None else output.logits[row]
         if logits is not None and sequence.needs_logits:
             accepted = sequence.accept(draft, logits)
-        if not output.is_row_finite(row, *accepted.nodes):
+        if not output.is_row_finite(row, *accepted.nodes) or (sequence.is_suspect and not _are_finite(logits, accepted)):
             raise not_finite()
+        sequence.is_suspect = False
         slot = self._slots[row]
         if accepted.nodes[-1] >= len(accepted.nodes):  # else they stand there already
             self.backend.commit(row, slot.length, np.array(accepted.nodes))
@@ -353,6 +362,7 @@ class DecodingEngine:
                     self._slots.start_decoding(sequence)
         try:
             self._proposer.ask(done.sequences, done.last_rows.tolist(), root_ids)  # incomplete ones do not use their guesses
+            _trust(done.sequences, done.output)
         except Exception as error:  # noqa: BLE001 - as for a step that fails
             for row in done.complete:
                 self._blame(done.sequences[row], error)
@@ -378,19 +388,24 @@ class DecodingEngine:
             stats.queue_seconds += waited
 
     def _end_overdue(self) -> None:
-        """End the sequences that have passed their deadline, or their longest wait in the queue."""
+        """End the sequences that have passed their deadline."""
         now = time.perf_counter()
         for sequence in [*self._reader.waiting, *self._slots.active]:
             deadline = sequence.options.deadline_seconds
             if deadline is not None and now - sequence.since >= deadline:
                 sequence.finish("deadline")
                 self._news[sequence.id] = sequence
-        for sequence in self._reader.waiting:
-            longest = sequence.options.max_queue_seconds
-            if longest is not None and now - sequence.since >= longest and not sequence.stats.num_prompt_tokens:
-                self._blame(sequence, QueueTimeoutError(f"the request waited {longest:g} s for a slot (max_queue_seconds)"))
         for sequence in self._news.values():
             self._drop(sequence)
+
+    def _refuse_late(self) -> None:
+        """End the sequences that still wait for a slot, and have passed their longest wait. A free slot is never refused."""
+        now = time.perf_counter()
+        for sequence in self._reader.waiting:
+            longest, had_slot = sequence.options.max_queue_seconds, sequence.stats.num_prompt_tokens > 0
+            if longest is None or had_slot or now - sequence.since < longest or sequence in self._reader.held_back:
+                continue
+            self._blame(sequence, QueueTimeoutError(f"the request waited {longest:g} s for a slot (max_queue_seconds)"))
 
     def _blame(self, sequence: DecodingSequence, error: BaseException) -> None:
         """End one sequence with an error. Its slot is freed at the end of the step."""
@@ -411,5 +426,18 @@ class DecodingEngine:
     def _drop(self, sequence: DecodingSequence) -> None:
         """Take a finished sequence out of the engine."""
         self._reader.remove(sequence)
-        self._slots.release(sequence, keep=sequence.error is None)
+        self._slots.release(sequence, keep=sequence.error is None and not sequence.is_suspect)
         self._reader.has_memory = True
+
+
+def _are_finite(logits: Rows | None, accepted: Accepted) -> bool:
+    """Whether the model's numbers are finite after the accepted nodes. logits: [N, V]"""
+    assert logits is not None  # `needs_logits`
+    return bool(np.isfinite(logits[accepted.nodes].max(axis=-1)).all())
+
+
+def _trust(sequences: Sequence[DecodingSequence], output: StepOutput) -> None:
+    """Suspect no sequence if the device itself tells whether the model's numbers are finite: the heads alone computed NaN."""
+    if output.finite is not None:
+        for sequence in sequences:
+            sequence.is_suspect = False

@@ -68,6 +68,7 @@ class PromptReader:
         self._begun: deque[DecodingSequence] = deque()  # with a turn behind them, in the order of their next turns
         self.costs: Costs = LearnedCosts()  # of passes
         self.has_memory = True  # False after `put_back`, until a sequence ends
+        self.held_back: list[DecodingSequence] = []  # there was a slot for them, but they wait for the prompt of another
 
     @property
     def waiting(self) -> list[DecodingSequence]:
@@ -96,10 +97,12 @@ class PromptReader:
         A sequence keeps waiting if a prompt that is being read begins alike: it will then start from that prompt's entries.
         """
         admitted: list[tuple[DecodingSequence, int]] = []
+        self.held_back.clear()
         for sequence in list(self._waiting):
             if not self.has_memory or len(self._slots.active) >= self._slots.num_slots:
                 break
             if self._slots.should_wait(sequence):
+                self.held_back.append(sequence)
                 continue
             try:
                 num_cached = self._slots.admit(sequence, is_long=sequence.num_to_read > FIRST_SHARED_CHUNK)

@@ -85,7 +85,7 @@ class Proposer:
         are_sound: BoolArray = ~np.isnan(output.log_probs.sum(axis=(1, 2)))  # [B]
         for row, sequence in enumerate(sequences):
             guesses = HeadGuesses(output.token_ids[row], output.log_probs[row])
-            sequence.guesses = guesses if are_sound[row] else None
+            sequence.guesses, sequence.is_suspect = (guesses, False) if are_sound[row] else (None, True)
         if self._heads_are_sound and not are_sound.all():
             self._heads_are_sound = False
             log.warning("the heads gave probabilities that are no numbers (NaN): such steps are decoded without their drafts")

@@ -79,9 +79,9 @@ class DecodingSequence:
         self.end_ids, self.drafter, self.guide = end_ids, drafter, guide
         self.shaper = LogitsShaper(request.options, request.prompt_ids, end_ids, guide)
         self.guesses: HeadGuesses | None = None  # the heads', for what follows the root
+        self.is_suspect = False  # the heads computed NaN: the next step's logits will say whether the model does, too
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
-        self.stop_token_id: int | None = None  # the token that ended the answer
         self.stats = DecodingStats()
         self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens from the second on, as far as they are read
         self.since = time.perf_counter() if since is None else since
@@ -128,7 +128,8 @@ class DecodingSequence:
     @property
     def needs_logits(self) -> bool:
         """Whether a step has to give logits: the model's most likely tokens alone do not decide."""
-        return self.options.is_sampled or not self.shaper.is_identity or self.options.logprobs is not None
+        asked = self.options.is_sampled or not self.shaper.is_identity or self.options.logprobs is not None
+        return asked or self.is_suspect
 
     @property
     def has_fixed_tree(self) -> bool:
@@ -178,7 +179,7 @@ class DecodingSequence:
         kept = tokens[: self.remaining]
         end = next((place for place, token in enumerate(kept) if token in self.end_ids), None)
         if end is not None:
-            kept, self.finish_reason, self.stop_token_id = kept[: end + 1], "stop", kept[end]
+            kept, self.finish_reason = kept[: end + 1], "stop"
         elif len(kept) == self.remaining:
             self.finish_reason = "length"
         logprobs = None

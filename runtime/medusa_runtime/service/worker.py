@@ -146,7 +146,7 @@ class Worker:
 
     def health(self) -> Health:
         """See `Health`."""
-        if os.getpid() != self._process:
+        if not self.is_of_this_process:
             return Health(is_alive=False, why_not=FORKED, since=self._since)
         with self._changed:
             why = self._why_closed()
@@ -157,9 +157,14 @@ class Worker:
 
         A finalizer may call it while this thread holds any lock.
         """
-        if os.getpid() == self._process:
+        if self.is_of_this_process:
             with self._changed:
                 self._close_for("this model is closed")
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Whether it was made here, and not in a process of which this one is a fork."""
+        return os.getpid() == self._process
 
     def join(self) -> None:
         """Wait for the thread to end, after `stop`."""
@@ -182,11 +187,11 @@ class Worker:
         return self._num_open + num_answers <= self.most
 
     def _require_same_process(self) -> None:
-        if os.getpid() != self._process:
+        if not self.is_of_this_process:
             raise ClosedError(FORKED)
 
     def _cancel(self, job: Job) -> None:
-        if os.getpid() != self._process:
+        if not self.is_of_this_process:
             return
         with self._changed:
             if not job.is_done:

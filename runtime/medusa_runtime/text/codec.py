@@ -17,6 +17,7 @@ from medusa_runtime.text.conversation import Conversation, Message, Prompt
 from medusa_runtime.text.plain import PlainContent
 from medusa_runtime.text.template import ChatTemplate
 from medusa_runtime.text.token_bytes import TokenBytes
+from medusa_runtime.text.tokenising import encoded
 
 __all__ = ["CHAT_NAME", "TOKENIZER_NAME", "Message", "Prompt", "TextCodec", "WithSpecialTokens"]
 
@@ -103,7 +104,7 @@ class TextCodec:
         self._check_text(text, max_tokens)
         if plain_content:
             return self._plain_content.token_ids(text, self._plain_content.controls(self.chat, name, conversation, text))
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(encoded(self.tokenizer, text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids. An incomplete character becomes one replacement character.
@@ -143,8 +144,8 @@ class TextCodec:
 
     def _raw_ids(self, text: str) -> list[int]:
         """Token ids of a text as it is. One that begins with the tokens that the tokenizer puts first gets no second ones."""
-        encoded = self.tokenizer.encode(text, add_special_tokens=True)
-        ids, is_added = list(encoded.ids), [*encoded.special_tokens_mask, 0]
+        found = encoded(self.tokenizer, text, add_special_tokens=True)
+        ids, is_added = list(found.ids), [*found.special_tokens_mask, 0]
         num_first = is_added.index(0)
         return ids[num_first:] if num_first and ids[num_first : 2 * num_first] == ids[:num_first] else ids
 

@@ -74,7 +74,7 @@ class Conversation:
                 )
             messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, Sequence) or isinstance(messages, bytes | bytearray):
-            raise OptionError(f"the prompt is {messages!r:.80}; it must be text, or a list of messages")
+            raise OptionError(f"the prompt is {messages!r:.80}; it must be text, a list of messages or a list of token ids")
         if not messages:
             raise OptionError("there are no messages; give at least one")
         options = {} if options is None else options

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from medusa_runtime.errors import MissingExtraError, OptionError, RequestError, first_line
 from medusa_runtime.text.codec import TextCodec
 from medusa_runtime.text.stack import with_stack
+from medusa_runtime.text.tokenising import encoded
 
 if TYPE_CHECKING:
     import llguidance
@@ -218,7 +219,7 @@ class _Words:
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text.decode() if isinstance(text, bytes) else text
-        ids = list(self._plain.encode(text, add_special_tokens=False).ids)
+        ids = list(encoded(self._plain, text, add_special_tokens=False).ids)
         return ids if max(ids, default=0) < len(self.tokens) else self._known_ids(text.encode())
 
     def _known_ids(self, data: bytes) -> list[int]:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.conversation import Conversation
 from medusa_runtime.text.template import ChatTemplate
+from medusa_runtime.text.tokenising import encoded
 
 CHANGED = "the chat template changes the contents, so that users' text cannot be told from its own; ask without plain_content"
 READS_AS_SPECIAL = "the tokenizer makes a special token of plain text in this prompt; ask without plain_content"
@@ -68,13 +69,13 @@ class PlainContent:
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text that is the user's as a whole, with the tokens that the tokenizer puts around a text."""
         plain = self._plain()
-        encoded = plain.encode(self._at_start(text), add_special_tokens=True)
+        found = encoded(plain, self._at_start(text), add_special_tokens=True)
         if any(
             token in self._checked and not is_added
-            for token, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+            for token, is_added in zip(found.ids, found.special_tokens_mask, strict=True)
         ):
             raise OptionError(READS_AS_SPECIAL)
-        return list(encoded.ids)
+        return list(found.ids)
 
     def controls(self, chat: ChatTemplate, name: str, conversation: Conversation, text: str) -> list[Control]:
         """The control tokens in the text that a template gave for a conversation.
@@ -112,7 +113,7 @@ class PlainContent:
         ids: list[int] = []
         for part, is_plain in self._parts(text, controls):
             tokenizer = self._plain() if is_plain else self._tokenizer
-            ids += tokenizer.encode(part, add_special_tokens=False).ids
+            ids += encoded(tokenizer, part, add_special_tokens=False).ids
         written = [self._ids[control.token] for control in controls if not control.is_users]
         if [token for token in ids if token in self._checked] != [token for token in written if token in self._checked]:
             raise OptionError(READS_AS_SPECIAL)

@@ -162,7 +162,7 @@ class SamplingFields(UnusedFields):
     guided_json: dict[str, Any] | None = Field(None, description="a JSON schema (vLLM)")
     guided_regex: str | None = Field(None, description="a regular expression (vLLM)")
     guided_choice: Items[str] | None = Field(None, description="texts, one of which is the answer (vLLM)")
-    guided_grammar: str | None = Field(None, description="a grammar in Lark's form or EBNF (vLLM)")
+    guided_grammar: str | None = Field(None, description="a grammar in llguidance's Lark form or llama.cpp's GBNF (vLLM)")
     request_id: str | None = Field(
         None, pattern=REQUEST_ID, description="the request's id in logs and in the response, as X-Request-Id (vLLM)"
     )

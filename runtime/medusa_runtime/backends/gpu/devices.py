@@ -40,7 +40,7 @@ def parse_device(device: str) -> tuple[str, int]:
     Raises:
         OptionError: it is something else.
     """
-    kind, colon, index = device.partition(":")
+    kind, colon, index = str(device).partition(":")
     if kind in ("cuda", "gpu") and (index.isdecimal() if colon else True):
         return kind, int(index or 0)
     if device not in ("auto", "cpu"):

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from medusa_runtime.backends.forks import kept_in_children
 from medusa_runtime.backends.gpu.backend import GpuBackend
 from medusa_runtime.backends.gpu.devices import preload_libraries
 from medusa_runtime.backends.gpu.driver import Gpu
@@ -130,7 +131,8 @@ class OrtCudaExecutor:
             "enable_cuda_graph": str(int(self._cuda_graphs)),
         }
         try:
-            session = ort.InferenceSession(path, options, providers=[(PROVIDER, settings), "CPUExecutionProvider"])
+            providers = [(PROVIDER, settings), "CPUExecutionProvider"]
+            session = kept_in_children(ort.InferenceSession(path, options, providers=providers))
         except Exception as error:  # as for running
             raise BackendError(f"ONNX Runtime cannot open {path} on {self._gpu.facts.name}: {first_line(error)}") from error
         if PROVIDER not in session.get_providers():  # it has logged why, and gone on without it

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from medusa_runtime.backends.forks import kept_in_children
 from medusa_runtime.bundle.manifest import ORT_WEBGPU, STEP, Manifest
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError, first_line
 
@@ -84,7 +85,7 @@ def require_graphs(manifest: Manifest) -> None:
 def held(value: T) -> T:
     """Note an object of ONNX Runtime that lives on the device: the library must not be unloaded before it is gone."""
     _held.add(value)
-    return value
+    return kept_in_children(value)
 
 
 def note_loss() -> None:
