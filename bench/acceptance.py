@@ -139,7 +139,10 @@ def main(
         "options": options.model_dump(exclude_defaults=True),
         "precision": manifest.precision,
         "heads": manifest.heads.model_dump(),
-        "answers_equal_under_every_tree": sum(len({str(ids) for ids in same}) == 1 for same in zip(*answers, strict=True)),
+        # of one tree, nothing can be said
+        "answers_equal_under_every_tree": sum(len({str(ids) for ids in same}) == 1 for same in zip(*answers, strict=True))
+        if len(answers) > 1
+        else None,
         "answers": len(asked),
         "trees": results,
     }

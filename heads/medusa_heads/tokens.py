@@ -89,6 +89,44 @@ class CheckpointCodec:
             )
         return self.text_ids(text[: text.index(MARK)])
 
+    @cached_property
+    def _user_end(self) -> str:
+        """The text by which a template shows that the user's words have ended and the answer begins.
+
+        It is the special token after the words, or else the first line after them: `[/INST]`, `ASSISTANT:`.
+        """
+        text = self._render([{"role": "user", "content": MARK}], add_generation_prompt=True)
+        after = text.partition(MARK)[2].strip()
+        if not after:
+            raise OptionError(
+                "the chat template has nothing between the user's words and the answer, so the model cannot write its own "
+                "prompts; give --prompts instead"
+            )
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        found = [token for token in special if after.startswith(token)]
+        return max(found, key=len) if found else after.split("\n")[0].strip()
+
+    def user_words(self, token_ids: Sequence[int], *, ended: bool) -> str | None:
+        """The user's words in what the model wrote after `opening`; None if it did not come to their end.
+
+        Many templates put no end token after the user's words. The model then goes on with the sign that begins the answer, and
+        with an answer, which are no part of the words.
+
+        Args:
+            token_ids: what the model wrote.
+            ended: whether it ends with an end token.
+
+        Raises:
+            OptionError: the chat template has no sign of where the user's words end.
+        """
+        if not self.is_chat:
+            return self.decode(token_ids)
+        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        words, sign, _ = text.partition(self._user_end)
+        if sign:
+            return words.strip()
+        return self.decode(token_ids) if ended else None
+
     def closing(self) -> int | None:
         """The special token that the chat template puts after an answer, or else the tokenizer's end-of-sequence token."""
         end: int | None = self.tokenizer.eos_token_id

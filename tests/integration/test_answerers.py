@@ -13,7 +13,7 @@ import torch
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.tokenizer import load_tokenizer
 from medusa_heads.distill import slots
-from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.answerer import Answer, Refusal, Request
 from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec
 from medusa_heads.distill.endpoint import EndpointAnswerer
 from medusa_heads.distill.slots import SlotDecoder
@@ -259,6 +259,41 @@ def test_the_template_tells_what_ends_an_answer(template, closing, make_model: M
     assert CheckpointCodec(tokenizer).closing() == tokenizer.convert_tokens_to_ids(closing)
 
 
+SAID = "{% for m in messages %}{% if m['role'] == 'user' %}"
+USER_TURNS = {  # in the forms of Mistral, Vicuna, DeepSeek-R1, OLMo 2, ChatML and Zephyr
+    SAID
+    + "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}": " [/INST] so",
+    SAID + "USER: {{ m['content'] }} {% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}": " ASSISTANT: so",
+    SAID + "<|user|>{{ m['content'] }}{% else %}<|end|>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|end|><think>\n{% endif %}": "<|end|> so",
+    SAID + "<|user|>\n{{ m['content'] }}\n{% else %}<|bot|>\n{{ m['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>\n{% endif %}": "\n<|bot|>\nso",
+    "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>\n{% endfor %}": "<|end|>",
+    "{% for m in messages %}{{ m['content'] }}{{ eos_token }}\n{% endfor %}": "</s>",
+}
+
+
+@pytest.mark.parametrize("template", USER_TURNS)
+def test_the_template_tells_where_the_users_words_end(template, make_model: Make) -> None:
+    tokenizer = load_tokenizer(str(make_model()))
+    tokenizer.chat_template = template
+    codec = CheckpointCodec(tokenizer)
+    words, after = codec.text_ids("a fox , a dog"), codec.text_ids(USER_TURNS[template])
+    told = codec.decode(words).strip()
+    assert codec.user_words([*words, *after], ended=True) == told
+    assert codec.user_words([*words, *after], ended=False) == told  # nor need its answer have come to an end
+    assert codec.user_words(words, ended=False) is None
+    assert codec.user_words(words, ended=True) == told
+
+
+def test_a_template_without_an_end_of_the_users_words_is_refused(make_model: Make) -> None:
+    tokenizer = load_tokenizer(str(make_model()))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(OptionError, match="has nothing between the user's words and the answer"):
+        CheckpointCodec(tokenizer).user_words([3, 4], ended=True)
+
+
 @pytest.mark.parametrize(
     "template",
     ["{{ raise_exception('no') }}", "{{ messages[0]['content'] + 3 }}", "{{ messages[0].content.nothing.at_all }}", "{% if %}"],
@@ -323,7 +358,7 @@ def test_an_endpoint_is_asked_as_the_request_says() -> None:
         (completion("1 2 3 4 5 6 7"), 9, [1, 2, 3, 4, 5, 6, 7, 9], "stop"),
         (completion("1 2 3 4 5 6 7 8"), 9, [1, 2, 3, 4, 5, 6, 7, 8], "length"),  # no room for the end
         (completion("1 2 3 4 5 6 7 8 10", "length"), 9, [1, 2, 3, 4, 5, 6, 7, 8], "length"),
-        (completion(None), 9, [9], "stop"),
+        (completion(""), 9, [9], "stop"),
     ],
 )
 def test_text_becomes_token_ids(reply, eos, token_ids, finish_reason) -> None:
@@ -374,10 +409,11 @@ def test_an_endpoint_that_is_busy_is_asked_again() -> None:
             failure(404, "The model `tiny` does not exist."),
             "404, The model `tiny` does not exist.; check --base-url (it usually",
         ),
-        (failure(400, "maximum context\nlength is 8"), "400, maximum context length is 8; lower --max-prompt-tokens"),
         (failure(500, "broken"), "500, broken; run the same command again later"),
         (failure(429, "slow down"), "429, slow down; run the same command again later"),
-        ((422, {"detail": [{"msg": "bad"}]}), "422, [{'msg': 'bad'}]; leave this prompt out"),
+        (completion(None), "gives an answer without text; start the server without parsers of reasoning or tool calls"),
+        (completion("42", reasoning_content="6 times 7"), "takes the reasoning out of the answers, but heads must learn"),
+        (completion(None, reasoning="6 times 7"), "takes the reasoning out of the answers, but heads must learn"),
         ((404, "<html>" + "x" * 1000), "404, <html>xxxx"),
         ((500, ""), "500, Internal Server Error; run"),
         ((200, "<html>hello</html>"), "does not answer like OpenAI's API (<html>hello</html>); check --base-url"),
@@ -411,8 +447,43 @@ def test_an_address_that_is_none_is_refused_at_once(url) -> None:
         EndpointAnswerer(url, "tiny", words, 0)
 
 
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (failure(400, "maximum context\nlength is 8"), "400, maximum context length is 8; lower --max-prompt-tokens or --max-"),
+        ((422, {"detail": [{"msg": "bad"}]}), "422, [{'msg': 'bad'}]"),
+    ],
+)
+def test_a_request_that_is_refused_does_not_end_the_others(reply, reason) -> None:
+    with chat_server(lambda body: reply if body["messages"][0]["content"] == "1" else echo(body)) as server:
+        waiting = iter(asks(3))
+        given = list(endpoint(server, 1).answers(lambda: next(waiting, None)))
+    assert [type(answer) for answer in given] == [Answer, Refusal, Answer]
+    assert isinstance(given[1], Refusal)
+    assert given[1].reason.startswith(f"{server.url} refuses it: {reason}")
+
+
+def test_other_numbers_of_tokens_than_the_endpoint_counts_are_told() -> None:
+    def run(answer_tokens: int, prompt_tokens: int) -> list[str]:
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": answer_tokens, "total_tokens": 0}
+        told: list[str] = []
+        with chat_server(lambda _: completion("1 2 3", usage=usage)) as server:
+            answerer = EndpointAnswerer(server.url, "tiny", words, 0, 2, 0, tell=told.append)
+            waiting = iter(asks(12))
+            assert len(list(answerer.answers(lambda: next(waiting, None)))) == 12
+        return told
+
+    assert run(4, 1) == run(6, 1) == []
+    [told] = run(4, 9)
+    assert told.startswith(
+        "the endpoint counts 9 tokens in a prompt that has 1 here, and differs in all of the first 8: its chat"
+    )
+    with pytest.raises(EndpointError, match="has another tokenizer: it counts 999 tokens in an answer that has 4 here; give"):
+        run(999, 1)
+
+
 def test_answers_before_a_failure_are_given_out() -> None:
-    with chat_server(lambda body: failure(400, "no") if body["messages"][0]["content"] == "5" else echo(body)) as server:
+    with chat_server(lambda body: failure(401, "no") if body["messages"][0]["content"] == "5" else echo(body)) as server:
         waiting, given = iter(asks(8)), []
         with pytest.raises(EndpointError, match="refuses 5 "):
             given.extend(answer.request.key for answer in endpoint(server, 1).answers(lambda: next(waiting, None)))

@@ -325,6 +325,16 @@ def test_other_settings_are_refused(make_model: Make, data: Path, tmp_path: Path
     fails(run(*words, "--force"), 2, "other settings (data was ")
 
 
+def test_other_heads_under_the_same_path_are_refused(make_model: Make, data: Path, tmp_path: Path) -> None:
+    begun = (make_model(), "--data", data, "-o", tmp_path / "begun", *SHORT, "--max-steps", 1)
+    works(run(*begun))
+    words = (make_model(), "--data", data, "-o", tmp_path / "heads", "--work", tmp_path / "work", *SHORT, "--max-steps", 1)
+    words = (*words, "--start-from", tmp_path / "begun")
+    works(run(*words))
+    works(run(*begun, "--seed", 5, "--force"))
+    fails(run(*words, "--force"), 2, "other settings (start_from_sha256 was ")
+
+
 def test_accumulated_batches_equal_one_of_their_size(tmp_path: Path) -> None:
     inputs, wanted = torch.randn(16, 3), torch.randn(16, 1)
 
@@ -339,7 +349,8 @@ def test_accumulated_batches_equal_one_of_their_size(tmp_path: Path) -> None:
             return Losses(loss, loss.detach()[None])
 
     results = []
-    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
+    uneven = [np.array(part) for part in ([0], [1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15])]
+    for size, accumulation, parts in ((8, 1, None), (4, 2, None), (2, 4, None), (3, 2, uneven)):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         objective = Objective()
@@ -348,7 +359,7 @@ def test_accumulated_batches_equal_one_of_their_size(tmp_path: Path) -> None:
             objective=objective,
             groups=[{"params": list(objective.parameters()), "lr": 0.1}],
             epochs=2,
-            batches=lambda epoch, size=size: np.arange(16).reshape(-1, size),
+            batches=lambda epoch, size=size, parts=parts: parts or np.arange(16).reshape(-1, size),
             load=lambda batch, *_: ((inputs[batch], wanted[batch]), len(batch)),
         )
         work = WorkDirectory(tmp_path / str(size), {}, accelerator)

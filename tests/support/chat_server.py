@@ -12,10 +12,11 @@ from typing import Any
 Reply = tuple[int, Any]  # status, and JSON or text
 
 
-def completion(text: str | None, finish_reason: str = "stop") -> Reply:
-    message = {"role": "assistant", "content": text}
+def completion(text: str | None, finish_reason: str = "stop", usage: dict[str, int] | None = None, **more: str) -> Reply:
+    message = {"role": "assistant", "content": text, **more}
     choices = [{"index": 0, "finish_reason": finish_reason, "message": message}]
-    return 200, {"id": "1", "object": "chat.completion", "created": 1, "model": "tiny", "choices": choices}
+    told = {"id": "1", "object": "chat.completion", "created": 1, "model": "tiny", "choices": choices}
+    return 200, told if usage is None else told | {"usage": usage}
 
 
 def failure(status: int, message: str) -> Reply:

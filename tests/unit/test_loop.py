@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medusa_heads.distill import loop
-from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.answerer import Answer, Refusal, Request
 from medusa_heads.distill.loop import AnswerOptions, Progress, distill
 from medusa_heads.distill.prompts import Conversation, self_prompted
 from medusa_heads.distill.store import AnswerStore, DataFacts, Row, Settings, read_rows
@@ -41,6 +41,10 @@ class FakeCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in token_ids if token != EOS)
+
+    def user_words(self, token_ids: Sequence[int], *, ended: bool) -> str | None:
+        words, sign, _ = self.decode(token_ids).partition("@")
+        return words if sign or ended or not self.is_chat else None
 
     def opening(self, messages: Sequence[Message] = (), start: str = "") -> list[int]:
         return [*self.encode(messages), *map(ord, f"user: {start}")]
@@ -259,9 +263,32 @@ def test_an_own_prompt_is_no_longer_than_prompts_may_be(tmp_path: Path) -> None:
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     conversations = [asks("fine", key="p-1"), asks("fine", "forbidden", key="p-7")]
-    with pytest.raises(OptionError, match=r"^p-7\.1: the chat template refuses it; leave this prompt out$"):
+    told = r"^p-7\.1: the chat template refuses it; use --skip-refused to leave such prompts out$"
+    with pytest.raises(OptionError, match=told):
         run(tmp_path, conversations, FakeAnswerer(1))
     assert {row.key for row in read_rows(tmp_path)} >= {"p-7.0"}
+
+
+@pytest.mark.parametrize("by_template", [True, False])
+def test_refused_prompts_can_be_skipped(by_template: bool, tmp_path: Path) -> None:
+    class Refusing(FakeAnswerer):
+        def _answer(self, request: Request) -> Answer | Refusal:
+            return Refusal(request, "no") if "bad" in request.messages[-1]["content"] else super()._answer(request)
+
+    bad = "forbidden" if by_template else "bad"
+    conversations = [asks("fine", bad, "and then?", key="a"), asks("fine", key="b"), asks(bad, key="c")]
+    with pytest.raises(OptionError, match="use --skip-refused"):
+        run(tmp_path, conversations, Refusing(1))
+    rows, progress = run(tmp_path, conversations, Refusing(1), AnswerOptions(8, 200, skip_refused=True))
+    assert rows.keys() == {"a.0", "b.0"}
+    assert progress.refused == dict.fromkeys(("a.1", "c.0"), "the chat template refuses it" if by_template else "no")
+    assert (progress.done, progress.skipped, progress.skipped_refused, progress.total) == (2, 3, 3, 5)
+
+
+def test_an_answer_after_an_own_prompt_is_no_part_of_it(tmp_path: Path) -> None:
+    answerer = FakeAnswerer(speak=lambda request: "why?@be" if request.key.endswith(".prompt") else "so")
+    rows, _ = run(tmp_path, self_prompted(1), answerer)
+    assert [message["content"] for message in rows["self-0.0"].messages] == ["why?", "so"]
 
 
 def test_neighbours_are_alike_within_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

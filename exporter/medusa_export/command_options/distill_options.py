@@ -42,6 +42,9 @@ class DistillOptions:
     ] = None
     max_new_tokens: Annotated[int, Field(ge=1, le=32768, description="longest answer")] = 256
     max_prompt_tokens: Annotated[int, Field(ge=1, description="longer prompts are skipped")] = 1024
+    skip_refused: Annotated[
+        bool, Field(description="skip and count prompts that the chat template or the endpoint refuses, instead of ending")
+    ] = False
     temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False, description="temperature of answers; 0 is greedy")] = (
         0.0
     )

@@ -20,6 +20,8 @@ from medusa_heads.vocabulary import vocabulary_digest
 from medusa_runtime.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from medusa_runtime.errors import MedusaError, OptionError
 
+TOLD_REFUSALS = 10  # refused prompts that are listed
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -36,7 +38,7 @@ def distill(options: DistillOptions) -> str:
     Raises:
         OptionError: an option cannot be used, a prompt is bad, or the output was started with other settings.
         CheckpointError, BundleError: the model cannot be loaded.
-        EndpointError: the endpoint cannot be reached, or it refuses a prompt.
+        EndpointError: the endpoint cannot be reached, fails, or its answers cannot be learned from.
         MedusaError: no prompt could be answered.
     """
     backend = _backend(options)
@@ -61,7 +63,12 @@ def distill(options: DistillOptions) -> str:
     sources = Counter(conversation.source for conversation in conversations)
     facts = DataFacts(settings=settings, provenance=provenance(), sources=dict(sorted(sources.items())))
     answer_options = loop.AnswerOptions(
-        options.max_new_tokens, options.max_prompt_tokens, options.temperature, options.prompt_temperature, options.seed
+        options.max_new_tokens,
+        options.max_prompt_tokens,
+        options.temperature,
+        options.prompt_temperature,
+        options.seed,
+        skip_refused=options.skip_refused,
     )
     with AnswerStore(options.output, facts) as store:
         try:
@@ -71,8 +78,14 @@ def distill(options: DistillOptions) -> str:
             if store.rows:
                 note(f"{len(store.rows)} answers are in {options.output}; run the same command again to continue")
             raise
-        if progress.skipped:
-            note(f"skipped {progress.skipped} prompts: too long, or written by the model and unusable")
+        if skipped := progress.skipped - progress.skipped_refused:
+            note(f"skipped {skipped} prompts: too long, or written by the model and unusable")
+        if progress.refused:
+            note(f"skipped {len(progress.refused)} prompts that were refused:")
+            for key, reason in list(progress.refused.items())[:TOLD_REFUSALS]:
+                note(f"  {key}: {reason}")
+            if (more := len(progress.refused) - TOLD_REFUSALS) > 0:
+                note(f"  and {more} more")
         if not store.rows:
             raise MedusaError(
                 "no prompt was answered: all are too long, or the model wrote none; raise --max-prompt-tokens, or use others"
@@ -209,7 +222,7 @@ def _open_endpoint(options: DistillOptions) -> _Model:
     if not codec.is_chat:
         raise OptionError("this model has no chat template, and an endpoint is asked in messages; use --backend transformers")
     served_model, batch_size = options.served_model or options.model, options.batch_size or 64
-    answerer = EndpointAnswerer(options.base_url, served_model, codec.text_ids, codec.closing(), batch_size)
+    answerer = EndpointAnswerer(options.base_url, served_model, codec.text_ids, codec.closing(), batch_size, tell=note)
     return _Model(answerer, codec, codec.digest, served_model, "unknown")
 
 

@@ -77,9 +77,9 @@ def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     # Training data or heads: other files in these directories only describe their run.
-    for names in ((ANSWERS_NAME,), native.FILES):
+    for names, more in (((ANSWERS_NAME,), ()), (native.FILES, native.EXPORTED)):
         if all((path / name).is_file() for name in names):
-            return [path / name for name in (*names, native.EVALUATION_NAME) if (path / name).is_file()]
+            return [path / name for name in (*names, *more) if (path / name).is_file()]
     return [part for part in path.iterdir() if part.is_file()]
 
 

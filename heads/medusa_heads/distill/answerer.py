@@ -30,13 +30,21 @@ class Answer:
     finish_reason: Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A request that will never be answered, because of what it asks."""
+
+    request: Request
+    reason: str
+
+
 class Answerer(Protocol):
     """A backend. `next_request` returns None if there is nothing to do now; a later answer may lead to new requests.
 
     Closing the generator abandons unfinished requests.
     """
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]: ...
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Refusal, None, None]: ...
 
 
 class Codec(Protocol):
@@ -51,3 +59,6 @@ class Codec(Protocol):
 
     # token ids of a conversation up to the words that the user says next, or of any text; and of the first of these words
     def opening(self, messages: Sequence[Message] = (), start: str = "") -> list[int]: ...
+
+    # the words in what the model wrote after `opening`; None if it did not come to their end. ended: it wrote an end token
+    def user_words(self, token_ids: Sequence[int], *, ended: bool) -> str | None: ...

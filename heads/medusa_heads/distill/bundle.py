@@ -37,6 +37,10 @@ class BundleCodec:
         """Not supported: finding the text before the user's words needs a checkpoint's tokenizer."""
         raise OptionError("--self-prompts does not work with a bundle; use its checkpoint, or give --prompts")
 
+    def user_words(self, token_ids: Tokens[int], *, ended: bool) -> str | None:  # noqa: ARG002 - the interface has them
+        """Not supported, as `opening` is not."""
+        raise OptionError("--self-prompts does not work with a bundle; use its checkpoint, or give --prompts")
+
 
 class BundleAnswerer:
     """Answers with continuous batching: a finished answer makes room for the next request.

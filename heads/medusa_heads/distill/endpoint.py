@@ -10,19 +10,21 @@ from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
-from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.answerer import Answer, Refusal, Request
 from medusa_heads.errors import EndpointError
 from medusa_runtime.errors import OptionError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_RETRIES = 5  # about 15 seconds if an endpoint does not respond
 MAX_REASON = 200  # most characters quoted from an endpoint's message
+REFUSED = {400, 422}  # statuses that say something of one request, not of the endpoint
+CHECKED = 8  # answers whose numbers of tokens are compared with the endpoint's
+NEAR = 0.1, 2  # a number of tokens may differ from the endpoint's by this part of it and this many more
 ADVICE = {
-    400: "lower --max-prompt-tokens or --max-new-tokens, or leave this prompt out",
+    400: "lower --max-prompt-tokens or --max-new-tokens",
     401: f"set {KEY_VARIABLE} to a valid key",
     403: f"set {KEY_VARIABLE} to a valid key",
     404: "check --base-url (it usually ends in /v1) and --served-model",
-    422: "leave this prompt out",
 }
 
 
@@ -39,6 +41,7 @@ class EndpointAnswerer:
         eos_token_id: the token that ends an answer.
         batch_size: number of requests at the same time.
         max_retries: retries of a request.
+        tell: called with a line about what seems wrong.
 
     Raises:
         OptionError: the address or the key is not valid.
@@ -52,7 +55,10 @@ class EndpointAnswerer:
         eos_token_id: int | None,
         batch_size: int = 64,
         max_retries: int | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.tell = tell
+        self.counted: list[tuple[int, int, int, int]] = []  # tokens of prompt and answer, by the endpoint and by this tokenizer
         self.base_url, self.served_model = base_url, served_model
         self.text_ids, self.eos_token_id = text_ids, eos_token_id
         self.batch_size = batch_size
@@ -60,13 +66,14 @@ class EndpointAnswerer:
         self.key = _key()
         _require_address(base_url)
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Refusal, None, None]:
         """Answer until there are no more requests, new or unfinished. The event loop only runs while waiting for an answer.
 
         Raises:
-            EndpointError: the endpoint cannot be reached, or refuses a request. Other finished answers are yielded first.
+            EndpointError: the endpoint cannot be reached, does not let us in, fails, leaves out a part of the answers, or has
+                another tokenizer. Other finished answers are yielded first.
         """
-        under_way: set[asyncio.Task[Answer]] = set()
+        under_way: set[asyncio.Task[Answer | Refusal]] = set()
         with asyncio.Runner() as runner:
             client = AsyncOpenAI(base_url=self.base_url, api_key=self.key, max_retries=self.max_retries)
             try:
@@ -82,7 +89,7 @@ class EndpointAnswerer:
             finally:
                 runner.run(_give_up(client, under_way))
 
-    async def _ask(self, client: AsyncOpenAI, request: Request) -> Answer:
+    async def _ask(self, client: AsyncOpenAI, request: Request) -> Answer | Refusal:
         messages: Any = list(request.messages)
         try:
             completion = await client.chat.completions.create(
@@ -93,6 +100,9 @@ class EndpointAnswerer:
                 seed=request.seed,
             )
         except APIStatusError as error:
+            if error.status_code in REFUSED:
+                advice = f"; {ADVICE[error.status_code]}" if error.status_code in ADVICE else ""
+                return Refusal(request, f"{self.base_url} refuses it: {error.status_code}, {_reason(error)}{advice}")
             said = f"{error.status_code}, {_reason(error)}; {ADVICE.get(error.status_code, 'run the same command again later')}"
             raise EndpointError(f"{self.base_url} refuses {request.key} (model {self.served_model!r}): {said}") from error
         except APITimeoutError as error:
@@ -106,10 +116,52 @@ class EndpointAnswerer:
             raise self._foreign(_one_line(str(error))) from error
         try:
             choice = completion.choices[0]
-            text, stopped = choice.message.content or "", choice.finish_reason == "stop"
+            message, stopped = choice.message, choice.finish_reason == "stop"
+            text = message.content
         except (AttributeError, IndexError, TypeError) as error:
             raise self._foreign(_one_line(str(completion))) from error
-        return self._answer(request, text, stopped=stopped)
+        self._require_whole(message)
+        answer = self._answer(request, text, stopped=stopped)
+        self._compare(completion.usage, answer)
+        return answer
+
+    def _require_whole(self, message: Any) -> None:
+        """Raise an EndpointError if the text is not all that the model said."""
+        if any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
+            raise EndpointError(
+                f"{self.base_url} takes the reasoning out of the answers, but heads must learn the whole answer; "
+                "start the server without a reasoning parser"
+            )
+        if message.content is None:
+            raise EndpointError(
+                f"{self.base_url} gives an answer without text; start the server without parsers of reasoning or tool calls"
+            )
+
+    def _compare(self, usage: Any, answer: Answer) -> None:
+        """Compare the first answers' numbers of tokens with the endpoint's, as far as it tells them.
+
+        Raises:
+            EndpointError: its tokenizer is another one.
+        """
+        prompt, response = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+        if len(self.counted) == CHECKED or not isinstance(prompt, int) or not isinstance(response, int):
+            return
+        self.counted.append((prompt, len(answer.request.prompt_ids), response, len(answer.token_ids)))
+        if len(self.counted) < CHECKED:
+            return
+        part, more = NEAR
+        if all(abs(theirs - ours) > part * theirs + more for _, _, theirs, ours in self.counted):
+            _, _, theirs, ours = self.counted[0]
+            raise EndpointError(
+                f"{self.base_url} has another tokenizer: it counts {theirs} tokens in an answer that has {ours} here; "
+                "give the checkpoint that it serves as MODEL"
+            )
+        if all(theirs != ours for theirs, ours, _, _ in self.counted):
+            theirs, ours, _, _ = self.counted[0]
+            self.tell(
+                f"the endpoint counts {theirs} tokens in a prompt that has {ours} here, and differs in all of the first "
+                f"{CHECKED}: its chat template may be another one"
+            )
 
     def _answer(self, request: Request, text: str, *, stopped: bool) -> Answer:
         token_ids = self.text_ids(text)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from medusa_heads.distill.answerer import Answer, Answerer, Codec, Request
+from medusa_heads.distill.answerer import Answer, Answerer, Codec, Refusal, Request
 from medusa_heads.distill.prompts import Conversation
 from medusa_heads.distill.store import AnswerStore, Row
 from medusa_runtime.errors import OptionError
@@ -32,6 +32,7 @@ class AnswerOptions:
         prompt_temperature: temperature of the prompts that the model writes itself.
         seed: the seed of the run. Each answer's own seed is derived from it and the answer's key, so order and batches do not
             matter.
+        skip_refused: skip prompts that the template or the endpoint refuses, and count them. Otherwise they are errors.
     """
 
     max_new_tokens: int = 256
@@ -39,6 +40,7 @@ class AnswerOptions:
     temperature: float = 0.0
     prompt_temperature: float = 0.8
     seed: int = 0
+    skip_refused: bool = False
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Progress:
     resumed: int = 0  # of those done, the ones from an earlier run
     skipped: int = 0  # not answered: the prompt is too long, or was written by the model and is unfinished or a duplicate
     new_tokens: int = 0  # tokens of the answers of this run
+    refused: dict[str, str] = field(default_factory=dict)  # keys of prompts that were refused, and why
+    skipped_refused: int = 0  # of those skipped, the answers to refused prompts and to the turns after them
 
 
 @dataclass
@@ -94,7 +98,8 @@ def distill(
         options: options for making answers.
 
     Raises:
-        OptionError: the chat template refuses a conversation, or leaves no tokens for a prompt.
+        OptionError: a conversation is refused by the chat template or the endpoint, and `skip_refused` is not set; or the
+            template leaves no tokens for a prompt.
     """
     run = _Run(conversations, codec, store, options)
     yield run.progress
@@ -119,20 +124,23 @@ class _Run:
     def next_request(self) -> Request | None:
         return self.follow_ups.popleft() if self.follow_ups else next(self.fresh, None)
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: Answer | Refusal) -> None:
         """Store an answer, and queue the request that follows it."""
         talk = self.asked.pop(answer.request.key)
-        said = self.codec.decode(answer.token_ids)
+        if isinstance(answer, Refusal):
+            self._refuse(talk, answer.reason)
+            return
         if answer.request.key.endswith(OWN_PROMPT):
-            is_whole = answer.finish_reason == "stop" or not self.codec.is_chat
-            said = talk.start + said
-            if not is_whole or not said.strip() or said in self.own_prompts:
+            words = self.codec.user_words(answer.token_ids, ended=answer.finish_reason == "stop")
+            asked = talk.start + (words or "")
+            if not words or not asked.strip() or asked in self.own_prompts:
                 self.progress.skipped += talk.num_turns - talk.turn
                 return
-            self.own_prompts.add(said)
-            talk.messages.append({"role": "user", "content": said})
+            self.own_prompts.add(asked)
+            talk.messages.append({"role": "user", "content": asked})
             follow_up = self._answer_request(talk)
         else:
+            said = self.codec.decode(answer.token_ids)
             self.store.append(_row(answer, said, talk.conversation.source))
             talk.messages.append({"role": "assistant", "content": said})
             talk.turn += 1
@@ -193,13 +201,21 @@ class _Run:
         try:
             prompt_ids = self.codec.encode(talk.messages)
         except OptionError as error:
-            raise OptionError(f"{talk.key}: {error}; leave this prompt out") from error
+            self._refuse(talk, str(error))
+            return None
         if len(prompt_ids) > self.options.max_prompt_tokens:
             self.progress.skipped += talk.num_turns - talk.turn
             return None
         self.asked[talk.key] = talk
         max_new_tokens, temperature = self.options.max_new_tokens, self.options.temperature
         return Request(talk.key, tuple(talk.messages), tuple(prompt_ids), max_new_tokens, temperature, self._seed(talk.key))
+
+    def _refuse(self, talk: _Talk, reason: str) -> None:
+        if not self.options.skip_refused:
+            raise OptionError(f"{talk.key}: {reason}; use --skip-refused to leave such prompts out")
+        self.progress.skipped += (left := talk.num_turns - talk.turn)
+        self.progress.skipped_refused += left
+        self.progress.refused[talk.key] = reason
 
     def _seed(self, key: str) -> int:
         return zlib.crc32(f"{self.options.seed} {key}".encode())

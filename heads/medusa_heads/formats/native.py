@@ -29,6 +29,7 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "heads.safetensors"
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
 RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME = "run.json", "log.jsonl", "evaluation.json", "curves.png"
 VOCABULARY_NAME = "draft_vocabulary.json"
+EXPORTED = (VOCABULARY_NAME, EVALUATION_NAME, NGRAMS_NAME)  # files that an export reads, too, if they are there
 CARD_NAME, MERGED_NAME, ADAPTER_NAME = "README.md", "merged", "adapter"
 # files that training adds
 BESIDE = (RUN_NAME, LOG_NAME, EVALUATION_NAME, CURVES_NAME, CARD_NAME, MERGED_NAME, ADAPTER_NAME, NGRAMS_NAME)

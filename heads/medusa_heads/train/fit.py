@@ -93,17 +93,18 @@ def fit(
             epoch = step // steps_per_epoch
             batches = stage.batches(epoch)
         place = step % steps_per_epoch * accumulation * share + accelerator.process_index
-        for part in range(accumulation):
-            batch = batches[(place + part * share) % len(batches)]  # epochs can have different numbers of batches
-            inputs, num_tokens = stage.load(batch, step, num_steps)
+        # epochs can have different numbers of batches
+        parts = [stage.load(batches[(place + part * share) % len(batches)], step, num_steps) for part in range(accumulation)]
+        weights = _weights([num_tokens for _, num_tokens in parts], accelerator)
+        for (inputs, num_tokens), weight in zip(parts, weights, strict=True):
             with accelerator.accumulate(objective):
                 losses: Losses = objective(*inputs)
-                accelerator.backward(losses.total)
+                accelerator.backward(losses.total * weight)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(objective.parameters(), settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            meter.add(losses, num_tokens)
+            meter.add(losses, num_tokens, weight)
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
         done = step + 1
@@ -122,6 +123,16 @@ def fit(
             work.save(stage.name, done)
     objective.eval()
     return cast("torch.nn.Module", objective)
+
+
+def _weights(num_tokens: list[int], accelerator: Accelerator) -> list[float]:
+    """The weight of each batch of a step on this process, so that all tokens of the step have the same weight. Mean 1."""
+    count = len(num_tokens) * accelerator.num_processes
+    if count == 1:
+        return [1.0]
+    total = accelerator.reduce(torch.tensor(float(sum(num_tokens)), device=accelerator.device), "sum")
+    mean = float(total) / count
+    return [tokens / mean for tokens in num_tokens]
 
 
 def _shard_own_layers(accelerator: Accelerator, objective: torch.nn.Module) -> None:
@@ -143,12 +154,12 @@ class _Meter:
         self.parts: list[torch.Tensor] = []  # the losses of this step's batches on this process
         self.sums = torch.zeros(0)  # sums over steps: the loss, the backbone's loss, each head's loss
 
-    def add(self, losses: Losses, num_tokens: int) -> None:
-        """Add the losses of one batch of a step."""
+    def add(self, losses: Losses, num_tokens: int, weight: float) -> None:
+        """Add the losses of one batch of a step. weight: from `_weights`."""
         self.has_backbone = losses.backbone is not None
         backbone = losses.total.new_zeros(()) if losses.backbone is None else losses.backbone
-        numbers = [losses.total.detach(), backbone, *losses.heads, losses.total.new_tensor(num_tokens)]
-        self.parts.append(torch.stack([number.float() for number in numbers]))
+        means = torch.stack([number.float() for number in (losses.total.detach(), backbone, *losses.heads)]) * weight
+        self.parts.append(torch.cat([means, means.new_tensor([num_tokens])]))
 
     def end_step(self) -> float:
         """The step's loss, averaged over all processes. All get the same number, so all stop together if it is not finite."""

@@ -231,8 +231,9 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result of a run depends on. A run can only be resumed if it is equal."""
     free = {"checkpoint_every", "log_every", "heads_dtype", "save_backbone"}
+    begun = {} if settings.start_from is None else {"start_from_sha256": load_heads(settings.start_from).digest()}
     data = {"backbone": backbone, "data": digest([*training, *held_out]), "processes": accelerator.num_processes}
-    return data | settings.model_dump(exclude=free) | {"mixed_precision": accelerator.mixed_precision}
+    return data | begun | settings.model_dump(exclude=free) | {"mixed_precision": accelerator.mixed_precision}
 
 
 OF_FORM = {  # settings of the heads' form -> their names in the heads' config
