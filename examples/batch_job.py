@@ -53,7 +53,11 @@ def main(bundle: str, prompts: Path, output: TextIO, max_batch_size: int, max_qu
 
 def read(path: Path) -> list[Row]:
     """Read the prompts as rows of JSON."""
-    texts = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{path} is not UTF-8 text") from error
+    texts = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in texts]
     rows = []

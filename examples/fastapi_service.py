@@ -26,6 +26,7 @@ from medusa_runtime import (
     GenerationResult,
     Handle,
     Health,
+    Manifest,
     MedusaError,
     MedusaLM,
     Message,
@@ -49,9 +50,23 @@ RETRIED_LATER = (QueueFullError, QueueTimeoutError)
 CHUNK = TypeAdapter(GenerationChunk)
 
 
+def named_bundle() -> str:
+    """The bundle's directory. Without one, the program ends with one line before the server starts."""
+    if (bundle := os.environ.get("MEDUSA_BUNDLE")) is None:
+        raise SystemExit("Error: set MEDUSA_BUNDLE to the directory of a bundle")
+    try:
+        Manifest.load(bundle)
+    except MedusaError as error:
+        raise SystemExit(f"Error: {error}") from error
+    return bundle
+
+
+BUNDLE = named_bundle()
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with MedusaLM.from_bundle(os.environ["MEDUSA_BUNDLE"]) as app.state.lm:
+    async with MedusaLM.from_bundle(BUNDLE) as app.state.lm:
         yield
 
 

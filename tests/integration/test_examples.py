@@ -90,6 +90,14 @@ class TestService:
         with TestClient(service.app) as client:
             yield client
 
+    def test_without_a_bundle_it_ends_with_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("MEDUSA_BUNDLE", raising=False)
+        with pytest.raises(SystemExit, match=r"^Error: set MEDUSA_BUNDLE to the directory of a bundle$"):
+            load("fastapi_service")
+        monkeypatch.setenv("MEDUSA_BUNDLE", str(tmp_path / "nowhere"))
+        with pytest.raises(SystemExit, match=r"^Error: .*nowhere"):
+            load("fastapi_service")
+
     def test_it_answers_what_the_model_answers(self, client: TestClient, lm: MedusaLM) -> None:
         for asked in ({"prompt": PROMPTS[0]}, {"messages": [{"role": "user", "content": PROMPTS[0]}]}):
             answer = client.post("/generate", json=asked | {"max_new_tokens": 30, "n": 2, "temperature": 0.9, "seed": 5})
@@ -362,13 +370,14 @@ class TestBatchJob:
         ("line", "options", "exit_code", "message"),
         [
             ("{", [], 2, "prompts.jsonl:1 is not JSON"),
+            ("caf\udce9", [], 2, "prompts.jsonl is not UTF-8 text"),
             ('{"text": "x"}', [], 2, "prompts.jsonl:1 has neither a prompt nor messages"),
             ('{"prompt": 5}', [], 2, "prompts.jsonl:1 has neither a prompt nor messages"),
             ('{"prompt": "x"}', ["--temperature", -1], 1, "temperature is -1.0; it must be greater than or equal to 0"),
         ],
     )
     def test_bad_input_is_told_in_one_line(self, bundle: Path, tmp_path: Path, line, options, exit_code, message) -> None:
-        (tmp_path / "prompts.jsonl").write_text(line)
+        (tmp_path / "prompts.jsonl").write_bytes(line.encode(errors="surrogateescape"))
         result = self.run(bundle, tmp_path / "prompts.jsonl", *options)
         assert (result.exit_code, result.stdout) == (exit_code, "")
         assert message in result.stderr.splitlines()[-1]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from medusa_export.bundle import default_tree
+from medusa_export.bundle.tree_shapes import prior_tree
 from medusa_export.cli import main
 from medusa_export.model.checkpoint import load_backbone
 from medusa_heads.formats import load_heads
@@ -94,9 +96,24 @@ def test_replayed_tokens_per_step_are_the_runtimes(make_bundle: Make, make_model
     assert replayed["tokens_per_step"] > 1.2  # heads that learned these answers by heart, so that there is something to compare
 
 
+def test_no_tree_is_chosen_by_few_tokens(make_model: Make, make_heads: Make, data: Path, tmp_path: Path) -> None:
+    heads = make_heads()
+    judged = run(heads, "--model", make_model(), "--data", data, "--nodes", 6, "-o", heads / "evaluation.json")
+    assert judged.exit_code == 0, judged.output
+    found = Evaluation.model_validate_json((heads / "evaluation.json").read_text())
+    assert 0 < found.tokens < default_tree.MIN_TOKENS
+    words = ["onnx", str(make_model()), "--heads", str(heads), "-o", str(tmp_path / "bundle"), "--no-validate"]
+    result = CliRunner().invoke(main, [*words, "--tree-nodes", "6"])
+    assert result.exit_code == 0, result.output
+    assert f"was made on {found.tokens} tokens, too few to choose a tree by" in " ".join(result.stderr.split())
+    manifest = Manifest.load(tmp_path / "bundle")
+    assert CandidateTree.from_json(manifest.tree) == prior_tree(len(found.accuracy), manifest.heads.top_k, 6)
+
+
 def test_a_bundle_starts_with_the_best_tree_of_its_heads(
-    make_model: Make, make_heads: Make, data: Path, tmp_path: Path
+    make_model: Make, make_heads: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(default_tree, "MIN_TOKENS", 1)
     heads = make_heads()
     judged = run(heads, "--model", make_model(), "--data", data, "--nodes", 6, "-o", heads / "evaluation.json")
     assert judged.exit_code == 0, judged.output
@@ -147,8 +164,9 @@ def test_heads_of_another_model_are_refused(make_model: Make, make_heads: Make, 
 
 
 def test_the_best_tree_of_a_size_is_taken_whoever_gave_it(
-    make_model: Make, make_heads: Make, data: Path, tmp_path: Path
+    make_model: Make, make_heads: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(default_tree, "MIN_TOKENS", 1)
     heads, bad = make_heads(), tmp_path / "bad.json"
     bad.write_text("[[9], [9, 9], [9, 9, 9]]")
     judged = run(

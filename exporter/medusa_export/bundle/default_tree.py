@@ -11,9 +11,13 @@ from medusa_heads.formats import native
 from medusa_heads.replay import Evaluation
 from medusa_runtime.drafting.tree import CandidateTree
 
+MIN_TOKENS = 2000  # an evaluation on fewer tokens finds a tree that fits them by chance
+
 
 def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nodes: int) -> CandidateTree:
     """The tree a bundle starts with: the best of that size in the heads' evaluation, or else `prior_tree`.
+
+    An evaluation on fewer than `MIN_TOKENS` tokens is not used.
 
     Args:
         heads_path: the heads' directory.
@@ -35,7 +39,12 @@ def tree_for(heads_path: Path, digest_: str, num_heads: int, top_k: int, num_nod
         fitting = [
             result for result, rank in zip(evaluation.trees, most, strict=True) if result.nodes == num_nodes and rank < top_k
         ]
-        if evaluation.heads != digest_:
+        if evaluation.tokens < MIN_TOKENS:
+            note(
+                f"{place} was made on {evaluation.tokens} tokens, too few to choose a tree by ({MIN_TOKENS} are needed), so a "
+                "default tree is used; distil more answers, or run: medusa-export heads evaluate"
+            )
+        elif evaluation.heads != digest_:
             note(f"{place} is of other heads, so it is not used; make it again with: medusa-export heads evaluate")
         elif fitting:
             return CandidateTree.from_json(max(fitting, key=lambda result: result.tokens_per_step).tree)

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from medusa_export.bundle.default_tree import MIN_TOKENS
 from medusa_export.head_training.torch_devices import fast_precision, torch_device
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.tokenizer import load_tokenizer
@@ -37,6 +38,8 @@ from medusa_runtime.bundle.files import json_text
 from medusa_runtime.bundle.manifest import Precision
 from medusa_runtime.drafting.ngrams import NGRAMS_NAME
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError, first_line
+
+FEW_TOKENS = 50_000  # SmolLM2's heads give 1.8 tokens a step after 200,000 (docs/decisions/0025-reading-the-root.md)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ def train(options: TrainOptions) -> bool:
     with quiet(not accelerator.is_main_process):
         codec = CheckpointCodec(load_tokenizer(options.model, trust_remote_code=options.trust_remote_code))
         examples, excluded = examples_without(options.data, options.exclude, codec, options.settings.max_length)
-        note(f"{len(examples)} answers, {sum(len(example.response_ids) for example in examples)} tokens")
+        num_tokens = sum(len(example.response_ids) for example in examples)
+        note(f"{len(examples)} answers, {num_tokens} tokens")
+        if num_tokens < FEW_TOKENS:
+            note(f"fewer than {FEW_TOKENS:,} tokens: the heads will guess little; make more answers with medusa-export distill")
         with stage(f"load {options.model}"):
             backbone = _load(options, accelerator.device)
         source = Source(backbone.facts.name, backbone.model, lambda: _reload(options))
@@ -244,5 +250,20 @@ def _write(result: TrainResult, options: TrainOptions, work: Path, excluded: int
             training_curves(directory / native.LOG_NAME, directory / native.CURVES_NAME)
 
     save_heads(result.heads, options.output, force=options.force, beside=beside)
+    _tell(result, options)
     if options.work is None:
         shutil.rmtree(work)
+
+
+def _tell(result: TrainResult, options: TrainOptions) -> None:
+    """Say what the heads achieve on held-out answers, and what comes next."""
+    found = result.evaluation
+    if found is not None and found.trees:
+        top1 = ", ".join(f"{100 * found.top(head, 1):.0f}%" for head in range(len(found.accuracy)))
+        note(f"on {found.tokens} held-out tokens, the heads' first guess is right for {top1} of the tokens")
+        told = ", ".join(f"{tree.tokens_per_step:.2f} with {tree.nodes} nodes" for tree in found.trees)
+        note(f"expected tokens per step by tree: {told}" + (" (few tokens: not reliable)" if found.tokens < MIN_TOKENS else ""))
+    model = options.model
+    if result.joint is not None:
+        model = str(options.output / options.settings.save_backbone)
+    note(f"next: medusa-export onnx {model} --heads {options.output} -o BUNDLE")

@@ -369,4 +369,5 @@ class _AccuracyLog:
         accuracy = accuracies(target_ranks(heads, output, self.states, self.rows))
         top1, top5 = accuracy[:, 0].round(4).tolist(), accuracy[:, :5].sum(1).round(4).tolist()
         self.work.log(stage="heads", step=step, held_out_top1=top1, held_out_top5=top5)
-        self.listener.note(f"step {step}: top-1 accuracy of the heads on held-out answers: {top1}")
+        told = ", ".join(f"{100 * share:.1f}%" for share in top1)
+        self.listener.note(f"step {step}: top-1 accuracy of the heads on held-out answers: {told}")
