@@ -76,6 +76,7 @@ def test_weights_that_are_stored_in_half_precision_are_cast_one_by_one(model: Pa
         (GPTQ, partial(packed.gptq, group=32), 32),
         (GPTQ, partial(packed.gptq, group=64), 64),
         ({"quant_method": "awq", "bits": 4}, partial(packed.awq, group=32), 32),
+        (GPTQ, partial(packed.gptq, group=16), 16),
         ({"quant_method": "compressed-tensors"}, partial(packed.pack_quantized, group=32), 32),
     ],
 )
@@ -100,6 +101,43 @@ def test_codes_of_the_checkpoint_are_kept_bit_for_bit(
             expected, _, zeros = packed.rounded(original[name].numpy(), 4, block, symmetric=False)
             np.testing.assert_array_equal(codes, expected)
             np.testing.assert_array_equal(zero, zeros)
+    with MedusaLM.from_bundle(tmp_path / "bundle") as lm:
+        assert lm.generate("a fox", max_new_tokens=6).stats.num_generated_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "pack", "blocks"),
+    [
+        (GPTQ | {"bits": 8}, partial(packed.gptq, bits=8, group=64, symmetric=True), {64}),
+        ({"quant_method": "compressed-tensors"}, partial(packed.pack_quantized, bits=8, group=32), {32}),
+        ({"quant_method": "compressed-tensors"}, packed.int_quantized, {64, 128}),  # inputs that a block can have at most
+        ({"load_in_8bit": True}, packed.bnb_int8, {64, 128}),
+    ],
+)
+def test_symmetric_codes_of_8_bits_are_kept_bit_for_bit(
+    settings: dict[str, Any], pack: Callable[[np.ndarray], packed.Packed], blocks: set[int], model: Path, heads: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    packed.save_packed(model, tmp_path / "packed", settings, pack)
+    original = load_file(model / "model.safetensors")
+    _direct(tmp_path / "packed", heads, tmp_path / "bundle", "int8-blocks")
+    graph = read_graph(tmp_path / "bundle" / "step.onnx").graph
+    names = [name for name in original if name.endswith("proj.weight") and original[name].numel() >= MIN_SIZE]
+    assert len(names) == 10
+    assert "10 of the checkpoint's 14 integer weights keep their own codes" in capsys.readouterr().err
+    found = set()
+    for name in names:
+        tensors, whole = pack(original[name].numpy())
+        node = next(usage.node for usage in graph.initializers[f"model.{name}.uint8"].uses())
+        block = node.attributes.get_int("block_size")
+        found.add(block)
+        codes, scale = (value.const_value.numpy() for value in node.inputs[:2])
+        if "weight" in tensors:
+            np.testing.assert_array_equal(codes.astype(np.int16) - 128, tensors["weight"].numpy())
+        else:
+            np.testing.assert_array_equal(codes, packed.rounded(original[name].numpy(), 8, block, symmetric=True)[0])
+        np.testing.assert_array_equal((codes.astype(np.float32) - 128) * np.repeat(scale, block, 1), whole)
+    assert found == blocks
     with MedusaLM.from_bundle(tmp_path / "bundle") as lm:
         assert lm.generate("a fox", max_new_tokens=6).stats.num_generated_tokens > 0
 
