@@ -152,6 +152,22 @@ def test_codes_in_mixed_groups_are_rounded_again_and_that_is_told(
     assert ir.DataType.UINT4 in dtypes
 
 
+def test_codes_of_experts_are_rounded_again_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model", "mixtral", num_local_experts=2, num_experts_per_tok=1, **SIZES)
+    heads = save_random_heads(model, tmp_path / "heads")
+    tensors: dict[str, torch.Tensor] = load_file(model / "model.safetensors")
+    names = [name for name in tensors if ".layers." in name and tensors[name].dim() == 2 and "gate.weight" not in name]
+    for name in names:
+        parts, _ = packed.gptq(tensors.pop(name).numpy())
+        tensors |= {f"{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    packed.add_settings(model, GPTQ)
+    _direct(model, heads, tmp_path / "bundle", "int4")
+    assert len(names) == 2 * (2 * 3 + 4)  # of each layer: three matrices of two experts, and attention's four
+    expected = "4 of the checkpoint's 20 integer weights keep their own codes; int4 stores the others in another form"
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_large_model_is_compared_with_its_layers_cast_one_at_a_time(
     model: Path, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,9 +115,12 @@ def _quantize(traced: Traced, scheme: Scheme) -> None:
 
 
 def _given(traced: Traced) -> dict[str, GivenCodes]:
-    """The codes of the checkpoint's weights, by the names of the step graph."""
+    """The codes of the checkpoint's weights, by the names of the step graph. Weights that the model merges have none there."""
     found: dict[str, GivenCodes] = {}
+    names = set(traced.backbone.model.state_dict())
     for name, lazy in traced.backbone.integers.items():
+        if name not in names:
+            continue
         weight = lazy.make()
         if (codes := given_codes(partial(_arrays, lazy), weight.bits, weight.block_size)) is not None:
             found[f"model.{name}"] = codes
