@@ -97,13 +97,15 @@ OTHER_SETTINGS: list[tuple[str, dict[str, Any]]] = [  # of checkpoints that peop
     ("lfm2", {"conv_bias": True, "conv_L_cache": 4}),
 ]  # fmt: skip
 
+TRACED = [*((name, dict[str, Any]()) for name in TYPES if name not in REFUSED), *OTHER_SETTINGS]
+
 
 @pytest.fixture(scope="module")
 def page() -> str:
     return PAGE.read_text()
 
 
-@pytest.mark.parametrize(("model_type", "settings"), [*((name, {}) for name in TYPES if name not in REFUSED), *OTHER_SETTINGS])
+@pytest.mark.parametrize(("model_type", "settings"), TRACED, ids=["-".join([name, *more]) for name, more in TRACED])
 def test_what_is_traced_computes_what_the_model_does(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:
     attention_node.register()
     model = str(save_zoo_model(tmp_path, model_type, **settings))
