@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,16 +76,39 @@ ONE_OF_A_MECHANISM = {
     "opt": "a head that calls the decoder itself",
 }
 
+OTHER_SETTINGS: list[tuple[str, dict[str, Any]]] = [  # of checkpoints that people have, and that the types' tiny models lack
+    ("falcon", {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False}),
+    ("falcon", {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                   "original_max_position_embeddings": 64}}),
+    ("deepseek_v3", {"q_lora_rank": None}),
+    ("cohere", {"use_qk_norm": True}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
+    ("mixtral", {"sliding_window": 6}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("granitemoehybrid", {"position_embedding_type": "rope"}),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    ("lfm2", {"conv_bias": True, "conv_L_cache": 4}),
+]  # fmt: skip
+
+TRACED = [*((name, dict[str, Any]()) for name in TYPES if name not in REFUSED), *OTHER_SETTINGS]
+
 
 @pytest.fixture(scope="module")
 def page() -> str:
     return PAGE.read_text()
 
 
-@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in REFUSED])
-def test_what_is_traced_computes_what_the_model_does(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "settings"), TRACED, ids=["-".join([name, *more]) for name, more in TRACED])
+def test_what_is_traced_computes_what_the_model_does(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:
     attention_node.register()
-    model = str(save_zoo_model(tmp_path, model_type))
+    model = str(save_zoo_model(tmp_path, model_type, **settings))
     traced = load_backbone(model, attention=attention_node.ATTENTION_NAME, before_loading=require_traceable)
     found, wanted = compare(traced, load_backbone(model))
     assert np.ptp(wanted) > 1

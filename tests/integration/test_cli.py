@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,14 @@ def fails(result: Result, exit_code: int, message: str) -> None:
     assert message in last
     told = ("  ", "Usage: ", "Try ", "fp32 bundle", "\u250f", "\u2503", "\u2521", "\u2502", "\u2514")  # stages, usage, a table
     assert [line for line in before if line and not line.startswith(told)] == []
+
+
+def test_verbose_says_what_passes_match_and_why_not(make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    words = ("onnx", make_model(), "--heads", make_heads(), "--no-validate", "-o")
+    told = run(*words, tmp_path / "told", "--verbose").stderr
+    assert "FuseRotary: 4 matched\n" in told  # of the two layers that are traced
+    assert re.search(r"IntegerProducts: 0 matched; not \d+: a product with a float weight\n", told)
+    assert "matched" not in run(*words, tmp_path / "silent").stderr
 
 
 def test_from_a_model_to_tokens(make_model: Make, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_weights_that_are_stored_in_half_precision_are_cast_one_by_one(model: Pa
         (GPTQ, partial(packed.gptq, group=32), 32),
         (GPTQ, partial(packed.gptq, group=64), 64),
         ({"quant_method": "awq", "bits": 4}, partial(packed.awq, group=32), 32),
+        (GPTQ, partial(packed.gptq, group=16), 16),
         ({"quant_method": "compressed-tensors"}, partial(packed.pack_quantized, group=32), 32),
     ],
 )
@@ -104,6 +105,43 @@ def test_codes_of_the_checkpoint_are_kept_bit_for_bit(
         assert lm.generate("a fox", max_new_tokens=6).stats.num_generated_tokens > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "pack", "blocks"),
+    [
+        (GPTQ | {"bits": 8}, partial(packed.gptq, bits=8, group=64, symmetric=True), {64}),
+        ({"quant_method": "compressed-tensors"}, partial(packed.pack_quantized, bits=8, group=32), {32}),
+        ({"quant_method": "compressed-tensors"}, packed.int_quantized, {64, 128}),  # inputs that a block can have at most
+        ({"load_in_8bit": True}, packed.bnb_int8, {64, 128}),
+    ],
+)
+def test_symmetric_codes_of_8_bits_are_kept_bit_for_bit(
+    settings: dict[str, Any], pack: Callable[[np.ndarray], packed.Packed], blocks: set[int], model: Path, heads: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    packed.save_packed(model, tmp_path / "packed", settings, pack)
+    original = load_file(model / "model.safetensors")
+    _direct(tmp_path / "packed", heads, tmp_path / "bundle", "int8-blocks")
+    graph = read_graph(tmp_path / "bundle" / "step.onnx").graph
+    names = [name for name in original if name.endswith("proj.weight") and original[name].numel() >= MIN_SIZE]
+    assert len(names) == 10
+    assert "10 of the checkpoint's 14 integer weights keep their own codes" in capsys.readouterr().err
+    found = set()
+    for name in names:
+        tensors, whole = pack(original[name].numpy())
+        node = next(usage.node for usage in graph.initializers[f"model.{name}.uint8"].uses())
+        block = node.attributes.get_int("block_size")
+        found.add(block)
+        codes, scale = (value.const_value.numpy() for value in node.inputs[:2])
+        if "weight" in tensors:
+            np.testing.assert_array_equal(codes.astype(np.int16) - 128, tensors["weight"].numpy())
+        else:
+            np.testing.assert_array_equal(codes, packed.rounded(original[name].numpy(), 8, block, symmetric=True)[0])
+        np.testing.assert_array_equal((codes.astype(np.float32) - 128) * np.repeat(scale, block, 1), whole)
+    assert found == blocks
+    with MedusaLM.from_bundle(tmp_path / "bundle") as lm:
+        assert lm.generate("a fox", max_new_tokens=6).stats.num_generated_tokens > 0
+
+
 def test_codes_in_mixed_groups_are_rounded_again_and_that_is_told(
     model: Path, heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +150,22 @@ def test_codes_in_mixed_groups_are_rounded_again_and_that_is_told(
     assert "the weights of the checkpoint are integers, but none that int4 can keep" in capsys.readouterr().err
     dtypes = {value.dtype for value in read_graph(tmp_path / "bundle" / "step.onnx").graph.initializers.values()}
     assert ir.DataType.UINT4 in dtypes
+
+
+def test_codes_of_experts_are_rounded_again_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model", "mixtral", num_local_experts=2, num_experts_per_tok=1, **SIZES)
+    heads = save_random_heads(model, tmp_path / "heads")
+    tensors: dict[str, torch.Tensor] = load_file(model / "model.safetensors")
+    names = [name for name in tensors if ".layers." in name and tensors[name].dim() == 2 and "gate.weight" not in name]
+    for name in names:
+        parts, _ = packed.gptq(tensors.pop(name).numpy())
+        tensors |= {f"{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    packed.add_settings(model, GPTQ)
+    _direct(model, heads, tmp_path / "bundle", "int4")
+    assert len(names) == 2 * (2 * 3 + 4)  # of each layer: three matrices of two experts, and attention's four
+    expected = "4 of the checkpoint's 20 integer weights keep their own codes; int4 stores the others in another form"
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_large_model_is_compared_with_its_layers_cast_one_at_a_time(

@@ -36,14 +36,25 @@ PROMPTS = ("the lazy dog learns to speak, while the quick model jumps over many 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_half_precision_bundle_decodes_like_pytorch(
-    precision: str, make_bundle: Make, make_model: Make, make_heads: Make
+    precision: str, make_model: Make, make_heads: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = make_bundle("llama", precision=precision)
+    bundle = tmp_path / "bundle"
+    export_bundle(ExportOptions(str(make_model()), make_heads(), bundle, precision=precision))
+    assert ("a bf16 bundle runs on GPUs alone" in capsys.readouterr().err) == (precision == "bf16")
     report = validate(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
     assert {tensor.dtype for tensor in Manifest.load(bundle).graphs["step"].inputs[5:]} == {
         {"fp16": "float16", "bf16": "bfloat16"}[precision]
     }
+
+
+@pytest.mark.parametrize("head_dim", [6, 12])
+def test_a_head_size_may_be_no_multiple_of_8(head_dim: int, make_model: Make, make_heads: Make, tmp_path: Path) -> None:
+    """ONNX Runtime's attention for one sequence wants one, so such heads are attended to in another way."""
+    model, heads = make_model("llama", head_dim=head_dim), make_heads()
+    export_bundle(ExportOptions(str(model), heads, tmp_path / "bundle"))
+    report = validate(tmp_path / "bundle", str(model), heads=heads, prompts=PROMPTS, max_new_tokens=16)
+    assert report.status == "passed", report.verdicts()
 
 
 def test_stamped_layers_are_the_layers_of_a_full_trace(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,9 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], packed.Packed]]] =
     "gptq": (GPTQ, packed.gptq),
     "awq": ({"quant_method": "awq", "bits": 4}, packed.awq),
     "compressed-tensors": ({"quant_method": "compressed-tensors"}, packed.pack_quantized),
+    "int-quantized": ({"quant_method": "compressed-tensors"}, packed.int_quantized),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, packed.fp8_blocks),
-    "bitsandbytes": ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, partial(packed.bnb_nf4, nested=True)),
+    "bitsandbytes": ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, partial(packed.bnb_4_bits, nested=True)),
     "bitnet": ({"quant_method": "bitnet"}, partial(packed.bitnet, divides=True)),
 }
 
@@ -41,9 +42,8 @@ def test_a_packed_model_is_loaded(case: str, make_model: Make, tmp_path: Path) -
     for name, weight in whole.items():
         torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=1e-9)
     assert not hasattr(backbone.model.config, "quantization_config")
-    expected = (
-        {name for name in whole if name.endswith("proj.weight")} if case in {"gptq", "awq", "compressed-tensors"} else set()
-    )
+    are_integers = case in {"gptq", "awq", "compressed-tensors", "int-quantized"}
+    expected = {name for name in whole if are_integers and name.endswith("proj.weight")}
     assert backbone.integers.keys() == expected
     assert backbone.eos_token_ids == [1]
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from medusa_export.check import record, validate
 from medusa_export.check.compare import divergences, first_divergence, logits_difference
@@ -179,6 +180,14 @@ def test_a_reference_of_another_shape_is_refused(bundle: Path, make_model: Make)
     with pytest.raises(OptionError, match="architecture Qwen2ForCausalLM, but the bundle has LlamaForCausalLM"):
         validate_and_record(bundle, str(make_model("qwen2")), prompts=PROMPTS)
     assert Manifest.load(bundle).validation.status == "not run"
+
+
+def test_a_reference_that_overflows_says_so(make_model: Make, bundle: Path) -> None:
+    side = ReferenceSide.load(str(make_model()), Manifest.load(bundle))
+    with torch.no_grad():
+        side.backbone.model.lm_head.weight.mul_(1e38)
+    with pytest.raises(CheckpointError, match=r"PyTorch gives NaN or infinite logits for .*does not fit float32"):
+        side.settle()
 
 
 def test_a_reference_that_is_off_at_first_is_given_time_to_settle(make_model: Make, bundle: Path, monkeypatch) -> None:

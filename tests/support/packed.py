@@ -19,6 +19,7 @@ Tensors = dict[str, torch.Tensor]
 Packed = tuple[Tensors, np.ndarray]  # the tensors by the end of their name, and the weight that they stand for [N, K]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+BNB_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / 12
 
 
 def rounded(weight: np.ndarray, bits: int, group: int, *, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,8 +52,10 @@ def words(values: np.ndarray, bits: int) -> torch.Tensor:
     return torch.from_numpy(packed.astype(np.uint32).view(np.int32).copy())
 
 
-def gptq(weight: np.ndarray, bits: int = 4, group: int = 32, *, v2: bool = False, reorder: bool = False) -> Packed:
-    codes, scale, zero = rounded(weight, bits, group, symmetric=False)
+def gptq(
+    weight: np.ndarray, bits: int = 4, group: int = 32, *, v2: bool = False, reorder: bool = False, symmetric: bool = False
+) -> Packed:
+    codes, scale, zero = rounded(weight, bits, group, symmetric=symmetric)
     group_of = np.arange(weight.shape[1]) // group
     if reorder:
         group_of = np.random.default_rng(0).permutation(group_of)
@@ -80,15 +83,15 @@ def awq(weight: np.ndarray, group: int = 32) -> Packed:
     return tensors, meant(codes, scale, zero, group_of)
 
 
-def pack_quantized(weight: np.ndarray, group: int = 32, *, symmetric: bool = True) -> Packed:
-    codes, scale, zero = rounded(weight, 4, group, symmetric=symmetric)
+def pack_quantized(weight: np.ndarray, group: int = 32, bits: int = 4, *, symmetric: bool = True) -> Packed:
+    codes, scale, zero = rounded(weight, bits, group, symmetric=symmetric)
     tensors = {
-        "weight_packed": words(codes.T, 4).T.contiguous(),
+        "weight_packed": words(codes.T, bits).T.contiguous(),
         "weight_scale": torch.from_numpy(scale),
         "weight_shape": torch.tensor(weight.shape),
     }
     if not symmetric:
-        tensors["weight_zero_point"] = words(zero, 4)
+        tensors["weight_zero_point"] = words(zero, bits)
     return tensors, meant(codes, scale, zero, np.arange(weight.shape[1]) // group)
 
 
@@ -155,11 +158,17 @@ def mxfp4(weight: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     return pairs(codes), torch.from_numpy((exponent + 127).astype(np.uint8)), whole
 
 
-def bnb_nf4(weight: np.ndarray, *, nested: bool) -> Packed:
-    table = np.linspace(-1, 1, 16, dtype=np.float32) ** 3
+def compressed_mxfp4(weight: np.ndarray) -> Packed:
+    packed, exponents, whole = mxfp4(weight)
+    return {"weight_packed": packed.flatten(-2), "weight_scale": exponents}, whole
+
+
+def bnb_4_bits(weight: np.ndarray, kind: str = "nf4", *, nested: bool) -> Packed:
+    """fp4's table is that of bitsandbytes; that of nf4 is another one, as a reader must take it from the file."""
+    table = np.linspace(-1, 1, 16, dtype=np.float32) ** 3 if kind == "nf4" else BNB_FP4
     flat = weight.reshape(-1, 64)
     largest = np.abs(flat).max(1)
-    tensors, settings = {}, {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": list(weight.shape)}
+    tensors, settings = {}, {"quant_type": kind, "blocksize": 64, "dtype": "float16", "shape": list(weight.shape)}
     if nested:
         outer_table, offset = np.linspace(-1, 1, 256, dtype=np.float32), np.float32(largest.mean())
         padded = np.pad(largest - offset, (0, -len(largest) % 256)).reshape(-1, 256)
@@ -180,7 +189,7 @@ def bnb_nf4(weight: np.ndarray, *, nested: bool) -> Packed:
     tensors |= {
         "weight": torch.from_numpy(codes[0::2] << 4 | codes[1::2]).reshape(-1, 1),
         "weight.quant_map": torch.from_numpy(table),
-        "weight.quant_state.bitsandbytes__nf4": state,
+        f"weight.quant_state.bitsandbytes__{kind}": state,
     }
     return tensors, (table[codes].reshape(-1, 64) * largest[:, None]).reshape(weight.shape).astype(np.float32)
 

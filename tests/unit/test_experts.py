@@ -163,6 +163,28 @@ def test_one_token_reads_the_weights_of_its_experts_alone(fuse: bool) -> None:
     assert all(array.shape[0] == 3 for array in found.values())
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_one_token_reads_the_codes_of_its_experts_alone(fuse: bool, scheme: Storage) -> None:
+    """The scales of the other experts are not numbers, so that all that is computed with their codes would be none either."""
+    case = Case(1, experts=8, chosen=3, hidden=64, inner=128)
+    expected, others = case.expected(), [expert for expert in range(8) if expert not in case.feeds["ids"]]
+    model = case.model()
+    ExpandExperts()(model)
+    QuantizeExperts(lambda _: scheme)(model)
+    scales = [value for name, value in model.graph.initializers.items() if name.endswith(".scale")]
+    assert len(scales) == 2
+    for value in scales:
+        array = value.const_value.numpy().copy()
+        array[others] = np.nan
+        value.const_value = ir.tensor(array, name=value.name)
+    if fuse:
+        FuseExperts()(model)
+        RemoveUnusedNodesPass()(model)
+        assert "QMoE" in kinds(model)
+    assert cosine(outputs(model, **case.feeds)["y"], expected) > (0.9999 if scheme == "int8" else 0.98)
+
+
 def test_many_tokens_gather_less_than_two_weights_for_each_expert() -> None:
     case = Case(500, experts=8, chosen=2)
     model = case.model()

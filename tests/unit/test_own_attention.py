@@ -52,6 +52,16 @@ def test_attention_that_cannot_be_traced_is_refused_by_name(model_type: str, set
         require_known(model)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("gemma3_text", {"use_bidirectional_attention": True}), ("gemma4_text", {"use_bidirectional_attention": "all"}),
+     ("llama", {"is_causal": False})],
+)  # fmt: skip
+def test_models_that_read_later_tokens_are_refused(model_type: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ExportError, match="its tokens attend to later ones too, so it cannot continue a text"):
+        require_known(make_model(model_type, **settings))
+
+
 @pytest.mark.parametrize(("model_type", "axis"), [("llama4_text", 2), ("deepseek_v2", 1), ("llama", None)])
 def test_complex_rotary_embeddings_are_found(model_type: str, axis: int | None) -> None:
     assert complex_rotary(make_model(model_type)) == axis

@@ -31,17 +31,22 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], packed.Packed]]] =
     "auto-round as gptq": ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, packed.gptq),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, packed.awq),
     "pack-quantized": (COMPRESSED, packed.pack_quantized),
+    "pack-quantized in 8 bits": (COMPRESSED, partial(packed.pack_quantized, bits=8)),
+    "pack-quantized in 8 bits with zeros": (COMPRESSED, partial(packed.pack_quantized, bits=8, symmetric=False)),
     "pack-quantized with zeros": (COMPRESSED, partial(packed.pack_quantized, symmetric=False)),
     "int-quantized": (COMPRESSED | {"format": "int-quantized"}, packed.int_quantized),
     "float-quantized": (COMPRESSED | {"format": "float-quantized"}, partial(packed.fp8, per_output=True)),
     "nvfp4-pack-quantized": (COMPRESSED, partial(packed.nvfp4, compressed=True)),
+    "mxfp4-pack-quantized": (COMPRESSED | {"format": "mxfp4-pack-quantized"}, packed.compressed_mxfp4),
     "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, packed.fp8_blocks),
     "fp8 per tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, packed.fp8),
     "fp8 per output": ({"quant_method": "fbgemm_fp8"}, partial(packed.fp8, per_output=True)),
     "modelopt fp8": ({"producer": {"name": "modelopt"}, "quant_algo": "FP8"}, packed.fp8),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, partial(packed.nvfp4, compressed=False)),
-    "bitsandbytes nf4": ({"load_in_4bit": True}, partial(packed.bnb_nf4, nested=False)),
-    "bitsandbytes nf4, nested": ({"quant_method": "bitsandbytes"}, partial(packed.bnb_nf4, nested=True)),
+    "bitsandbytes nf4": ({"load_in_4bit": True}, partial(packed.bnb_4_bits, nested=False)),
+    "bitsandbytes nf4, nested": ({"quant_method": "bitsandbytes"}, partial(packed.bnb_4_bits, nested=True)),
+    "bitsandbytes fp4": ({"load_in_4bit": True}, partial(packed.bnb_4_bits, kind="fp4", nested=False)),
+    "bitsandbytes fp4, nested": ({"quant_method": "bitsandbytes"}, partial(packed.bnb_4_bits, kind="fp4", nested=True)),
     "bitsandbytes int8": ({"load_in_8bit": True}, packed.bnb_int8),
     "bitnet": ({"quant_method": "bitnet"}, partial(packed.bitnet, divides=True)),
     "autobitlinear": ({"quant_method": "bitnet", "linear_class": "autobitlinear"}, partial(packed.bitnet, divides=False)),
@@ -100,6 +105,46 @@ def test_codes_are_kept_where_groups_are_runs(tmp_path: Path, case: str, block: 
         codes, _, zeros = packed.rounded(_weight(), 4, block, symmetric=False)
         np.testing.assert_array_equal(weight.codes.numpy(), codes)
         np.testing.assert_array_equal(weight.zeros.numpy(), zeros)
+
+
+@pytest.mark.parametrize(
+    ("scale", "block"), [((1,), 128), ((), 128), ((96,), 128), ((96, 1), 128), ((96, 4), 32), ((2, 2), 64)]
+)
+def test_signed_bytes_keep_their_integers(tmp_path: Path, scale: tuple[int, ...], block: int) -> None:
+    numbers = np.random.default_rng(0)
+    codes = numbers.integers(-128, 128, SHAPE).astype(np.int8)
+    scales = numbers.random(scale).astype(np.float32)
+    zeros = numbers.integers(-9, 9, scale).astype(np.int8)
+    parts = {"weight": codes, "weight_scale": scales, "weight_zero_point": zeros}
+    _saved(tmp_path, {f"layer.{end}": torch.tensor(part) for end, part in parts.items()})
+    found, files = read_packed(tmp_path, COMPRESSED | {"weight_block_size": [48, 64]})
+    weight = found.integers["layer.weight"].make()
+    assert (weight.bits, weight.block_size) == (8, block)
+    np.testing.assert_array_equal(weight.codes.numpy().astype(int) - 128, codes)
+
+    def spread(part: np.ndarray) -> np.ndarray:
+        part = part.reshape(-1, 1) if part.ndim < 2 else part
+        return np.repeat(np.repeat(part, 96 // part.shape[0], 0), 128 // part.shape[1], 1)
+
+    expected = (codes - spread(zeros).astype(np.float32)) * spread(scales)
+    np.testing.assert_allclose(found.state(files)["layer.weight"][...].numpy(), expected, rtol=1e-6)
+
+
+def test_signed_bytes_of_other_shapes_are_read_as_floats(tmp_path: Path) -> None:
+    codes = torch.arange(-12, 12, dtype=torch.int8).reshape(2, 3, 4)
+    scale = torch.tensor([0.5, 0.25, 2.0]).reshape(1, 3, 1)
+    _saved(tmp_path, {"layer.weight": codes, "layer.weight_scale": scale})
+    found, files = read_packed(tmp_path, COMPRESSED)
+    assert not found.integers
+    assert torch.equal(found.state(files)["layer.weight"][...], codes * scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (6, 8)])
+def test_scales_that_do_not_fit_signed_bytes_are_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    _saved(tmp_path, {"a.weight": torch.zeros(shape, dtype=torch.int8), "a.weight_scale": torch.ones(4, 5)})
+    found, files = read_packed(tmp_path, COMPRESSED)
+    with pytest.raises(CheckpointError, match=r"a\.weight_scale does not fit a\.weight"):
+        found.state(files)["a.weight"][...]
 
 
 def test_integers_are_read_when_they_are_needed(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
+from medusa_export.passes.common.values import add_initializer, constant
 from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
 from medusa_export.passes.portable.merge_attention import MergeAttention
 from medusa_export.passes.portable.simplify import Simplify
@@ -114,3 +116,20 @@ def test_a_bfloat16_graph_runs_in_float32() -> None:
     )
     Upcast()(model)
     np.testing.assert_array_equal(run(model, x=np.full((1, 3), 1.001, "f")), np.full((1, 3), 2.002, "f"))
+
+
+@pytest.mark.parametrize(
+    ("data", "other"),
+    [(1.0, np.float32(2)), (1.0, np.int64(1)), (1.0, np.array([1], "f")), (0.0, np.float32(-0.0))],
+    ids=["value", "type", "shape", "sign"],
+)
+def test_a_constant_is_shared_only_with_an_equal_one(data: float, other: np.generic) -> None:
+    """A model may have a weight of the same name, and two passes may choose one name."""
+    graph = ir.Graph([], [], nodes=[])
+    theirs = add_initializer(graph, "scale", ir.tensor(other, name="scale"))
+    ours = constant(graph, "scale", data)
+    assert (ours.name, ours.const_value.name) == ("scale_", "scale_")
+    assert ours.const_value.numpy().tobytes() == np.float32(data).tobytes()
+    assert constant(graph, "scale", data) is ours
+    assert constant(graph, "scale", other) is theirs
+    assert list(graph.initializers) == ["scale", "scale_"]

@@ -26,6 +26,11 @@ def test_what_a_program_imports_of_ours_exists(program: Path) -> None:
             assert found, f"{node.module} has no {name}"
 
 
+def test_the_exporters_files_can_be_found_by_their_names() -> None:
+    files = [path for path in (ROOT / "exporter").rglob("*.py") if not path.name.startswith("__")]
+    assert len({path.name for path in files}) == len(files) > 100
+
+
 def test_the_readmes_speeds_are_those_that_were_measured() -> None:
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "bench/readme_table.py")
     assert spec is not None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import onnx_ir as ir
 import pytest
 import torch
 
+from medusa_export.errors import ExportError
+from medusa_export.model.checkpoint import Backbone
 from medusa_export.trace.cache_shapes import unchanged
 from medusa_export.trace.layers import NoLayersError, decoder_layers, text_decoder
+from medusa_export.trace.ordered_sets import OrderedSet, ordered_sets
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import known_sizes
+from medusa_export.trace.step_graph import step_module
 from medusa_export.trace.torch_to_onnx import tensor_of
 from tests.support.multimodal import make_multimodal_model
 from tests.support.zoo import NUM_LAYERS, make_model
@@ -86,3 +92,32 @@ def test_a_forward_pass_on_tensors_without_values_leaves_none_in_the_model() -> 
     assert rotary.inv_freq is before
     assert not hasattr(rotary, "long_inv_freq")
     assert not hasattr(rotary, "seen")
+
+
+def test_sets_come_in_order_while_a_model_is_traced() -> None:
+    """Gemma 3 makes a set of its layers' kinds in each pass; Gemma 4 keeps one."""
+    kinds = {"sliding_attention", "full_attention", "a", "b", "c"}
+    for model_type in ("gemma3_text", "gemma4_text"):
+        model = make_model(model_type)
+        code = sys.modules[type(model).__module__]
+        held = getattr(model.model, "unique_layer_types", None)
+        with ordered_sets(model):
+            assert list(code.set(kinds)) == sorted(kinds)
+            assert isinstance(code.set(kinds), set)
+            if held is not None:
+                assert list(model.model.unique_layer_types) == sorted(held)
+                assert isinstance(model.model.unique_layer_types, OrderedSet)
+        assert "set" not in vars(code)
+        assert getattr(model.model, "unique_layer_types", None) is held
+    assert held is not None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "setting", "kind"),
+    [("exaone4", "sliding_window", "sliding_attention"), ("llama4_text", "attention_chunk_size", "chunked_attention")],
+)
+def test_a_window_without_a_size_is_told(model_type: str, setting: str, kind: str) -> None:
+    model = make_model(model_type)
+    setattr(model.config, setting, None)
+    with pytest.raises(ExportError, match=f"it has layers of kind {kind}, but its configuration has no {setting} "):
+        step_module(Backbone("tiny", model, torch.float32))

@@ -241,12 +241,17 @@ class ReferenceSide:
         (docs/decisions/0006-validation-by-one-forward-pass.md).
 
         Raises:
-            CheckpointError: no two passes agree.
+            CheckpointError: no two passes agree, or logits are no finite numbers.
         """
         token_ids = [token % self.backbone.facts.vocab_size for token in range(min(SETTLE_TOKENS, self.backbone.max_seq_len))]
         before = self.logits(token_ids).copy()
         for _ in range(SETTLE_ROUNDS):
             after = self.logits(token_ids).copy()
+            if not np.isfinite(after).all():
+                raise CheckpointError(
+                    f"PyTorch gives NaN or infinite logits for {self.backbone.source}, so it cannot be a reference: "
+                    "its weights are finite, but what it computes with them does not fit float32"
+                )
             if np.array_equal(before, after):
                 return
             before = after

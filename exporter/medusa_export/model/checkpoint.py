@@ -34,6 +34,7 @@ GENERATION_CONFIG = "generation_config.json"
 BeforeLoading = Callable[[str, Any, Any], None]  # of source, class and configuration
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of attention
 WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe"})  # kinds of layers that read no mask
+CHUNK_SIZE = "attention_chunk_size"  # the setting with the positions of a chunk
 ALIBI = "build_alibi_tensor"  # a function in the file of a model whose scores have a bias by position
 WITHOUT_END = 1 << 15  # tokens: the limit of models that have none
 HYBRID = "hybrid"  # full attention beside another part that reads no mask
@@ -66,7 +67,7 @@ class Backbone:
         """The kind of attention of each layer.
 
         Raises:
-            ExportError: the step graph has no mask for a layer's kind of attention.
+            ExportError: the step graph has no mask for a layer's kind of attention, or the mask's size is missing.
         """
         config = self.config
         types = getattr(config, "layer_types", None)
@@ -77,6 +78,11 @@ class Backbone:
         types = [FULL if kind == SELECTING else kind for kind in types]
         if unknown := set(types) - {FULL, SLIDING, CHUNKED, HYBRID} - WITHOUT_ATTENTION:
             raise unsupported(type(self.model).__name__, f"it has layers of kind {', '.join(sorted(unknown))}")
+        for kind, size, name in ((SLIDING, self.sliding_window, "sliding_window"), (CHUNKED, self.chunk_size, CHUNK_SIZE)):
+            if kind in types and not size:
+                raise unsupported(
+                    type(self.model).__name__, f"it has layers of kind {kind}, but its configuration has no {name}"
+                )
         return types
 
     @property
@@ -89,7 +95,7 @@ class Backbone:
     @property
     def chunk_size(self) -> int | None:
         """The positions of a chunk, if the model has layers that attend only within one."""
-        return getattr(self.config, "attention_chunk_size", None)
+        return getattr(self.config, CHUNK_SIZE, None)
 
     @property
     def max_seq_len(self) -> int:

@@ -37,7 +37,8 @@ def export(options: ExportOptions) -> Manifest:
 
     To int8, a float bundle is written first and deleted, since weights are rounded for activations that are measured with it.
     To other schemes, and to int8 if the model is large, weights go from the checkpoint to a quantised bundle one by one. Codes
-    of 4 bits that the checkpoint has are then kept as they are, and the quality is measured against the model in PyTorch.
+    that the checkpoint has are then kept as they are, if the scheme has blocks of as many bits. The quality is measured against
+    the model in PyTorch.
 
     Raises:
         OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs `quantize`.
@@ -106,15 +107,20 @@ def _quantize(traced: Traced, scheme: Scheme) -> None:
     for model in traced.graphs.values():
         kept += quantize_graph(model, scheme, gathered, given)
     if kept:
-        note(f"{kept} weights keep the checkpoint's own codes")
+        count = len(traced.backbone.integers)
+        rest = "" if kept == count else f"; {scheme} stores the others in another form"
+        note(f"{kept} of the checkpoint's {count} integer weights keep their own codes{rest}")
     elif traced.backbone.integers:
         note(f"the weights of the checkpoint are integers, but none that {scheme} can keep; they are rounded again")
 
 
 def _given(traced: Traced) -> dict[str, GivenCodes]:
-    """The codes of the checkpoint's weights, by the names of the step graph."""
+    """The codes of the checkpoint's weights, by the names of the step graph. Weights that the model merges have none there."""
     found: dict[str, GivenCodes] = {}
+    names = set(traced.backbone.model.state_dict())
     for name, lazy in traced.backbone.integers.items():
+        if name not in names:
+            continue
         weight = lazy.make()
         if (codes := given_codes(partial(_arrays, lazy), weight.bits, weight.block_size)) is not None:
             found[f"model.{name}"] = codes

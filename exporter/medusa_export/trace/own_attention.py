@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.model.checkpoint import ALIBI, FULL, SLIDING, unsupported
 from medusa_export.trace.attention_node import ATTENTION_NAME, attention_node
+from medusa_export.trace.layers import text_decoder
 from medusa_export.trace.step_masks import Masks
 
 METHOD, PARAMETERS = "_attn", ["query", "key", "value", "attention_mask"]
@@ -35,8 +36,12 @@ def require_known(model: PreTrainedModel) -> None:
     """Refuse attention code of which we know that it cannot be traced for several sequences and trees.
 
     Raises:
-        ExportError: the model has no KV cache, or adds positions to the scores in a way that cannot differ by sequence.
+        ExportError: the model attends to later tokens, has no KV cache, or adds positions to the scores in a way that cannot
+            differ by sequence.
     """
+    decoder = text_decoder(model)
+    if any(getattr(part, "is_causal", True) is False for part in (decoder.config, *decoder.modules())):
+        raise unsupported(type(model).__name__, "its tokens attend to later ones too, so it cannot continue a text")
     if not has_own_attention(model):
         return
     name = type(model).__name__

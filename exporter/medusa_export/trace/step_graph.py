@@ -16,6 +16,7 @@ from medusa_export.passes.portable.expand_sinks import ExpandSinks
 from medusa_export.passes.portable.transpose_weights import TransposeWeights
 from medusa_export.trace.cache_shapes import TORCH_DTYPES, cached_tensors
 from medusa_export.trace.layers import NoLayersError, decoder_layers, layer_kinds, only_layers, text_decoder
+from medusa_export.trace.ordered_sets import ordered_sets
 from medusa_export.trace.own_attention import has_own_attention, require_known
 from medusa_export.trace.selection import selecting_all
 from medusa_export.trace.stamp import StampLayers, UnlikeLayersError
@@ -104,7 +105,7 @@ def _trace(backbone: Backbone, module: StepModule, tensors: list[CacheTensor], o
     past = {tensor.name: torch.zeros(tensor.shape(batch, capacity), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in tensors}
     b, t = Dim("batch", min=1, max=1 << 16), Dim("num_tokens", min=2, max=max(backbone.max_seq_len, tokens))
     s, r = Dim("capacity", min=2, max=1 << 24), Dim("num_rows", min=1, max=1 << 20)
-    with selecting_all(backbone.model):
+    with selecting_all(backbone.model), ordered_sets(backbone.model):
         model = export_module(
             backbone.facts.architecture,
             module,

@@ -49,7 +49,7 @@ class StepMasks:
             keys = key_positions.unsqueeze(1)  # [B, 1, S]
             queries = position_ids.unsqueeze(2)  # [B, T, 1]
             if SLIDING in kinds:
-                assert self.sliding_window is not None  # a model with sliding-window layers always has it
+                assert self.sliding_window is not None  # `Backbone.layer_types` has checked it
                 masks[SLIDING] = full & (queries - keys < self.sliding_window).unsqueeze(1)
             if CHUNKED in kinds:
                 assert self.chunk_size is not None

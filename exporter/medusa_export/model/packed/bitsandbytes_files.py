@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from medusa_export.model.packed.tensors import LazyWeight, PackedWeights, Readable, Tensors
+from medusa_export.model.packed.signed_bytes import signed_bytes
+from medusa_export.model.packed.tensors import IntegerWeight, LazyIntegers, LazyWeight, PackedWeights, Readable, Tensors
 from medusa_heads.errors import CheckpointError
 
 STATE = ".quant_state.bitsandbytes__"  # followed by nf4 or fp4: the settings as JSON, in bytes
@@ -25,7 +26,7 @@ def read_bitsandbytes(tensors: Tensors, _: dict[str, Any]) -> PackedWeights:
         weights[name] = LazyWeight(partial(_four_bits, tensors, name, state))
         consumed |= {name, state, *(name + part for part in NESTED)}
     for prefix in tensors.ending(".SCB"):
-        weights[f"{prefix}.weight"] = LazyWeight(partial(_eight_bits, tensors, prefix))
+        weights[f"{prefix}.weight"] = LazyIntegers(partial(_eight_bits, tensors, prefix))
         consumed |= {f"{prefix}.weight", f"{prefix}.SCB", f"{prefix}.weight_format"}
     return PackedWeights(weights, frozenset(consumed))
 
@@ -49,9 +50,9 @@ def _four_bits(tensors: Tensors, name: str, state: str) -> torch.Tensor:
     return (values[:count] * scales).reshape(shape)
 
 
-def _eight_bits(tensors: Tensors, prefix: str) -> torch.Tensor:
+def _eight_bits(tensors: Tensors, prefix: str) -> IntegerWeight:
     weight_format = f"{prefix}.weight_format"
     if weight_format in tensors and int(tensors.read(weight_format)) != 0:
         raise CheckpointError(f"{tensors.directory}: {prefix}.weight is in the order of a GPU's tiles; save it by rows")
-    scale = tensors.read(f"{prefix}.SCB").to(torch.float32) / INT8_RANGE  # [N]
-    return tensors.read(f"{prefix}.weight").to(torch.float32) * scale.unsqueeze(1)
+    largest = tensors.read(f"{prefix}.SCB").to(torch.float32)  # [N]
+    return signed_bytes(tensors.read(f"{prefix}.weight"), (largest / INT8_RANGE).unsqueeze(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 
 from medusa_export.model.packed.bits import as_scale, fields
 from medusa_export.model.packed.microscaling import in_blocks
-from medusa_export.model.packed.scaled_floats import activation_scales, block_of, read_scaled_floats, spread
+from medusa_export.model.packed.scaled_floats import activation_scales, block_of, read_scaled_floats
+from medusa_export.model.packed.signed_bytes import read_signed_bytes
 from medusa_export.model.packed.tensors import IntegerWeight, LazyIntegers, LazyWeight, PackedWeights, Readable, Tensors
 from medusa_heads.errors import CheckpointError
 
@@ -42,23 +42,10 @@ def read_compressed_tensors(tensors: Tensors, settings: dict[str, Any]) -> Packe
         consumed |= {name + part for part in PARTS}
     for name in tensors.ending(".weight"):
         if tensors.dtype(f"{name}.weight") == "I8":
-            weights[f"{name}.weight"] = _plain(tensors, name, block_of(settings))
+            parts = (f"{name}.weight", f"{name}.weight_scale", f"{name}.weight_zero_point")
+            weights[f"{name}.weight"] = read_signed_bytes(tensors, *parts, block_of(settings))
             consumed |= {f"{name}.weight", *(name + part for part in PARTS)}
     return PackedWeights(weights, frozenset(consumed), floats.note)
-
-
-def _plain(tensors: Tensors, name: str, block: tuple[int, int] | None) -> Readable:
-    """An int8 weight, whose scales belong to outputs, groups of inputs, blocks, or the whole."""
-    make: Callable[[], torch.Tensor] = partial(_scaled_int8, tensors, name, block)
-    return LazyWeight(make)
-
-
-def _scaled_int8(tensors: Tensors, name: str, block: tuple[int, int] | None) -> torch.Tensor:
-    weight = tensors.read(f"{name}.weight").to(torch.float32)
-    scale = spread(tensors.read(f"{name}.weight_scale").to(torch.float32), weight.shape, block)
-    if f"{name}.weight_zero_point" in tensors:
-        weight -= spread(tensors.read(f"{name}.weight_zero_point").to(torch.float32), weight.shape, block)
-    return weight.mul_(scale)
 
 
 def _packed(tensors: Tensors, name: str) -> IntegerWeight:

@@ -26,7 +26,7 @@ class Unpacked:
 
     model: Any
     loaded: dict[str, Any]  # as Transformers' `output_loading_info`
-    integers: Mapping[str, LazyIntegers]  # the weights that were integers, by their names in the model
+    integers: Mapping[str, LazyIntegers]  # the weights that were integers, by their names in the checkpoint
     note: str
 
 
@@ -101,5 +101,4 @@ def load_packed(
         raise errors[0]
     with suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    names = set(model.state_dict())
-    return Unpacked(model, loaded, {name: weight for name, weight in packed.integers.items() if name in names}, packed.note)
+    return Unpacked(model, loaded, packed.integers, packed.note)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from medusa_export.model.packed.scaled_floats import spread
+from medusa_export.model.packed.signed_bytes import read_signed_bytes
 from medusa_export.model.packed.tensors import LazyWeight, PackedWeights, Readable, Tensors
 from medusa_heads.errors import CheckpointError
 
-PLAIN = ("Int8Tensor", "Float8Tensor")
+INTEGERS = "Int8Tensor"
+PLAIN = (INTEGERS, "Float8Tensor")
 PARTS = ("qdata", "scale", "zero_point")
 
 
@@ -35,7 +37,11 @@ def read_torchao(tensors: Tensors, _settings: dict[str, Any]) -> PackedWeights:
             )
         module, _dot, parameter = name.rpartition(".")
         parts: dict[str, str] = {part: f"{module}._{parameter}_{part}" for part in PARTS}
-        weights[name] = LazyWeight(partial(_unpack, tensors, parts))
+        weights[name] = (
+            read_signed_bytes(tensors, parts["qdata"], parts["scale"], parts["zero_point"])
+            if kind == INTEGERS
+            else LazyWeight(partial(_float8, tensors, parts["qdata"], parts["scale"]))
+        )
         consumed |= set(parts.values())
     return PackedWeights(weights, frozenset(consumed))
 
@@ -53,8 +59,6 @@ def _kinds(metadata: Mapping[str, str]) -> dict[str, str]:
     return kinds
 
 
-def _unpack(tensors: Tensors, parts: dict[str, str]) -> torch.Tensor:
-    weight = tensors.read(parts["qdata"]).to(torch.float32)
-    if parts["zero_point"] in tensors:
-        weight -= spread(tensors.read(parts["zero_point"]).to(torch.float32), weight.shape, None)
-    return weight.mul_(spread(tensors.read(parts["scale"]).to(torch.float32), weight.shape, None))
+def _float8(tensors: Tensors, data: str, scale: str) -> torch.Tensor:
+    weight = tensors.read(data).to(torch.float32)
+    return weight.mul_(spread(tensors.read(scale).to(torch.float32), weight.shape, None))

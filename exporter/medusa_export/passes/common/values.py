@@ -24,12 +24,26 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
 
 
 def constant(graph: ir.Graph, name: str, data: float | Sequence[int] | np.generic | npt.NDArray[np.generic]) -> ir.Value:
-    """A small constant of the graph, created once per name. Floats become float32, ints int64; NumPy data keeps its type."""
-    if name not in graph.initializers:
-        if not isinstance(data, np.generic | np.ndarray):
-            data = np.array(data, np.float32 if isinstance(data, float) else np.int64)
-        add_initializer(graph, name, ir.tensor(np.asarray(data), name=name))
-    return graph.initializers[name]
+    """A small constant of the graph, created once. Floats become float32, ints int64; NumPy data keeps its type.
+
+    If the name is taken by other data, which may be the model's own, the constant gets a name of its own.
+    """
+    if not isinstance(data, np.generic | np.ndarray):
+        data = np.array(data, np.float32 if isinstance(data, float) else np.int64)
+    tensor = ir.tensor(np.asarray(data), name=name)
+    while (known := graph.initializers.get(name)) is not None:
+        if _is_equal(known.const_value, tensor):
+            return known
+        name = tensor.name = f"{name}_"
+    return add_initializer(graph, name, tensor)
+
+
+def _is_equal(known: ir.TensorProtocol | None, tensor: ir.TensorProtocol) -> bool:
+    return (
+        known is not None
+        and (known.dtype, shape_of(known)) == (tensor.dtype, shape_of(tensor))
+        and known.tobytes() == tensor.tobytes()
+    )
 
 
 def lazy_tensor(
