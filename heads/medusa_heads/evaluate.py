@@ -16,6 +16,7 @@ from medusa_heads.replay import (
     TREE_NODES,
     Evaluation,
     IntArray,
+    SourceResult,
     TreeResult,
     accuracies,
     best_tree,
@@ -23,9 +24,11 @@ from medusa_heads.replay import (
     replay,
 )
 from medusa_heads.train.hidden import HiddenStates
+from medusa_runtime.arrays import BoolArray
 from medusa_runtime.drafting.tree import CandidateTree
 
 ROWS = 128  # rows whose logits are in memory at a time
+SOURCE_NODES = 16  # size of the tree by which sources are compared
 
 
 @torch.no_grad()
@@ -106,6 +109,7 @@ def evaluate(
         measured, expected = replay(ranks[judged], starts, tree), expected_tokens(accuracy, tree)
         return TreeResult(nodes=tree.num_nodes, tokens_per_step=measured, expected=expected, tree=tree.to_json())
 
+    searched_trees = [result(best_tree(ranks[searched], count)) for count in nodes]
     return Evaluation(
         heads=digest,
         base_model=heads.config.base_model,
@@ -113,5 +117,35 @@ def evaluate(
         answers=len(states.starts),
         tokens=len(states.next_ids),
         accuracy=accuracy.tolist(),
-        trees=[result(tree) for tree in (*trees, *(best_tree(ranks[searched], count) for count in nodes))],
+        trees=[*map(result, trees), *searched_trees],
+        sources=_by_source(ranks, states, judged[states.starts], heads.draft_ids, searched_trees),
     )
+
+
+def _by_source(
+    ranks: IntArray, states: HiddenStates, judged: BoolArray, draft_ids: Sequence[int] | None, trees: Sequence[TreeResult]
+) -> list[SourceResult]:
+    """Results by source, if there are several, with the searched tree whose size is nearest to `SOURCE_NODES`.
+
+    judged: which answers are judged; the tree was searched on the others. [E]
+    """
+    if len(set(states.sources)) < 2 or not trees:
+        return []
+    tree = CandidateTree.from_json(min(trees, key=lambda found: abs(found.nodes - SOURCE_NODES)).tree)
+    is_known = np.ones(len(ranks), np.bool_) if draft_ids is None else np.isin(states.next_ids, draft_ids)
+    results = []
+    for source in sorted({source for source, counts in zip(states.sources, judged, strict=True) if counts}):
+        chosen = judged & np.array([found == source for found in states.sources])  # [E]
+        rows = np.repeat(chosen, states.lengths)  # [P]
+        starts = np.cumsum(states.lengths[chosen]) - states.lengths[chosen]
+        results.append(
+            SourceResult(
+                source=source,
+                answers=int(chosen.sum()),
+                tokens=int(rows.sum()),
+                not_guessed=round(float(1 - is_known[rows].mean()), 4),
+                nodes=tree.num_nodes,
+                tokens_per_step=round(replay(ranks[rows], starts, tree), 4),
+            )
+        )
+    return results

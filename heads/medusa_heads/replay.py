@@ -28,6 +28,19 @@ class TreeResult(BaseModel):
     tree: dict[str, list[int]]
 
 
+class SourceResult(BaseModel):
+    """How heads do on the answers to prompts of one source."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    answers: int
+    tokens: int
+    not_guessed: float = Field(description="part of the tokens that no head can guess, as the draft vocabulary lacks them")
+    nodes: int = Field(description="size of the tree")
+    tokens_per_step: float = Field(description="with the best tree of this size, by replay")
+
+
 class Evaluation(BaseModel):
     """Accuracy of heads, and the best trees for it. It is stored as `evaluation.json`, from which trees are chosen."""
 
@@ -40,6 +53,7 @@ class Evaluation(BaseModel):
     tokens: int
     accuracy: list[list[float]] = Field(description="[K][10]: how often head k's token of rank r is right")
     trees: list[TreeResult]
+    sources: list[SourceResult] = Field(default_factory=list, description="by source of the prompts, if there are several")
 
     def top(self, head: int, count: int) -> float:
         """How often the right token is among the top `count` of a head."""

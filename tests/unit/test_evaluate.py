@@ -95,6 +95,17 @@ def test_ranks_count_the_drafted_tokens_that_a_head_likes_better(drafted, shared
     assert (target_ranks(heads, lm_head, states, some) == ranks[some]).all()
 
 
+def test_results_are_told_by_source() -> None:
+    heads, lm_head, states = judged()
+    heads.draft_ids = [0, 1, 2]
+    assert evaluate(heads, lm_head, states, digest="", data="", nodes=(4,)).sources == []
+    states.sources = ["sums", "sums", "poems", "poems"]  # answers of 5, 1, 8 and 3 tokens, of which every second is judged
+    found = {result.source: result for result in evaluate(heads, lm_head, states, digest="", data="", nodes=(4,)).sources}
+    assert {source: (result.answers, result.tokens) for source, result in found.items()} == {"sums": (1, 1), "poems": (1, 3)}
+    last = states.next_ids[-3:]
+    assert found["poems"].not_guessed == pytest.approx(np.mean(last > 2), abs=1e-4)
+
+
 def test_of_equal_logits_the_first_comes_first() -> None:
     heads, lm_head, states = judged()
     nn.init.zeros_(lm_head.weight)

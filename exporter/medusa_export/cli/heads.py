@@ -157,6 +157,13 @@ def _print_evaluation(result: Evaluation) -> None:
     for tree in result.trees:
         trees.add_row(str(tree.nodes), f"{tree.tokens_per_step:.3f}", f"{tree.expected:.3f}")
     console.print(trees)
+    if not result.sources:
+        return
+    sources = Table("source", "answers", "tokens", f"tokens/step, {result.sources[0].nodes} nodes", "tokens never guessed")
+    for found in result.sources:
+        guessed = f"{100 * found.not_guessed:.1f}%"
+        sources.add_row(found.source or "-", str(found.answers), str(found.tokens), f"{found.tokens_per_step:.3f}", guessed)
+    console.print(sources)
 
 
 @command.command("ngrams")

@@ -26,6 +26,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # [R], R ≥ 1
     opening: str = ""  # the user's first message, which all turns of a conversation share
+    source: str = ""  # where the prompt comes from
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +89,8 @@ def _from_directory(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
     if read_facts(path).settings.tokenizer != codec.digest:
         raise OptionError(f"{path} was made with another tokenizer; distil it again with this model")
     for row in read_rows(path):
-        yield Example(row.key, tuple(row.prompt_token_ids), tuple(row.response_token_ids), _opening(row.messages))
+        opening = _opening(row.messages)
+        yield Example(row.key, tuple(row.prompt_token_ids), tuple(row.response_token_ids), opening, row.source)
 
 
 def _from_file(path: Path, codec: CheckpointCodec) -> Iterator[Example]:
@@ -131,7 +133,7 @@ def _example(row: dict[str, Any], where: str, key: str, codec: CheckpointCodec, 
         raise OptionError(
             f"{where}: the token ids do not decode to the answer, so another tokenizer made them; distil with this model"
         )
-    return Example(key, tuple(prompt_ids), tuple(response_ids), _opening(messages))
+    return Example(key, tuple(prompt_ids), tuple(response_ids), _opening(messages), str(row.get("source") or ""))
 
 
 def _opening(messages: Sequence[Any]) -> str:

@@ -34,6 +34,7 @@ class HiddenStates:
         ends: for each row, the end of its answer's rows. [P]
         starts: the first row of each answer. [E]
         lengths: the number of rows of each answer. [E]
+        sources: the source of each answer's prompt. [E]
     """
 
     def __init__(self, rows: npt.NDArray[np.float16], examples: Sequence[Example]) -> None:
@@ -42,6 +43,7 @@ class HiddenStates:
         self.next_ids = np.fromiter((t for e in examples for t in e.response_ids), np.int64, lengths.sum())
         self.ends = np.repeat(np.cumsum(lengths), lengths)
         self.starts = np.cumsum(lengths) - lengths
+        self.sources = [example.source for example in examples]
 
     def targets(self, index: npt.NDArray[np.int64], num_heads: int) -> npt.NDArray[np.int64]:
         """The target of each head at some rows, -1 after the end of the answer. [N] -> [N, K]"""
