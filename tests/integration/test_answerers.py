@@ -13,7 +13,7 @@ import torch
 from medusa_export.model.checkpoint import Backbone, load_backbone
 from medusa_export.model.tokenizer import load_tokenizer
 from medusa_heads.distill import slots
-from medusa_heads.distill.answerer import Answer, Refusal, Request
+from medusa_heads.distill.answerer import Answer, Made, Refusal, Request
 from medusa_heads.distill.bundle import BundleAnswerer, BundleCodec
 from medusa_heads.distill.endpoint import EndpointAnswerer
 from medusa_heads.distill.slots import SlotDecoder
@@ -47,7 +47,11 @@ def requests(**settings) -> list[Request]:
 
 def collect(answerer, wanted: Iterable[Request]) -> dict[str, Answer]:
     waiting = iter(wanted)
-    answers = list(answerer.answers(lambda: next(waiting, None)))
+    told = list(answerer.answers(lambda: next(waiting, None)))
+    answers = [answer for answer in told if not isinstance(answer, Made)]
+    if len(answers) < len(told):  # some backends tell of their tokens as they come
+        made = sum(step.num_tokens for step in told if isinstance(step, Made))
+        assert made == sum(len(answer.token_ids) for answer in answers)
     by_key = {answer.request.key: answer for answer in answers}
     assert len(by_key) == len(answers)
     return by_key
@@ -102,6 +106,8 @@ def test_requests_that_follow_from_answers_are_answered(make_model: Make) -> Non
     waiting, decoder = requests()[:1], slot_decoder(make_model())
     num_answers = 0
     for answer in decoder.answers(lambda: waiting.pop() if waiting else None):
+        if isinstance(answer, Made):
+            continue
         num_answers += 1
         if num_answers < 4:
             waiting.append(Request(str(num_answers), (), (*answer.request.prompt_ids, *answer.token_ids), 5))

@@ -103,7 +103,8 @@ def _run(steps: Generator[loop.Progress, None, None], store: AnswerStore, max_to
     """Answer until all prompts are done or the store holds `max_tokens` tokens. A later run can continue from there."""
     with count_stage("answers") as tell, closing(steps):
         for progress in steps:
-            tell(progress.done + progress.skipped, progress.resumed, progress.new_tokens, progress.total)
+            made = max(progress.made_tokens, progress.new_tokens)  # an endpoint tells only of whole answers
+            tell(progress.done + progress.skipped, progress.resumed, made, progress.total)
             if max_tokens is not None and store.num_tokens >= max_tokens:
                 note(f"stopped at {store.num_tokens} tokens; raise --max-tokens to continue")
                 break

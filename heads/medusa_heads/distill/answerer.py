@@ -38,13 +38,20 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Made:
+    """Tokens that were made since the last report, of finished and unfinished answers."""
+
+    num_tokens: int
+
+
 class Answerer(Protocol):
     """A backend. `next_request` returns None if there is nothing to do now; a later answer may lead to new requests.
 
     Closing the generator abandons unfinished requests.
     """
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Refusal, None, None]: ...
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Refusal | Made, None, None]: ...
 
 
 class Codec(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Tokens
 
-from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.answerer import Answer, Made, Request
 from medusa_heads.distill.prompts import only_text
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence
@@ -52,8 +52,8 @@ class BundleAnswerer:
     def __init__(self, engine: DecodingEngine) -> None:
         self.engine = engine
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
-        """Answer until there are no more requests."""
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Made, None, None]:
+        """Answer until there are no more requests. Each step also tells how many tokens it made."""
         under_way: dict[DecodingSequence, Request] = {}
         try:
             while True:
@@ -61,7 +61,9 @@ class BundleAnswerer:
                     under_way[self.engine.add(request.prompt_ids, _options(request))] = request
                 if not under_way:
                     return
-                for sequence in self.engine.step():
+                stepped = self.engine.step()
+                yield Made(sum(len(step.token_ids) for sequence in stepped for step in sequence.take_steps()))
+                for sequence in stepped:
                     if sequence.error is not None:
                         raise sequence.error
                     if sequence.finish_reason in {"stop", "length"}:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from medusa_heads.distill.answerer import Answer, Answerer, Codec, Refusal, Request
+from medusa_heads.distill.answerer import Answer, Answerer, Codec, Made, Refusal, Request
 from medusa_heads.distill.prompts import Conversation
 from medusa_heads.distill.store import AnswerStore, Row
 from medusa_runtime.errors import OptionError
@@ -52,6 +52,7 @@ class Progress:
     resumed: int = 0  # of those done, the ones from an earlier run
     skipped: int = 0  # not answered: the prompt is too long, or was written by the model and is unfinished or a duplicate
     new_tokens: int = 0  # tokens of the answers of this run
+    made_tokens: int = 0  # the same with prompts that the model writes, and with unfinished answers, as far as they are told
     refused: dict[str, str] = field(default_factory=dict)  # keys of prompts that were refused, and why
     skipped_refused: int = 0  # of those skipped, the answers to refused prompts and to the turns after them
 
@@ -88,7 +89,7 @@ def digest(conversations: Sequence[Conversation]) -> str:
 def distill(
     conversations: Sequence[Conversation], answerer: Answerer, codec: Codec, store: AnswerStore, options: AnswerOptions
 ) -> Generator[Progress, None, None]:
-    """Answer every turn of every conversation that is not in the store yet. Yields after each answer.
+    """Answer every turn of every conversation that is not in the store yet. Yields after each answer and each step.
 
     Args:
         conversations: the conversations. A later turn follows the model's own answers to the earlier ones.
@@ -105,7 +106,10 @@ def distill(
     yield run.progress
     with closing(answerer.answers(run.next_request)) as answers:
         for answer in answers:
-            run.take(answer)
+            if isinstance(answer, Made):
+                run.progress.made_tokens += answer.num_tokens
+            else:
+                run.take(answer)
             yield run.progress
     yield run.progress
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from medusa_heads.distill.answerer import Answer, Request
+from medusa_heads.distill.answerer import Answer, Made, Request
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.errors import CapacityError
 
@@ -142,8 +142,8 @@ class SlotDecoder:
         self.eos = frozenset(eos_token_ids)
         self.slots: list[_Slot | None] = [None] * num_slots
 
-    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
-        """Answer until there are no more requests and all slots are free.
+    def answers(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Made, None, None]:
+        """Answer until there are no more requests and all slots are free. Each step also tells how many tokens it made.
 
         Raises:
             CapacityError: the device has too little memory for this many slots.
@@ -156,7 +156,7 @@ class SlotDecoder:
             ) from error
 
     @torch.inference_mode()
-    def _decode(self, next_request: Callable[[], Request | None]) -> Generator[Answer, None, None]:
+    def _decode(self, next_request: Callable[[], Request | None]) -> Generator[Answer | Made, None, None]:
         slots = self.slots = [None] * len(self.slots)
         cache = SlotCache(len(slots))
         next_ids = torch.zeros(len(slots), dtype=torch.int64)  # [B] decided, but not in the cache yet
@@ -168,6 +168,7 @@ class SlotDecoder:
             if all(slot is None for slot in slots):
                 return
             chosen = self._step(cache, next_ids)
+            yield Made(sum(slot is not None for slot in slots))
             for index, slot in enumerate(slots):
                 if slot is None:
                     cache.lengths[index] = 0
