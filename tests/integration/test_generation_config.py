@@ -140,7 +140,7 @@ def test_a_bundle_without_the_checkpoints_defaults_fails_its_validation(
     model = configured(repetition_penalty=1.3)
     report = validate(make_bundle(), str(model), prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
     assert report.status == "failed"
-    failed = {name: found for name, (passed, found) in report.verdicts().items() if not passed}
+    failed = {name: found for name, (passed, found) in report.verdicts().items() if passed is False}
     assert failed["defaults are those of generation_config.json"] == (
         "generation_config.json asks for repetition_penalty 1.3, the bundle has nothing; export it again"
     )
@@ -152,7 +152,7 @@ def test_defaults_that_the_checkpoint_does_not_ask_for_fail_too(
 ) -> None:
     bundle = bundle_of(configured(suppress_tokens=[300]))  # which would not have come anyway
     report = validate(bundle, str(make_model()), prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
-    assert [name for name, (passed, _) in report.verdicts().items() if not passed] == [
+    assert [name for name, (passed, _) in report.verdicts().items() if passed is False] == [
         "defaults are those of generation_config.json"
     ]
 

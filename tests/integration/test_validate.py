@@ -88,7 +88,8 @@ def test_a_good_bundle_is_marked_as_passed(bundle: Path, make_model: Make, make_
     for rows in (kept["prompt_logits"], kept["tree_logits"]):
         assert {row["target"] for row in rows} == {"ort-cpu-single", "ort-cpu", "portable"}
     assert {row["target"] for row in kept["head_log_probs"]} == {"ort-cpu", "portable"}
-    assert report.verdicts()["head candidates (ort-cpu-single)"] == (True, "skipped: the heads graph is that of ort-cpu")
+    told = (None, "it has the heads graph of ort-cpu, which is compared above")
+    assert report.verdicts()["head candidates (ort-cpu-single)"] == told
     assert len(kept["greedy"]) == 1
     assert kept["greedy"][0]["num_tokens"] == manifest.validation.summary["greedy_tokens"] > 0
     MedusaLM.from_bundle(bundle)
@@ -128,7 +129,7 @@ def test_a_defect_in_one_of_the_graphs_alone_fails_and_is_named(
     file = Manifest.load(bundle).graph(graph, target).file
     disturb_graph(bundle, file)
     report = validate(bundle, str(make_model()), heads=make_heads(), prompts=PROMPTS)
-    failed = {name for name, (passed, _) in report.verdicts().items() if not passed}
+    failed = {name for name, (passed, _) in report.verdicts().items() if passed is False}
     logits = {f"logits of prompts, whole and in chunks ({target})", f"logits of tree paths ({target})"}
     assert failed == (logits if graph == STEP else {f"head candidates ({target})"})
 
@@ -137,7 +138,9 @@ def test_a_bundle_of_portable_graphs_alone_has_one_row_a_check(make_bundle: Make
     report = validate(make_bundle("llama", precision="fp16"), str(make_model()), prompts=PROMPTS)
     assert report.targets == ["portable"]
     assert "logits of tree paths" in report.verdicts()
-    assert report.verdicts()["head candidates"] == (True, "skipped: no heads were given; use --heads")
+    assert report.verdicts()["head candidates"] == (None, "no heads were given; use --heads")
+    assert report.facts().summary["skipped_checks"] == ["head candidates"]
+    assert (report.status, report.facts().summary["failed_checks"]) == ("passed", [])
     assert not any("(" in name for name in report.verdicts())
 
 

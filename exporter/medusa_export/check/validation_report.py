@@ -11,7 +11,8 @@ from rich.table import Table
 
 from medusa_runtime.bundle.manifest import PORTABLE, REPORT_NAME, Precision, Provenance, Scheme, ValidationFacts
 
-Verdict = tuple[bool, str]  # whether a check passed, and its result in words
+Verdict = tuple[bool | None, str]  # whether a check passed, or None if it was skipped; and its result or the reason in words
+WORDS = {True: "[green]passed", False: "[red]FAILED", None: "[yellow]skipped"}
 
 
 class _Model(BaseModel):
@@ -147,7 +148,11 @@ class ValidationReport(_Model):
 
     def conclude(self) -> None:
         """Set the status from the verdicts."""
-        self.status = "passed" if all(passed for passed, _ in self.verdicts().values()) else "failed"
+        self.status = "failed" if self._with_verdict(False) else "passed"
+
+    def _with_verdict(self, verdict: bool | None) -> list[str]:
+        """The names of the checks that passed, failed or were skipped."""
+        return [name for name, (passed, _) in self.verdicts().items() if passed is verdict]
 
     def facts(self) -> ValidationFacts:
         """The short form for the manifest."""
@@ -156,7 +161,8 @@ class ValidationReport(_Model):
             "max_abs": max((row.max_abs for row in rows), default=None),
             "max_kl": max((row.max_kl for row in rows), default=None),
             "greedy_tokens": sum(row.num_tokens for row in self.greedy),
-            "failed_checks": [name for name, (passed, _) in self.verdicts().items() if not passed],
+            "failed_checks": self._with_verdict(False),
+            "skipped_checks": self._with_verdict(None),
         }
         return ValidationFacts(status=self.status, report=REPORT_NAME, summary=summary)
 
@@ -170,7 +176,7 @@ class ValidationReport(_Model):
             title_justify="left",
         )
         for name, (passed, found) in self.verdicts().items():
-            table.add_row(name, found, "[green]passed" if passed else "[red]FAILED")
+            table.add_row(name, found, WORDS[passed])
         console.print(table)
         for row in self.greedy:
             if differences := self._divergences(row):
@@ -210,10 +216,10 @@ class ValidationReport(_Model):
     def _heads(self, rows: list[LogitsDifference]) -> Verdict:
         skipped = "no heads were given; use --heads"
         if self.quantization:
-            skipped = "the heads are quantised as well"
+            skipped = "the heads are quantised, too, so they differ from PyTorch's; the greedy check runs them"
         elif self.head_log_probs:
-            skipped = "the heads graph is that of ort-cpu"
-        return self._logits(rows) if rows else (True, f"skipped: {skipped}")
+            skipped = "it has the heads graph of ort-cpu, which is compared above"
+        return self._logits(rows) if rows else (None, skipped)
 
     def _logits(self, rows: list[LogitsDifference]) -> Verdict:
         if not rows:

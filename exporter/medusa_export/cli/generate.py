@@ -119,8 +119,9 @@ def command(
     for choice in () if as_json else result.choices:
         stats = choice.stats
         click.echo(
-            f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens in {stats.num_steps} steps, "
-            f"{stats.tokens_per_step:.2f} tokens/step, {stats.tokens_per_second:.1f} tokens/s, "
+            f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens, of which the prompt gave the "
+            f"first and {stats.num_steps} steps gave {stats.num_decoded_tokens} ({stats.tokens_per_step:.2f} tokens/step), "
+            f"{stats.tokens_per_second:.1f} tokens/s, "
             f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
             + (f", seed {choice.seed}" if options.is_sampled else ""),
             err=True,

@@ -94,7 +94,10 @@ class DecodingStats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """Fraction of steps whose accepted path reached depth 1, 2 …: each head's share of the speed."""
+        """Fraction of steps whose accepted path reached depth 1, 2 …: each head's share of the speed.
+
+        With prompt lookup or structures, paths can be deeper than there are heads.
+        """
         return [accepted / self.num_steps for accepted in self.accepted_by_depth] if self.num_steps else []
 
     @property
