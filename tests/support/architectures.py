@@ -122,7 +122,7 @@ def _compared(row: Row, bundle: Path, model: Path, heads: Path) -> str:
 
 
 def _failures(verdicts: Mapping[str, tuple[bool, str]]) -> str:
-    failed = [f"{name}: {found}" for name, (passed, found) in verdicts.items() if not passed]
+    failed = [f"{name}: {found}" for name, (passed, found) in verdicts.items() if passed is False]
     return "; ".join(failed) or "passes"
 
 
