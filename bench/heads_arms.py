@@ -7,13 +7,15 @@ are outputs of `medusa-export distill` or files of answers. Sampled answers are 
 token from the model's distribution and then follows the branch that holds it, so the answer alone decides what is accepted.
 
 The table has, for each set of answers, how often each head's best token is right, and tokens per step by replay: with a fixed
-tree, which was searched on held-out training answers, and with trees that are made at each step with n-grams.
+tree, which was searched on held-out training answers, and with trees that are made at each step with n-grams. Arms that the
+output already has are not run again.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -399,14 +401,14 @@ def main(
     asked = [entry.partition(":") for entry in names] or [(name, "", "") for name in ARMS]
     arms = {f"{name}{colon}{of}": replace(ARMS[name], data=of or first) for name, colon, of in asked}
     given = load_heads(heads, click.echo)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))["arms"] if output and output.exists() else []
+    arms = {name: arm for name, arm in arms.items() if name not in {row["arm"] for row in rows}}
     facts = environment() | {
         "tokens": {name: sum(len(e.response_ids) for e in found) for name, found in bench.examples.items()}
     }
     for row in run(bench, arms, given, NGrams.load(heads / NGRAMS_NAME), list(judged)):
         rows.append(row)
-        click.echo(f"{row}", err=True)
-    publish(facts | {"nodes": NODES, "arms": rows}, output)
+        publish(facts | {"nodes": NODES, "arms": rows}, output)
 
 
 if __name__ == "__main__":
