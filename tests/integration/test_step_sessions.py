@@ -306,6 +306,31 @@ for chunk in lm.stream("the quick", max_new_tokens=200, ignore_eos=True):
         assert (done.returncode, done.stderr) == (7, "")
 
 
+@pytest.mark.parametrize("leave", ["sys.exit(3)", "raise KeyError('x')", "pass"])
+def test_a_program_can_end_while_a_thread_decodes(bundle, leave) -> None:
+    """A thread of the user's own that comes back from ONNX Runtime while the interpreter ends would abort the process."""
+    program = f"""
+import sys, threading, time
+from medusa_runtime import DecodingEngine, DecodingOptions, Manifest
+from medusa_runtime.backends.choosing import open_backend
+engine = DecodingEngine(open_backend(sys.argv[1], Manifest.load(sys.argv[1])))
+def work():
+    while True:
+        engine.add([5, 9, 7], DecodingOptions.of(max_new_tokens=100))
+        while not engine.is_idle:
+            engine.step()
+            begun.set()
+begun = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+{leave}
+"""
+    code = {"sys.exit(3)": 3, "pass": 0}.get(leave, 1)
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program, os.fspath(bundle)], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("work", ["lm.close()", "lm.engine.backend.close()", "del lm, unused; gc.collect()"])
 def test_a_child_of_a_fork_can_close_and_drop_a_model(bundle, work) -> None:

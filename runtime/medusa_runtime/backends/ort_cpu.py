@@ -12,6 +12,7 @@ import numpy.typing as npt
 from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.backends.host_cache import HostCache
+from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import Spin, check_num_threads, check_spin
 from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, STEP, Manifest
@@ -133,7 +134,8 @@ class OrtCpuBackend:
         inputs = {"hidden": self._hidden[np.arange(len(rows)), rows]}  # [B, C]
         if self.manifest.heads.reads_root:
             inputs["root_ids"] = root_ids
-        token_ids, log_probs = self._heads_session.run(["head_ids", "head_log_probs"], inputs)
+        with native_run():
+            token_ids, log_probs = self._heads_session.run(["head_ids", "head_log_probs"], inputs)
         return HeadOutput(token_ids, log_probs)
 
     def commit(self, slot: int, start: int, nodes: IntArray) -> None:
@@ -181,7 +183,8 @@ class OrtCpuBackend:
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         try:
-            session.run_with_iobinding(binding)
+            with native_run():
+                session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise BackendError(f"ONNX Runtime cannot run the step: {first_line(error)}") from error
 

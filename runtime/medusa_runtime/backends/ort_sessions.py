@@ -20,6 +20,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from medusa_runtime.backends.forks import kept_in_children
+from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import Spin, available_memory, has_exact_products, num_cores
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
@@ -206,7 +207,8 @@ def open_graph(
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so if it had to copy the cache
     try:
-        session = kept_in_children(ort.InferenceSession(bundle / graph.file, options, providers=["CPUExecutionProvider"]))
+        with native_run():
+            session = kept_in_children(ort.InferenceSession(bundle / graph.file, options, providers=["CPUExecutionProvider"]))
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         raise BackendError(f"ONNX Runtime cannot open {bundle / graph.file}: {first_line(error)}") from error
     _require_contract(session, name, graph, CacheLayout.of(manifest.graphs[STEP]))

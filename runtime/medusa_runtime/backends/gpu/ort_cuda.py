@@ -11,6 +11,7 @@ from medusa_runtime.backends.gpu.backend import GpuBackend
 from medusa_runtime.backends.gpu.devices import preload_libraries
 from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import Call, Shape
+from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.bundle.manifest import HEADS, ORT_CUDA, STEP, Manifest
 from medusa_runtime.errors import BackendError, MissingExtraError, first_line
 
@@ -76,7 +77,8 @@ class OrtCudaExecutor:
     def run(self, call: Call) -> None:
         """See `Executor.run`."""
         try:
-            self._sessions[call.graph].run_with_iobinding(self._binding(call), self._run_options(call))
+            with native_run():
+                self._sessions[call.graph].run_with_iobinding(self._binding(call), self._run_options(call))
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise BackendError(f"ONNX Runtime cannot run the {call.graph} graph: {first_line(error)}") from error
 

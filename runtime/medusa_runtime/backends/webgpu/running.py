@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.backends.webgpu.adapters import Adapter, held, note_loss
 from medusa_runtime.errors import BackendError, CapacityError, DeviceLostError, first_line
 
@@ -24,7 +25,8 @@ def open_session(path: Path, adapter: Adapter) -> ort.InferenceSession:
     options.log_severity_level = 3  # it warns about each node that it leaves to the CPU: those that make masks and indices
     options.add_provider_for_devices([adapter.device], {})
     try:
-        return held(ort.InferenceSession(path, options))
+        with native_run():
+            return held(ort.InferenceSession(path, options))
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         _require_device(error, adapter)
         raise BackendError(f"ONNX Runtime cannot open {path} on {adapter.name}: {first_line(error)}") from error
@@ -45,7 +47,8 @@ def run(session: ort.InferenceSession, binding: ort.IOBinding, name: str, adapte
         BackendError: the graph cannot be run.
     """
     try:
-        session.run_with_iobinding(binding)
+        with native_run():
+            session.run_with_iobinding(binding)
     except Exception as error:  # as above
         _require_device(error, adapter)
         if any(words in str(error) for words in NO_MEMORY):
