@@ -63,6 +63,7 @@ class Arm:
     starts_new: bool = False  # new heads, instead of those that were given
     trains: bool = True
     learning_rate: float = 6e-4
+    added_rate: float = 5e-3  # of what the arm adds to the heads, which begins at zero
     loss_decay: float = 0.8
     soft_targets: float = 0.6
     dropout: float = 0.0  # of the hidden state that heads read
@@ -220,7 +221,12 @@ def learner_for(arm: Arm, bench: Bench, given: MedusaHeads) -> Learner:
 def fit(arm: Arm, learner: Learner, answers: Answers, seed: int = 0) -> float:
     """Train one pass. Returns the mean loss of the first head over the last tenth."""
     states, num_heads = answers.states, learner.heads.config.num_heads
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=arm.learning_rate, weight_decay=arm.weight_decay)
+    known = {id(parameter) for parameter in learner.heads.parameters()}
+    added = [parameter for parameter in learner.parameters() if id(parameter) not in known]
+    groups: list[dict[str, Any]] = [{"params": list(learner.heads.parameters())}]
+    if added:
+        groups.append({"params": added, "lr": arm.added_rate})
+    optimizer = torch.optim.AdamW(groups, lr=arm.learning_rate, weight_decay=arm.weight_decay)
     batches = row_batches(len(states.next_ids), BATCH, seed, 0, SOFT_BLOCK)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(batches), WARMUP))
     generator, last = torch.Generator().manual_seed(seed), []
