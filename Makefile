@@ -32,7 +32,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 ## docs: the documentation as a site, in build/site
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
-	@echo "open build/site/index.html"
+	@echo "to read it, with search: $(BIN)/python -m http.server -d build/site, then http://localhost:8000"
 
 ## test: lint, types, import rules, and every test there is
 test: $(VENV)/.dev lint

@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
 import medusa_runtime
-from medusa_export.cli import COMMANDS
+from medusa_export.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
-NEEDED = ("mkdocs", "material", "mkdocs_click", "mkdocstrings")
+NEEDED = ("mkdocs", "material", "mkdocstrings")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_every_command_is_in_the_reference(site: Path) -> None:
+def test_every_command_is_in_the_reference_with_its_options(site: Path) -> None:
     page = (site / "cli.html").read_text(encoding="utf-8")
-    assert [name for name in COMMANDS if f'id="medusa-export-{name}"' not in page] == []
-    assert "--head-top-k" in page  # options too
+    assert [name for name in COMMANDS if f'<h2 id="{name}">' not in page] == []
+    for words in ("onnx", "heads evaluate", "trt build"):
+        command: Any = main
+        for word in words.split():
+            command = command.get_command(click.Context(command), word)
+        section = page.partition(f'id="{words.replace(" ", "-")}">')[2].partition("</table>")[0]
+        assert [option for parameter in command.params for option in parameter.opts if option not in section] == []
 
 
 def test_everything_public_is_in_the_reference(site: Path) -> None:
