@@ -1,4 +1,4 @@
-"""The commands of README and of the guides run, in the order of each page."""
+"""The commands and Python programs of README and of the guides run, in the order of each page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.documents import PAGES_THAT_RUN, ROOT, commands
+from tests.support.documents import PAGES_THAT_RUN, ROOT, blocks
 from tests.support.reader import Reader
 
 Make = Callable[..., Path]
+EMBEDDING = ROOT / "docs" / "embedding.md"  # tests/integration/test_examples.py runs its programs, in one session
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,11 @@ def reader(
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=[str(page.relative_to(ROOT)) for page in PAGES_THAT_RUN])
-def test_the_commands_of_a_page_run(page: Path, reader: Reader) -> None:
-    for command in commands(page):
-        if command.mark is None:
-            reader.run(command)
+def test_what_a_page_says_runs(page: Path, reader: Reader) -> None:
+    for block in blocks(page):
+        if block.language == "python" and page != EMBEDDING:
+            reader.run_python(block)
+        if block.language == "console":
+            for command in block.commands():
+                if command.mark is None:
+                    reader.run(command)

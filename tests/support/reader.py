@@ -1,4 +1,4 @@
-"""A reader who types the commands of README and of the guides, on a tiny model.
+"""A reader who runs the commands and programs of README and of the guides, on a tiny model.
 
 Names stand for what a reader has: MODEL, HEADS, and bundles in build/. A bundle that a page has not made itself is a tiny one.
 What would take long is asked for at a smaller size, by options behind those of the page. A server runs until the next one
@@ -23,18 +23,20 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from medusa_export.cli import main
-from tests.support.documents import Command
+from tests.support.documents import Block, Command
 
 SMALLER = {
     "distill": "--self-prompts 6 --max-new-tokens 12 --max-prompt-tokens 60 --dtype fp32",
     "train": "--num-heads 2 --max-steps 3 --batch-tokens 64 --held-out 0.3 --max-length 100 --min-token-count 1"
     " --mixed-precision no --backbone-dtype fp32",
-    "onnx": "--head-top-k 5",
+    "onnx": "--head-top-k 5 --no-validate",
+    "validate": "--max-new-tokens 4",
     "trt": "--max-seq-len 128",
     "evaluate": "--max-length 100 --held-out 1 --dtype fp32",
     "tune": "--quick",
 }
 HELD = {"tune": {0, 3}}  # exit codes: on a busy machine, a tuning may not hold
+SERVED = "smollm2-135m-instruct"  # the model for which clients ask
 PATIENCE = 60  # seconds until a server listens
 
 
@@ -52,12 +54,10 @@ class Reader:
         self.servers: list[subprocess.Popen[str]] = []
 
     def run(self, command: Command) -> None:
-        text = command.text.replace("localhost:8000", f"localhost:{self.port}").replace(
-            "127.0.0.1:8000", f"127.0.0.1:{self.port}"
-        )
-        if re.match(r"MODEL=", text):
-            return  # the tiny model it is
+        text = self.on_our_port(command.text)
         words = shlex.split(text, comments=True)
+        if words[0].startswith("MODEL="):
+            return  # the tiny model it is
         if words[:2] == ["medusa-export", "serve"] or "uvicorn" in words:
             self.serve(words, command)
         elif words[0] == "medusa-export":
@@ -66,6 +66,15 @@ class Reader:
             done = subprocess.run(["bash", "-euc", text], capture_output=True, text=True, check=False, env=environment())
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
             assert not done.stdout.startswith('{"error"'), f"{command}\n{done.stdout}"
+
+    def run_python(self, block: Block) -> None:
+        self.with_names(re.findall(r'"(build/[\w.-]+)"', block.text))
+        words = [sys.executable, "-c", self.on_our_port(block.text)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
+        assert done.returncode == 0, f"{block.page.name}:{block.line}\n{done.stdout}{done.stderr}"
+
+    def on_our_port(self, text: str) -> str:
+        return text.replace("localhost:8000", f"localhost:{self.port}").replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
 
     def invoke(self, words: list[str], command: Command) -> None:
         words = self.with_names(words)
@@ -109,6 +118,8 @@ class Reader:
         words = self.with_names(words[len(assigned) :])
         program, *others = words
         module = {"medusa-export": "medusa_export", "uvicorn": "uvicorn"}[program]
+        if program == "medusa-export":
+            others += ["--served-model-name", SERVED]
         self.stop()
         self.servers.append(
             subprocess.Popen(

@@ -1,26 +1,52 @@
-"""Every command of the documentation is run by a test, or is marked with the reason why not."""
+"""The documentation's commands are where tests find them, and marks say why a test cannot run one.
+
+tests/e2e/test_tutorial.py and tests/integration/test_documented_commands.py run every command that has no mark.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
 
 from medusa_export.cli import COMMANDS, main
-from tests.support.documents import KINDS, PAGES, PAGES_THAT_RUN, ROOT, TUTORIAL, blocks, commands
+from tests.support.documents import KINDS, PAGES, ROOT, Mark, blocks, commands
 
 WORDS = r"(?:medusa-export|\$|pip|python|make|curl|serve) "
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+PAGE = """A page.
+
+<!-- not-run network "pip": an index -->
+```console
+$ pip install x
+$ medusa-export doctor  # all
+yes
+no
+$ curl x \\
+    -d y
+```
+<!-- not-run gpu: a chip -->
+```console
+$ medusa-export serve x
+```
+"""
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
-@every_page
-def test_a_command_is_run_or_marked(page) -> None:
-    if page in {TUTORIAL, *PAGES_THAT_RUN}:
-        return  # tests/e2e/test_tutorial.py and tests/integration/test_documented_commands.py run what is not marked
-    assert [str(command) for command in commands(page) if command.mark is None] == []
+def test_what_is_a_command_and_what_is_marked(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    told = [(command.line, command.text, command.printed, command.mark) for command in commands(page)]
+    pip, chip = Mark("network", "pip", "an index"), Mark("gpu", "", "a chip")
+    assert told == [
+        (5, "pip install x", (), pip),
+        (6, "medusa-export doctor  # all", ("yes", "no"), None),
+        (9, "curl x -d y", (), None),
+        (14, "medusa-export serve x", (), chip),
+    ]
 
 
 @every_page
