@@ -33,7 +33,7 @@ SMALLER = {
     "validate": "--max-new-tokens 4",
     "trt": "--max-seq-len 128",
     "evaluate": "--max-length 100 --held-out 1 --dtype fp32",
-    "tune": "--quick",
+    "tune": "--quick --max-seconds 1 --max-new-tokens 16",
 }
 HELD = {"tune": {0, 3}}  # exit codes: on a busy machine, a tuning may not hold
 SERVED = "smollm2-135m-instruct"  # the model for which clients ask
