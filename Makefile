@@ -9,7 +9,7 @@ BUNDLE ?= build/$(MODEL)-fp32
 PROMPT ?= Write a Python function that reverses a string.
 export BIN MODEL BUNDLE PROMPT
 
-.PHONY: demo test lint clean
+.PHONY: demo docs test lint clean
 
 $(VENV)/.export: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,16 @@ $(VENV)/.dev: $(VENV)/.export
 ## demo: fetch the real model, export it, validate it, and decode with and without Medusa
 demo: $(VENV)/.export
 	sh scripts/demo.sh
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[docs]'
+	touch $@
+
+## docs: the documentation as a site, in build/site
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+	@echo "to read it, with search: $(BIN)/python -m http.server -d build/site, then http://localhost:8000"
 
 ## test: lint, types, import rules, and every test there is
 test: $(VENV)/.dev lint

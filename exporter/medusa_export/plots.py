@@ -77,7 +77,7 @@ def tree_drawing(tree: CandidateTree, chances: Sequence[float] | None, target: P
     """
     places = _tree_layout(tree)  # [N, 2]
     width = places[:, 0].max() + 1
-    figure = Figure(figsize=(max(4.0, 0.55 * width), 1.2 + 1.1 * tree.depth), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 0.55 * width), 1.2 + 1.1 * tree.depth), layout="constrained")
     axes = figure.subplots()
     for node, parent in enumerate(tree.parents):
         if node:

@@ -23,6 +23,7 @@ Decoder types of Transformers {transformers}, each as a tiny random model that h
 
 This page is made by a program, on any machine with the `dev` extra:
 
+<!-- not-run time: an hour; tests/integration/test_architectures.py runs it for some types -->
 ```console
 $ python scripts/architectures.py --all --webgpu --json build/architectures.json --page docs/architectures.md
 ```
