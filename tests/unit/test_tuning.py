@@ -135,7 +135,7 @@ def changed(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "cannot be read (Expecting value"),
+        ("", "is damaged (Expecting value"),
         ("{}", "Field required"),
         ("[1]", "is damaged ("),
         (changed(schema_version=3), "cannot be read (it has schema version 3, medusa-export "),

@@ -170,7 +170,9 @@ class Tuning(_Model):
             return cls.model_validate(VERSIONS.migrated(data) if isinstance(data, dict) else data)
         except ValidationError as error:
             raise BundleError(f"{path} is damaged ({first_problem(error)})") from error
-        except (OSError, ValueError, RecursionError, MedusaError, ArithmeticError, TypeError) as error:
+        except ValueError as error:
+            raise BundleError(f"{path} is damaged ({first_line(error)})") from error
+        except (OSError, RecursionError, MedusaError, ArithmeticError, TypeError) as error:
             raise BundleError(f"{path} cannot be read ({first_line(error)})") from error
 
     def save(self, bundle: str | Path) -> None:
