@@ -21,11 +21,13 @@ from medusa_serve.app import OPEN
 from medusa_serve.guards.keys import Keys
 from medusa_serve.run import LAST_SECONDS
 from medusa_serve.settings import ServerSettings
+from tests.support.programs import program
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CONTAINERFILES = ["Containerfile", "Containerfile.gpu"]
 PORT = ServerSettings().port
+STEPS = program("scripts/container_steps.py")
 
 
 def parsed(words: list[str]) -> tuple[Path, ServerSettings]:
@@ -37,9 +39,8 @@ def parsed(words: list[str]) -> tuple[Path, ServerSettings]:
 
 def instructions(name: str) -> list[tuple[str, str]]:
     """The instructions of a Containerfile, each with its value."""
-    text = (DEPLOY / name).read_text(encoding="utf-8").replace("\\\n", "")
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
+    found: list[tuple[str, str]] = STEPS.instructions((DEPLOY / name).read_text(encoding="utf-8"))
+    return found
 
 
 def kubernetes() -> dict[str, Any]:
@@ -57,6 +58,48 @@ def unit() -> configparser.SectionProxy:
     parser.optionxform = str  # type: ignore[assignment]
     parser.read(DEPLOY / "medusa-serve.service", encoding="utf-8")
     return parser["Service"]
+
+
+@pytest.mark.parametrize("name", CONTAINERFILES)
+def test_containers_have_no_fault(name: str) -> None:
+    assert STEPS.lint(instructions(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("FROM docker.io/library/python:3.12-slim AS", "FROM python AS", "FROM python: name the registry"),
+        ("python:3.12-slim AS", "python:latest AS", "a tag that is not latest"),
+        ("--from=build", "--from=builder", "there is no stage builder before it"),
+        ("WORKDIR /source", "WORKDIR source", "WORKDIR source: it is not absolute"),
+        ('CMD ["/bundle"', 'CMD /bundle "', "write it as a JSON list"),
+        (" --constraint constraints.txt", "", "each build has other versions"),
+        ("USER 10001:10001", "USER root", "USER root: the server needs no root"),
+        ("USER 10001:10001\n", "", "the last stage has no USER"),
+        ("EXPOSE", "EXPOZE", "EXPOZE: it is none of"),
+        ("FROM docker.io/library/python:3.12-slim AS build\n", "", "ENV comes before FROM"),
+    ],
+)
+def test_a_fault_in_a_container_file_is_told(old: str, new: str, told: str) -> None:
+    text = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
+    assert old in text
+    problems = STEPS.lint(STEPS.instructions(text.replace(old, new)))
+    assert any(told in problem for problem in problems), problems
+
+
+def test_paths_of_a_container_file_lie_in_the_directory(tmp_path: Path) -> None:
+    stage = STEPS.Stage(tmp_path, tmp_path)
+    assert stage.inside("/app/bin/pip install '/source[cpu]'") == f"{tmp_path}/app/bin/pip install '{tmp_path}/source[cpu]'"
+    for text in ("COPY a b/c ./", "urlopen('http://127.0.0.1:8000/health')", "PIP_EXTRA_INDEX_URL=https://pypi.nvidia.com"):
+        assert stage.inside(text) == text
+    STEPS.step(stage, "ENV", "A=/app B=$A:x", {}, {"A": "1"})
+    assert stage.variables == {"A": f"{tmp_path}/app", "B": "1:x"}
+    STEPS.step(stage, "WORKDIR", "/source", {}, {})
+    STEPS.step(stage, "COPY", "LICENSE deploy/grafana ./", {}, {})
+    assert sorted(path.name for path in (tmp_path / "source").iterdir()) == ["LICENSE", "medusa.json"]
+    STEPS.step(stage, "RUN", "cp LICENSE /copied && echo $A > /told", {}, {})
+    assert (tmp_path / "copied").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert (tmp_path / "told").read_text(encoding="utf-8") == f"{tmp_path}/app\n"
 
 
 @pytest.mark.parametrize("name", CONTAINERFILES)

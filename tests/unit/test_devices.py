@@ -9,8 +9,9 @@ import pytest
 
 from medusa_runtime import BackendError, OptionError, choose_backend
 from medusa_runtime.backends import choosing
+from medusa_runtime.backends.gpu import devices
 from medusa_runtime.backends.gpu.buffers import Layout, Packet
-from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
+from medusa_runtime.backends.gpu.devices import Gpus, find_gpus, parse_device
 from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.webgpu.adapters import Adapter
 from medusa_runtime.bundle.cpu import device_key
@@ -81,12 +82,17 @@ def test_gpus_are_found(driver: StandInDriver) -> None:
 
 @pytest.mark.usefixtures("_no_gpu")
 def test_without_a_driver_it_says_so() -> None:
-    assert find_gpus().why_none == "there is no NVIDIA driver on this machine"
+    assert find_gpus() == Gpus(why_none="there is no NVIDIA driver on this machine", is_absent=True)
 
 
 def test_without_the_bindings_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, DRIVER, None)
-    assert find_gpus().why_none == "no GPU support is installed; install it with: pip install 'medusa-export[cuda]'"
+    monkeypatch.setattr(devices, "has_driver", lambda: False)
+    assert find_gpus() == Gpus(why_none="there is no NVIDIA driver on this machine", is_absent=True)
+    monkeypatch.setattr(devices, "has_driver", lambda: True)
+    assert find_gpus() == Gpus(
+        why_none="there is an NVIDIA driver, but nothing here uses it; the extra gpu does, or rtx or trt for engines"
+    )
     with pytest.raises(MissingExtraError, match=r"^cuda-bindings is not installed; .*'medusa-export\[cuda\]'$"):
         Gpu()
 
@@ -113,6 +119,21 @@ def test_auto_takes_webgpu_where_onnx_runtime_has_no_cuda(has_nvidia, driver: St
     assert placed.why.endswith(", and CUDA does not run quantised bundles")
     monkeypatch.setattr(choosing, "find_adapters", lambda: found[:1])
     assert choose_backend(manifest.model_copy(update={"graphs": graphs})).backend == "ort-cpu"
+
+
+def test_the_driver_is_found_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(devices.ctypes, "CDLL", asked.append)
+    for platform in ("linux", "win32"):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert devices.has_driver()
+    assert asked == ["libcuda.so.1", "nvcuda.dll"]
+
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", absent)
+    assert not devices.has_driver()
 
 
 def test_a_driver_without_a_gpu_is_no_gpu(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:

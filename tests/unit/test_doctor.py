@@ -33,7 +33,7 @@ RTX_CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
 ADA = GpuFacts(0, "A GPU", "8.9", 24 * 10**9)
 HOPPER = GpuFacts(0, "H GPU", "9.0", 80 * 10**9)
 NO_DRIVER = "there is no NVIDIA driver on this machine"
-NO_GPU = Gpus(why_none=f"{NO_DRIVER} (libcuda.so was not found)")
+NO_GPU = Gpus(why_none=f"{NO_DRIVER} (libcuda.so was not found)", is_absent=True)
 WITHOUT = FlavorFacts(why_not="tensorrt is not installed")
 EVERYTHING = dict.fromkeys(PACKAGES, "1.0") | {"onnxruntime": None}
 
@@ -115,6 +115,18 @@ def test_an_onnx_runtime_for_the_cpu_is_replaced_not_joined() -> None:
     assert warnings(facts()) == []
 
 
+def test_nothing_for_nvidias_gpus_is_advised_where_there_is_none() -> None:
+    """The install for CPUs on a machine without a GPU: only what this machine can do is advised."""
+    packages = EVERYTHING | {"onnxruntime": "1.31", "onnxruntime-gpu": None}
+    missing = {name: f"{name} is not installed" for name in (*EXPORT, BINDINGS)}
+    without = dict.fromkeys(("rtx", "tensorrt"), FlavorFacts(why_not="its package is not installed"))
+    found = facts(None, providers=["CPUExecutionProvider"], packages=packages, missing=missing, flavors=without)
+    assert told(found)["run ort-cuda"].why.endswith(NO_DRIVER)
+    assert {name for name, verdict in told(found).items() if verdict.mend} == {"export onnx", "build rtx"}
+    [both] = warnings(facts(None, packages=EVERYTHING | {"onnxruntime": "1.31"}))
+    assert both.endswith("pip install 'medusa-export[cpu]'")
+
+
 def test_a_cuda_provider_without_its_libraries_runs_nothing() -> None:
     found = told(facts(why_no_cuda="libcublasLt.so.13: cannot open shared object file"))["run ort-cuda"]
     assert not found.works
@@ -172,8 +184,11 @@ def test_what_is_missing_is_named_with_what_installs_it(missing: str, name: str,
 
 def test_a_flavour_that_is_not_installed() -> None:
     found = told(facts(None, flavors=facts().flavors | {"tensorrt": WITHOUT}))
+    for name in ("build trt", "run trt"):
+        assert (found[name].why, found[name].mend) == (f"tensorrt is not installed; {NO_DRIVER}", None)
+    found = told(facts(flavors=facts().flavors | {"tensorrt": WITHOUT}))
     for name, extras in (("build trt", "trt,build"), ("run trt", "trt")):
-        assert found[name].why == f"tensorrt is not installed; {NO_DRIVER}"
+        assert found[name].why == "tensorrt is not installed"
         assert found[name].mend == f"pip install 'medusa-export[{extras}]' --extra-index-url https://pypi.nvidia.com"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from medusa_export.bundle.kinds import is_bundle
 from medusa_runtime import BundleError, Manifest
-from medusa_runtime.bundle.manifest import file_facts
+from medusa_runtime.bundle.manifest import VERSIONS, file_facts
 from tests.support.fake_backend import fake_manifest
 from tests.support.odd_json import ODD, places, with_value
 
@@ -56,7 +57,7 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data | {"schema_version": 99}, "schema version 99, this medusa-export reads 1"),
+        (lambda data: data | {"schema_version": 99}, "it has schema version 99, medusa-export .* reads 1 to 2; read it with"),
         (lambda data: data | {"precision": "fp8"}, "precision"),
         (lambda data: data | {"surprise": 1}, "surprise"),
         (lambda data: data | {"graphs": {}}, "graphs: heads, step is missing"),
@@ -66,9 +67,12 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
         (lambda data: data | {"files": data["files"] | {"x": {"size": -1, "sha256": ""}}}, "files.x.size: "),
         (lambda data: data | {"model": data["model"] | {"vocab_size": 10**30}}, "model.vocab_size: "),
         (lambda data: data | {"a\nb": 1}, "a b: Extra inputs"),
-        (lambda data: data | {"schema_version": "9" * 1000}, "schema version '9{39}, this"),
+        (lambda data: data | {"schema_version": "9" * 1000}, "it has schema version '9{39}, and a version is"),
         (lambda data: {key: value for key, value in data.items() if key != "model"}, "model: Field required"),
-        (lambda _: [1, 2], "schema version None"),
+        (lambda data: data | {"schema_version": 0}, "it has schema version 0, and a version is a number from 1 on; make"),
+        (lambda data: data | {"schema_version": True}, "it has schema version True, and a version is"),
+        (lambda data: {key: value for key, value in data.items() if key != "schema_version"}, "has no schema_version"),
+        (lambda _: [1, 2], "has no schema_version, so it is no manifest; export the bundle again"),
     ],
 )
 def test_a_manifest_of_another_form_is_refused_in_one_line(bundle, change, message) -> None:
@@ -77,6 +81,30 @@ def test_a_manifest_of_another_form_is_refused_in_one_line(bundle, change, messa
     with pytest.raises(BundleError, match=message) as caught:
         Manifest.load(bundle)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_of_the_first_schema_is_read_and_its_file_stays(bundle) -> None:
+    path, newest = bundle / "manifest.json", Manifest.load(bundle)
+    old = json.dumps(json.loads(path.read_text()) | {"schema_version": 1})
+    path.write_text(old)
+    assert Manifest.load(bundle) == newest
+    assert path.read_text() == old
+    Manifest.load(bundle).save(bundle)  # as `validate` does
+    assert json.loads(path.read_text())["schema_version"] == VERSIONS.newest == 2
+
+
+def test_a_newer_bundle_names_the_version_that_reads_it(bundle) -> None:
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text()) | {"schema_version": 3, "field_of_tomorrow": {}}
+    data["provenance"]["versions"] = {"medusa-export": "9.1.0", "torch": "3"}
+    path.write_text(json.dumps(data))
+    here = importlib.metadata.version("medusa-export")
+    with pytest.raises(BundleError) as caught:
+        Manifest.load(bundle)
+    assert str(caught.value) == (
+        f"{path} cannot be read: it has schema version 3, medusa-export {here} reads 1 to 2; "
+        "read it with medusa-export 9.1.0, which made it, or a later one, or make the bundle again"
+    )
 
 
 NO_NAMES = ("../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:x", "a\0b", "a\nb", "\x7f", "x" * 256, "é" * 128)

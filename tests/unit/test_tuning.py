@@ -87,7 +87,7 @@ def test_what_is_kept_reads_back(tmp_path, manifest, warned) -> None:
     assert tuned(tmp_path, manifest, HERE) == device()
     assert warned == []
     assert [path.name for path in tmp_path.iterdir()] == ["tuning.json"]
-    assert json.loads((tmp_path / "tuning.json").read_text())["schema_version"] == 1
+    assert json.loads((tmp_path / "tuning.json").read_text())["schema_version"] == 2
 
 
 def test_no_tuning_is_no_reason_for_a_warning(tmp_path, manifest, warned) -> None:
@@ -135,10 +135,11 @@ def changed(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "damaged or of another version"),
+        ("", "is damaged (Expecting value"),
         ("{}", "Field required"),
-        ("[1]", "damaged or of another version"),
-        (changed(schema_version=2), "schema_version: Input should be 1"),
+        ("[1]", "is damaged ("),
+        (changed(schema_version=3), "cannot be read (it has schema version 3, medusa-export "),
+        (changed(schema_version="1"), "cannot be read (it has schema version '1', and a version is a number"),
         (changed(devices__here__costs__widths=[8, 1]), "its axes do not ascend"),
         (changed(devices__here__costs__host_seconds=[1.0]), "not as large as it says"),
         (changed(devices__here__costs__head_seconds=[1.0, -1.0]), "takes no time"),
@@ -160,6 +161,14 @@ def test_a_damaged_tuning_is_told_in_one_line_and_stops_nothing(tmp_path, manife
     assert message in line
     keep(tmp_path, manifest, HERE, device())
     assert tuned(tmp_path, manifest, HERE) is not None
+
+
+def test_a_tuning_of_the_first_schema_is_used(tmp_path, manifest, warned) -> None:
+    keep(tmp_path, manifest, HERE, device())
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    assert tuned(tmp_path, manifest, HERE) == device()
+    assert warned == []
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

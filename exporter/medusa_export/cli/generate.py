@@ -30,7 +30,11 @@ LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that n
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin. Token ids if BUNDLE has no tokenizer.")
 @options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to the logit of token ID. May be repeated.")
-@click.option("--json-schema", type=click.Path(path_type=Path), help="File with a JSON schema that the answer must match.")
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    help="File with a JSON schema that the answer must match (extra structured).",
+)
 @click.option(
     "--grammar",
     type=click.Path(path_type=Path),

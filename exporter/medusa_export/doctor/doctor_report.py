@@ -18,7 +18,7 @@ from medusa_runtime.bundle.plans import FLAVOR_NAMES
 
 BOTH = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one, with: "
-    f"pip uninstall --yes onnxruntime onnxruntime-gpu && {install_command('gpu')}"
+    "pip uninstall --yes onnxruntime onnxruntime-gpu && {}"
 )
 
 
@@ -58,7 +58,9 @@ def _limits(device: VulkanDevice | None) -> str:
 
 def warnings(facts: Facts) -> list[str]:
     """Problems that cause no error by themselves."""
-    return [BOTH] if facts.packages["onnxruntime"] and facts.packages["onnxruntime-gpu"] else []
+    if not (facts.packages["onnxruntime"] and facts.packages["onnxruntime-gpu"]):
+        return []
+    return [BOTH.format(install_command("cpu" if facts.gpus.is_absent else "gpu"))]
 
 
 def show(facts: Facts, found: Sequence[Verdict], console: Console) -> None:

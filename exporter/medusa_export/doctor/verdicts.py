@@ -53,7 +53,8 @@ def _build(facts: Facts, flavor: str, name: str) -> Verdict:
     missing = "; ".join(filter(None, (found.why_not, _missing(facts, BUILD))))
     if missing:
         why = missing if flavor == "rtx" else _with_gpu(facts, missing)
-        return Verdict("build", name, works=False, why=why, mend=install_flavor(flavor, "build"))
+        mend = install_flavor(flavor, "build")
+        return Verdict("build", name, works=False, why=why, mend=mend if flavor == "rtx" else _if_gpu(facts, mend))
     title = f"{FLAVOR_NAMES[flavor]} {found.version}"
     if not found.compute_capabilities:
         return Verdict("build", name, works=False, why=f"{title} builds for the GPU of the machine; {_no_gpu(facts)}")
@@ -74,7 +75,7 @@ def _run_on_gpu(facts: Facts) -> Verdict:
         problems = "; ".join(filter(None, (f"ONNX Runtime {_onnxruntime(facts)} is only for the CPU", problems)))
     if problems:
         mend, why = install_command("gpu"), _with_gpu(facts, problems)
-        return Verdict("run", "ort-cuda", works=False, why=why, mend=REPLACE + mend if is_for_cpu else mend)
+        return Verdict("run", "ort-cuda", works=False, why=why, mend=_if_gpu(facts, REPLACE + mend if is_for_cpu else mend))
     if not facts.gpus.gpus:
         return Verdict("run", "ort-cuda", works=False, why=_no_gpu(facts))
     if facts.why_no_cuda:
@@ -99,7 +100,7 @@ def _run_engines(facts: Facts, flavor: str, name: str) -> Verdict:
     found = facts.flavors[flavor]
     missing = "; ".join(filter(None, (found.why_not, _missing(facts, (BINDINGS,)))))
     if missing:
-        return Verdict("run", name, works=False, why=_with_gpu(facts, missing), mend=install_flavor(flavor))
+        return Verdict("run", name, works=False, why=_with_gpu(facts, missing), mend=_if_gpu(facts, install_flavor(flavor)))
     if not facts.gpus.gpus:
         return Verdict("run", name, works=False, why=_no_gpu(facts))
     cuda = facts.gpus.cuda_version or "0"
@@ -141,7 +142,13 @@ def _no_gpu(facts: Facts) -> str:
 
 def _with_gpu(facts: Facts, problems: str) -> str:
     """Problems with packages, and a missing GPU if that is known."""
-    return problems if facts.gpus.gpus or BINDINGS in facts.missing else f"{problems}; {_no_gpu(facts)}"
+    is_unknown = BINDINGS in facts.missing and not facts.gpus.is_absent
+    return problems if facts.gpus.gpus or is_unknown else f"{problems}; {_no_gpu(facts)}"
+
+
+def _if_gpu(facts: Facts, mend: str) -> str | None:
+    """A command that installs what uses an NVIDIA GPU; None if there is none, which no package can change."""
+    return None if facts.gpus.is_absent else mend
 
 
 def _gpus(facts: Facts) -> str:

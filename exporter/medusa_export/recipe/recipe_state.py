@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from medusa_heads.directories import alone_in
 from medusa_heads.distill.store import ANSWERS_NAME
 from medusa_heads.formats import native
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import read_json, write_whole
 from medusa_runtime.bundle.manifest import MANIFEST_NAME, Manifest, Provenance, sha256_of
+from medusa_runtime.bundle.versions import FileVersions
 from medusa_runtime.errors import OptionError
 
 STATE_NAME = "recipe.json"
+VERSIONS = FileVersions("format_version", newest=1)
 
 
 class StepRecord(BaseModel):
@@ -37,7 +39,7 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format_version: int = 1
+    format_version: int = VERSIONS.newest
     recipe: str
     steps: dict[str, StepRecord] = Field(default_factory=dict)
 
@@ -97,8 +99,11 @@ def _read(output: Path, recipe: str) -> RunState:
         state.save(output)
         return state
     try:
-        state = RunState.model_validate_json(place.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValidationError) as error:
+        data = read_json(place)
+        if problem := VERSIONS.problem(data, "choose another --output"):
+            raise OptionError(f"{place} cannot be read: {problem}")
+        state = RunState.model_validate(data)
+    except ValueError as error:
         raise OptionError(f"{place} is damaged; choose another --output, or delete it to run all steps again") from error
     if state.recipe != recipe:
         raise OptionError(f"{output} belongs to the recipe {state.recipe}; choose another --output")

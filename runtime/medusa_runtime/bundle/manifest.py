@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from medusa_runtime.bundle.files import read_json, write_whole
+from medusa_runtime.bundle.versions import FileVersions
 from medusa_runtime.errors import BundleError, first_line
 
 MANIFEST_NAME = "manifest.json"
@@ -17,7 +18,6 @@ TUNING_NAME = "tuning.json"  # not part of the digest, and neither is the report
 RUNTIME_CACHE = "runtime-cache.sm{}.bin"  # kernels that TensorRT-RTX compiled for a GPU; not part of the digest either
 WEIGHTS_NAME = "weights.bin"
 TEXT_FILES = ("tokenizer.json", "chat.json")  # a bundle has both, or neither
-SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheme = Literal["int8", "int8-blocks", "int4", "int8-int4"]
 EngineWeights = Literal["as-is", "int8", "int4", "fp8"]
@@ -49,6 +49,10 @@ def _directory(path: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_plain_name)]
 Count = Annotated[int, Field(gt=0, lt=1 << 31)]
+
+
+# Version 2 adds fields, all optional: of rotations (0.2.0). The form of 1 is not a different one.
+VERSIONS = FileVersions("schema_version", newest=2, steps={1: lambda data: data})
 
 
 class _Model(BaseModel):
@@ -255,7 +259,7 @@ class EngineFacts(_Model):
 class Manifest(_Model):
     """`manifest.json`. See docs/bundle-format.md."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = VERSIONS.newest
     kind: Literal["onnx", "tensorrt"]
     model: ModelFacts
     heads: HeadFacts
@@ -273,22 +277,21 @@ class Manifest(_Model):
 
     @classmethod
     def load(cls, bundle: str | Path) -> Manifest:
-        """Read and check a bundle's manifest.
+        """Read and check a bundle's manifest. One of an older schema is brought to the newest form; the file stays as it is.
 
         Raises:
-            BundleError: there is none, it is damaged, or its schema is of another version.
+            BundleError: there is none, it is damaged, or its schema is newer than this package.
         """
         path = Path(bundle) / MANIFEST_NAME
         try:
             if not path.is_file():
                 raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with: medusa-export onnx")
             data = read_json(path)
-            version = data.get("schema_version") if isinstance(data, dict) else None
-            if version != SCHEMA_VERSION:
-                raise BundleError(
-                    f"{path} has schema version {version!r:.40}, this medusa-export reads {SCHEMA_VERSION}; export it again"
-                )
-            manifest = cls.model_validate(data)
+            if not isinstance(data, dict) or VERSIONS.name not in data:
+                raise BundleError(f"{path} has no {VERSIONS.name}, so it is no manifest; export the bundle again")
+            if problem := VERSIONS.problem(data, "make the bundle again"):
+                raise BundleError(f"{path} cannot be read: {problem}")
+            manifest = cls.model_validate(VERSIONS.migrated(data))
         except ValidationError as error:
             raise BundleError(f"{path}: {first_problem(error)}; export the bundle again") from error
         except (OSError, ValueError, RecursionError) as error:

@@ -8,13 +8,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from medusa_runtime.bundle.files import write_whole
+from medusa_runtime.bundle.files import read_json, write_whole
 from medusa_runtime.bundle.manifest import TUNING_NAME, Manifest, Provenance, first_problem
+from medusa_runtime.bundle.versions import FileVersions
 from medusa_runtime.drafting.costs import StepCosts
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import BundleError, MedusaError, first_line
 
 Kind = Literal["plain", "static", "dynamic"]
+VERSIONS = FileVersions("schema_version", newest=2, steps={1: lambda data: data})  # 2 has `measurement`, which is optional
 log = logging.getLogger(__name__)
 
 
@@ -147,25 +149,30 @@ class DeviceTuning(_Model):
 class Tuning(_Model):
     """`tuning.json`. See docs/bundle-format.md."""
 
-    schema_version: Literal[1] = 1
+    schema_version: int = VERSIONS.newest
     bundle: str = Field(description="content digest of the bundle that was measured")
     devices: dict[str, DeviceTuning] = Field(description="by `device_key`")
 
     @classmethod
     def load(cls, bundle: str | Path) -> Tuning | None:
-        """A bundle's tuning; None if the bundle was not tuned.
+        """A bundle's tuning, in the newest form; None if the bundle was not tuned.
 
         Raises:
-            BundleError: it is damaged, or of another version.
+            BundleError: it is damaged, or newer than this package.
         """
         path = Path(bundle) / TUNING_NAME
         if not path.exists():
             return None
         try:
-            return cls.model_validate_json(path.read_bytes())
+            data = read_json(path)
+            if problem := VERSIONS.problem(data, "measure again"):
+                raise BundleError(problem)
+            return cls.model_validate(VERSIONS.migrated(data) if isinstance(data, dict) else data)
         except ValidationError as error:
-            raise BundleError(f"{path} is damaged or of another version ({first_problem(error)})") from error
-        except (OSError, MedusaError, ArithmeticError, TypeError) as error:
+            raise BundleError(f"{path} is damaged ({first_problem(error)})") from error
+        except ValueError as error:
+            raise BundleError(f"{path} is damaged ({first_line(error)})") from error
+        except (OSError, RecursionError, MedusaError, ArithmeticError, TypeError) as error:
             raise BundleError(f"{path} cannot be read ({first_line(error)})") from error
 
     def save(self, bundle: str | Path) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from medusa_runtime.backends.gpu.driver import Driver, GpuFacts
+from medusa_runtime.backends.gpu.driver import NO_DRIVER, Driver, GpuFacts, NoGpuError
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
+
+NO_PACKAGE = "there is an NVIDIA driver, but nothing here uses it; the extra gpu does, or rtx or trt for engines"
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs of this machine, or why none can be used."""
+    """The NVIDIA GPUs of this machine, or why none can be used."""
 
     gpus: list[GpuFacts] = field(default_factory=list)
     cuda_version: str | None = None  # the newest that the driver supports
     why_none: str | None = None
+    is_absent: bool = False  # there is no driver or no GPU, so no package helps
 
 
 def find_gpus() -> Gpus:
@@ -25,11 +29,22 @@ def find_gpus() -> Gpus:
     try:
         driver = Driver()
         gpus = driver.gpus()
-        return Gpus(gpus, driver.version, None if gpus else "the NVIDIA driver finds no GPU here")
+        return Gpus(gpus, driver.version, None if gpus else "the NVIDIA driver finds no GPU here", is_absent=not gpus)
     except MissingExtraError:
-        return Gpus(why_none="no GPU support is installed; install it with: pip install 'medusa-export[cuda]'")
+        return Gpus(why_none=NO_PACKAGE) if has_driver() else Gpus(why_none=NO_DRIVER, is_absent=True)
+    except NoGpuError as error:
+        return Gpus(why_none=str(error), is_absent=True)
     except BackendError as error:
         return Gpus(why_none=str(error))
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed. This needs none of the packages that use it."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def parse_device(device: str) -> tuple[str, int]:

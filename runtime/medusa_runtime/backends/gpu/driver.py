@@ -20,6 +20,7 @@ from medusa_runtime.errors import BackendError, CapacityError, DeviceLostError, 
 
 NON_BLOCKING = 1  # a stream with this flag does not wait for the default stream
 THREAD_LOCAL = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"  # a capture restricts only the thread that captures
+NO_DRIVER = "there is no NVIDIA driver on this machine"
 
 LASTING = frozenset(  # after these, every call of the process fails, as NVIDIA's reference says
     f"CUDA_ERROR_{name}"
@@ -84,7 +85,7 @@ class Driver:
         try:
             code, *_ = self.api.cuInit(0)
         except Exception as error:  # the bindings find no library, in an error of their own
-            raise NoGpuError("there is no NVIDIA driver on this machine") from error
+            raise NoGpuError(NO_DRIVER) from error
         if code != self.api.CUresult.CUDA_SUCCESS:
             raise NoGpuError(f"the NVIDIA driver finds no GPU here ({self._name(code)})")
 
