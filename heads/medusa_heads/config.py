@@ -6,7 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from medusa_runtime.bundle.versions import FileVersions
+
 Kind = Literal["medusa", "hydra"]
+VERSIONS = FileVersions("format_version", newest=1)
 
 
 class HeadsConfig(BaseModel):
@@ -17,7 +20,7 @@ class HeadsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    format_version: int = 1
+    format_version: int = VERSIONS.newest
     base_model: str = Field(description="the checkpoint that the heads were made for, as the user named it")
     num_heads: int = Field(
         gt=0, le=64, description="K: head k (from 0) guesses the token k + 2 positions after the row that it reads"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from typing import Any
 
 import pytest
@@ -88,3 +89,25 @@ def test_a_recipes_run_of_a_newer_program_is_not_continued(tmp_path: Any) -> Non
     told = r"recipe\.json cannot be read: it has format version 2, .*choose another --output"
     with pytest.raises(OptionError, match=told), opened(tmp_path / "run", "mine"):
         pass
+
+
+def test_heads_of_a_newer_program_are_refused(tmp_path: Any) -> None:
+    pytest.importorskip("torch")
+    from medusa_heads.errors import CheckpointError
+    from medusa_heads.formats import native
+
+    (tmp_path / native.CONFIG_NAME).write_text('{"format_version": 2, "shape_of_tomorrow": "x"}')
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read: it has format version 2, .* reads 1; .*train or convert the heads"
+    ):
+        native.load(tmp_path)
+
+
+def test_training_data_of_a_newer_program_names_it(tmp_path: Any) -> None:
+    from medusa_heads.distill.store import FACTS_NAME, read_facts
+
+    (tmp_path / FACTS_NAME).write_text(json.dumps({"format_version": 2} | made_by("9.1")))
+    with pytest.raises(
+        OptionError, match=r"it has format version 2, .* reads 1; read it with medusa-export 9\.1, which made it"
+    ):
+        read_facts(tmp_path)

@@ -117,25 +117,25 @@ class EndpointAnswerer:
         try:
             choice = completion.choices[0]
             message, stopped = choice.message, choice.finish_reason == "stop"
-            text = message.content
+            text: str | None = message.content
         except (AttributeError, IndexError, TypeError) as error:
             raise self._foreign(_one_line(str(completion))) from error
-        self._require_whole(message)
-        answer = self._answer(request, text, stopped=stopped)
+        answer = self._answer(request, self._whole(text, message), stopped=stopped)
         self._compare(completion.usage, answer)
         return answer
 
-    def _require_whole(self, message: Any) -> None:
-        """Raise an EndpointError if the text is not all that the model said."""
+    def _whole(self, text: str | None, message: Any) -> str:
+        """The text. It is an EndpointError if the text is not all that the model said."""
         if any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
             raise EndpointError(
                 f"{self.base_url} takes the reasoning out of the answers, but heads must learn the whole answer; "
                 "start the server without a reasoning parser"
             )
-        if message.content is None:
+        if text is None:
             raise EndpointError(
                 f"{self.base_url} gives an answer without text; start the server without parsers of reasoning or tool calls"
             )
+        return text
 
     def _compare(self, usage: Any, answer: Answer) -> None:
         """Compare the first answers' numbers of tokens with the endpoint's, as far as it tells them.

@@ -14,12 +14,14 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medusa_heads.directories import alone_in
-from medusa_runtime.bundle.files import is_leftover, write_whole
+from medusa_runtime.bundle.files import is_leftover, read_json, write_whole
 from medusa_runtime.bundle.manifest import Provenance
+from medusa_runtime.bundle.versions import FileVersions
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import Message
 
 FACTS_NAME, ANSWERS_NAME = "data.json", "answers.jsonl"
+VERSIONS = FileVersions("format_version", newest=1)
 
 
 class Settings(BaseModel):
@@ -45,7 +47,7 @@ class DataFacts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format_version: int = 1
+    format_version: int = VERSIONS.newest
     settings: Settings
     provenance: Provenance
     sources: dict[str, int] = Field(default_factory=dict, description="number of selected prompts of each source")
@@ -143,12 +145,15 @@ def read_facts(path: str | Path) -> DataFacts:
     """Read the settings and facts of a data directory.
 
     Raises:
-        OptionError: the path is not a data directory, or is damaged.
+        OptionError: the path is not a data directory, or is damaged, or newer than this package.
     """
     place = Path(path) / FACTS_NAME
     try:
-        return DataFacts.model_validate_json(place.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        data = read_json(place)
+        if problem := VERSIONS.problem(data, "make the data again"):
+            raise OptionError(f"{place} cannot be read: {problem}")
+        return DataFacts.model_validate(data)
+    except (OSError, ValueError) as error:
         raise OptionError(
             f"{path} is not data of `medusa-export distill`: {place.name} is missing or damaged; make it again"
         ) from error

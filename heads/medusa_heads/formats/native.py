@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from medusa_heads.config import HeadsConfig
+from medusa_heads.config import VERSIONS, HeadsConfig
 from medusa_heads.directories import new_directory
 from medusa_heads.errors import CheckpointError
 from medusa_heads.modules import MedusaHeads
@@ -84,10 +84,13 @@ def load(path: Path) -> MedusaHeads:
     """Read heads. Number and shapes of the tensors are checked against the config.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or tensors and config do not match.
+        CheckpointError: a file is missing, damaged or newer than this package, or tensors and config do not match.
     """
     try:
-        config = HeadsConfig.model_validate(read_json(path / CONFIG_NAME))
+        data = read_json(path / CONFIG_NAME)
+        if problem := VERSIONS.problem(data, "train or convert the heads again"):
+            raise CheckpointError(f"the heads in {path} cannot be read: {problem}")
+        config = HeadsConfig.model_validate(data)
         tensors = load_file(path / WEIGHTS_NAME)
     except ValidationError as error:
         raise CheckpointError(f"the heads in {path}: {CONFIG_NAME}: {first_problem(error)}") from error
