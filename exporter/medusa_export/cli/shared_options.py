@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from medusa_runtime.backends.choosing import BACKENDS
+from medusa_runtime.backends.names import BACKENDS
 from medusa_runtime.bundle.cpu import SPINS, max_threads
 
 Function = Callable[..., Any]
