@@ -58,7 +58,7 @@ def test_help_and_version_load_click_and_little_else(words: list[str]) -> None:
 
 
 def test_the_help_of_a_command_loads_no_numpy_and_no_tokenizer() -> None:
-    for command in ("onnx", "quantize", "validate", "tune", "distill", "trt", "doctor"):
+    for command in ("onnx", "quantize", "validate", "tune", "distill", "trt", "doctor", "inspect", "diff"):
         loaded = modules(HELP.format([command, "--help"]))
         assert loaded.isdisjoint({"numpy", "torch", "tokenizers", "jinja2", "onnxruntime", "rich", "yaml"}), command
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medusa_export.cli import streams
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.cpu import Spin
@@ -25,7 +26,7 @@ BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields w
 LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that no flag can hold, or that come with chunks
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin. Token ids if BUNDLE has no tokenizer.")
 @options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))

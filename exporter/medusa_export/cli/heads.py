@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.commands import Group
 from medusa_export.cli.heads_files import convert, inspect
 from medusa_export.cli.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from medusa_heads.replay import Evaluation
 
 
-@click.group("heads")
+@click.group("heads", cls=Group)
 def command() -> None:
     """Make, inspect, convert and evaluate Medusa heads."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.commands import Group, format_groups
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.command_options.engine_options import EngineOptions
 
@@ -19,18 +21,20 @@ if TYPE_CHECKING:
 DEFAULT = "build"
 
 
-class _DefaultGroup(click.Group):
+class _DefaultGroup(Group):
     """A click group that runs `build` if the first argument is not a subcommand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        named = args[:1] and args[0] in {*self.commands, *ctx.help_option_names}
+        named = args[:1] and (args[0] in {*self.commands, *ctx.help_option_names} or self._is_misspelt(args[0]))
         return super().parse_args(ctx, args if named else [DEFAULT, *args])
+
+    def _is_misspelt(self, word: str) -> bool:
+        return not Path(word).exists() and bool(difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_help(ctx, formatter)
-        default = self.commands[DEFAULT]
-        with formatter.section(f"Options of {DEFAULT}, the default command"):
-            formatter.write_dl([record for option in default.get_params(ctx) if (record := option.get_help_record(ctx))])
+        with formatter.section(f"{DEFAULT}, the default command, has these options"):
+            format_groups(ctx, self.commands[DEFAULT], formatter, f"{ctx.info_name} {DEFAULT}")
 
 
 @click.group("trt", cls=_DefaultGroup)
