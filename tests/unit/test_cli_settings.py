@@ -89,6 +89,7 @@ def test_a_variable_holds_every_kind_of_option() -> None:
     variables = {"PRECISION": "high", "TARGETS": "a b", "ROTATE": "no", "FORCE": "1", "SIZES": "4", "JSON": "true"}
     result = run("here", **{f"MAKE_{name}": value for name, value in variables.items()})
     assert result.stdout == told("4", (), True, precision="high", targets=("a", "b"), rotate=False, force=True)
+    assert run("here", MAKE_DTYPE="high", MAKE_TARGET="a").stdout == told(precision="high", targets=("a",))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.BadParameter as error:
             if error.param is not None and (origin := settings.origin(ctx, error.param)):
-                error.message = f"{error.message.rstrip('.')} (from {origin})."
+                told = f"{error.message.rstrip('.')} (from {origin})."
+                raise click.BadParameter(told, error.ctx, error.param, error.param_hint) from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

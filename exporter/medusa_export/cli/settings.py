@@ -57,16 +57,16 @@ def _names(params: Iterable[click.Parameter]) -> dict[str, click.Parameter]:
 
 
 def name_variables(params: Iterable[click.Parameter], prefix: str) -> None:
-    """Name the variable of each option that has none: the prefix and the option's name."""
+    """Name the variables of each option: the prefix, and one of the names that the option has in a file."""
     for param in params:
         if isinstance(param, click.Option) and param.allow_from_autoenv:
-            own, others = _variable(param, prefix), param.envvar or []
+            own, others = _variables(param, prefix), param.envvar or []
             others = [others] if isinstance(others, str) else others
-            param.envvar = [own, *(name for name in others if name != own)]
+            param.envvar = [*own, *(name for name in others if name not in own)]
 
 
-def _variable(param: click.Parameter, prefix: str) -> str:
-    return f"{prefix}_{key(param).upper()}"
+def _variables(param: click.Parameter, prefix: str) -> list[str]:
+    return [f"{prefix}_{name.upper()}" for name in dict.fromkeys((key(param), _of_flag(param)))]
 
 
 def require_known_variables(params: Iterable[click.Parameter], prefix: str) -> None:
@@ -75,7 +75,8 @@ def require_known_variables(params: Iterable[click.Parameter], prefix: str) -> N
     Raises:
         OptionError: there is such a variable.
     """
-    known = [_variable(param, prefix) for param in params if isinstance(param, click.Option) and param.allow_from_autoenv]
+    options = [param for param in params if isinstance(param, click.Option) and param.allow_from_autoenv]
+    known = [name for option in options for name in _variables(option, prefix)]
     for name in sorted(os.environ):
         if name.startswith(f"{prefix}_") and name not in known:
             raise OptionError(f"the variable {name} names no option; {_hint(name, known, prefix)}")

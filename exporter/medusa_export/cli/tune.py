@@ -105,7 +105,7 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     if json_file == STDOUT:
         click.echo(text)
     else:
+        if json_file is not None:
+            write_whole(json_file, text + "\n")
         show(device, found, stdout_console())
-    if json_file is not None and json_file != STDOUT:
-        write_whole(json_file, text + "\n")
     require_held(bundle, found)
