@@ -35,7 +35,11 @@ BINDINGS = (
 )  # the files of cuda/bindings to keep, by the first part of their names
 INTERNAL = ("__init__", "driver", "utils", "_fast_enum")
 SOURCES = (".pxd", ".pyx", ".pyi", ".h")
-PROGRAM = "import medusa_runtime, medusa_runtime.backends.gpu.trt, cuda.bindings.driver; print(medusa_runtime.__file__)"
+PROGRAM = (  # the runtime imports its names when they are used, so use all of them
+    "import medusa_runtime, medusa_runtime.backends.gpu.trt, medusa_runtime.text.template, cuda.bindings.driver\n"
+    "for name in medusa_runtime.__all__: getattr(medusa_runtime, name)\n"
+    "print(medusa_runtime.__file__)"
+)
 
 
 def install(target: Path, numpy: str, wheels: Path | None) -> None:

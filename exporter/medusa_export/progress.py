@@ -30,6 +30,11 @@ def note(text: str) -> None:
     console.print(f"  {text}", markup=False, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """Print one line about a result, such as its statistics. Unlike a note, it is not indented."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[Callable[[str], None]]:
     """A stage of unknown length: a spinner on a terminal, and a line with its duration at the end.

@@ -53,6 +53,8 @@ def test_from_a_model_to_tokens(make_model: Make, tmp_path: Path) -> None:
     assert answer.stdout == plain.stdout
     assert answer.stderr.startswith("medusa: ")
     assert plain.stderr.startswith("plain: ")
+    quiet = run("generate", tmp_path / "bundle", "-p", "a fox", "--max-new-tokens", 12, "-q")
+    assert (quiet.stdout, quiet.stderr) == (answer.stdout, "")
     (tmp_path / "tree.json").write_text("[[0], [0, 0], [1]]")
     words = ("-p", "a fox", "--max-new-tokens", 12, "--tree", tmp_path / "tree.json", "--json", "--seed", 7)
     result = json.loads(run("generate", tmp_path / "bundle", *words).stdout)

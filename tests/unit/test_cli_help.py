@@ -92,7 +92,7 @@ def test_headings_name_options_that_there_are() -> None:
                 unknown = {key for key in keys if key not in known[command]}
                 assert unknown <= {"num_replicas"}, (command, heading)
     assert set(MEANT).isdisjoint(COMMANDS)
-    assert {meaning.partition(" ")[0] for meaning in MEANT.values()} <= {*COMMANDS, "--version"}
+    assert {meaning.partition(" ")[0] for meaning in MEANT.values()} <= {*COMMANDS, "--help", "--version"}
 
 
 @pytest.mark.parametrize(

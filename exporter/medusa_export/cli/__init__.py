@@ -151,6 +151,9 @@ def _print_versions(ctx: click.Context, _: click.Parameter, value: bool) -> None
 def main() -> None:
     """Export Hugging Face LLMs with Medusa heads to ONNX Runtime and TensorRT, and decode several tokens a step.
 
+    COMMAND --help shows the options of a command, and examples. Options come from the command line, from variables such as
+    MEDUSA_EXPORT_ONNX_DTYPE, and from a file (--config), in this order.
+
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check failed (output differs from the reference,
     or a tuning does not hold), 141 nobody reads the output any more, 143 ended by SIGTERM.
     """

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from medusa_export.cli import settings
 from medusa_export.cli.examples import EXAMPLES
 from medusa_export.cli.headings import in_groups
 from medusa_export.cli.verbosity import LEVELS, verbosity, wanted
-from medusa_runtime.errors import OptionError
 
 VARIABLES = "MEDUSA_EXPORT"  # the prefix of the variables with options; Click adds the command's name
 PRINTING = f"{__name__}.printing"  # key of a context's `meta`: only the values are asked for
 SHARED = ("config", "print_config", "quiet", "verbose", "log_level", "help")
 MEANT = {  # commands that people look for under other names
     "build": "trt", "chat": "generate", "compare": "diff", "evaluate": "heads evaluate", "export": "onnx", "info": "inspect",
-    "init": "heads init", "run": "generate", "show": "inspect", "version": "--version",
+    "help": "--help", "init": "heads init", "run": "generate", "show": "inspect", "version": "--version",
 }  # fmt: skip
 
 
@@ -194,12 +192,10 @@ def _shared_options() -> Iterator[click.Option]:
     )
 
 
-def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and not ctx.resilient_parsing:
         command = ctx.command
         assert isinstance(command, Command)
-        if ctx.get_parameter_source(param.name) is ParameterSource.DEFAULT_MAP:
-            raise OptionError("config: a file of options cannot name another one")
         ctx.default_map = settings.read(path, words_of(ctx), command.own_params, command.params)
         ctx.meta[settings.FILE] = path
     return path

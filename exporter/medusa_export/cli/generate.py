@@ -77,6 +77,7 @@ def command(
     accepts more drafts than that.
     """
     from medusa_export.placement import place
+    from medusa_export.progress import say
     from medusa_runtime import Manifest, MedusaLM
 
     if prompt == "-":
@@ -117,14 +118,13 @@ def command(
         click.echo(json_text(whole, ensure_ascii=not streams.holds_unicode()))
     for choice in () if as_json else result.choices:
         stats = choice.stats
-        click.echo(
+        say(
             f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens in {stats.num_steps} steps, "
             f"{stats.tokens_per_step:.2f} tokens/step, {stats.tokens_per_second:.1f} tokens/s, "
             f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
-            + (f", seed {choice.seed}" if options.is_sampled else ""),
-            err=True,
+            + (f", seed {choice.seed}" if options.is_sampled else "")
         )
-    click.echo(f"ran with {placement}", err=True)
+    say(f"ran with {placement}")
 
 
 def _answer(lm: MedusaLM, prompt: str | list[int], options: GenerationOptions, *, streamed: bool) -> GenerationResult:

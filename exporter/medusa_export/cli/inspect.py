@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -20,12 +21,14 @@ def command(bundle: Path, *, check: bool, as_json: bool) -> None:
     It reads the bundle alone, and needs neither PyTorch nor a GPU.
     """
     from medusa_export.console import stdout_console
+    from medusa_export.progress import stage
     from medusa_export.report.bundle_report import as_data, report_of
     from medusa_export.report.printed import show
     from medusa_runtime.bundle.files import json_text
     from medusa_runtime.errors import BundleError
 
-    report = report_of(bundle, digests=check)
+    with stage("compare the digests of the files") if check else nullcontext():
+        report = report_of(bundle, digests=check)
     if as_json:
         click.echo(json_text(as_data(report), indent=1))
     else:
