@@ -10,6 +10,7 @@ import click
 
 from medusa_export.cli.commands import Group, format_groups
 from medusa_export.cli.fields import options_from, parse
+from medusa_export.cli.json_options import print_bundle
 from medusa_export.command_options.engine_options import EngineOptions
 
 if TYPE_CHECKING:
@@ -50,21 +51,29 @@ def command() -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @options_from(EngineOptions, leave_out={"bundle"})
 @click.option("--dry-run", is_flag=True, help="Build nothing; print what would be built and the memory it would need.")
-def build(*, dry_run: bool, **values: Any) -> None:
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the facts of the engines, built or only planned, as one JSON object."
+)
+def build(*, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Build TensorRT engines from the ONNX bundle BUNDLE."""
     asked = parse(EngineOptions, values)
     from medusa_export.engine.build import build_engines
     from medusa_export.engine.design import design_engines
     from medusa_export.progress import note
+    from medusa_runtime.bundle.files import json_text
 
     if dry_run:
-        _tell_design(design_engines(asked))
+        design = design_engines(asked)
+        if as_json:
+            click.echo(json_text(_planned(design), indent=1))
+        else:
+            _tell_design(design)
         return
     manifest = build_engines(asked)
     for name, facts in manifest.files.items():
         if name.endswith(".plan"):
             note(f"{name}: {facts.size / 1e6:.0f} MB")
-    click.echo(asked.output)
+    print_bundle(asked.output, as_json=as_json)
 
 
 @command.command("inspect")
@@ -79,6 +88,20 @@ def inspect(engine: Path, *, as_json: bool) -> None:
         click.echo(found.model_dump_json(indent=2, exclude={"engine": {"shared_weights": {"plans"}}}))
     else:
         _tell_inspection(found)
+
+
+def _planned(design: Design) -> dict[str, Any]:
+    """The facts of engines that are not built."""
+    return {
+        "model": design.source.model.name,
+        "tensorrt": design.tensorrt.name,
+        "tensorrt_version": design.tensorrt.version,
+        "compute_capabilities": list(design.capabilities),
+        "limits": design.limits.model_dump(exclude_none=True),
+        "profiles": {name: profile for group in design.profiles.values() for name, profile in group.items()},
+        "plan_sizes": design.plan_sizes(),
+        "device_memory": design.device_memory(),
+    }
 
 
 def _tell_design(design: Design) -> None:
