@@ -40,7 +40,11 @@ INTERNAL = ("__init__", "driver", "utils", "_fast_enum")
 GRAPH_MAKERS = ("quantization", "transformers", "tools", "datasets")  # of onnxruntime
 SOURCES = (".pxd", ".pyx", ".pyi", ".h")
 MODULES = {"trt": "medusa_runtime.backends.gpu.trt, cuda.bindings.driver", "cpu": "medusa_runtime.backends.ort_cpu"}
-PROGRAM = "import medusa_runtime, {}; print(medusa_runtime.__file__)"
+PROGRAM = (  # the runtime imports its names when they are used, so use all of them
+    "import medusa_runtime, medusa_runtime.text.template, {}\n"
+    "for name in medusa_runtime.__all__: getattr(medusa_runtime, name)\n"
+    "print(medusa_runtime.__file__)"
+)
 
 
 def install(target: Path, backend: str, numpy: str, wheels: Path | None) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from medusa_export.progress import note
-from medusa_runtime.backends.choosing import BACKENDS, Placement, choose_backend
+from medusa_runtime.backends.choosing import Placement, choose_backend
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
+from medusa_runtime.backends.names import AUTO
 from medusa_runtime.backends.webgpu.adapters import choose_adapter
 from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_WEBGPU, Manifest
 from medusa_runtime.errors import BackendError, OptionError
-
-AUTO = BACKENDS[0]
 
 
 def place(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import weakref
@@ -166,6 +165,8 @@ class MedusaLM:
 
     async def asubmit(self, prompt: AnyPrompt, options: GenerationOptions | None = None, /, **fields: Any) -> Handle:
         """`submit` for asyncio: another thread tokenises the prompt and compiles a structure, so the event loop goes on."""
+        import asyncio  # noqa: PLC0415 - only callers of asyncio need it
+
         checked = GenerationOptions.of(options, **fields)
         return self._submit(await asyncio.to_thread(self._request, prompt, checked))
 
@@ -266,6 +267,8 @@ class MedusaLM:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        import asyncio  # noqa: PLC0415 - only callers of asyncio need it
+
         await asyncio.to_thread(self.close)
 
     def _submit(self, request: Request, *, waits: bool = False) -> Handle:

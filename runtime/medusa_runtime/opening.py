@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from medusa_runtime.backends.choosing import AUTO, Placement, choose_backend, open_placement
+from medusa_runtime.backends.choosing import Placement, choose_backend, open_placement
+from medusa_runtime.backends.names import AUTO
 from medusa_runtime.bundle.cpu import Spin, check_num_threads, check_spin, device_key, memory_limit
 from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.decoding.checks import check_costs, check_limits, check_tree, checked_batch_size

@@ -62,11 +62,39 @@ def test_from_a_model_to_tokens(make_model: Make, tmp_path: Path) -> None:
     assert answer.stdout == plain.stdout
     assert answer.stderr.startswith("medusa: ")
     assert plain.stderr.startswith("plain: ")
+    quiet = run("generate", tmp_path / "bundle", "-p", "a fox", "--max-new-tokens", 12, "-q")
+    assert (quiet.stdout, quiet.stderr) == (answer.stdout, "")
     (tmp_path / "tree.json").write_text("[[0], [0, 0], [1]]")
     words = ("-p", "a fox", "--max-new-tokens", 12, "--tree", tmp_path / "tree.json", "--json", "--seed", 7)
     result = json.loads(run("generate", tmp_path / "bundle", *words).stdout)
     assert result["text"] + "\n" == answer.stdout
     assert (len(result["token_ids"]), result["seed"]) == (result["stats"]["num_generated_tokens"], 7)
+
+
+def test_an_export_from_a_file_of_options_tells_as_much_as_it_should(
+    make_model: Make, make_heads: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnx.yaml").write_text(f"model: {make_model()}\nheads: {make_heads()}\ntree_nodes: 5\nvalidate: false\n")
+    monkeypatch.setenv("MEDUSA_EXPORT_ONNX_OUTPUT", str(tmp_path / "bundle"))
+    loud = run("onnx", "--config", tmp_path / "onnx.yaml", "--verbose", "--json")
+    assert loud.exit_code == 0, loud.stderr
+    assert "matched" in loud.stderr
+    facts = json.loads(loud.stdout)
+    assert (facts["bundle"], facts["tree"]["nodes"]) == (str(tmp_path / "bundle"), 5)
+    assert facts["validation"]["status"] == "not run"
+
+    plain = run("onnx", "--config", tmp_path / "onnx.yaml", "--force")
+    assert plain.stdout == f"{tmp_path / 'bundle'}\n"
+    assert "write the weights" in plain.stderr
+    assert "matched" not in plain.stderr
+    quiet = run("onnx", "--config", tmp_path / "onnx.yaml", "--force", "-q")
+    assert (quiet.stdout, quiet.stderr) == (plain.stdout, "")
+
+    report = run("validate", tmp_path / "bundle", "--reference", make_model(), "--max-new-tokens", 4, "--json")
+    assert report.exit_code == 0, report.stderr
+    told = json.loads(report.stdout)
+    assert (told["status"], told["summary"]["failed_checks"]) == ("passed", [])
+    assert "  compare: 0:" in report.stderr
 
 
 def test_heads_with_an_lm_head_of_their_own(make_model: Make, tmp_path: Path) -> None:

@@ -456,11 +456,12 @@ def test_a_refused_result_leaves_what_it_was_to_replace(exported: Make, quantize
     fails(run("quantize", exported(), "-o", tmp_path / "old", "--force", "--max-kl", 0), 3, "nothing was written")
     assert Manifest.load(tmp_path / "old") == before
     before.require_intact(tmp_path / "old")
-    result = run("quantize", exported(), "-o", tmp_path / "old", "--force", "--scheme", "int4")
+    result = run("quantize", exported(), "-o", tmp_path / "old", "--force", "--scheme", "int4", "--json")
     assert result.exit_code == 0, result.stderr
     after = Manifest.load(tmp_path / "old")
     assert after.quantization is not None
     assert after.quantization.scheme == "int4"
+    assert json.loads(result.stdout)["quantization"]["quality"] == after.quantization.quality
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 

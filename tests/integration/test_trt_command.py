@@ -69,6 +69,9 @@ def test_a_dry_run_builds_nothing_and_tells_sizes(bundle: Path, engine: Path, tm
     facts = Manifest.load(engine)
     assert facts.engine is not None
     memory = facts.engine.device_memory
+    told = json.loads(run("trt", bundle, "-o", tmp_path / "engine", "--dry-run", "--json", *SMALL).stdout)
+    assert told["device_memory"].keys() == memory.keys()
+    assert told["profiles"].keys() == facts.engine.profiles.keys()
     assert memory["kv_cache"] == 2 * 2 * 2 * 2 * 128 * 16 * 2
     logits, hidden, greedy = 2 * 16 * VOCAB_SIZE * 2, 2 * 16 * 64 * 2, 2 * 16 * 8
     prompt = 2 * 2 * 32 * 8 + 2 * 32 * 32 + 2 * 8 + 2 * 16 * 8  # ids and positions, mask, lengths, rows

@@ -351,6 +351,18 @@ def test_tree_show_draws_the_tuned_tree_or_the_bundles_own(make_bundle: Make, co
     judged = run("tree", "show", make_bundle(), "--evaluation", evaluation).stdout
     assert "0.0  0.720" in judged
     assert "tokens per step expected: " in judged
+    facts = json.loads(run("tree", "show", make_bundle(), "--evaluation", evaluation, "--json").stdout)
+    assert len(facts["parents"]) == len(facts["acceptance"]) == 16
+    assert f"tokens per step expected: {facts['tokens_per_step']:.2f}" in judged
+
+
+def test_json_goes_to_stdout_in_place_of_the_table(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = Tuning.load(copy)
+    assert tuning is not None
+    [(device, found)] = tuning.devices.items()
+    monkeypatch.setattr("medusa_export.measure.tune.run_tune.tune", lambda _: (device, found))
+    result = run("tune", copy, "--json", "-")
+    assert DeviceTuning.model_validate_json(result.stdout) == found
 
 
 def test_tree_show_draws_files_and_pictures(tmp_path: Path) -> None:

@@ -317,3 +317,10 @@ def test_the_clock_counts_the_calls_of_an_engine_that_was_there_before() -> None
     assert clock.seconds["step"] >= 0.002 * len(backend.steps)
     assert clock.seconds["propose"] >= 0.001 * backend.num_proposals
     assert clock.seconds["commit"] > 0
+
+
+def test_json_goes_to_stdout_in_place_of_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    from medusa_export.cli.bench import _publish
+
+    _publish({"complete": True, "seconds": 1.5}, Path("-"), None, None)
+    assert json.loads(capsys.readouterr().out) == {"complete": True, "seconds": 1.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,9 @@ def test_an_override_that_is_wrong_gets_one_line(override: str, line: str, recip
 
 
 def test_ls_shows_all_that_come_with_the_package() -> None:
+    told = json.loads(run("ls", "--json").stdout)["recipes"]
+    assert [recipe["name"] for recipe in told] == [path.stem for path in library.shipped()]
+    assert all(recipe.keys() == {"name", "description", "model", "method"} for recipe in told)
     lines = run("ls").stdout.splitlines()
     assert lines[0].split() == ["name", "description", "model", "method"]
     assert [line.split()[0] for line in lines[1:]] == [path.stem for path in SHIPPED]
@@ -217,6 +221,9 @@ def test_cp_never_overwrites(recipe: Path, tmp_path: Path) -> None:
 
 def test_validate_tells_all_that_is_wrong_and_exits_with_2(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(WHOLE.replace("train: {}", "train: {epochs: 0, seeds: 1}"))
+    told = run("validate", recipe, tmp_path / "bad.yaml", "--json")
+    errors = list(json.loads(told.stdout)["errors"].values())
+    assert (told.exit_code, errors[0], [f"Error: {line}" for line in errors[1]]) == (2, [], told.stderr.splitlines())
     result = run("validate", recipe, tmp_path / "bad.yaml")
     assert result.exit_code == 2
     assert result.stdout == f"{recipe}: ok\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -50,7 +50,7 @@ class Quality(BaseModel):
         )
 
 
-def compare(before: Source, after: Backend, texts: Sequence[Sequence[int]]) -> Quality:
+def compare(before: Source, after: Backend, texts: Iterable[Sequence[int]]) -> Quality:
     """Read the same texts with both bundles, and compare their next-token distributions at each position.
 
     Args:

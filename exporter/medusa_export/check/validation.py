@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,14 @@ from medusa_export.command_options.validate_settings import DEFAULT_NEW_TOKENS
 from medusa_export.errors import ValidationMismatchError
 from medusa_export.model.checkpoint import DTYPES
 from medusa_export.model.generation_settings import shown, switched_off
-from medusa_export.placement import AUTO, place, require_usable
-from medusa_export.progress import console, note, stage
+from medusa_export.placement import place, require_usable
+from medusa_export.progress import console, count_stage, note, stage, told
 from medusa_export.provenance import provenance
 from medusa_heads.formats import load_heads
 from medusa_heads.modules import MedusaHeads
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DecodingStats, Manifest
 from medusa_runtime.backends.choosing import Placement
+from medusa_runtime.backends.names import AUTO
 from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, REPORT_NAME, GenerationFacts
@@ -100,14 +102,17 @@ def validate(
     _require_same_model(manifest, torch_side)
     _compare_generation(report, manifest.generation, torch_side.generation)
     given = _matching_heads(heads, manifest, torch_side) if heads is not None else None
-    with stage("compare"):
+    with count_stage("compare") as tell:
         try:
             encoded, new_tokens = _encoded(report, bundle, manifest, prompts, max_new_tokens, torch_side)
             with runnable_bundle(bundle, manifest, on_gpu=on_gpu) as (runnable, runnable_manifest, notes):
                 report.notes += notes
                 if given is not None and report.quantization is not None:
                     report.notes.append("the heads are quantised as well; the manifest has the effect, as tokens per step")
-                for target, variant in by_target(runnable_manifest, placement.backend).items():
+                variants = by_target(runnable_manifest, placement.backend)
+                steps, whole = itertools.count(1), len(encoded) * len(variants)
+                tell(0, 0, 0, whole)
+                for target, variant in variants.items():
                     side = BundleSide(
                         runnable,
                         variant,
@@ -118,7 +123,7 @@ def validate(
                         cuda_graphs=cuda_graphs,
                         allow_engine_code=allow_engine_code,
                     )
-                    _compare(report, encoded, new_tokens, side, torch_side, given)
+                    _compare(report, encoded, new_tokens, side, torch_side, given, lambda: tell(next(steps), 0, 0, whole))
                     side.backend.save()
                     side.backend.close()  # free its weights before the next one's are loaded
         except MedusaError as error:  # a bundle that does not run fails its validation
@@ -200,10 +205,11 @@ def _compare(
     side: BundleSide,
     torch_side: ReferenceSide,
     heads: MedusaHeads | None,
+    one_more: Callable[[], None],
 ) -> None:
     tree = pruned(CandidateTree.from_json(side.backend.manifest.tree), new_tokens - 1)
     reference: Reference = torch_side if report.quantization is None else side
-    for text, prompt_ids in prompts.items():
+    for text, prompt_ids in told(prompts.items(), one_more):
         _compare_logits(report, text, prompt_ids, side, reference, tree)
         if side.target == report.targets[0]:
             report.greedy.append(_compare_greedy(text, prompt_ids, side, reference, torch_side, new_tokens))

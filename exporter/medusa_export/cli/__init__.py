@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.exceptions import Exit
 
 from medusa_export.cli import streams
+from medusa_export.cli.commands import VARIABLES, Group
 from medusa_export.cli.ending import cleanly_on_sigterm
 from medusa_export.cli.torch_threads import share_cores
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
@@ -34,7 +35,10 @@ COMMANDS = {
     "triton": "Write a bundle as a model of NVIDIA Triton.",
     "bench": "Measure bundles, with and without Medusa, and other engines.",
     "recipes": "Run all steps for a model with one command.",
+    "inspect": "Report what is in a bundle, and how it was judged.",
+    "diff": "Compare two bundles.",
     "doctor": "Report what can be exported, built and run on this machine.",
+    "completion": "Print the script that lets a shell complete commands.",
 }
 MEASURES_OTHERS = "bench"  # it starts other engines, and measures them as they come
 EXTRAS = {
@@ -46,7 +50,11 @@ EXTRAS = {
 }  # fmt: skip
 
 
-class _LazyCommands(click.Group):
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+
+class _LazyCommands(Group):
     """A group that lists its commands without importing them, and prints an error as one line."""
 
     def list_commands(self, _: click.Context) -> list[str]:
@@ -64,6 +72,12 @@ class _LazyCommands(click.Group):
     def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, _: click.Context, incomplete: str) -> list[CompletionItem[Any]]:
+        """Complete commands without importing them."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name, help=what) for name, what in COMMANDS.items() if name.startswith(incomplete)]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries: we report each stage ourselves
@@ -116,10 +130,29 @@ def _fail(error: MedusaError) -> None:
     sys.exit(error.exit_code)
 
 
-@click.command(cls=_LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="medusa-export", message="%(package)s %(version)s")
+def _print_versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from medusa_export.cli.versions import versions
+
+        click.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+        ctx.exit()
+
+
+@click.command(cls=_LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": VARIABLES})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    allow_from_autoenv=False,
+    callback=_print_versions,
+    help="Show the versions of this program and of what it uses.",
+)
 def main() -> None:
     """Export Hugging Face LLMs with Medusa heads to ONNX Runtime and TensorRT, and decode several tokens a step.
+
+    COMMAND --help shows the options of a command, and examples. Options come from the command line, from variables such as
+    MEDUSA_EXPORT_ONNX_DTYPE, and from a file (--config), in this order.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check failed (output differs from the reference,
     or a tuning does not hold), 141 nobody reads the output any more, 143 ended by SIGTERM.

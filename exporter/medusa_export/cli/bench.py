@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.commands import Command
+from medusa_export.cli.json_options import STDOUT, json_file_option
 from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_export.measure.bench.bench_options import (
     CONTEXT_LENGTHS,
@@ -62,7 +64,7 @@ def _listed(values: tuple[Any, ...]) -> str:
     return ",".join(map(str, values))
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--prompts",
@@ -113,7 +115,7 @@ def _listed(values: tuple[Any, ...]) -> str:
 )
 @click.option("--gguf", type=click.Path(path_type=Path), help="For llama.cpp and OpenVINO: the same weights in a GGUF file.")
 @click.option("--openvino", type=click.Path(path_type=Path), help="For OpenVINO: the same weights, converted.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file.")
+@json_file_option
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write one row per contestant to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write plots (PNG) to this directory.")
 @decodes_a_bundle
@@ -139,7 +141,7 @@ def command(
     from medusa_export.measure.bench.run_bench import measure, prepare
 
     for target in filter(None, (json_file, csv_file, plot)):
-        if not target.absolute().parent.is_dir():
+        if target != STDOUT and not target.absolute().parent.is_dir():
             raise OptionError(f"{target} cannot be written: there is no directory {target.parent}")
     if plot and plot.exists() and not plot.is_dir():
         raise OptionError(f"--plot {plot}: plots go into a directory, and this is a file")
@@ -165,8 +167,11 @@ def command(
 def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot: Path | None) -> None:
     from medusa_export.measure.bench.bench_report import print_result, write_csv
 
-    print_result(result)
-    if json_file:
+    if json_file == STDOUT:
+        click.echo(json_text(result, indent=1))
+    else:
+        print_result(result)
+    if json_file and json_file != STDOUT:
         write_whole(json_file, json_text(result, indent=1) + "\n")
     if csv_file:
         write_csv(result, csv_file)
@@ -177,6 +182,6 @@ def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | No
 
 
 def _tell_interrupted(bench: Bench, json_file: Path | None) -> None:
-    kept = f"; the measurements so far are in {json_file}" if json_file else ""
+    kept = f"; the measurements so far are in {json_file}" if json_file and json_file != STDOUT else ""
     click.echo(f"Error: interrupted after {len(bench.answers)} answers{kept}", err=True)
     click.get_current_context().exit(INTERRUPTED)

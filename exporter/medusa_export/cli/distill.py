@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.command_options.distill_options import DistillOptions
 
 
-@click.command("distill")
+@click.command("distill", cls=Command)
 @click.argument("model")
 @options_from(DistillOptions, leave_out={"model", "mix"})
 @click.option(

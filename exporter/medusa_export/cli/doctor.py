@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import click
 
+from medusa_export.cli.commands import Command
+from medusa_export.cli.json_options import json_option
 
-@click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+@click.command("doctor", cls=Command)
+@json_option
 def command(*, as_json: bool) -> None:
     """Report what is installed, which GPUs there are, and what can therefore be exported, built and run on this machine.
 

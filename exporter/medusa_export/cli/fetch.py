@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from medusa_export.cli.commands import Command
 
-@click.command("fetch")
+
+@click.command("fetch", cls=Command)
 @click.argument("name")
 @click.option("--cache", type=click.Path(path_type=Path), help="Directory for models. [default: the user's cache]")
 def command(name: str, cache: Path | None) -> None:

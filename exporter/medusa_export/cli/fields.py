@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from medusa_export.cli.settings import FieldOption
 from medusa_export.command_options.flag import Flag, fields_of
 from medusa_runtime.errors import OptionError
 
@@ -65,13 +66,23 @@ def _option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
     if kind is bool and field.default is not False:
         [flag] = flags
         text += " [default]" if field.default else ""
-        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
+        return click.option(f"{flag}/--no-{flag[2:]}", cls=FieldOption, field=field, default=None, help=text)
     if kind is bool:
-        return click.option(*flags, is_flag=True, default=None, help=text)
+        return click.option(*flags, cls=FieldOption, field=field, is_flag=True, default=None, help=text)
     is_needed = field.is_required() and kind is field.annotation
     plain = get_args(kind)[0] if is_many else kind
     kinds = _click_type(plain, field, told)
-    return click.option(*flags, name, type=kinds, multiple=is_many, metavar=told.metavar, required=is_needed, help=text)
+    return click.option(
+        *flags,
+        name,
+        cls=FieldOption,
+        field=field,
+        type=kinds,
+        multiple=is_many,
+        metavar=told.metavar,
+        required=is_needed,
+        help=text,
+    )
 
 
 def _told(field: FieldInfo) -> Flag:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medusa_export.cli import streams
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.cpu import Spin
@@ -25,7 +26,7 @@ BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields w
 LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that no flag can hold, or that come with chunks
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from stdin. Token ids if BUNDLE has no tokenizer.")
 @options_from(GenerationOptions, leave_out=(*BY_HAND, *LEFT_OUT))
@@ -82,6 +83,7 @@ def command(
     accepts more drafts than that.
     """
     from medusa_export.placement import place
+    from medusa_export.progress import say
     from medusa_runtime import Manifest, MedusaLM
 
     if prompt == "-":
@@ -122,15 +124,14 @@ def command(
         click.echo(json_text(whole, ensure_ascii=not streams.holds_unicode()))
     for choice in () if as_json else result.choices:
         stats = choice.stats
-        click.echo(
+        say(
             f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens, of which the prompt gave the "
             f"first and {stats.num_steps} steps gave {stats.num_decoded_tokens} ({stats.tokens_per_step:.2f} tokens/step), "
             f"{stats.tokens_per_second:.1f} tokens/s, "
             f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
-            + (f", seed {choice.seed}" if options.is_sampled else ""),
-            err=True,
+            + (f", seed {choice.seed}" if options.is_sampled else "")
         )
-    click.echo(f"ran with {placement}", err=True)
+    say(f"ran with {placement}")
 
 
 def _answer(lm: MedusaLM, prompt: str | list[int], options: GenerationOptions, *, streamed: bool) -> GenerationResult:

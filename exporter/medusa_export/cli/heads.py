@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.commands import Group
 from medusa_export.cli.heads_files import convert, inspect
 from medusa_export.cli.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from medusa_heads.replay import Evaluation
 
 
-@click.group("heads")
+@click.group("heads", cls=Group)
 def command() -> None:
     """Make, inspect, convert and evaluate Medusa heads."""
 
@@ -45,13 +46,15 @@ def init(
 ) -> None:
     """Make untrained heads for MODEL. They start as copies of its LM head: they guess badly, but the output stays right."""
     from medusa_export.model.checkpoint import load_backbone
+    from medusa_export.progress import stage
     from medusa_heads.config import HeadsConfig
     from medusa_heads.directories import require_new
     from medusa_heads.formats import native, save_heads
     from medusa_heads.modules import MedusaHeads
 
     require_new(output, native.is_alone, force=force, inputs=(model,))
-    backbone = load_backbone(model, trust_remote_code=trust_remote_code)
+    with stage(f"load {model}"):
+        backbone = load_backbone(model, trust_remote_code=trust_remote_code)
     config = HeadsConfig(
         base_model=backbone.facts.name,
         num_heads=num_heads,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.shared_options import force_option, trust_remote_code_option
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ FORMATS = (  # `medusa_heads.formats.NAMES`, which is not imported for --help
 )  # fmt: skip
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("heads", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(heads: Path, *, as_json: bool) -> None:
@@ -52,7 +53,7 @@ def inspect(heads: Path, *, as_json: bool) -> None:
     console.print(table)
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("heads", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory for the heads; it must not exist yet."

@@ -6,17 +6,18 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.shared_options import verbose_option
+from medusa_export.cli.json_options import bundle_json_option, print_bundle
 from medusa_export.command_options.export_options import ExportOptions
 
 
-@click.command("onnx")
+@click.command("onnx", cls=Command)
 @click.argument("model")
 @options_from(ExportOptions, leave_out={"model"})
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Compare with PyTorch afterwards.")
-@verbose_option
-def command(*, validate: bool, **values: Any) -> None:
+@bundle_json_option
+def command(*, validate: bool, as_json: bool, **values: Any) -> None:
     """Export MODEL (a directory, a hub id or a GGUF file) with its heads to an ONNX bundle.
 
     If validation fails, the bundle is kept and marked as failed, and the exit code is 3.
@@ -35,4 +36,4 @@ def command(*, validate: bool, **values: Any) -> None:
         heads = options.heads or heads_place(options.model, None)
         report = compare(options.output, options.model, heads=heads, trust_remote_code=options.trust_remote_code)
         record(options.output, report)
-    click.echo(options.output)
+    print_bundle(options.output, as_json=as_json)

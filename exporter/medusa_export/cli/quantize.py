@@ -7,18 +7,20 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
-from medusa_export.cli.shared_options import trust_remote_code_option, verbose_option
+from medusa_export.cli.json_options import bundle_json_option, print_bundle
+from medusa_export.cli.shared_options import trust_remote_code_option
 from medusa_export.command_options.quantize_options import QuantizeOptions
 
 
-@click.command("quantize")
+@click.command("quantize", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @options_from(QuantizeOptions, leave_out={"bundle"})
 @click.option("--reference", help="The model that BUNDLE was made from: validate the result against it in PyTorch afterwards.")
+@bundle_json_option
 @trust_remote_code_option
-@verbose_option
-def command(*, reference: str | None, trust_remote_code: bool, **values: Any) -> None:
+def command(*, reference: str | None, trust_remote_code: bool, as_json: bool, **values: Any) -> None:
     """Quantise the weights of BUNDLE to 8 or 4 bits, and measure the loss of quality.
 
     Perplexity, KL divergence, greedy agreement and tokens per step are written to the new bundle's manifest. Each token of a
@@ -36,4 +38,4 @@ def command(*, reference: str | None, trust_remote_code: bool, **values: Any) ->
         from medusa_export.check import validate as compare
 
         record(options.output, compare(options.output, reference, trust_remote_code=trust_remote_code))
-    click.echo(options.output)
+    print_bundle(options.output, as_json=as_json)

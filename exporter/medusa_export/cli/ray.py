@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
 from medusa_serve.ray_settings import PROXYS, QUIET, RaySettings
 from medusa_serve.settings import ServerSettings
 
 
-@click.command("ray")
+@click.command("ray", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--replicas", "num_replicas", type=click.IntRange(1), help="Number of replicas. [default: 1]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address on which Ray's proxy listens.")

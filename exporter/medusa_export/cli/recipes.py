@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from medusa_export.cli.commands import Group
+from medusa_export.cli.json_options import json_option
 from medusa_export.cli.shared_options import threads_option, trust_remote_code_option
 from medusa_export.recipe.schema import STEPS
 
@@ -14,25 +16,31 @@ step_type = click.Choice(STEPS)
 recipe_argument = click.argument("recipe", metavar="NAME_OR_PATH")
 
 
-@click.group("recipes")
+@click.group("recipes", cls=Group)
 def command() -> None:
     """Run all steps for a model with one command: fetch, distill, train, onnx, validate."""
 
 
 @command.command("ls")
-def ls() -> None:
+@json_option
+def ls(*, as_json: bool) -> None:
     """List the recipes that come with the package."""
     from rich.table import Column, Table
 
     from medusa_export.console import Console
     from medusa_export.recipe import library
     from medusa_export.recipe.schema import outline
+    from medusa_runtime.bundle.files import json_text
 
+    found = [outline(library.text_of(path), library.shown(path)) for path in library.shipped()]
+    if as_json:
+        facts = [{name: getattr(recipe, name) for name in ("name", "description", "model", "method")} for recipe in found]
+        click.echo(json_text({"recipes": facts}, indent=1))
+        return
     table = Table(
         Column("name", no_wrap=True), "description", Column("model", no_wrap=True), "method", box=None, pad_edge=False
     )
-    for path in library.shipped():
-        recipe = outline(library.text_of(path), library.shown(path))
+    for recipe in found:
         table.add_row(recipe.name, recipe.description, recipe.model, recipe.method or "-")
     Console(highlight=False, width=None if sys.stdout.isatty() else 256).print(table)  # a pipe has no width: do not wrap
 
@@ -69,23 +77,29 @@ def cp(recipe: str, destination: Path) -> None:
 
 @command.command("validate")
 @click.argument("recipes", metavar="[NAME_OR_PATH]...", nargs=-1)
-def validate(recipes: tuple[str, ...]) -> None:
+@json_option
+def validate(recipes: tuple[str, ...], *, as_json: bool) -> None:
     """Check recipes, by default all that come with the package. Exit code 2 if one is wrong."""
     from medusa_export.recipe import library
     from medusa_export.recipe.schema import RecipeError
+    from medusa_runtime.bundle.files import json_text
     from medusa_runtime.errors import MedusaError
 
-    bad = False
+    found: dict[str, list[str]] = {}
     for path in [library.find(recipe) for recipe in recipes] or library.shipped():
         try:
             library.load(path)
         except MedusaError as error:
-            bad = True
-            for line in error.lines if isinstance(error, RecipeError) else [str(error)]:
+            found[library.shown(path)] = lines = error.lines if isinstance(error, RecipeError) else [str(error)]
+            for line in lines:
                 click.echo(f"Error: {line}", err=True)
         else:
-            click.echo(f"{library.shown(path)}: ok")
-    if bad:
+            found[library.shown(path)] = []
+            if not as_json:
+                click.echo(f"{library.shown(path)}: ok")
+    if as_json:
+        click.echo(json_text({"errors": found}, indent=1))
+    if any(found.values()):
         raise click.exceptions.Exit(2)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_runtime.bundle.cpu import Spin
 from medusa_serve.settings import ServerSettings
 
 
-@click.command("serve")
+@click.command("serve", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @options_from(ServerSettings)
 @click.option("--max-batch-size", type=click.IntRange(1), help="Answers decoded at a time. [default: 8, or fewer]")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from medusa_runtime.backends.choosing import BACKENDS
+from medusa_runtime.backends.names import BACKENDS
 from medusa_runtime.bundle.cpu import SPINS, max_threads
 
 Function = Callable[..., Any]
@@ -53,40 +52,8 @@ cuda_graphs_option = click.option(
     default=None,
     help="On a GPU, capture each step as a CUDA graph and replay it. [default: yes with TensorRT, no with ONNX Runtime]",
 )
-
-
 allow_engine_code_option = click.option(
     "--allow-engine-code", is_flag=True, help="Run the code that version-compatible engines bring. Do so if you trust them."
-)
-
-
-def _log_passes(context: click.Context, _: click.Parameter, value: bool) -> None:
-    """Print what the graph passes log, until the command ends."""
-    if not value:
-        return
-    from medusa_export.progress import note
-
-    class _Notes(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            note(record.getMessage())
-
-    passes, handler = logging.getLogger("medusa_export.passes"), _Notes()
-    passes.addHandler(handler)
-    passes.setLevel(logging.INFO)
-
-    def stop() -> None:
-        passes.removeHandler(handler)
-        passes.setLevel(logging.NOTSET)
-
-    context.call_on_close(stop)
-
-
-verbose_option = click.option(
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_log_passes,
-    help="Print what each graph pass matched, and what it left as it was, with the reason.",
 )
 
 

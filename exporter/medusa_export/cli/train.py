@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.fields import options_from, parse
 from medusa_export.cli.shared_options import exclude_option, force_option, threads_option, trust_remote_code_option
 from medusa_heads.train.settings import TrainSettings
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("model")
 @click.option(
     "--data",

@@ -7,11 +7,12 @@ from typing import Literal
 
 import click
 
+from medusa_export.cli.commands import Command
 from medusa_export.cli.shared_options import force_option, runs_a_bundle
 from medusa_runtime.bundle.cpu import Spin
 
 
-@click.command("triton")
+@click.command("triton", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "-o",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.cli.commands import Group, format_groups
 from medusa_export.cli.fields import options_from, parse
+from medusa_export.cli.json_options import print_bundle
 from medusa_export.command_options.engine_options import EngineOptions
 
 if TYPE_CHECKING:
@@ -19,18 +22,20 @@ if TYPE_CHECKING:
 DEFAULT = "build"
 
 
-class _DefaultGroup(click.Group):
+class _DefaultGroup(Group):
     """A click group that runs `build` if the first argument is not a subcommand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        named = args[:1] and args[0] in {*self.commands, *ctx.help_option_names}
+        named = args[:1] and (args[0] in {*self.commands, *ctx.help_option_names} or self._is_misspelt(args[0]))
         return super().parse_args(ctx, args if named else [DEFAULT, *args])
+
+    def _is_misspelt(self, word: str) -> bool:
+        return not Path(word).exists() and bool(difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_help(ctx, formatter)
-        default = self.commands[DEFAULT]
-        with formatter.section(f"Options of {DEFAULT}, the default command"):
-            formatter.write_dl([record for option in default.get_params(ctx) if (record := option.get_help_record(ctx))])
+        with formatter.section(f"{DEFAULT}, the default command, has these options"):
+            format_groups(ctx, self.commands[DEFAULT], formatter, f"{ctx.info_name} {DEFAULT}")
 
 
 @click.group("trt", cls=_DefaultGroup)
@@ -46,21 +51,29 @@ def command() -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @options_from(EngineOptions, leave_out={"bundle"})
 @click.option("--dry-run", is_flag=True, help="Build nothing; print what would be built and the memory it would need.")
-def build(*, dry_run: bool, **values: Any) -> None:
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the facts of the engines, built or only planned, as one JSON object."
+)
+def build(*, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Build TensorRT engines from the ONNX bundle BUNDLE."""
     asked = parse(EngineOptions, values)
     from medusa_export.engine.build import build_engines
     from medusa_export.engine.design import design_engines
     from medusa_export.progress import note
+    from medusa_runtime.bundle.files import json_text
 
     if dry_run:
-        _tell_design(design_engines(asked))
+        design = design_engines(asked)
+        if as_json:
+            click.echo(json_text(_planned(design), indent=1))
+        else:
+            _tell_design(design)
         return
     manifest = build_engines(asked)
     for name, facts in manifest.files.items():
         if name.endswith(".plan"):
             note(f"{name}: {facts.size / 1e6:.0f} MB")
-    click.echo(asked.output)
+    print_bundle(asked.output, as_json=as_json)
 
 
 @command.command("inspect")
@@ -75,6 +88,20 @@ def inspect(engine: Path, *, as_json: bool) -> None:
         click.echo(found.model_dump_json(indent=2, exclude={"engine": {"shared_weights": {"plans"}}}))
     else:
         _tell_inspection(found)
+
+
+def _planned(design: Design) -> dict[str, Any]:
+    """The facts of engines that are not built."""
+    return {
+        "model": design.source.model.name,
+        "tensorrt": design.tensorrt.name,
+        "tensorrt_version": design.tensorrt.version,
+        "compute_capabilities": list(design.capabilities),
+        "limits": design.limits.model_dump(exclude_none=True),
+        "profiles": {name: profile for group in design.profiles.values() for name, profile in group.items()},
+        "plan_sizes": design.plan_sizes(),
+        "device_memory": design.device_memory(),
+    }
 
 
 def _tell_design(design: Design) -> None:

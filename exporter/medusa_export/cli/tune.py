@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from medusa_export.cli.commands import Command
+from medusa_export.cli.json_options import STDOUT, json_file_option
 from medusa_export.cli.shared_options import decodes_a_bundle
 from medusa_runtime.errors import OptionError
 
@@ -36,7 +38,7 @@ def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -
     return value
 
 
-@click.command("tune")
+@click.command("tune", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--heads",
@@ -74,7 +76,7 @@ def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -
     is_flag=True,
     help="Less precise, in a fifth of the time: two batch sizes, one length, fewer rounds, --max-seconds 15.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the result to this file.")
+@json_file_option
 @decodes_a_bundle
 def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any) -> None:
     """Find the candidate trees with which BUNDLE decodes fastest on this machine, and store them in it.
@@ -95,11 +97,15 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     from medusa_export.measure.tune.tune_report import show
     from medusa_runtime.bundle.files import write_whole
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
+    if json_file is not None and json_file != STDOUT and not json_file.absolute().parent.is_dir():
         raise OptionError(f"{json_file} cannot be written: there is no directory {json_file.parent}")
     given = {name: value for name, value in options.items() if value not in (None, ())}
     device, found = tune(TuneOptions(bundle=bundle, **((QUICK if quick else {}) | given)))
-    if json_file is not None:
-        write_whole(json_file, found.model_dump_json(indent=1, exclude_none=True) + "\n")
-    show(device, found, stdout_console())
+    text = found.model_dump_json(indent=1, exclude_none=True)
+    if json_file == STDOUT:
+        click.echo(text)
+    else:
+        if json_file is not None:
+            write_whole(json_file, text + "\n")
+        show(device, found, stdout_console())
     require_held(bundle, found)

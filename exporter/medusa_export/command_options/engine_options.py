@@ -59,5 +59,5 @@ class EngineOptions:
     opt_level: Annotated[
         int | None, Field(description="effort spent on finding fast kernels, 0 to 5"), Flag(default="TensorRT's own, 3")
     ] = None
-    verbose: Annotated[bool, Field(description="print TensorRT's log to stderr")] = False
+    verbose: Annotated[bool, Field(description="print TensorRT's log to stderr"), Flag(("-v", "--verbose"))] = False
     force: Force = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeGuard, cast
 
@@ -20,7 +20,7 @@ MOST_PIECES = 32
 
 
 def answered(
-    engine: DecodingEngine, codec: TextCodec, prompts: Sequence[Prompt | list[int]]
+    engine: DecodingEngine, codec: TextCodec, prompts: Iterable[Prompt | list[int]]
 ) -> tuple[list[list[int]], DecodingStats]:
     """Token ids of prompts with the model's greedy answers, and the statistics of decoding them."""
     stats, texts = DecodingStats(), []

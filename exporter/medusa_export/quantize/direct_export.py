@@ -16,7 +16,7 @@ from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.passes.quantize.given_codes import Array, GivenCodes, given_codes
 from medusa_export.passes.quantize.integer_weights import tables
-from medusa_export.progress import note, stage
+from medusa_export.progress import note, step_stage, told
 from medusa_export.quantize.calibration_text import QUALITY_PROMPTS, answered
 from medusa_export.quantize.quantized_bundle import prompts_for, quantize_bundle, quantize_graph, require_close, require_int8
 from medusa_heads.directories import new_directory, require_new, scratch_beside
@@ -86,8 +86,7 @@ def _quantized(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manife
     with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
         files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=activation_bits)
         manifest = traced.manifest(directory, files, graphs)
-        with stage("measure the quality against PyTorch"):
-            quality = _quality(traced, manifest, directory)
+        quality = _quality(traced, manifest, directory)
         note(quality.line())
         require_close(quality, options.max_kl)
         manifest.quantization = QuantizationFacts(
@@ -140,7 +139,8 @@ def _quality(traced: Traced, manifest: Manifest, place: Path) -> Quality:
     size = sum(parameter.numel() for parameter in traced.backbone.model.parameters())
     limit = max(LEAST_PROMPTS, int(NUM_OPERATIONS / (2 * size * TOKENS_PER_PROMPT)))
     prompts = prompts_for(None, QUALITY_PROMPTS, manifest)[:limit]
-    texts, stats = answered(engine, open_codec(place, manifest), prompts)
-    quality = compare(TorchLogits(traced.backbone), after, texts)
+    with step_stage("measure the quality against PyTorch", 2 * len(prompts)) as one_more:
+        texts, stats = answered(engine, open_codec(place, manifest), told(prompts, one_more))
+        quality = compare(TorchLogits(traced.backbone), after, told(texts, one_more))
     quality.tokens_per_step = stats.tokens_per_step
     return quality

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeEx
 from medusa_export.passes.quantize.given_codes import GivenCodes
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Rounded, Storage, tables
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
-from medusa_export.progress import note, stage
+from medusa_export.progress import note, step_stage, told
 from medusa_export.provenance import provenance
 from medusa_export.quantize.calibration_text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, answered, pieces
 from medusa_export.quantize.rotation import NotRotatedError, rotate
@@ -64,9 +64,10 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     ngrams = NGrams.of_bundle(options.bundle, source)
     engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
     text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
-    with stage("answer prompts with the original"):
-        answers, stats = answered(engine, codec, quality_prompts)
-        known = answered(engine, codec, calibration_prompts)[0] if options.scheme == "int8" else []
+    calibrating = calibration_prompts if options.scheme == "int8" else []
+    with step_stage("answer prompts with the original", len(quality_prompts) + len(calibrating)) as one_more:
+        answers, stats = answered(engine, codec, told(quality_prompts, one_more))
+        known = answered(engine, codec, told(calibrating, one_more))[0]
     with scratch_beside(options.output) as scratch:
         graphs, rounding = _rounded(options, source, known, scratch)
         with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
@@ -83,10 +84,12 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
                     "validation": ValidationFacts(status="not run"),
                 }
             )
-            with stage("measure the quality"):
+            texts = text or answers
+            with step_stage("measure the quality", len(texts) + len(quality_prompts)) as one_more:
                 after = open_backend(directory, manifest, "ort-cpu")
-                quality = compare(before, after, text or answers)
-                _, stats_after = answered(DecodingEngine(after, engine.tree, ngrams=ngrams), codec, quality_prompts)
+                quality = compare(before, after, told(texts, one_more))
+                engine_after = DecodingEngine(after, engine.tree, ngrams=ngrams)
+                _, stats_after = answered(engine_after, codec, told(quality_prompts, one_more))
                 quality.tokens_per_step_before, quality.tokens_per_step = stats.tokens_per_step, stats_after.tokens_per_step
             note(quality.line())
             require_close(quality, options.max_kl)
@@ -139,8 +142,8 @@ def _rounded(
         else:
             graphs, facts["rotation"], weights = rotated.graphs, rotated.facts, scratch
     if rotated is None and bits == 8 and SMOOTHING:
-        with stage("find the outliers of the activations"):
-            Smooth(_maxima(options.bundle, source, known), SMOOTHING)(graphs[STEP])
+        with step_stage("find the outliers of the activations", len(known)) as one_more:
+            Smooth(_maxima(options.bundle, source, told(known, one_more)), SMOOTHING)(graphs[STEP])
             write_weights(graphs.values(), scratch)
         facts["smoothing"], weights = SMOOTHING, scratch
     rounded: dict[str, Rounded] = {}
@@ -230,7 +233,7 @@ def storage_of(scheme: Scheme) -> Callable[[str], Storage]:
     return storage
 
 
-def _maxima(bundle: Path, source: Manifest, texts: Sequence[Sequence[int]]) -> dict[str, Vector]:
+def _maxima(bundle: Path, source: Manifest, texts: Iterable[Sequence[int]]) -> dict[str, Vector]:
     """Measure on texts the largest magnitude per channel of each activation that can be smoothed."""
     model = read_graph(bundle / source.graphs[STEP].file)
     found = junctions(model)

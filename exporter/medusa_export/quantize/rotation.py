@@ -14,7 +14,7 @@ from medusa_export.bundle.weights_file import total_bytes, write_weights
 from medusa_export.passes.quantize.activation_probes import with_errors
 from medusa_export.passes.quantize.rotate_stream import RotateStream
 from medusa_export.passes.quantize.rotate_values import RotateValues
-from medusa_export.progress import byte_stage, stage
+from medusa_export.progress import byte_stage, step_stage, told
 from medusa_export.quantize.run_step import Array, run_step
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import STEP, Manifest, RotationFacts
@@ -60,16 +60,16 @@ def rotate(
     with byte_stage("rotate the weights", total_bytes(changed.values())) as advance:
         write_weights(changed.values(), place, advance)
     layout = CacheLayout.of(source.graphs[STEP])
-    with stage("compare the rotated graph with the original"):
-        compared = [text[:COMPARED_TOKENS] for text in texts[:COMPARED_TEXTS]]
-        before = list(run_step(graphs[STEP], bundle, layout, compared, COMPARED))  # so that one graph at a time is in memory
-        after = list(run_step(step, place, layout, compared, COMPARED))
+    compared = [text[:COMPARED_TOKENS] for text in texts[:COMPARED_TEXTS]]
+    with step_stage("compare the rotated graph with the original", 2 * len(compared)) as one_more:
+        # one after the other, so that one graph at a time is in memory
+        before = list(run_step(graphs[STEP], bundle, layout, told(compared, one_more), COMPARED))
+        after = list(run_step(step, place, layout, told(compared, one_more), COMPARED))
         difference = max(map(_difference, itertools.chain(*before), itertools.chain(*after)))
     if not difference <= MOST_DIFFERENCE:
         raise NotRotatedError(f"in float32, the rotated graph differs by {difference:.1e} of an output's range")
     facts = RotationFacts(values=rotates_values, difference=difference)
-    with stage("measure the rounding errors of activations"):
-        return Rotated(changed, facts, _errors(step, place, layout, texts))
+    return Rotated(changed, facts, _errors(step, place, layout, texts))
 
 
 def _difference(one: Array, other: Array) -> float:
@@ -82,6 +82,8 @@ def _errors(step: ir.Model, place: Path, layout: CacheLayout, texts: Sequence[Se
     probed = step.clone()
     probes = with_errors(probed)
     errors = np.zeros(len(probes))
-    for text, found in zip(texts, run_step(probed, place, layout, texts, list(probes.values())), strict=True):
-        errors += np.array(found) * (len(text) / sum(map(len, texts)))
+    with step_stage("measure the rounding errors of activations", len(texts)) as one_more:
+        measured = run_step(probed, place, layout, told(texts, one_more), list(probes.values()))
+        for text, found in zip(texts, measured, strict=True):
+            errors += np.array(found) * (len(text) / sum(map(len, texts)))
     return dict(zip(probes, errors.tolist(), strict=True))

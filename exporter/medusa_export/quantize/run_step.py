@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 
 
 def run_step(
-    model: ir.Model, weights: Path, layout: CacheLayout, texts: Sequence[Sequence[int]], outputs: Sequence[str]
+    model: ir.Model, weights: Path, layout: CacheLayout, texts: Iterable[Sequence[int]], outputs: Sequence[str]
 ) -> Iterator[list[Array]]:
     """The named outputs for each text, which is read at once, with logits after every token.
 

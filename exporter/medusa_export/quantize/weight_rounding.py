@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ from medusa_export.passes.common.linears import Linear, linears
 from medusa_export.passes.quantize.activation_probes import with_moments
 from medusa_export.passes.quantize.error_feedback import to_int8_for
 from medusa_export.passes.quantize.integer_weights import Rounded, offsets
-from medusa_export.progress import stage
+from medusa_export.progress import step_stage, told
 from medusa_export.quantize.run_step import run_step
 from medusa_runtime.bundle.cache_layout import CacheLayout
 
 MOMENT_BYTES = 1 << 30  # of the second moments that are in memory at a time; the texts are read once for each such part
+STAGE = "round the weights by what they are multiplied with"
 
 
 def round_weights(
@@ -41,14 +42,16 @@ def round_weights(
         shared: where weights lie that another graph reads too (`stored_in`): they have to be rounded alike to be stored once.
     """
     found: dict[str, Rounded] = {}
-    with stage("round the weights by what they are multiplied with") as tell:
-        for group in _groups(_by_input(model.graph, shared)):
-            for name, moments in _moments(model, weights, layout, texts, list(group)).items():
+    groups = list(_groups(_by_input(model.graph, shared)))
+    num_weights = sum(len(layers) for group in groups for layers in group.values())
+    with step_stage(STAGE, len(groups) * len(texts) + num_weights) as one_more:
+        for group in groups:
+            for name, moments in _moments(model, weights, layout, told(texts, one_more), list(group)).items():
                 for linear, codes, scales in _round(group[name], moments):
                     path = place / f"codes.{len(found)}.npy"
                     np.save(path, codes)
                     found[linear.weight.name or ""] = (np.load(path, mmap_mode="r"), scales)
-                tell(f"{len(found)} weights")
+                    one_more()
     return found
 
 
@@ -83,7 +86,7 @@ def _groups(by_input: dict[str, list[Linear]]) -> Iterator[dict[str, list[Linear
 
 
 def _moments(
-    model: ir.Model, weights: Path, layout: CacheLayout, texts: Sequence[Sequence[int]], inputs: list[str]
+    model: ir.Model, weights: Path, layout: CacheLayout, texts: Iterable[Sequence[int]], inputs: list[str]
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Second moments [K, K] of the inputs, summed over all tokens of the texts."""
     probed = model.clone()

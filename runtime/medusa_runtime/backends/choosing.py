@@ -8,13 +8,12 @@ from pathlib import Path
 
 from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 from medusa_runtime.backends.gpu.devices import find_gpus, parse_device
+from medusa_runtime.backends.names import AUTO, BACKENDS, TRT, TRT_RTX
 from medusa_runtime.backends.webgpu.adapters import choose_adapter, find_adapters, require_graphs
 from medusa_runtime.bundle.cpu import Spin
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CUDA, ORT_WEBGPU, STEP, Manifest
 from medusa_runtime.errors import BackendError, MissingExtraError, OptionError
 
-AUTO, TRT, TRT_RTX = "auto", "trt", "trt-rtx"
-BACKENDS = (AUTO, ORT_CPU, ORT_CUDA, ORT_WEBGPU, TRT, TRT_RTX)
 KINDS = {ORT_CPU: "cpu", ORT_CUDA: "cuda", ORT_WEBGPU: "gpu"}  # of devices that a backend for ONNX bundles runs on
 OF_FLAVOR = {"tensorrt": TRT, "rtx": TRT_RTX}
 NO_CUDA, QUANTISED = "ONNX Runtime cannot use CUDA", "CUDA does not run quantised bundles"  # why not CUDA

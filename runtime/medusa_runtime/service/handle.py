@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import os
@@ -130,6 +129,8 @@ class Handle:
             cancels: whether the request is cancelled if the task is cancelled while it waits here. If not, the request goes
                 on, and `aresult` can be called again.
         """
+        import asyncio  # noqa: PLC0415 - only callers of asyncio need it
+
         try:
             await self._wait(lambda: self._job.is_done)
         except asyncio.CancelledError:
@@ -178,6 +179,8 @@ class Handle:
         self.cancel()
 
     async def _wait(self, ready: Callable[[], bool]) -> None:
+        import asyncio  # noqa: PLC0415 - only callers of asyncio need it
+
         self._job.require_same_process()
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 

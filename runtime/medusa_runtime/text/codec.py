@@ -15,7 +15,6 @@ from medusa_runtime.text import byte_fallback
 from medusa_runtime.text.bounds import LengthBound
 from medusa_runtime.text.conversation import Conversation, Message, Prompt
 from medusa_runtime.text.plain import PlainContent
-from medusa_runtime.text.template import ChatTemplate
 from medusa_runtime.text.token_bytes import TokenBytes
 from medusa_runtime.text.tokenising import encoded
 
@@ -33,6 +32,8 @@ class TextCodec:
     """
 
     def __init__(self, bundle: str | Path) -> None:
+        from medusa_runtime.text.template import ChatTemplate  # noqa: PLC0415 - Jinja, which importing the runtime need not load
+
         path = Path(bundle) / TOKENIZER_NAME
         try:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))

@@ -15,14 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.conversation import Conversation
-from medusa_runtime.text.template import ChatTemplate
 from medusa_runtime.text.tokenising import encoded
+
+if TYPE_CHECKING:
+    from medusa_runtime.text.template import ChatTemplate
 
 CHANGED = "the chat template changes the contents, so that users' text cannot be told from its own; ask without plain_content"
 READS_AS_SPECIAL = "the tokenizer makes a special token of plain text in this prompt; ask without plain_content"

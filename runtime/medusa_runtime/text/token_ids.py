@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from medusa_runtime.bundle.manifest import Manifest
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import TextCodec
-from medusa_runtime.text.template import ChatTemplate
 
 NO_TEXT = "this bundle has no tokenizer, so it takes and gives token ids alone"
 
@@ -27,6 +26,8 @@ class TokenIdsOnly(TextCodec):
     """Refuses text in one line. Answers have no text, only token ids."""
 
     def __init__(self) -> None:
+        from medusa_runtime.text.template import ChatTemplate  # noqa: PLC0415 - as in the base
+
         # not the base's: there is no file to read
         self.chat = ChatTemplate({}, {})
 

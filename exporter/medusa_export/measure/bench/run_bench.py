@@ -22,7 +22,7 @@ from medusa_export.measure.bench.peers import ALL, choose_peers, peer_command
 from medusa_export.measure.bench.process import WorkerProcess
 from medusa_export.measure.bench.result import result_of
 from medusa_export.placement import place
-from medusa_export.progress import count_stage, note, stage
+from medusa_export.progress import count_stage, note, stage, step_stage
 from medusa_runtime.bundle.manifest import ORT_CPU, Manifest
 from medusa_runtime.errors import MedusaError, OptionError
 from medusa_runtime.text.codec import TOKENIZER_NAME, TextCodec
@@ -183,27 +183,14 @@ def _sections(bench: Bench) -> None:
             f"and a step at most {bench.widest}"
         )
     if widths:
-        with _counted("step costs", len(bench.bundles)) as tell:
+        with step_stage("step costs", len(bench.bundles)) as tell:
             bench.sections["steps"] = sections.step_costs(contestants, prompts, widths, cached, tell)
     if context:
-        with _counted("contexts", len(bench.bundles) * len(context)) as tell:
+        with step_stage("contexts", len(bench.bundles) * len(context)) as tell:
             bench.sections["context"] = sections.context_costs(contestants, prompts, context, bench.tree_nodes, tell)
     if prefill or context:
-        with _counted("long prompts", len({*prefill, *context})) as tell:
+        with step_stage("long prompts", len({*prefill, *context})) as tell:
             bench.sections["lengths"] = sections.lengths_costs(contestants, prompts, prefill, context, tell)
-
-
-@contextmanager
-def _counted(name: str, total: int) -> Iterator[Any]:
-    done = 0
-    with count_stage(name, total) as tell:
-
-        def one_more() -> None:
-            nonlocal done
-            done += 1
-            tell(done, 0, 0, total)
-
-        yield one_more
 
 
 def _max_length(bench: Bench) -> int:

@@ -15,7 +15,7 @@ from medusa_export.measure.tune.others import OtherPrograms
 from medusa_export.measure.tune.record import record
 from medusa_export.measure.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
 from medusa_export.placement import place
-from medusa_export.progress import count_stage, stage
+from medusa_export.progress import count_stage, stage, step_stage, told
 from medusa_export.provenance import provenance
 from medusa_heads.errors import CheckpointError
 from medusa_heads.replay import Evaluation
@@ -146,8 +146,14 @@ class _Run:
         capacities = fitting_capacities(self.backend.manifest.limits, [length + max_nodes for length in lengths], max_nodes)
         others = OtherPrograms()
         with stage("step costs") as tell:
+            limits = f"at least {self.rounds.least + 1}, and no new one after {self.rounds.max_seconds:.0f} s"
             grid = measure_grid(
-                self.backend, batch_sizes, widths, capacities, rounds=self.rounds, tell=lambda done: tell(f"{done} rounds")
+                self.backend,
+                batch_sizes,
+                widths,
+                capacities,
+                rounds=self.rounds,
+                tell=lambda done: tell(f"{done} rounds; {limits}"),
             )
         costs = StepCosts(list(batch_sizes), widths, capacities, grid.step_seconds, grid.head_seconds)
         other_cores = others.cores()
@@ -161,6 +167,7 @@ class _Run:
         """Which drafts would have been accepted in the prompts' greedy answers."""
         model, limits = self.backend.manifest.model, self.backend.manifest.limits
         with count_stage("record acceptance", len(self.prompts), "answers") as tell:
+            tell(0, 0, 0)
             found = record(
                 self.backend,
                 self.prompts,
@@ -189,11 +196,10 @@ class _Run:
         """The best trees for each batch size of the costs."""
         sizes, found = costs.batch_sizes, []
         checker = Checker(self.backend, self.prompts, self.new_tokens, self.rounds.max_seconds / len(sizes))
-        with count_stage("check by decoding", len(sizes), "batches") as tell:
-            for number, batch_size in enumerate(sizes, start=1):
+        with step_stage("check by decoding", len(sizes)) as one_more:
+            for batch_size in told(sizes, one_more):
                 self.capacity(batch_size)
                 found.append(_tuned(Place(costs, batch_size, self.entries(batch_size)), acceptance, checker))
-                tell(number, number - 1, 1)
         return found
 
     def lookup(self, found: DeviceTuning) -> LookupCheck | None:
@@ -207,9 +213,10 @@ class _Run:
         prompts = [self.prompts[number * len(self.prompts) // count] for number in range(count)]  # spread over all of them
         self.capacity(batch)
         without, with_it = self._engine(found, batch, 0), self._engine(found, batch, LOOKUP_NODES)
-        with count_stage("try prompt lookup", count, "prompts") as tell:
+        with count_stage("try prompt lookup", count) as tell:
+            tell(0, 0, 0)
             decoding = DecodingOptions(max_new_tokens=self.new_tokens)
-            pairs = in_turn((without, with_it), prompts, decoding, lambda done: tell(done, 0, done))
+            pairs = in_turn((without, with_it), prompts, decoding, lambda done: tell(done, 0, 0))
         return lookup_check(pairs, batch)
 
     def _engine(self, found: DeviceTuning, batch: int, lookup_nodes: int) -> DecodingEngine:
