@@ -7,7 +7,7 @@ A change is one of: another comparison, another arithmetic or logical operator, 
 condition negated, a statement left out, None returned, min for max. Constants of a module (`DECAY = 0.98`) stay: a test would
 only repeat them. The working tree is not touched: the tests import a temporary copy of the packages. They run once without a
 change, to learn which functions each of them calls. Then each change is tried in a forked process, with the tests that call the
-changed function. It counts as seen if one of them fails, if the import fails, or if it takes five times as long as all tests.
+changed function. It counts as seen if one of them fails, if the import fails, or if they take much longer than before.
 
 Survivors are printed as JSON lines, and the score at the end on stderr. A line with a "reason" in `--equivalents` names a
 change that cannot be seen; it is not tried.
@@ -42,7 +42,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("exporter", "runtime", "heads", "serving")
 EQUIVALENTS = ROOT / "scripts" / "equivalent_mutants.jsonl"
-LEAST_SECONDS, PATIENCE = 20, 5  # a run is ended after PATIENCE times the seconds of one without a change
+LEAST_SECONDS, PATIENCE = 20, 5  # a run may take so long, and PATIENCE times what its tests take without a change
 MOST_BYTES = 6 << 30  # of memory that the tests may take
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -194,6 +194,7 @@ class Calls:
 
     def __init__(self, folder: Path, chosen: set[str] | None) -> None:
         self.tests_of: dict[str, set[str]] = defaultdict(set)  # by file and function
+        self.seconds: dict[str, float] = {}  # by test
         self._folder, self._chosen, self._test = str(folder), chosen, ""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -211,11 +212,13 @@ class Calls:
                     value.cache_clear()
         tell = self._note if self._chosen is None else None
         sys.settrace(tell)
-        threading.settrace(tell)  # type: ignore[arg-type]
+        threading.settrace(tell)
+        started = time.perf_counter()
         try:
             return (yield)
         finally:
             sys.settrace(None)
+            self.seconds[self._test] = time.perf_counter() - started
 
     def _note(self, frame: FrameType, *_: object) -> None:
         code = frame.f_code
@@ -233,8 +236,9 @@ class Runner:
     """
 
     def __init__(self, scratch: Path, tests: Sequence[str]) -> None:
-        self._scratch, self._tests, self._limit = scratch, tests, float("inf")  # seconds
+        self._scratch, self._tests = scratch, tests
         self._tests_of: dict[str, set[str]] = {}
+        self._seconds: dict[str, float] = {}
         for name in PACKAGES:
             shutil.copytree(ROOT / name, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
         folders = [str(scratch / name) for name in PACKAGES]
@@ -248,11 +252,10 @@ class Runner:
         Raises:
             click.ClickException: they fail.
         """
-        started = time.perf_counter()
         if self.run(None):
             raise click.ClickException(f"the tests fail without any change:\n{self._log.read_text()[-3000:]}")
-        self._limit = max(LEAST_SECONDS, PATIENCE * (time.perf_counter() - started))
         found = json.loads((self._scratch / "found").read_text())
+        self._seconds = found["seconds"]
         self._tests_of = {name: set(tests) for name, tests in found["tests_of"].items()}
         for name in found["imported"]:
             with contextlib.suppress(Exception):
@@ -278,7 +281,8 @@ class Runner:
         """Run some tests, or all, in a forked process. Returns pytest's exit code; None if they took too long."""
         if (child := os.fork()) == 0:
             self._in_child(chosen)
-        until = time.monotonic() + self._limit
+        limit = LEAST_SECONDS + PATIENCE * sum(self._seconds[test] for test in chosen) if chosen else float("inf")
+        until = time.monotonic() + limit
         while time.monotonic() < until:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -308,7 +312,9 @@ class Runner:
                 ours = (str(self._scratch), str(ROOT))
                 others = {name.partition(".")[0] for name, module in list(sys.modules.items()) if not _is_of(module, ours)}
                 tests_of = {name: sorted(tests) for name, tests in calls.tests_of.items()}
-                (self._scratch / "found").write_text(json.dumps({"imported": sorted(others), "tests_of": tests_of}))
+                (self._scratch / "found").write_text(
+                    json.dumps({"imported": sorted(others), "tests_of": tests_of, "seconds": calls.seconds})
+                )
         except BaseException:  # noqa: BLE001 - nothing may pass the fork
             traceback.print_exc()
         finally:

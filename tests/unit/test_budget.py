@@ -10,6 +10,7 @@ import pytest
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
 from medusa_runtime.decoding.prefill import GAP_STEPS
 from medusa_runtime.drafting.budget import PAUSE, DraftBudget, StepPlan
+from medusa_runtime.drafting.coefficients import Coefficients
 from medusa_runtime.drafting.costs import LearnedCosts
 from tests.support.clock import Clock
 from tests.support.fake_backend import FakeBackend
@@ -67,6 +68,61 @@ def test_the_heads_seconds_are_kept_by_batch_size() -> None:
     assert costs.heads(8) == pytest.approx(0.91)
     costs.observe_heads(8, 100.0)  # a stall counts as twice the seconds
     assert costs.heads(8) == pytest.approx(1.001)
+
+
+def test_learned_costs_tell_batch_nodes_and_cache_apart() -> None:
+    def truth(batch: int, width: int, capacity: int) -> float:
+        return 0.02 + batch * width * (0.002 + 0.001 * capacity / 1000)
+
+    rng, costs = np.random.default_rng(0), LearnedCosts()
+    for _ in range(400):
+        step = int(rng.integers(1, 9)), int(rng.integers(1, 17)), int(rng.integers(1, 9)) * 500
+        costs.observe(*step, truth(*step))
+    for step in ((1, 1, 500), (8, 2, 4000), (2, 16, 500), (4, 16, 3000)):
+        assert costs.steps(step[0], step[2], step[1])[-1] == pytest.approx(truth(*step), rel=0.03)
+
+
+def test_the_first_hundred_timings_count_and_then_every_fourth() -> None:
+    coefficients = Coefficients(np.ones(1), np.eye(1))
+    assert [number for number in range(1, 121) if coefficients.wants()] == [*range(1, 101), 104, 108, 112, 116, 120]
+
+
+def test_a_surprise_moves_a_coefficient_by_one_at_most() -> None:
+    for timing, expected in ((2.5, 2.0), (-1.5, 0.0), (1.25, 1.25), (0.75, 0.75)):
+        coefficients = Coefficients(np.ones(1), np.eye(1))
+        coefficients.learn(np.ones(1), timing)
+        assert coefficients.mean[0] == pytest.approx(expected, abs=0.02)  # the timing itself may be off by a tenth
+
+
+def test_a_table_of_one_width_says_the_same_of_all() -> None:
+    np.testing.assert_allclose(StepCosts([1], [4], [64], [[[2.0]]], [0.1]).steps(1, 64, 5), [2.0] * 5)
+
+
+SOUND = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75], [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_sizes", []),
+        ("batch_sizes", [2, 1]),
+        ("batch_sizes", [0, 1]),
+        ("widths", [[1, 3]]),
+        ("widths", [3, 3]),
+        ("capacities", [64, 128]),
+        ("step_seconds", [[[1.0, 2.0]]]),
+        ("step_seconds", [[[1.0, 2.0], [0.0, 2.0]]]),
+        ("head_seconds", [0.5]),
+        ("head_seconds", [0.5, -0.1]),
+        ("host_seconds", [0.1]),
+        ("host_seconds", [0.1, -0.1]),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(field: str, value: object) -> None:
+    SOUND.check()
+    replace(SOUND, host_seconds=[]).check()
+    with pytest.raises((ValueError, TypeError)):
+        replace(SOUND, **{field: value}).check()
 
 
 def test_a_plan_takes_the_width_with_the_most_tokens_a_second() -> None:
