@@ -2,6 +2,7 @@
 
     python scripts/mutate.py runtime/medusa_runtime/drafting/budget.py --tests tests/unit/test_batching.py
     python scripts/mutate.py MODULE... --tests FILE --tests FILE --sample 40 --seed 0 > survivors.jsonl
+    python scripts/mutate.py MODULE... --tests FILE --again survivors.jsonl
 
 A change is one of: another comparison, another arithmetic or logical operator, a number one more or one less, True for False, a
 condition negated, a statement left out, None returned, min for max. Constants of a module (`DECAY = 0.98`) stay: a test would
@@ -9,8 +10,8 @@ only repeat them. The working tree is not touched: the tests import a temporary 
 change, to learn which functions each of them calls. Then each change is tried in a forked process, with the tests that call the
 changed function. It counts as seen if one of them fails, if the import fails, or if they take much longer than before.
 
-Survivors are printed as JSON lines, and the score at the end on stderr. A line with a "reason" in `--equivalents` names a
-change that cannot be seen; it is not tried.
+Survivors are printed as JSON lines, and the score at the end on stderr. The changes in the file `--equivalents` alter
+nothing that matters, each for its "reason"; they are not tried.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import click
@@ -196,6 +197,7 @@ class Calls:
         self.tests_of: dict[str, set[str]] = defaultdict(set)  # by file and function
         self.seconds: dict[str, float] = {}  # by test
         self._folder, self._chosen, self._test = str(folder), chosen, ""
+        self._names: dict[CodeType, str] = {}  # of functions of the packages; empty for all others
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out the other tests."""
@@ -222,9 +224,12 @@ class Calls:
 
     def _note(self, frame: FrameType, *_: object) -> None:
         code = frame.f_code
-        if code.co_filename.startswith(self._folder):
-            name = code.co_qualname.replace(".<locals>", "")
-            self.tests_of[f"{code.co_filename[len(self._folder) + 1 :]} {name}"].add(self._test)
+        if code not in self._names:
+            is_ours = code.co_filename.startswith(self._folder)
+            place = code.co_qualname.replace(".<locals>", "")
+            self._names[code] = f"{code.co_filename[len(self._folder) + 1 :]} {place}" if is_ours else ""
+        if name := self._names[code]:
+            self.tests_of[name].add(self._test)
 
 
 class Runner:
@@ -325,30 +330,38 @@ def _is_of(module: object, folders: tuple[str, ...]) -> bool:
     return str(getattr(module, "__file__", None) or "").startswith(folders)
 
 
-def known_equivalents(path: Path) -> set[tuple[str, str, str, str]]:
-    """The changes that cannot be seen, from a file of JSON lines."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["module"], row["place"], row["before"], row["after"]) for row in rows if row["reason"]}
+def read_keys(path: Path) -> set[tuple[str, str, str, str]]:
+    """The changes that a file of JSON lines names."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(row["module"], row["place"], row["before"], row["after"]) for row in rows}
 
 
 @click.command(help=(__doc__ or "").partition("\n\n    python")[0])
 @click.argument("modules", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
-@click.option("--tests", multiple=True, required=True, type=click.Path(exists=True), help="a file of tests to run")
+@click.option("--tests", multiple=True, required=True, help="a file of tests to run, or one test as pytest names it")
 @click.option("--sample", type=click.IntRange(min=1), help="try this many changes, drawn from all modules")
 @click.option("--seed", default=0, help="of the draw")
-@click.option("--equivalents", type=click.Path(path_type=Path), default=EQUIVALENTS, help="changes that cannot be seen")
-def main(modules: Sequence[str], tests: Sequence[str], sample: int | None, seed: int, equivalents: Path) -> None:
+@click.option("--again", type=click.Path(path_type=Path, exists=True), help="try only the changes in this file of survivors")
+@click.option(
+    "--equivalents", type=click.Path(path_type=Path, exists=True), default=EQUIVALENTS, help="changes that cannot be seen"
+)
+def main(
+    modules: Sequence[str], tests: Sequence[str], sample: int | None, seed: int, again: Path | None, equivalents: Path
+) -> None:
     """See the module's documentation."""
     modules = [str(Path(module).resolve().relative_to(ROOT)) for module in modules]
-    known = known_equivalents(equivalents)
-    found = [one for module in modules for one in mutants(module, (ROOT / module).read_text())]
+    known = read_keys(equivalents)
+    found = [one for module in modules for one in mutants(module, (ROOT / module).read_text(encoding="utf-8"))]
     tried = [one for one in found if one[0].key not in known]
     num_known = len(found) - len(tried)
+    if again is not None:
+        wanted = read_keys(again)
+        tried = [one for one in tried if one[0].key in wanted]
     if sample is not None and sample < len(tried):
         tried = random.Random(seed).sample(tried, sample)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
-        runner = Runner(Path(scratch), [str(Path(test).resolve().relative_to(ROOT)) for test in tests])
+        runner = Runner(Path(scratch), tests)
         runner.begin(modules)
         for number, (mutant, source) in enumerate(tried, start=1):
             code = runner.changed(mutant, source)

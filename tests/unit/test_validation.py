@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from medusa_export.check import validation
-from medusa_export.check.compare import divergences, first_divergence, logits_difference
-from medusa_export.check.sides import BundleSide
+from medusa_export.check import quality, sides, validation
+from medusa_export.check.compare import divergences, first_divergence, log_softmax, logits_difference
+from medusa_export.check.sides import BundleSide, ReferenceSide
 from medusa_export.check.validation_report import (
     BF16_ON_GPU,
     QUANTIZED,
@@ -26,8 +27,10 @@ from medusa_export.check.validation_report import (
     ValidationReport,
     tolerance,
 )
-from medusa_runtime.backends.base import StepOutput
-from medusa_runtime.bundle.manifest import Manifest, file_facts
+from medusa_heads.errors import CheckpointError
+from medusa_runtime.backends.base import HeadOutput, StepOutput
+from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, Manifest, file_facts
+from medusa_runtime.errors import OptionError
 from tests.support.fake_backend import FakeBackend, fake_manifest, logits_after
 
 GREEDY = "greedy: Medusa = plain = PyTorch"
@@ -61,9 +64,10 @@ class Side(BundleSide):
 class Reference:
     """Stands for PyTorch: the model that the backend has."""
 
+    generation: GenerationFacts | None = None
+
     def __init__(self, manifest: Manifest) -> None:
         self.backbone = SimpleNamespace(facts=manifest.model, model=torch.nn.Linear(1, 1))
-        self.generation = None
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         return np.stack([logits_after(list(token_ids[:stop])) for stop in range(1, len(token_ids) + 1)])
@@ -253,3 +257,144 @@ def test_answers_of_different_lengths_differ_at_the_end_of_the_shorter() -> None
     assert first is not None
     assert (first.position, first.token_id, first.reference_token_id, first.logit, first.reference_logit) == (1, 2, 1, 0, 1)
     assert [row.position for row in divergences([0, 2, 2, 0], reference)] == [1, 3]
+
+
+def test_a_number_that_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medusa_export.check.compare.BLOCK_ELEMENTS", 3)  # one row each
+    for row in range(3):
+        found = np.zeros((3, 3))
+        found[row, 1] = np.nan
+        difference = logits_difference("rows", found, np.zeros((3, 3)))
+        assert (difference.max_abs, difference.max_kl, difference.mean_kl) == (np.inf, np.inf, np.inf)
+        assert (difference.num_rows, difference.min_cosine) == (3, -1.0)
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+def test_the_loss_of_quality_is_known_exactly(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "CHUNK", chunk)
+    texts = [[1, 7, 3, 9, 4, 2, 8], [5, 6, 4, 3]]
+
+    class Sharper:
+        """Gives the original's logits: those of the backend times 1.5, and one that is always larger."""
+
+        def rows(self, text, start: int, stop: int) -> np.ndarray:
+            logits = np.stack([1.5 * logits_after(list(text[: place + 1])) for place in range(start, stop)])
+            logits[:, 3] += 2.0
+            return logits
+
+    found = quality.compare(Sharper(), FakeBackend(), texts)
+    rows = [(text, place) for text in texts for place in range(len(text))]
+    old = np.concatenate([log_softmax(Sharper().rows(text, place, place + 1)) for text, place in rows])
+    new = np.stack([log_softmax(logits_after(text[: place + 1])) for text, place in rows])
+    followed = [(row, text[place + 1]) for row, (text, place) in enumerate(rows) if place + 1 < len(text)]
+    kl = (np.exp(old) * (old - new)).sum(-1)
+    assert found.num_tokens == 11
+    assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-5)
+    assert found.max_kl == pytest.approx(kl.max(), rel=1e-5)
+    assert found.perplexity == pytest.approx(np.exp(-np.mean([new[place] for place in followed])), rel=1e-5)
+    assert found.perplexity_before == pytest.approx(np.exp(-np.mean([old[place] for place in followed])), rel=1e-5)
+    same = (old.argmax(-1) == new.argmax(-1)).mean()
+    assert 0 < same < 1
+    assert found.same_greedy == pytest.approx(same)
+
+
+def settling(*passes: float) -> tuple[ReferenceSide, list[list[int]]]:
+    """A reference whose passes give these logits, and the tokens of each."""
+    backbone = SimpleNamespace(facts=SimpleNamespace(vocab_size=20), max_seq_len=30, source="the model")
+    side, asked = ReferenceSide(backbone), []
+
+    def logits(token_ids: list[int]) -> np.ndarray:
+        asked.append(token_ids)
+        return np.full((1, 3), passes[len(asked) - 1])
+
+    side.logits = logits  # type: ignore[method-assign]
+    return side, asked
+
+
+def test_a_reference_is_used_once_two_passes_agree() -> None:
+    for passes in ((1.0, 1.0), (1.0, 2.0, 2.0), (1.0, 2.0, 3.0, 4.0, 5.0, 5.0)):
+        side, asked = settling(*passes)
+        side.settle()
+        assert asked == [[*range(20), *range(10)]] * len(passes)
+
+
+def test_a_reference_that_cannot_be_one_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="different logits for the model at every pass"):
+        settling(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)[0].settle()
+    with pytest.raises(CheckpointError, match="NaN or infinite logits for the model"):
+        settling(float("nan"), float("nan"))[0].settle()
+
+
+class Unsure(FakeBackend):
+    """Its heads' probabilities of a depth add up to less than 1."""
+
+    def propose(self, rows, root_ids) -> HeadOutput:
+        found = super().propose(rows, root_ids)
+        return HeadOutput(found.token_ids, found.log_probs - np.float32(np.log(2)))
+
+
+class KnownHeads:
+    """Heads whose probabilities are the backend's, as PyTorch would compute them. Some tokens may be unknown to them."""
+
+    draft_ids = None
+
+    def __init__(self, backend: Unsure) -> None:
+        self.backend = backend
+
+    def __call__(self, hidden, lm_head, root_ids, embedding, guesses) -> torch.Tensor:
+        found = Unsure.propose(self.backend, np.array([len(self.backend.contexts[0]) - 1]), root_ids.numpy())
+        ids, chances = torch.from_numpy(found.token_ids), torch.from_numpy(found.log_probs).exp()
+        assert guesses.tolist() == found.token_ids[:, :-1, 0].tolist()
+        rest = (1 - chances.sum(-1, keepdim=True)) / (50 - ids.shape[-1])
+        return rest.repeat(1, 1, 50).scatter(-1, ids, chances).log()
+
+
+@pytest.mark.parametrize("kind", ["right", "a probability", "another token"])
+def test_the_heads_candidates_are_compared(kind: str) -> None:
+    class Wrong(Unsure):
+        def propose(self, rows, root_ids):
+            found = super().propose(rows, root_ids)
+            if kind == "a probability":
+                found.log_probs[0, 1, 2] -= 0.25
+            if kind == "another token":
+                found.token_ids[0, 2, 3] = min(set(range(1, 50)) - set(found.token_ids[0, 2].tolist()))
+            return found
+
+    backend = Wrong()
+    side, heads = Side(backend, "portable"), KnownHeads(backend)
+    model = SimpleNamespace(get_output_embeddings=lambda: None, get_input_embeddings=lambda: None)
+    torch_side = SimpleNamespace(backbone=SimpleNamespace(model=model), hidden=lambda prompt_ids: None)
+    difference = validation._compare_heads([3, 1, 4], side, torch_side, heads)
+    assert (difference.what, difference.num_rows) == ("heads", 3)
+    if kind == "right":
+        assert difference.max_abs < 1e-5
+    elif kind == "a probability":
+        assert difference.max_abs == pytest.approx(0.25, rel=1e-3)
+    else:  # the fourth candidate has 0.3 / 8 / 2, and each of the other 46 tokens an equal part of what the four leave
+        assert difference.max_abs == pytest.approx(np.log(0.01875 / ((1 - 0.28125) / 46)), rel=1e-3)
+
+
+def test_settings_that_the_bundle_lacks_or_the_runtime_does_not_follow_are_told(validated) -> None:
+    theirs = GenerationFacts(defaults=DecodingDefaults(repetition_penalty=1.2), ignored={"num_beams": 4})
+    with patch.object(Reference, "generation", theirs):
+        report = validated(max_new_tokens=6)
+    assert failed(report) == {"defaults are those of generation_config.json"}
+    assert "repetition_penalty" in (report.generation_mismatch or "")
+    assert report.switched_off == {"num_beams": 4}
+    assert "without num_beams" in report.verdicts()[GREEDY][1]
+
+
+def test_a_large_model_is_compared_on_fewer_prompts(validated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "memory_limit", lambda: 19)
+    report = validated(max_new_tokens=12)  # its two weights take 8 bytes, which is more than two fifths of the memory
+    assert [row.num_tokens for row in report.greedy] == [8, 8]
+    assert report.notes[0].startswith("the model is large: 2 of 6 built-in prompts are compared, and 8 new tokens of each")
+    monkeypatch.setattr(sides, "memory_limit", lambda: 20)
+    assert len(validated(max_new_tokens=12).greedy) == 6
+
+
+def test_a_prompt_that_cannot_be_used_is_no_failed_check(validated) -> None:
+    with pytest.raises(OptionError, match="no prompts"):
+        validated(prompts=[])
+    with pytest.raises(OptionError, match="tokenizer"):
+        validated(prompts=["some text"])
