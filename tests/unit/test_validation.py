@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +29,12 @@ from medusa_export.check.validation_report import (
     ValidationReport,
     tolerance,
 )
+from medusa_export.errors import ValidationMismatchError
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.backends.base import HeadOutput, StepOutput
-from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, Manifest, file_facts
-from medusa_runtime.errors import OptionError
+from medusa_runtime.backends.choosing import Placement
+from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, GraphFacts, Manifest, file_facts
+from medusa_runtime.errors import BackendError, OptionError
 from tests.support.fake_backend import FakeBackend, fake_manifest, logits_after
 
 GREEDY = "greedy: Medusa = plain = PyTorch"
@@ -398,3 +402,124 @@ def test_a_prompt_that_cannot_be_used_is_no_failed_check(validated) -> None:
         validated(prompts=[])
     with pytest.raises(OptionError, match="tokenizer"):
         validated(prompts=["some text"])
+
+
+def test_a_step_that_fails_fails_the_bundle_and_is_told(validated) -> None:
+    def change(output: StepOutput, contexts, is_tree: bool) -> StepOutput:
+        raise BackendError("the device is gone")
+
+    report = validated(change)
+    assert report.errors == ["the device is gone"]
+    assert {"the bundle runs", PROMPTS_READ, TREES_READ, GREEDY} == failed(report)
+    assert report.verdicts()["the bundle runs"] == (False, "the device is gone")
+
+
+@pytest.mark.parametrize("has_logits", [False, True])
+def test_on_a_gpu_a_bundle_that_cannot_be_opened_is_an_error_and_no_failed_check(validated, monkeypatch, has_logits) -> None:
+    calls = itertools.count()
+
+    def change(output: StepOutput, contexts, is_tree: bool) -> StepOutput:
+        if next(calls) >= (40 if has_logits else 0):
+            raise BackendError("out of memory")
+        return output
+
+    gpu = Placement("ort-webgpu", "gpu:0", "a test")
+    monkeypatch.setattr(validation, "place", lambda *_, **__: gpu)
+    monkeypatch.setattr(Placement, "processor", property(lambda _: "a GPU"))
+    if has_logits:
+        report = validated(change, backend="ort-webgpu")
+        assert (report.errors, report.processor, report.targets) == (["out of memory"], "a GPU", ["ort-webgpu"])
+    else:
+        with pytest.raises(BackendError, match="out of memory"):
+            validated(change, backend="ort-webgpu")
+
+
+def test_a_file_that_differs_fails_whatever_it_computes(validated, tmp_path: Path) -> None:
+    def change(output: StepOutput, contexts, is_tree: bool) -> StepOutput:
+        return output
+
+    with patch.object(Manifest, "mismatches", lambda *_: ["step.onnx has 3 bytes", "heads.onnx is missing"]):
+        report = validated(change, max_new_tokens=6)
+    assert failed(report) == {"files match the manifest"}
+    assert report.verdicts()["files match the manifest"][1] == "step.onnx has 3 bytes; heads.onnx is missing"
+
+
+def test_a_report_is_written_shown_and_decides_the_bundles_status(validated, tmp_path: Path, capsys) -> None:
+    def change(output: StepOutput, contexts, is_tree: bool) -> StepOutput:
+        return replace(output, greedy_ids=1 + output.greedy_ids % 49) if is_tree and output.logits is None else output
+
+    validation.record(tmp_path, validated(max_new_tokens=6))
+    assert Manifest.load(tmp_path).validation.status == "passed"
+    report = validated(change, max_new_tokens=6)
+    with pytest.raises(ValidationMismatchError, match=r"is marked as failed \(greedy: Medusa = plain = PyTorch\)"):
+        validation.record(tmp_path, report)
+    manifest = Manifest.load(tmp_path)
+    assert (manifest.validation.status, manifest.validation.report) == ("failed", "validation.json")
+    assert json.loads((tmp_path / "validation.json").read_text()) == json.loads(report.model_dump_json())
+    first, shown = report.greedy[0].medusa_vs_plain, capsys.readouterr()
+    assert first is not None
+    assert (
+        f"'token ids 1': Medusa from plain differs at token 1: {first.token_id} (logit {first.logit:.5f}) instead of "
+        f"{first.reference_token_id} (logit {first.reference_logit:.5f}), margin {first.margin:.2g}; 1 differences in total"
+    ) in shown.out + shown.err
+
+
+def graphs(*targets: str) -> dict[str, GraphFacts]:
+    step = fake_manifest().graphs["step"]
+    return {f"step.{target}": step.model_copy(update={"target": target}) for target in targets}
+
+
+@pytest.mark.parametrize(
+    ("targets", "backend", "expected"),
+    [
+        (("portable",), "ort-cpu", [("portable", 1)]),
+        (("portable", "ort-cpu"), "ort-cpu", [("ort-cpu", 2), ("portable", 1)]),
+        (("portable", "ort-cpu", "ort-cpu-single"), "ort-cpu", [("ort-cpu-single", 3), ("ort-cpu", 2), ("portable", 1)]),
+        (("portable", "ort-cpu-single"), "ort-cpu", [("ort-cpu-single", 2), ("portable", 1)]),
+        (("portable", "ort-cpu", "ort-cuda"), "ort-cuda", [("ort-cuda", 2), ("portable", 1)]),
+        (("portable", "ort-cpu"), "ort-cuda", [("portable", 1)]),
+    ],
+)
+def test_each_kind_of_graph_that_a_backend_runs_is_compared_the_one_it_uses_first(targets, backend, expected) -> None:
+    manifest = fake_manifest().model_copy(update={"graphs": graphs(*targets)})
+    found = sides.by_target(manifest, backend)
+    assert [(target, len(variant.graphs)) for target, variant in found.items()] == expected
+
+
+class GivenHeads(SimpleNamespace):
+    """Heads from a file, of which only the digest and the vocabulary count here."""
+
+    def digest(self) -> str:
+        return self.sha256
+
+    def to(self, dtype: torch.dtype) -> GivenHeads:
+        return GivenHeads(**{**vars(self), "dtypes": [*self.dtypes, dtype]})
+
+
+@pytest.mark.parametrize(
+    ("sha256", "draft_ids", "known", "fits"),
+    [("a", None, None, True), ("b", None, None, False), ("a", [1, 2], 2, True), ("a", [1, 2], 3, False), ("a", None, 3, False)],
+)
+def test_only_the_bundles_own_heads_are_compared(sha256, draft_ids, known, fits: bool, monkeypatch) -> None:
+    manifest = fake_manifest()
+    manifest.precision, manifest.heads.sha256, manifest.heads.draft_vocab_size = "fp16", "a", known
+    heads = GivenHeads(sha256=sha256, draft_ids=draft_ids, dtypes=[])
+    monkeypatch.setattr(validation, "load_heads", lambda *_: heads)
+    checked = []
+    monkeypatch.setattr(validation, "require_matching", lambda *found: checked.append(found))
+    reference = SimpleNamespace(backbone=SimpleNamespace(dtype=torch.float32))
+    if fits:
+        found = validation._matching_heads(Path("heads"), manifest, reference)
+        assert found.dtypes == [torch.float16, torch.float32]  # rounded as the bundle stores them
+    else:
+        with pytest.raises(OptionError, match="not those that the bundle was made from"):
+            validation._matching_heads(Path("heads"), manifest, reference)
+    assert checked == [(heads, reference.backbone, Path("heads"))]
+
+
+def test_a_reference_of_another_shape_is_refused() -> None:
+    manifest = fake_manifest()
+    for name in ("architecture", "vocab_size", "hidden_size", "num_layers"):
+        other = manifest.model.model_copy(update={name: "Other" if name == "architecture" else 9})
+        with pytest.raises(OptionError, match=f"the reference has {name} (Other|9), but the bundle has"):
+            validation._require_same_model(manifest, SimpleNamespace(backbone=SimpleNamespace(facts=other)))
