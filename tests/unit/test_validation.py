@@ -84,7 +84,13 @@ class Reference:
 
 
 @pytest.fixture
-def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ValidationReport]:
+def loads() -> list[dict]:
+    """The options with which the reference was loaded, each time."""
+    return []
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loads: list[dict]) -> Callable[..., ValidationReport]:
     """Validates a bundle whose backend goes wrong in one way."""
 
     def run(change: Change | None = None, **settings) -> ValidationReport:
@@ -93,7 +99,9 @@ def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
             (tmp_path / name).write_bytes(b"")
             manifest.files[name] = file_facts(tmp_path / name)
         manifest.save(tmp_path)
-        monkeypatch.setattr(validation.ReferenceSide, "load", lambda *_, **__: Reference(manifest))
+        monkeypatch.setattr(
+            validation.ReferenceSide, "load", lambda *_, **options: loads.append(options) or Reference(manifest)
+        )
         monkeypatch.setattr(validation, "BundleSide", lambda _, facts, *rest, **__: Side(Changed(facts, change), rest[1]))
         return validation.validate(tmp_path, "the model", **settings)
 
@@ -292,7 +300,7 @@ def test_the_loss_of_quality_is_known_exactly(chunk: int, monkeypatch: pytest.Mo
     new = np.stack([log_softmax(logits_after(text[: place + 1])) for text, place in rows])
     followed = [(row, text[place + 1]) for row, (text, place) in enumerate(rows) if place + 1 < len(text)]
     kl = (np.exp(old) * (old - new)).sum(-1)
-    assert found.num_tokens == 11
+    assert (found.num_tokens, found.tokens_per_step, found.tokens_per_step_before) == (11, 0.0, None)
     assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-5)
     assert found.max_kl == pytest.approx(kl.max(), rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(-np.mean([new[place] for place in followed])), rel=1e-5)
@@ -523,3 +531,25 @@ def test_a_reference_of_another_shape_is_refused() -> None:
         other = manifest.model.model_copy(update={name: "Other" if name == "architecture" else 9})
         with pytest.raises(OptionError, match=f"the reference has {name} (Other|9), but the bundle has"):
             validation._require_same_model(manifest, SimpleNamespace(backbone=SimpleNamespace(facts=other)))
+
+
+def test_code_of_a_checkpoint_runs_only_if_it_is_allowed(validated, loads: list[dict]) -> None:
+    validated(max_new_tokens=2)
+    validated(max_new_tokens=2, trust_remote_code=True)
+    assert [load["trust_remote_code"] for load in loads] == [False, True]
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_the_reference_computes_in_float32_and_a_large_one_keeps_its_layers_as_stored(is_large: bool, monkeypatch) -> None:
+    model, cast = torch.nn.Linear(2, 2, dtype=torch.float16), []
+    backbone = SimpleNamespace(model=model, dtype=torch.float16)
+    monkeypatch.setattr(sides, "load_backbone", lambda *_, **options: cast.append(options) or backbone)
+    monkeypatch.setattr(sides, "is_large", lambda _: is_large)
+    monkeypatch.setattr(sides, "cast_all_but_layers", lambda *found: cast.append(found))
+    monkeypatch.setattr(sides, "cast_layers_while_running", lambda *found: cast.append(found))
+    monkeypatch.setattr(ReferenceSide, "settle", lambda _: cast.append("settled"))
+    side = ReferenceSide.load("the model", fake_manifest())
+    assert side.backbone.dtype == torch.float32
+    assert model.weight.dtype == (torch.float16 if is_large else torch.float32)
+    found = [{"trust_remote_code": False, "layers_as_stored": True}, *[(model, torch.float32)] * (2 * is_large), "settled"]
+    assert cast == found
