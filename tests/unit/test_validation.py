@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -553,3 +554,59 @@ def test_the_reference_computes_in_float32_and_a_large_one_keeps_its_layers_as_s
     assert model.weight.dtype == (torch.float16 if is_large else torch.float32)
     found = [{"trust_remote_code": False, "layers_as_stored": True}, *[(model, torch.float32)] * (2 * is_large), "settled"]
     assert cast == found
+
+
+@pytest.mark.parametrize(("draft_vocab_size", "counts"), [(None, False), (27, True)])
+def test_tokens_that_the_heads_do_not_know_have_no_probability(draft_vocab_size: int | None, counts: bool) -> None:
+    """If the bundle leaves them out, what PyTorch gives them goes to the others."""
+    backend = Unsure(manifest=fake_manifest(num_heads=1))
+    backend.manifest.heads.draft_vocab_size = draft_vocab_size
+    side, heads = Side(backend, "portable"), KnownHeads(backend)
+    side.prompt_logits([3, 1, 4])
+    candidates = set(side.proposed().token_ids[0, 0].tolist())
+    heads.draft_ids = [*candidates, *sorted(set(range(50)) - candidates)[:23]]  # half of the tokens that are no candidates
+    model = SimpleNamespace(get_output_embeddings=lambda: None, get_input_embeddings=lambda: None)
+    torch_side = SimpleNamespace(backbone=SimpleNamespace(model=model), hidden=lambda prompt_ids: None)
+    difference = validation._compare_heads([3, 1, 4], side, torch_side, heads)
+    unknown = (1 - 0.6 * 1.875 / 2) / 2
+    assert difference.max_abs == pytest.approx(-np.log(1 - unknown) if counts else 0, abs=1e-5)
+
+
+class Sums:
+    """A model whose state is the sum of the tokens so far, and whose logits are that sum and the last token."""
+
+    def __init__(self) -> None:
+        self.base_model = self.states
+
+    def states(self, token_ids: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor]:
+        assert not use_cache
+        return (token_ids.cumsum(-1)[..., None].float(),)
+
+    def __call__(self, token_ids: torch.Tensor, *, use_cache: bool, past_key_values: Cached | None = None) -> SimpleNamespace:
+        before = 0 if past_key_values is None else past_key_values.sums
+        sums = before + token_ids.cumsum(-1)
+        cache = Cached(sums[:, -1:]) if use_cache else None
+        return SimpleNamespace(logits=torch.stack([sums, token_ids], -1).float(), past_key_values=cache)
+
+
+class Cached:
+    layers: ClassVar[list[object]] = []
+
+    def __init__(self, sums: torch.Tensor) -> None:
+        self.sums = sums
+
+    def batch_repeat_interleave(self, count: int) -> None:
+        self.sums = self.sums.repeat_interleave(count, 0)
+
+
+@pytest.mark.parametrize("keeps_states", [False, True])
+def test_the_reference_reads_texts_and_paths(keeps_states: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if keeps_states:
+        monkeypatch.setattr(sides, "LinearAttentionCacheLayerMixin", SimpleNamespace)
+        monkeypatch.setattr(Cached, "layers", [SimpleNamespace()])
+        monkeypatch.setattr(Cached, "batch_repeat_interleave", None)
+    side = ReferenceSide(SimpleNamespace(model=Sums()))
+    assert side.logits([3, 1, 4]).tolist() == [[3, 3], [4, 1], [8, 4]]
+    assert side.hidden([3, 1, 4]).tolist() == [[8]]
+    found = side.path_logits([3, 1], [[5], [2, 6, 7]])
+    assert [rows.tolist() for rows in found] == [[[9, 5]], [[6, 2], [12, 6], [19, 7]]]
