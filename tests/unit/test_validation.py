@@ -35,7 +35,7 @@ from medusa_heads.errors import CheckpointError
 from medusa_runtime.backends.base import HeadOutput, StepOutput
 from medusa_runtime.backends.choosing import Placement
 from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, GraphFacts, Manifest, file_facts
-from medusa_runtime.errors import BackendError, OptionError
+from medusa_runtime.errors import BackendError, BundleError, OptionError
 from tests.support.fake_backend import FakeBackend, fake_manifest, logits_after
 
 GREEDY = "greedy: Medusa = plain = PyTorch"
@@ -237,6 +237,8 @@ def test_the_tolerance_is_that_of_the_precision_and_the_device() -> None:
     assert tolerance("fp32", activation_bits=16, on_gpu=False) == QUANTIZED
     assert tolerance("fp32", activation_bits=8, on_gpu=False) == QUANTIZED_TO_8_BITS
     assert tolerance("fp32", activation_bits=8, on_gpu=True) == QUANTIZED
+    for known in (*TOLERANCES.values(), BF16_ON_GPU, QUANTIZED, QUANTIZED_TO_8_BITS):
+        assert min(known.max_abs, known.max_kl, known.tie_margin) > 0
 
 
 def test_the_difference_of_rows_is_known_exactly() -> None:
@@ -577,12 +579,14 @@ class Sums:
 
     def __init__(self) -> None:
         self.base_model = self.states
+        self.cached: list[bool] = []
 
     def states(self, token_ids: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor]:
         assert not use_cache
         return (token_ids.cumsum(-1)[..., None].float(),)
 
     def __call__(self, token_ids: torch.Tensor, *, use_cache: bool, past_key_values: Cached | None = None) -> SimpleNamespace:
+        self.cached.append(use_cache)
         before = 0 if past_key_values is None else past_key_values.sums
         sums = before + token_ids.cumsum(-1)
         cache = Cached(sums[:, -1:]) if use_cache else None
@@ -605,8 +609,49 @@ def test_the_reference_reads_texts_and_paths(keeps_states: bool, monkeypatch: py
         monkeypatch.setattr(sides, "LinearAttentionCacheLayerMixin", SimpleNamespace)
         monkeypatch.setattr(Cached, "layers", [SimpleNamespace()])
         monkeypatch.setattr(Cached, "batch_repeat_interleave", None)
-    side = ReferenceSide(SimpleNamespace(model=Sums()))
+    model = Sums()
+    side = ReferenceSide(SimpleNamespace(model=model))
     assert side.logits([3, 1, 4]).tolist() == [[3, 3], [4, 1], [8, 4]]
+    assert model.cached == [False]
     assert side.hidden([3, 1, 4]).tolist() == [[8]]
     found = side.path_logits([3, 1], [[5], [2, 6, 7]])
     assert [rows.tolist() for rows in found] == [[[9, 5]], [[6, 2], [12, 6], [19, 7]]]
+
+
+@pytest.mark.parametrize("num_processors", [0, 1])
+def test_the_reference_changes_logits_as_transformers_generate_does(num_processors: int) -> None:
+    """Each row after the tokens before it: here, the number of these is added."""
+    asked = []
+
+    class Processors(list):
+        def __call__(self, token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            asked.append(token_ids.tolist())
+            return rows + token_ids.shape[1]
+
+    def get_processors(config: object, **options: object) -> Processors:
+        assert options["input_ids_seq_length"] == 2
+        return Processors(range(num_processors))
+
+    model = SimpleNamespace(
+        generation_config=None, _prepare_special_tokens=lambda *_, **__: None, _get_logits_processor=get_processors
+    )
+    side = ReferenceSide(SimpleNamespace(model=model))
+    side.generation = None
+    rows = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    found = side.processed([7, 8], [9, 4, 6], rows)
+    if num_processors:
+        assert asked == [[[7, 8]], [[7, 8, 9]], [[7, 8, 9, 4]]]
+        assert found.tolist() == [[3.0, 4.0], [6.0, 7.0], [9.0, 10.0]]
+    else:
+        assert found is rows
+
+
+def test_only_a_bfloat16_bundle_on_a_cpu_is_copied(tmp_path: Path) -> None:
+    manifest = fake_manifest()
+    with sides.runnable_bundle(tmp_path, manifest) as found:
+        assert found == (tmp_path, manifest, [])
+    manifest.precision = "bf16"
+    with sides.runnable_bundle(tmp_path, manifest, on_gpu=True) as found:
+        assert found == (tmp_path, manifest, [])
+    with pytest.raises(BundleError, match="cannot be read"), sides.runnable_bundle(tmp_path, manifest):
+        pass
