@@ -276,6 +276,25 @@ def test_a_prefix_is_copied_from_a_sequence_that_still_decodes() -> None:
     assert (first.token_ids, second.token_ids) == (greedy(prompt, 40), greedy(prompt, 20))
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_what_a_failed_sequence_left_in_the_cache_is_not_used(is_broken: bool) -> None:
+    backend, prompt = FakeBackend("never"), [5] * 20
+    engine = DecodingEngine(backend, max_batch_size=1)
+
+    def fail(_: FakeBackend) -> None:
+        raise RuntimeError("the device fell over")
+
+    first = engine.add(prompt, DecodingOptions(max_new_tokens=3))
+    engine.step()
+    backend.fails = fail if is_broken else None
+    finish(engine)
+    backend.fails = None
+    second = engine.add(prompt, DecodingOptions(max_new_tokens=3))
+    finish(engine)
+    assert (first.finish_reason, second.finish_reason) == ("error" if is_broken else "length", "length")
+    assert second.stats.num_cached_tokens == (0 if is_broken else 19)
+
+
 def test_without_reuse_every_prompt_is_read_whole() -> None:
     engine = DecodingEngine(FakeBackend(), reuse_prefixes=False)
     for _ in range(2):

@@ -34,7 +34,14 @@ from medusa_export.errors import ValidationMismatchError
 from medusa_heads.errors import CheckpointError
 from medusa_runtime.backends.base import HeadOutput, StepOutput
 from medusa_runtime.backends.choosing import Placement
-from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, GraphFacts, Manifest, file_facts
+from medusa_runtime.bundle.manifest import (
+    DecodingDefaults,
+    GenerationFacts,
+    GraphFacts,
+    Manifest,
+    QuantizationFacts,
+    file_facts,
+)
 from medusa_runtime.errors import BackendError, BundleError, OptionError
 from tests.support.fake_backend import FakeBackend, fake_manifest, logits_after
 
@@ -94,8 +101,9 @@ def loads() -> list[dict]:
 def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loads: list[dict]) -> Callable[..., ValidationReport]:
     """Validates a bundle whose backend goes wrong in one way."""
 
-    def run(change: Change | None = None, **settings) -> ValidationReport:
+    def run(change: Change | None = None, quantization: QuantizationFacts | None = None, **settings) -> ValidationReport:
         manifest = fake_manifest()
+        manifest.quantization = quantization
         for name in ("step.onnx", "heads.onnx", "weights.bin"):
             (tmp_path / name).write_bytes(b"")
             manifest.files[name] = file_facts(tmp_path / name)
@@ -655,3 +663,31 @@ def test_only_a_bfloat16_bundle_on_a_cpu_is_copied(tmp_path: Path) -> None:
         assert found == (tmp_path, manifest, [])
     with pytest.raises(BundleError, match="cannot be read"), sides.runnable_bundle(tmp_path, manifest):
         pass
+
+
+@pytest.mark.parametrize("max_kl", [None, 0.02, 0.05])
+def test_a_quantised_bundle_is_compared_with_itself_and_its_distribution_with_the_reference(
+    validated, max_kl: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other logits than PyTorch's everywhere, and another token than PyTorch's now and then: that is no defect of it."""
+
+    def change(output: StepOutput, contexts, is_tree: bool) -> StepOutput:
+        found = 0.75 * np.array([[logits_after([byte % 256 for byte in context]) for context in contexts]])
+        found[..., 7] += 2.0
+        greedy_ids = found.argmax(-1)
+        return replace(output, greedy_ids=greedy_ids, logits=None if output.logits is None else found)
+
+    quantization = QuantizationFacts(scheme="int8", activation_bits=16, smoothing=0.0, quality={}, max_kl=max_kl)
+    monkeypatch.setattr(validation, "_matching_heads", lambda *_: KnownHeads(Unsure()))
+    report = validated(change, quantization=quantization, max_new_tokens=6, heads=Path("heads"))
+    kl = np.concatenate([[row.mean_kl] * row.num_rows for row in report.from_reference]).mean()
+    assert [row.num_rows for row in report.from_reference] == [32] * 6
+    assert 0.06 < kl < 0.15
+    allowed = 1.0 if max_kl is None else 3 * max_kl
+    assert report.allowed_kl == allowed
+    assert failed(report) == ({f"mean KL from PyTorch at most {allowed}"} if max_kl == 0.02 else set())
+    assert report.head_log_probs == []
+    assert report.verdicts()["head candidates"] == (True, "skipped: the heads are quantised as well")
+    assert any("the heads are quantised as well" in note for note in report.notes)
+    assert max(row.max_abs for row in [*report.prompt_logits, *report.tree_logits]) == 0
+    assert not any("quantised" in note for note in validated(max_new_tokens=2).notes)
