@@ -190,10 +190,10 @@ class Calls:
 
     Args:
         folder: of the packages.
-        chosen: the tests to run, by their ids; None for all of them, with notes.
+        chosen: the tests to run, and the seconds that each takes: the fastest runs first. None for all tests, with notes.
     """
 
-    def __init__(self, folder: Path, chosen: set[str] | None) -> None:
+    def __init__(self, folder: Path, chosen: dict[str, float] | None) -> None:
         self.tests_of: dict[str, set[str]] = defaultdict(set)  # by file and function
         self.seconds: dict[str, float] = {}  # by test
         self._folder, self._chosen, self._test = str(folder), chosen, ""
@@ -201,8 +201,8 @@ class Calls:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out the other tests."""
-        if self._chosen is not None:
-            items[:] = [item for item in items if item.nodeid in self._chosen]
+        if (order := self._chosen) is not None:
+            items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -238,10 +238,11 @@ class Runner:
     Args:
         scratch: an empty folder for the copy and for what the tests write.
         tests: files of tests, relative to the repository.
+        most: for each change, only the fastest tests that together take so many seconds are run.
     """
 
-    def __init__(self, scratch: Path, tests: Sequence[str]) -> None:
-        self._scratch, self._tests = scratch, tests
+    def __init__(self, scratch: Path, tests: Sequence[str], most: float) -> None:
+        self._scratch, self._tests, self._most = scratch, tests, most
         self._tests_of: dict[str, set[str]] = {}
         self._seconds: dict[str, float] = {}
         for name in PACKAGES:
@@ -275,18 +276,23 @@ class Runner:
         path = self._scratch / mutant.module
         original = path.read_text()
         path.write_text(source)
-        every = set().union(*self._tests_of.values())  # for a line that is run on import
-        chosen = self._tests_of.get(f"{mutant.module} {mutant.place}", set() if mutant.is_in_function else every)
+        called = self._tests_of.get(f"{mutant.module} {mutant.place}", set()) if mutant.is_in_function else self._seconds
+        fastest, total = sorted(called, key=lambda test: self._seconds[test]), 0.0
+        chosen: dict[str, float] = {}
+        for test in fastest:
+            total += self._seconds[test]
+            if total <= self._most or not chosen:
+                chosen[test] = self._seconds[test]
         try:
             return self.run(chosen) if chosen else 0
         finally:
             path.write_text(original)
 
-    def run(self, chosen: set[str] | None) -> int | None:
+    def run(self, chosen: dict[str, float] | None) -> int | None:
         """Run some tests, or all, in a forked process. Returns pytest's exit code; None if they took too long."""
         if (child := os.fork()) == 0:
             self._in_child(chosen)
-        limit = LEAST_SECONDS + PATIENCE * sum(self._seconds[test] for test in chosen) if chosen else float("inf")
+        limit = LEAST_SECONDS + PATIENCE * sum(chosen.values()) if chosen else float("inf")
         until = time.monotonic() + limit
         while time.monotonic() < until:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -301,7 +307,7 @@ class Runner:
     def _log(self) -> Path:
         return self._scratch / "log"
 
-    def _in_child(self, chosen: set[str] | None) -> NoReturn:
+    def _in_child(self, chosen: dict[str, float] | None) -> NoReturn:
         code = 1
         try:
             os.setsid()
@@ -341,12 +347,19 @@ def read_keys(path: Path) -> set[tuple[str, str, str, str]]:
 @click.option("--tests", multiple=True, required=True, help="a file of tests to run, or one test as pytest names it")
 @click.option("--sample", type=click.IntRange(min=1), help="try this many changes, drawn from all modules")
 @click.option("--seed", default=0, help="of the draw")
+@click.option("--most", default=float("inf"), help="run only the fastest tests of each change, of so many seconds together")
 @click.option("--again", type=click.Path(path_type=Path, exists=True), help="try only the changes in this file of survivors")
 @click.option(
     "--equivalents", type=click.Path(path_type=Path, exists=True), default=EQUIVALENTS, help="changes that cannot be seen"
 )
 def main(
-    modules: Sequence[str], tests: Sequence[str], sample: int | None, seed: int, again: Path | None, equivalents: Path
+    modules: Sequence[str],
+    tests: Sequence[str],
+    sample: int | None,
+    seed: int,
+    most: float,
+    again: Path | None,
+    equivalents: Path,
 ) -> None:
     """See the module's documentation."""
     modules = [str(Path(module).resolve().relative_to(ROOT)) for module in modules]
@@ -361,14 +374,14 @@ def main(
         tried = random.Random(seed).sample(tried, sample)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
-        runner = Runner(Path(scratch), tests)
+        runner = Runner(Path(scratch), tests, most)
         runner.begin(modules)
         for number, (mutant, source) in enumerate(tried, start=1):
             code = runner.changed(mutant, source)
             counts["late" if code is None else "seen" if code else "survived"] += 1
             if code == 0:
                 click.echo(json.dumps(mutant.row(), ensure_ascii=False))
-            if number % 10 == 0 or number == len(tried):
+            if number % 5 == 0 or number == len(tried):
                 click.echo(f"{number} of {len(tried)}: {dict(counts)}", err=True)
     click.echo(
         f"{len(tried)} of {len(found)} changes tried, {num_known} are known to change nothing: "

@@ -10,10 +10,7 @@ import torch
 
 from medusa_export.check.sides import BundleSide
 from medusa_runtime.backends.base import HeadOutput, StepOutput
-from medusa_runtime.bundle.manifest import (
-    GenerationFacts,
-    Manifest,
-)
+from medusa_runtime.bundle.manifest import GenerationFacts, Manifest
 from tests.support.fake_backend import FakeBackend, logits_after
 
 GREEDY = "greedy: Medusa = plain = PyTorch"

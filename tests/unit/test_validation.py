@@ -15,19 +15,11 @@ import pytest
 import torch
 
 from medusa_export.check import sides, validation
-from medusa_export.check.validation_report import (
-    ValidationReport,
-)
+from medusa_export.check.validation_report import ValidationReport
 from medusa_export.errors import ValidationMismatchError
 from medusa_runtime.backends.base import StepOutput
 from medusa_runtime.backends.choosing import Placement
-from medusa_runtime.bundle.manifest import (
-    DecodingDefaults,
-    GenerationFacts,
-    Manifest,
-    QuantizationFacts,
-    file_facts,
-)
+from medusa_runtime.bundle.manifest import DecodingDefaults, GenerationFacts, Manifest, QuantizationFacts, file_facts
 from medusa_runtime.errors import BackendError, OptionError
 from tests.support.fake_backend import fake_manifest, logits_after
 from tests.support.known_model import GREEDY, PROMPTS_READ, TREES_READ, Change, Changed, KnownHeads, Reference, Side, Unsure

@@ -13,9 +13,7 @@ import torch
 from medusa_export.check import sides, validation
 from medusa_export.check.sides import ReferenceSide
 from medusa_heads.errors import CheckpointError
-from medusa_runtime.bundle.manifest import (
-    GraphFacts,
-)
+from medusa_runtime.bundle.manifest import GraphFacts
 from medusa_runtime.drafting.tree import CandidateTree
 from medusa_runtime.errors import BundleError
 from tests.support.fake_backend import FakeBackend, fake_manifest, logits_after
@@ -161,7 +159,7 @@ class Cached:
 def test_the_reference_reads_texts_and_paths(keeps_states: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if keeps_states:
         monkeypatch.setattr(sides, "LinearAttentionCacheLayerMixin", SimpleNamespace)
-        monkeypatch.setattr(Cached, "layers", [SimpleNamespace()])
+        monkeypatch.setattr(Cached, "layers", [SimpleNamespace(), None])  # one layer of two
         monkeypatch.setattr(Cached, "batch_repeat_interleave", None)
     model = Sums()
     side = ReferenceSide(SimpleNamespace(model=model))
@@ -221,3 +219,19 @@ def test_the_tree_that_is_compared_holds_the_heads_candidates() -> None:
     for node in range(6):
         path = [*prompt, *tokens[tree.mask[node]]]
         np.testing.assert_array_equal(rows[node], logits_after([int(token) for token in path]))
+
+
+def test_what_a_copy_in_float32_reads_and_gives_is_told() -> None:
+    facts = fake_manifest().graphs["step"]
+    stored = facts.model_copy(
+        update={
+            "inputs": [
+                facts.inputs[0].model_copy(update={"dtype": "bfloat16"}),
+                facts.inputs[1].model_copy(update={"dtype": "int64"}),
+            ],
+            "outputs": [facts.outputs[0].model_copy(update={"dtype": "bfloat16"})],
+        }
+    )
+    found = sides._in_float32(stored)
+    assert [tensor.dtype for tensor in (*found.inputs, *found.outputs)] == ["float", "int64", "float"]
+    assert [tensor.name for tensor in found.inputs] == [tensor.name for tensor in facts.inputs]
