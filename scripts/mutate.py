@@ -115,7 +115,7 @@ def other_values(node: ast.AST) -> list[dict[str, Any]]:
             return [{"id": SWAPPED[name]}]
         case ast.Attribute(attr=name) if name in SWAPPED:
             return [{"attr": SWAPPED[name]}]
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr() as result) if ast.unparse(result) != "None":
             return [{"value": ast.Constant(None)}]
     return []
 

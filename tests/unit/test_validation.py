@@ -35,8 +35,10 @@ def loads() -> list[dict]:
 def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loads: list[dict]) -> Callable[..., ValidationReport]:
     """Validates a bundle whose backend goes wrong in one way."""
 
-    def run(change: Change | None = None, quantization: QuantizationFacts | None = None, **settings) -> ValidationReport:
-        manifest = fake_manifest()
+    def run(
+        change: Change | None = None, quantization: QuantizationFacts | None = None, max_seq_len: int = 200, **settings
+    ) -> ValidationReport:
+        manifest = fake_manifest(max_seq_len=max_seq_len)
         manifest.quantization = quantization
         for name in ("step.onnx", "heads.onnx", "weights.bin"):
             (tmp_path / name).write_bytes(b"")
@@ -281,3 +283,13 @@ def test_a_quantised_bundle_is_compared_with_itself_and_its_distribution_with_th
     assert any("the heads are quantised as well" in note for note in report.notes)
     assert max(row.max_abs for row in [*report.prompt_logits, *report.tree_logits]) == 0
     assert not any("quantised" in note for note in validated(max_new_tokens=2).notes)
+
+
+def test_prompts_and_trees_end_with_the_longest_sequence(validated) -> None:
+    """The backend refuses positions beyond it. The bundle's tree is three deep."""
+    report = validated(max_seq_len=30, max_new_tokens=2)
+    assert (report.status, report.errors) == ("passed", [])
+    assert {row.num_rows for row in report.prompt_logits} == {28}
+    assert {row.num_rows for row in report.tree_logits} == {2}  # the root, and one node
+    assert {row.num_tokens for row in report.greedy} == {2}
+    assert {row.num_tokens for row in validated(max_seq_len=30, max_new_tokens=40).greedy} == {15}  # half of it

@@ -189,3 +189,17 @@ def test_a_loss_of_quality_is_told_in_one_line() -> None:
         "token at 97.5% of 200 positions, 2.000 tokens per step"
     )
     assert found.model_copy(update={"tokens_per_step_before": 2.25}).line().endswith(", 2.250 → 2.000 tokens per step")
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(1e-3, True), (2e-3, False)])
+def test_one_prompt_whose_tokens_differ_fails_all(margin: float, passes: bool) -> None:
+    found = Divergence(position=0, token_id=1, reference_token_id=2, logit=0, reference_logit=margin, margin=margin)
+    rows = [
+        GreedyComparison(prompt=name, num_tokens=3, plain_vs_reference=other, medusa_vs_plain=None, tokens_per_step=1.0)
+        for name, other in (("a", []), ("b", [found]))
+    ]
+    report = ValidationReport(
+        reference="", backend="", precision="fp32", tolerance=TOLERANCES["fp32"], greedy=rows,
+        provenance=fake_manifest().provenance,
+    )  # fmt: skip
+    assert report.verdicts()[GREEDY] == (passes, "6 tokens of 2 prompts; 1 prompts differ, see below")
