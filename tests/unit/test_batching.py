@@ -163,6 +163,44 @@ def test_short_prompts_are_read_in_one_pass_if_their_first_tokens_then_come_soon
     assert len(backend.steps) == expected
 
 
+class Linear:
+    """Costs of a second a pass, and `per_token` seconds a token."""
+
+    is_warm = True
+
+    def __init__(self, per_token: float) -> None:
+        self.per_token = per_token
+
+    def steps(self, batch: int, capacity: int, max_width: int) -> np.ndarray:
+        return 1 + self.per_token * batch * np.arange(1, max_width + 1)
+
+    def observe(self, *_: float) -> None:
+        """Nothing is learned."""
+
+
+@pytest.mark.parametrize(("per_token", "expected"), [(0.07, (2, 10)), (0.11, (1, 10))])
+def test_two_prompts_share_a_pass_if_half_a_pass_alone_takes_longer_than_what_the_second_adds(per_token, expected) -> None:
+    """Ten tokens more cost 0.7 or 1.1 seconds; a pass for them alone 1.7 or 2.1, for which one of the two would wait."""
+    backend = FakeBackend()
+    engine = DecodingEngine(backend, CandidateTree.root_only())
+    engine._reader.costs = Linear(per_token)
+    for first in (3, 4):
+        engine.add([first] * 10, DecodingOptions(max_new_tokens=2))
+    engine.step()
+    assert backend.steps[0] == expected
+
+
+def test_once_a_sequence_can_decode_no_other_prompt_is_read_before() -> None:
+    backend = FakeBackend()
+    engine = reading(backend, token_seconds=1.0)
+    for prompt in ([3] * 5, [4] * 20):
+        engine.add(prompt, DecodingOptions(max_new_tokens=4))
+    engine.step()
+    assert backend.steps == [(1, 5)]
+    engine.step()
+    assert backend.steps[1] == (1, 1)  # the first sequence's step
+
+
 def test_the_gap_is_six_steps_of_decoding_if_none_is_given() -> None:
     backend = FakeBackend("never", fake_manifest(max_seq_len=900))
     engine = reading(backend, token_seconds=0.001)
@@ -236,6 +274,25 @@ def test_a_prefix_is_copied_from_a_sequence_that_still_decodes() -> None:
         engine.step()
     assert second.stats.num_cached_tokens == 14  # the last token is read again: its logits are needed
     assert (first.token_ids, second.token_ids) == (greedy(prompt, 40), greedy(prompt, 20))
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_what_a_failed_sequence_left_in_the_cache_is_not_used(is_broken: bool) -> None:
+    backend, prompt = FakeBackend("never"), [5] * 20
+    engine = DecodingEngine(backend, max_batch_size=1)
+
+    def fail(_: FakeBackend) -> None:
+        raise RuntimeError("the device fell over")
+
+    first = engine.add(prompt, DecodingOptions(max_new_tokens=3))
+    engine.step()
+    backend.fails = fail if is_broken else None
+    finish(engine)
+    backend.fails = None
+    second = engine.add(prompt, DecodingOptions(max_new_tokens=3))
+    finish(engine)
+    assert (first.finish_reason, second.finish_reason) == ("error" if is_broken else "length", "length")
+    assert second.stats.num_cached_tokens == (0 if is_broken else 19)
 
 
 def test_without_reuse_every_prompt_is_read_whole() -> None:

@@ -51,7 +51,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype("f")
 
 
-def layer(width: int = 16, changes: dict[str, str] | None = None) -> ir.Model:
+def layer(width: int = 16, changes: dict[str, str] | None = None, value_width: int | None = None) -> ir.Model:
     """A layer's attention with its projections, as portable graphs have it but for what is changed in its text."""
     text = LAYER.replace("TREE_MASK", TREE_MASK)
     for old, new in (changes or {}).items():
@@ -59,7 +59,7 @@ def layer(width: int = 16, changes: dict[str, str] | None = None) -> ir.Model:
         text = text.replace(old, new)
     for name, size in (("QUERY", HEADS * width), ("KEY", KV_HEADS * width), ("HALF", width // 2), ("WIDTH", width)):
         text = text.replace(name, str(size))
-    sizes = {"wq": HEADS * width, "wk": KV_HEADS * width, "wv": KV_HEADS * width}
+    sizes = {"wq": HEADS * width, "wk": KV_HEADS * width, "wv": KV_HEADS * (value_width or width)}
     weights = {name: normal(HIDDEN_SIZE, size, seed=seed) / 5 for seed, (name, size) in enumerate(sizes.items())}
     model = parse(text, **weights)
     for value in model.graph.inputs:
@@ -196,3 +196,19 @@ def test_a_layer_of_another_kind_is_left_alone(changes: dict[str, str]) -> None:
     UsedEntries()(model)
     assert not CachedAttention()(model).modified
     assert not for_one_sequence(layer(changes=changes))
+
+
+def test_values_of_another_width_than_the_keys_are_left_alone() -> None:
+    changes = {
+        "float[24,KEY] wv": "float[24,16] wv",
+        "float[B,2,S,WIDTH] past_0_value": "float[B,2,S,8] past_0_value",
+        "float[B,2,S,WIDTH] present_value": "float[B,2,S,8] present_value",
+        "float[B,T,QUERY] y": "float[B,T,32] y",
+        "int64[3] whole = {0, 0, QUERY}": "int64[3] whole = {0, 0, 32}, int64[4] v_parts = {0, 0, 2, 8}",
+        "Reshape (v0, kv_parts)": "Reshape (v0, v_parts)",
+    }
+    model = layer(changes=changes, value_width=8)
+    UsedEntries()(model)
+    fused = CachedAttention()
+    assert not fused(model).modified
+    assert dict(fused.declined) == {"its values have another size than its keys": 1}

@@ -76,6 +76,12 @@ def test_a_stall_is_no_lesson() -> None:
     np.testing.assert_allclose(costs.steps(1, 64, 8), before, rtol=0.25)
 
 
+def test_one_wide_step_that_takes_twice_as_long_is_believed_for_the_most_part() -> None:
+    costs = CorrectedCosts(TABLE)
+    costs.observe(1, 16, 64, 2 * measured(1, 16, 64))
+    assert costs.steps(1, 64, 16)[-1] > 1.7 * TABLE.steps(1, 64, 16)[-1]
+
+
 def test_the_heads_have_a_factor_of_their_own() -> None:
     costs = CorrectedCosts(TABLE)
     for _ in range(60):

@@ -52,6 +52,26 @@ def test_a_weight_is_stored_as_the_product_reads_it() -> None:
     np.testing.assert_array_equal(run(model, x=x), before)
 
 
+def test_a_weight_with_several_readers_is_stored_once_as_all_of_them_read_it() -> None:
+    model = parse(
+        """g (float[T,3] x, float[5,3] w) => (float[T,5] y)
+        { first = Transpose <perm = [1, 0]> (w)
+          second = Transpose <perm = [1, 0]> (w)
+          a = MatMul(x, first)
+          b = Neg(x)
+          c = MatMul(b, second)
+          d = Mul(c, c)
+          y = Add(a, d) }""",
+        w=WEIGHT,
+    )
+    x = np.ones((2, 3), "f")
+    before = run(model, x=x)
+    assert TransposeWeights()(model).modified
+    assert "Transpose" not in kinds(model)
+    assert list(model.graph.initializers) == ["w"]
+    np.testing.assert_array_equal(run(model, x=x), before)
+
+
 def test_a_tied_weight_stays_in_its_own_layout() -> None:
     tied = parse(
         """g (int64[T] ids, float[5,3] w) => (float[T,5] y)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from medusa_export.bundle.kinds import is_bundle
 from medusa_export.measure.tune.keep import keep
@@ -225,6 +226,12 @@ def test_what_is_known_of_the_next_smaller_batch_is_taken() -> None:
     found = device()
     assert [found.batch(size).batch_size for size in (1, 3, 4, 100)] == [1, 1, 4, 8]
     assert device(batch(4, 6)).batch(1).batch_size == 4
+
+
+def test_a_batch_has_a_sequence_at_least() -> None:
+    assert batch(1, 12).batch_size == 1
+    with pytest.raises(ValidationError, match="batch_size"):
+        batch(0, 12)
 
 
 def test_a_tuned_bundle_may_be_replaced(tmp_path, manifest) -> None:

@@ -1,0 +1,272 @@
+"""The step budget, and which timings it learns from. All seconds here are made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
+from medusa_runtime.decoding.prefill import GAP_STEPS
+from medusa_runtime.drafting.budget import PAUSE, DraftBudget, StepPlan
+from medusa_runtime.drafting.coefficients import Coefficients
+from medusa_runtime.drafting.costs import LearnedCosts
+from tests.support.clock import Clock
+from tests.support.fake_backend import FakeBackend
+
+CHAIN = CandidateTree.from_parents([-1, 0, 1])
+HALF_A_STEP_EACH = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75])
+NONE = np.empty(0, np.float32)
+
+
+def chances(*probabilities: float) -> np.ndarray:
+    return np.array(probabilities, np.float32)
+
+
+def learned(*steps: tuple[int, int, float]) -> LearnedCosts:
+    """Costs after steps of one sequence with these widths, capacities and seconds, fifty times each."""
+    costs = LearnedCosts()
+    for width, capacity, seconds in steps * 50:
+        costs.observe(1, width, capacity, seconds)
+    return costs
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ((8, 64, 1.0), (4, 64, 0.001)),  # by a straight line, narrower steps would take less than no time
+        ((1, 64, 1.0), (16, 64, 0.05)),  # wider steps took less time
+        ((8, 64, 1.0), (8, 2000, 0.2)),  # steps on a larger cache took less time
+    ],
+)
+def test_learned_costs_are_above_zero_and_grow_with_nodes_and_cache(steps) -> None:
+    costs = learned(*steps)
+    small, large = costs.steps(1, 64, 16), costs.steps(1, 8000, 16)
+    assert 2 * small[0] - small[1] > 0.01  # a part of each step that its nodes do not change
+    assert (np.diff(small) >= 0).all()
+    assert (large >= small).all()
+
+
+def test_before_the_first_step_learned_costs_are_a_guess() -> None:
+    costs = LearnedCosts()
+    assert not costs.is_warm
+    np.testing.assert_allclose(costs.steps(2, 1000, 3), [1.14, 1.28, 1.42], rtol=1e-6)  # 1 + 2 · T · (0.05 + 0.02)
+    assert costs.heads(1) == pytest.approx(0.1)
+    costs.observe(1, 1, 1000, 2.14)  # twice the guess
+    assert costs.is_warm
+    np.testing.assert_allclose(costs.steps(2, 1000, 3), [2.28, 2.56, 2.84], rtol=1e-6)
+    assert costs.heads(1) == pytest.approx(0.2)
+
+
+def test_the_heads_seconds_are_kept_by_batch_size() -> None:
+    costs = LearnedCosts()
+    costs.observe_heads(2, 0.3)
+    costs.observe_heads(8, 0.9)
+    assert [costs.heads(batch) for batch in (1, 4, 6, 9)] == [0.3, 0.3, 0.9, 0.9]
+    costs.observe_heads(8, 1.0)
+    assert costs.heads(8) == pytest.approx(0.91)
+    costs.observe_heads(8, 100.0)  # a stall counts as twice the seconds
+    assert costs.heads(8) == pytest.approx(1.001)
+
+
+def test_learned_costs_tell_batch_nodes_and_cache_apart() -> None:
+    def truth(batch: int, width: int, capacity: int) -> float:
+        return 0.02 + batch * width * (0.002 + 0.001 * capacity / 1000)
+
+    rng, costs = np.random.default_rng(0), LearnedCosts()
+    for _ in range(400):
+        step = int(rng.integers(1, 9)), int(rng.integers(1, 17)), int(rng.integers(1, 9)) * 500
+        costs.observe(*step, truth(*step))
+    for step in ((1, 1, 500), (8, 2, 4000), (2, 16, 500), (4, 16, 3000)):
+        assert costs.steps(step[0], step[2], step[1])[-1] == pytest.approx(truth(*step), rel=0.03)
+
+
+def test_the_first_hundred_timings_count_and_then_every_fourth() -> None:
+    coefficients = Coefficients(np.ones(1), np.eye(1))
+    assert [number for number in range(1, 121) if coefficients.wants()] == [*range(1, 101), 104, 108, 112, 116, 120]
+
+
+def test_a_surprise_moves_a_coefficient_by_one_at_most() -> None:
+    for timing, expected in ((2.5, 2.0), (-1.5, 0.0), (1.25, 1.25), (0.75, 0.75)):
+        coefficients = Coefficients(np.ones(1), np.eye(1))
+        coefficients.learn(np.ones(1), timing)
+        assert coefficients.mean[0] == pytest.approx(expected, abs=0.02)  # the timing itself may be off by a tenth
+
+
+def test_a_table_of_one_width_says_the_same_of_all() -> None:
+    np.testing.assert_allclose(StepCosts([1], [4], [64], [[[2.0]]], [0.1]).steps(1, 64, 5), [2.0] * 5)
+
+
+SOUND = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75], [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_sizes", []),
+        ("batch_sizes", [2, 1]),
+        ("batch_sizes", [0, 1]),
+        ("widths", [[1, 3]]),
+        ("widths", [3, 3]),
+        ("capacities", [64, 128]),
+        ("step_seconds", [[[1.0, 2.0]]]),
+        ("step_seconds", [[[1.0, 2.0], [0.0, 2.0]]]),
+        ("head_seconds", [0.5]),
+        ("head_seconds", [0.5, -0.1]),
+        ("host_seconds", [0.1]),
+        ("host_seconds", [0.1, -0.1]),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(field: str, value: object) -> None:
+    SOUND.check()
+    replace(SOUND, host_seconds=[]).check()
+    with pytest.raises((ValueError, TypeError)):
+        replace(SOUND, **{field: value}).check()
+
+
+def test_a_plan_takes_the_width_with_the_most_tokens_a_second() -> None:
+    plan = DraftBudget(HALF_A_STEP_EACH).plan([chances(0.7, 0.2)], 1, 64)
+    assert (plan.width, plan.expected) == (2, pytest.approx(0.7))
+    assert plan.speedup == pytest.approx(1.7 / 2)  # tokens by the seconds of a step of two nodes and the heads
+    assert plan.heads_worth == pytest.approx(0.2 / 0.5)  # 1.7 tokens in 1.5 s gain 0.2; without heads nothing is gained
+
+
+def test_without_the_heads_their_seconds_do_not_count() -> None:
+    plan = DraftBudget(HALF_A_STEP_EACH).plan([chances(0.7, 0.2)], 1, 64, [chances(0.7, 0.2)], with_heads=False)
+    assert plan.speedup == pytest.approx(1.7 / 1.5)
+    assert plan.heads_worth is None
+
+
+def test_the_drafts_of_all_sequences_count_together() -> None:
+    plan = DraftBudget(HALF_A_STEP_EACH).plan([chances(0.9), chances(0.8, 0.7), NONE], 1, 64)
+    assert (plan.width, plan.expected) == (2, pytest.approx(1.7))
+    plan = DraftBudget(HALF_A_STEP_EACH).plan([chances(0.9, 0.8), chances(0.8, 0.7)], 1, 64)
+    assert (plan.width, plan.expected) == (3, pytest.approx(3.2))
+    assert plan.heads_worth == pytest.approx((2 + 3.2 - 2 * 2) / (2 * 0.75))  # two steps' time would give 4 tokens
+
+
+def test_only_as_many_lookups_count_as_a_step_may_hold() -> None:
+    plan = DraftBudget(HALF_A_STEP_EACH).plan([chances(0.9)], 1, 64, [chances(0.8, 0.7, 0.6)])
+    assert plan.heads_worth == pytest.approx(0.1 / 0.5)  # a draft of 0.9 instead of one of 0.8
+
+
+def test_a_step_is_as_wide_as_one_sequence_needs() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    assert budget.plan([chances(0.1)], 3, 64).width == 3
+    nothing_to_choose = budget.plan([NONE], 3, 64)
+    assert (nothing_to_choose.width, nothing_to_choose.expected, nothing_to_choose.speedup) == (3, 0.0, None)
+
+
+def test_a_bad_spell_does_not_make_drafts_pay_that_cost_more_than_they_give() -> None:
+    """Decoding without drafts is always possible, so time is worth at least that rate."""
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    for _ in range(100):
+        budget.learn(StepPlan(1, speedup=0.1), 1, 0)
+    assert budget.plan([chances(0.4)], 1, 64).width == 1
+
+
+def test_time_is_worth_what_drafts_give_on_average() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    assert budget.plan([chances(0.6)], 1, 64).width == 2
+    for _ in range(100):
+        budget.learn(StepPlan(1, speedup=2.0), 1, 0)
+    assert budget.plan([chances(0.6)], 1, 64).width == 1
+
+
+@pytest.mark.parametrize(("accepted", "width"), [(0, 1), (1, 2)])
+def test_the_heads_probabilities_are_corrected_by_what_was_accepted(accepted: int, width: int) -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    for _ in range(100):
+        budget.learn(StepPlan(2, expected=0.5), 2, accepted)
+    assert budget.plan([chances(0.4)], 1, 64).width == width
+    assert DraftBudget(HALF_A_STEP_EACH).plan([chances(0.4)], 1, 64).width == 1
+
+
+def test_a_step_without_drafts_says_nothing_of_the_heads() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    for _ in range(100):
+        budget.learn(StepPlan(1, expected=0.5), 1, 0)
+    assert budget.plan([chances(0.7)], 1, 64).width == 2
+
+
+def test_heads_that_do_not_pay_rest_and_are_tried_again() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    assert budget.wants_heads(1)
+    budget.learn(replace(StepPlan(1), heads_worth=0.5), 1, 0)
+    assert budget.wants_heads(2)  # another batch size
+    assert budget.wants_heads(1, [chances(0.9, 0.2)])  # lookups find much: another situation
+    assert not budget.wants_heads(1, [chances(0.9)])
+    wanted = []
+    for _ in range(2 * PAUSE):
+        wanted.append(budget.wants_heads(1))
+        budget.note_heads(asked=wanted[-1])
+    assert np.flatnonzero(wanted).tolist() == [PAUSE - 1, 2 * PAUSE - 1]
+    for _ in range(10):
+        budget.learn(replace(StepPlan(1), heads_worth=2.0), 1, 0)
+    assert budget.wants_heads(1)
+
+
+class Timed(FakeBackend):
+    """A step takes a second, the heads a quarter. The first step of a shape takes a hundred, and is not warm."""
+
+    def __init__(self, clock: Clock, *, compiles: bool = False) -> None:
+        super().__init__("always")
+        self.clock, self.cold, self.num_asked = clock, compiles, 0
+        self.seen: set[tuple[int, int]] = set()
+
+    def step(self, *args, **options):
+        output = super().step(*args, **options)
+        is_warm = not self.cold or self.steps[-1] in self.seen
+        self.seen.add(self.steps[-1])
+        self.clock.advance(1.0 if is_warm else 100.0)
+        return replace(output, is_warm=is_warm)
+
+    def propose(self, rows, root_ids):
+        self.num_asked += 1
+        self.clock.advance(0.25)
+        return super().propose(rows, root_ids)
+
+
+class Noted(LearnedCosts):
+    """Costs that keep what they were told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_seconds: list[float] = []
+        self.head_seconds: list[float] = []
+
+    def observe(self, batch, width, capacity, seconds) -> None:
+        self.step_seconds.append(seconds)
+        super().observe(batch, width, capacity, seconds)
+
+    def observe_heads(self, batch, seconds) -> None:
+        self.head_seconds.append(seconds)
+        super().observe_heads(batch, seconds)
+
+
+def test_nothing_is_learned_from_steps_that_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, costs, reading = Clock(), Noted(), Noted()
+    clock.install(monkeypatch)
+    engine = DecodingEngine(Timed(clock, compiles=True), CHAIN, costs=costs, reuse_prefixes=False)
+    engine._reader.costs = reading
+    for _ in range(2):
+        list(engine.generate([[1, 2, 3, 4, 5]], 12, tree=CHAIN))
+    assert set(costs.step_seconds) == {1.0}
+    assert reading.step_seconds == [1.0]  # the first prompt's pass compiled
+    assert GAP_STEPS <= engine._gap_seconds <= 1.25 * GAP_STEPS
+
+
+@pytest.mark.parametrize("case", ["medusa", "plain", "resting"])
+def test_only_seconds_that_the_heads_took_are_counted(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of heads that nobody uses, nor of heads that rest because they do not pay."""
+    clock, stats = Clock(), DecodingStats()
+    clock.install(monkeypatch)
+    backend, noted = Timed(clock), Noted()
+    dear = StepCosts([1, 2], [1, 3], [64], [[[1.0, 48.0], [1.0, 48.0]]], [5.0, 5.0])
+    engine = DecodingEngine(backend, DynamicTree(3), costs=dear if case == "resting" else noted)
+    list(engine.generate([[1, 2]], 10, tree=CHAIN if case == "medusa" else None, medusa=case != "plain", stats=stats))
+    asked_by_steps = max(backend.num_asked - 1, 0)  # the first time is a part of the prefill
+    assert stats.engine_seconds == pytest.approx(stats.num_passes + 0.25 * asked_by_steps)
+    assert asked_by_steps == (stats.num_passes - 1 if case == "medusa" else 0)  # nothing follows the last step
+    assert noted.head_seconds == ([0.25] * backend.num_asked if case == "medusa" else [])
