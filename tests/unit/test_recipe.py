@@ -198,7 +198,7 @@ def test_ls_shows_all_that_come_with_the_package() -> None:
     lines = run("ls").stdout.splitlines()
     assert lines[0].split() == ["name", "description", "model", "method"]
     assert [line.split()[0] for line in lines[1:]] == [path.stem for path in SHIPPED]
-    assert [line.split()[-1] for line in lines[1:]] == ["medusa-1", "medusa-2"]
+    assert [line.split()[-1] for line in lines[1:]] == ["medusa-1", "medusa-1", "medusa-2"]
 
 
 def test_show_prints_the_file_or_every_field(recipe: Path) -> None:
@@ -267,7 +267,7 @@ def test_steps_that_cannot_be_chosen_are_refused_before_anything_is_written(
 def test_recipes_that_come_with_the_package_are_whole() -> None:
     result = run("validate")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.count(": ok\n") == len(SHIPPED) == 2
+    assert result.stdout.count(": ok\n") == len(SHIPPED) == 3
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

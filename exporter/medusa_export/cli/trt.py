@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from medusa_export.engine.design import Design
-    from medusa_export.engine.inspect import Inspection
+    from medusa_export.engine.inspection import Inspection
 
 DEFAULT = "build"
 
@@ -81,7 +81,7 @@ def build(*, dry_run: bool, as_json: bool, **values: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect(engine: Path, *, as_json: bool) -> None:
     """Print the GPUs, shapes and shared weights of the engine bundle ENGINE; on a GPU, its layers too."""
-    from medusa_export.engine.inspect import inspect_engines
+    from medusa_export.engine.inspection import inspect_engines
 
     found = inspect_engines(engine)
     if as_json:
