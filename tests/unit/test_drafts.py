@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from medusa_export.bundle.tree_shapes import prior_tree
 from medusa_runtime import CandidateTree, DynamicTree, TreeError
-from medusa_runtime.drafting.draft import DraftBatch
-from medusa_runtime.drafting.proposals import HeadGuesses, candidates_for
+from medusa_runtime.arrays import TokenBuffer
+from medusa_runtime.drafting.draft import Draft, DraftBatch
+from medusa_runtime.drafting.proposals import Drafter, HeadGuesses, candidates_for
 from medusa_runtime.sampling.acceptance import accept_greedy
 from tests.support.drafts import draft_of
 
@@ -121,3 +123,52 @@ def test_padding_is_seen_by_nobody_and_never_accepted() -> None:
     assert batch.depths[0].tolist() == [0, 0, 0]
     accepted = accept_greedy(batch, np.zeros((2, 3), np.int64))  # token 0 is always right, and padding holds token 0
     assert [one.nodes for one in accepted] == [[0], [0, 1, 2]]
+
+
+class Forces:
+    """A guide that leaves no choice about the next tokens."""
+
+    def __init__(self, *token_ids: int) -> None:
+        self.token_ids = list(token_ids)
+
+    def forced(self) -> list[int]:
+        return self.token_ids
+
+
+@pytest.mark.parametrize(("num_nodes", "remaining", "tokens"), [(8, 9, [3, 7, 8, 9]), (3, 9, [3, 7, 8]), (8, 2, [3, 7])])
+def test_what_a_guide_forces_follows_the_last_token_as_far_as_there_is_room(num_nodes, remaining, tokens) -> None:
+    candidates = candidates_for(DynamicTree(num_nodes), 3, 4)
+    drafter = Drafter(TokenBuffer([1, 2, 3], 20), candidates, num_nodes=num_nodes, guide=Forces(7, 8, 9))
+    found = drafter.propose(None, remaining)
+    assert (found.is_forced, found.num_nodes, len(found.chances)) == (True, len(tokens), 0)
+    draft = found.draft(len(tokens))
+    assert draft.tokens.tolist() == tokens
+    assert draft.parents.tolist() == list(range(-1, len(tokens) - 1))
+
+
+def test_lookups_alone_would_give_a_draft_of_the_likeliest() -> None:
+    drafter = Drafter(TokenBuffer([5, 6, 7, 8, 5, 9, 5], 20), candidates_for(DynamicTree(4), 3, 4), num_nodes=4, looks_up=True)
+    assert len(drafter.lookup_chances) == 0
+    drafter.follow([5], 20)
+    first, other = drafter._continuations
+    every = sorted([*np.cumprod(first.chances), *np.cumprod(other.chances)], reverse=True)
+    assert len(every) > 3
+    np.testing.assert_allclose(drafter.lookup_chances, every[:3], rtol=1e-6)
+
+
+def test_a_child_is_found_below_its_own_parent() -> None:
+    tokens, parents, depths = np.array([[1, 5, 6, 5, 6], [-1, 0, 0, 2, 1], [0, 1, 1, 2, 2]])
+    draft = Draft(tokens, parents, depths, np.zeros(5, np.float32), np.zeros(5, np.bool_))
+    assert [draft.child(0, 5), draft.child(2, 5), draft.child(1, 6)] == [1, 3, 4]
+    assert draft.child(1, 5) is None
+    assert draft.children(0).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("num_nodes", "heads", "top_k"), [(2, 3, 4), (6, 3, 4), (16, 3, 10), (16, 2, 3)])
+def test_candidates_are_those_that_leave_room_for_all_that_is_likelier(num_nodes: int, heads: int, top_k: int) -> None:
+    """With a node of ranks r1, r2 … from 1, a draft of the likeliest also holds r1 + r1·r2 + … nodes and the root."""
+    paths = [path for depth in range(1, heads + 1) for path in itertools.product(range(1, top_k + 1), repeat=depth)]
+    fitting = [path for path in paths if 1 + sum(itertools.accumulate(path, operator.mul)) <= num_nodes]
+    found = candidates_for(DynamicTree(num_nodes), heads, top_k)
+    assert len(found.parents) == 1 + len(fitting)
+    assert found.ends == tuple(1 + sum(len(path) <= depth for path in fitting) for depth in range(len(found.ends)))

@@ -149,3 +149,12 @@ def test_the_prior_tree_trusts_early_heads_and_low_ranks_most() -> None:
 def paths_of(tree: CandidateTree) -> list[list[int]]:
     """The ranks on the way to each node but the root."""
     return [[tree.ranks[node] for node in np.flatnonzero(tree.mask[leaf])[1:]] for leaf in range(1, tree.num_nodes)]
+
+
+def test_a_tree_needs_as_many_heads_as_it_is_deep_and_as_many_candidates_as_its_ranks() -> None:
+    tree = CandidateTree.from_choices([[0, 2], [1]])
+    tree.check_fits(2, 3)
+    with pytest.raises(TreeError, match="the tree is 2 deep, the bundle has 1 heads"):
+        tree.check_fits(1, 3)
+    with pytest.raises(TreeError, match="uses the best 3 tokens of a head, the bundle's heads give 2"):
+        tree.check_fits(2, 2)
