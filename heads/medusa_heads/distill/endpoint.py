@@ -177,7 +177,7 @@ class EndpointAnswerer:
         )
 
 
-async def _give_up(client: AsyncOpenAI, tasks: set[asyncio.Task[Answer]]) -> None:
+async def _give_up(client: AsyncOpenAI, tasks: set[asyncio.Task[Answer | Refusal]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
