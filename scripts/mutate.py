@@ -259,8 +259,8 @@ class Runner:
             click.ClickException: they fail.
         """
         if self.run(None):
-            raise click.ClickException(f"the tests fail without any change:\n{self._log.read_text()[-3000:]}")
-        found = json.loads((self._scratch / "found").read_text())
+            raise click.ClickException(f"the tests fail without any change:\n{self._log.read_text(encoding='utf-8')[-3000:]}")
+        found = json.loads((self._scratch / "found").read_text(encoding="utf-8"))
         self._seconds = found["seconds"]
         self._tests_of = {name: set(tests) for name, tests in found["tests_of"].items()}
         for name in found["imported"]:
@@ -274,8 +274,8 @@ class Runner:
     def changed(self, mutant: Mutant, source: str) -> int | None:
         """Run the tests that call a changed function. Returns pytest's exit code; None if they took too long."""
         path = self._scratch / mutant.module
-        original = path.read_text()
-        path.write_text(source)
+        original = path.read_text(encoding="utf-8")
+        path.write_text(source, encoding="utf-8")
         called = self._tests_of.get(f"{mutant.module} {mutant.place}", set()) if mutant.is_in_function else self._seconds
         fastest, total = sorted(called, key=lambda test: self._seconds[test]), 0.0
         chosen: dict[str, float] = {}
@@ -286,7 +286,7 @@ class Runner:
         try:
             return self.run(chosen) if chosen else 0
         finally:
-            path.write_text(original)
+            path.write_text(original, encoding="utf-8")
 
     def run(self, chosen: dict[str, float] | None) -> int | None:
         """Run some tests, or all, in a forked process. Returns pytest's exit code; None if they took too long."""
@@ -323,9 +323,8 @@ class Runner:
                 ours = (str(self._scratch), str(ROOT))
                 others = {name.partition(".")[0] for name, module in list(sys.modules.items()) if not _is_of(module, ours)}
                 tests_of = {name: sorted(tests) for name, tests in calls.tests_of.items()}
-                (self._scratch / "found").write_text(
-                    json.dumps({"imported": sorted(others), "tests_of": tests_of, "seconds": calls.seconds})
-                )
+                told = {"imported": sorted(others), "tests_of": tests_of, "seconds": calls.seconds}
+                (self._scratch / "found").write_text(json.dumps(told), encoding="utf-8")
         except BaseException:  # noqa: BLE001 - nothing may pass the fork
             traceback.print_exc()
         finally:

@@ -270,3 +270,17 @@ def test_only_seconds_that_the_heads_took_are_counted(case: str, monkeypatch: py
     assert stats.engine_seconds == pytest.approx(stats.num_passes + 0.25 * asked_by_steps)
     assert asked_by_steps == (stats.num_passes - 1 if case == "medusa" else 0)  # nothing follows the last step
     assert noted.head_seconds == ([0.25] * backend.num_asked if case == "medusa" else [])
+
+
+def test_the_budget_learns_how_many_drafts_were_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, learn = [], DraftBudget.learn
+
+    def note(self: DraftBudget, plan: StepPlan, width: int, num_accepted: int) -> None:
+        learned.append(num_accepted)
+        learn(self, plan, width, num_accepted)
+
+    monkeypatch.setattr(DraftBudget, "learn", note)
+    cheap, stats = StepCosts([1, 2], [1, 3], [64], [[[1.0, 1.001], [1.0, 1.001]]], [0.001, 0.001]), DecodingStats()
+    list(DecodingEngine(FakeBackend("always"), CHAIN, costs=cheap).generate([[1], [2]], 13, stats=stats))
+    assert learned == [4, 4, 4, 4]  # of two sequences; a step gives each two drafts and a bonus token
+    assert stats.num_accepted_tokens == sum(learned)

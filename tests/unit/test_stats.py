@@ -79,6 +79,26 @@ def test_the_engine_counts_what_it_did(lookup: bool) -> None:
     assert sum(stats.accepted_by_head) > 0
 
 
+def test_nothing_is_counted_before_anything_was_done() -> None:
+    assert not any(vars(DecodingStats()).values())
+
+
+def test_rates_are_by_step_and_by_second() -> None:
+    stats = DecodingStats(
+        num_steps=4,
+        num_decoded_tokens=10,
+        accepted_by_depth=[3, 2, 1],
+        decode_seconds=5.0,
+        queue_seconds=1.0,
+        prefill_seconds=2.0,
+    )
+    assert stats.acceptance_by_depth == [0.75, 0.5, 0.25]
+    assert (stats.tokens_per_step, stats.tokens_per_second, stats.seconds_per_token) == (2.5, 2.0, 0.5)
+    assert stats.first_token_seconds == 3.0
+    nothing = DecodingStats(accepted_by_depth=[3])
+    assert (nothing.acceptance_by_depth, nothing.tokens_per_step, nothing.tokens_per_second) == ([], 0.0, 0.0)
+
+
 def test_counts_agree_after_a_stop_text_inside_a_step() -> None:
     with service(backend=FakeBackend("always", fake_manifest(max_seq_len=300))) as lm:
         whole = lm.generate("abc", max_new_tokens=40)
