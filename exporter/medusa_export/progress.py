@@ -64,14 +64,27 @@ def stage(name: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def byte_stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A stage measured in bytes. Yields a function that takes the number of bytes done since its last call."""
+def waiting(name: str) -> Iterator[None]:
+    """A spinner on a terminal while something of unknown length is done. Nothing is left of it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(name)
+        yield
+
+
+@contextmanager
+def byte_stage(name: str, total: int, result: Callable[[], int] | None = None) -> Iterator[Callable[[int], None]]:
+    """A stage measured in bytes. Yields a function that takes the number of bytes done since its last call.
+
+    result: gives the bytes of what was made, if they are fewer than those that were done.
+    """
     started = time.perf_counter()
     columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
         yield lambda done: bar.advance(task, done)
-    note(f"{name}: {total / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
+    made = total if result is None else result()
+    note(f"{name}: {made / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
 
 
 @contextmanager

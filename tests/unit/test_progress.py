@@ -9,7 +9,7 @@ import pytest
 
 from medusa_export import progress
 from medusa_export.console import Console
-from medusa_export.progress import Pace, count_stage, stage, step_stage, told
+from medusa_export.progress import Pace, byte_stage, count_stage, stage, step_stage, told, waiting
 
 
 class Clock:
@@ -110,6 +110,21 @@ def test_a_terminal_shows_a_bar_with_an_end(monkeypatch: pytest.MonkeyPatch, clo
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
     assert re.search(r"answers ━+.* 4/8 0\.4 answers/s, 0:00:10 left", shown)
     assert shown.rstrip().endswith("answers: 0:00:10")
+
+
+def test_bytes_that_were_made_are_told_and_not_those_that_were_read(clock: Clock, log: io.StringIO) -> None:
+    with byte_stage("write the weights", 30_000_000, lambda: 12_000_000) as advance:
+        advance(30_000_000)
+        clock.now += 2
+    with byte_stage("rotate", 5_000_000):
+        clock.now += 1
+    assert log.getvalue().splitlines() == ["  write the weights: 12 MB in 2.0 s", "  rotate: 5 MB in 1.0 s"]
+
+
+def test_nothing_is_left_of_waiting(log: io.StringIO) -> None:
+    with waiting("open the bundle"):
+        pass
+    assert log.getvalue() == ""
 
 
 def test_quiet_prints_nothing(log: io.StringIO) -> None:

@@ -46,7 +46,8 @@ def write_graphs(
     Returns:
         The entries of the files and of the graphs for the manifest.
     """
-    with byte_stage("write the weights", total_bytes(graphs.values())) as advance:
+    place = directory / WEIGHTS_NAME  # smaller than all tensors together: what two graphs share is written once
+    with byte_stage("write the weights", total_bytes(graphs.values()), lambda: place.stat().st_size) as advance:
         files = {WEIGHTS_NAME: write_weights(graphs.values(), directory, advance)}
     facts = {}
     for name, model in graphs.items():

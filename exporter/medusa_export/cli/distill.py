@@ -28,8 +28,10 @@ def command(mix: tuple[str, ...], **values: Any) -> None:
     """
     options = parse(DistillOptions, values | {"mix": _parse_mix(mix)})
     from medusa_export.head_training.distillation import distill
+    from medusa_export.progress import note
 
     click.echo(distill(options))
+    note(f"next: medusa-export train {options.model} --data {options.output} -o HEADS")
 
 
 def _parse_mix(mix: tuple[str, ...]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ from medusa_runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
     from medusa_runtime import Choice, GenerationResult, MedusaLM
+
+log = logging.getLogger(__name__)
 
 BY_HAND = ("logit_bias", "medusa", "tree", "json_schema", "grammar")  # fields whose flags need parsing of their own
 LEFT_OUT = ("tools", "documents", "template_options", "drafts")  # fields that no flag can hold, or that come with chunks
@@ -83,7 +86,7 @@ def command(
     accepts more drafts than that.
     """
     from medusa_export.placement import place
-    from medusa_export.progress import say
+    from medusa_export.progress import say, waiting
     from medusa_runtime import Manifest, MedusaLM
 
     if prompt == "-":
@@ -103,18 +106,20 @@ def command(
     }
     options = parse(GenerationOptions, fields | given)
     placement = place(Manifest.load(bundle), backend, device, threads=threads, spin=spin, cuda_graphs=cuda_graphs, tell=False)
-    with MedusaLM.from_bundle(
-        bundle,
-        placement.backend,
-        max_batch_size=None if options.n > 1 else 1,
-        prompt_lookup=options.prompt_lookup,
-        device=placement.device,
-        num_threads=threads,
-        spin=spin,
-        cuda_graphs=cuda_graphs,
-        allow_failed=allow_failed,
-        allow_engine_code=allow_engine_code,
-    ) as lm:
+    with waiting(f"check and open {bundle}"):
+        opened = MedusaLM.from_bundle(
+            bundle,
+            placement.backend,
+            max_batch_size=None if options.n > 1 else 1,
+            prompt_lookup=options.prompt_lookup,
+            device=placement.device,
+            num_threads=threads,
+            spin=spin,
+            cuda_graphs=cuda_graphs,
+            allow_failed=allow_failed,
+            allow_engine_code=allow_engine_code,
+        )
+    with opened as lm:
         ids = None if lm.manifest.has_text else _token_ids(prompt)
         result = _answer(lm, prompt if ids is None else ids, options, streamed=not as_json)
     if as_json:
@@ -131,7 +136,8 @@ def command(
             f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
             + (f", seed {choice.seed}" if options.is_sampled else "")
         )
-    say(f"ran with {placement}")
+    log.debug("chosen because: %s", placement.why)
+    say(f"ran with {placement if placement.is_fallback else f'{placement.backend} on {placement.device}'}")
 
 
 def _answer(lm: MedusaLM, prompt: str | list[int], options: GenerationOptions, *, streamed: bool) -> GenerationResult:

@@ -38,4 +38,5 @@ def command(*, reference: str | None, trust_remote_code: bool, as_json: bool, **
         from medusa_export.check import validate as compare
 
         record(options.output, compare(options.output, reference, trust_remote_code=trust_remote_code))
+    note(f"next: medusa-export tune {options.output}, which finds the trees that are fastest on this machine")
     print_bundle(options.output, as_json=as_json)
