@@ -54,7 +54,7 @@ def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loads: list[dict]
 
 
 def failed(report: ValidationReport) -> set[str]:
-    return {name for name, (passed, _) in report.verdicts().items() if not passed}
+    return {name for name, (passed, _) in report.verdicts().items() if passed is False}
 
 
 def test_a_bundle_that_is_the_model_passes(validated) -> None:
@@ -279,7 +279,10 @@ def test_a_quantised_bundle_is_compared_with_itself_and_its_distribution_with_th
     assert report.allowed_kl == allowed
     assert failed(report) == ({f"mean KL from PyTorch at most {allowed}"} if max_kl == 0.02 else set())
     assert report.head_log_probs == []
-    assert report.verdicts()["head candidates"] == (True, "skipped: the heads are quantised as well")
+    assert report.verdicts()["head candidates"] == (
+        None,
+        "the heads are quantised, too, so they differ from PyTorch's; the greedy check runs them",
+    )
     assert any("the heads are quantised as well" in note for note in report.notes)
     assert max(row.max_abs for row in [*report.prompt_logits, *report.tree_logits]) == 0
     assert not any("quantised" in note for note in validated(max_new_tokens=2).notes)
