@@ -154,7 +154,8 @@ def test_the_demo_runs_from_the_sdist_with_the_wheel(built: Built, tmp_path: Pat
     done = subprocess.run(
         ["sh", "scripts/demo.sh"],
         cwd=sources,
-        env=variables | {"BIN": str(python.parent)},
+        # a cache of its own, so that the model is converted with the packages that were installed
+        env=variables | {"BIN": str(python.parent), "MEDUSA_EXPORT_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         encoding="utf-8",
         check=False,

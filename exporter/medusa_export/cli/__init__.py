@@ -43,7 +43,7 @@ COMMANDS = {
 MEASURES_OTHERS = "bench"  # it starts other engines, and measures them as they come
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "build", "onnx_ir": "build", "onnxscript": "export",
-    "optimum": "export", "safetensors": "export", "accelerate": "train", "gguf": "export", "onnxruntime": "cpu",
+    "optimum": "export", "safetensors": "export", "accelerate": "export", "gguf": "export", "onnxruntime": "cpu",
     "openai": "train", "peft": "train", "matplotlib": "plot", "bitsandbytes": "quant",
     "cuda": "cuda", "starlette": "serve", "uvicorn": "serve", "sse_starlette": "serve", "prometheus_client": "serve",
     "onnxruntime_ep_webgpu": "webgpu", "httptools": "serve", "uvloop": "serve", "ray": "ray",
