@@ -16,10 +16,12 @@ from medusa_runtime import Manifest
 pytestmark = pytest.mark.e2e
 
 SMALL = {
-    "distill.self_prompts": 10,
+    "distill.self_prompts": 16,
     "distill.max_new_tokens": 48,
-    "distill.batch_size": 10,
+    "distill.batch_size": 16,
+    "train.epochs": 20,
     "train.max_steps": 25,
+    "train.log_every": 5,
     "train.batch_tokens": 64,
     "train.held_out": 0.3,
     "validate.max_new_tokens": 8,
