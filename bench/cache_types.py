@@ -26,16 +26,12 @@ from environment import environment, publish
 
 ENTRIES = (128, 512, 1024, 2048, 4096)
 TOKENS = (1, 16)
-KINDS = {  # name: type of the cache, the scales' shape, session options
-    "float32": (None, ()),
-    "8 bits": ("PER_TENSOR", ()),
-    "8 bits, a scale a channel": ("PER_CHANNEL", ()),
-}
+KINDS = {"float32": None, "8 bits": "PER_TENSOR", "8 bits, a scale a channel": "PER_CHANNEL"}  # name: what has a scale
 
 
 def model(kind: str, heads: int, kv_heads: int, size: int, tokens: int) -> bytes:
     """A graph of one GroupQueryAttention node."""
-    quant, _ = KINDS[kind]
+    quant = KINDS[kind]
     cache = TensorProto.FLOAT if quant is None else TensorProto.INT8
     inputs = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total", "", ""]
     floats = {"query": [1, "T", heads * size], "key": [1, "T", kv_heads * size], "value": [1, "T", kv_heads * size]}
@@ -90,7 +86,7 @@ def prepared(kind: str, shape: tuple[int, int, int], entries: int, tokens: int, 
         bias = np.zeros((1, 1, tokens, entries + tokens), np.float32)
         bias[..., entries:][..., np.triu(np.ones((tokens, tokens), bool), 1)] = np.finfo(np.float32).min
         feeds["attention_bias"] = bias
-    quant, _ = KINDS[kind]
+    quant = KINDS[kind]
     if quant is not None:
         axes = (0, 1, 2, 3) if quant == "PER_TENSOR" else (0, 2)
         scales = [(np.abs(array).max(axes, keepdims=True) / 127).astype(np.float32) for array in past]

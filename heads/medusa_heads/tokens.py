@@ -124,7 +124,7 @@ class CheckpointCodec:
         text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         words, sign, _ = text.partition(self._user_end)
         if sign:
-            return words.strip()
+            return words.rstrip()  # a space before them separates them from the first words that were given
         return self.decode(token_ids) if ended else None
 
     def closing(self) -> int | None:

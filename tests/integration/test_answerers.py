@@ -290,6 +290,10 @@ def test_the_template_tells_where_the_users_words_end(template, make_model: Make
     assert codec.user_words([*words, *after], ended=True) == told
     assert codec.user_words([*words, *after], ended=False) == told  # nor need its answer have come to an end
     assert codec.user_words(words, ended=False) is None
+    begun = codec.text_ids("a fox , a")  # what was given before; the model's words go on with a space
+    rest = codec.user_words([*words[len(begun) :], *after], ended=True)
+    assert rest is not None
+    assert rest == codec.decode(words[len(begun) :]).rstrip()
     assert codec.user_words(words, ended=True) == told
 
 

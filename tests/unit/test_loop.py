@@ -142,6 +142,13 @@ def test_the_model_goes_on_with_the_first_words_of_a_prompt(tmp_path: Path) -> N
         assert rows[key.removesuffix(".prompt")].messages[0]["content"] == start + answerer.speak(request)
 
 
+def test_first_words_can_be_the_whole_prompt_once(tmp_path: Path) -> None:
+    answerer = FakeAnswerer(1, speak=lambda request: "" if request.key.endswith(".prompt") else "so")
+    rows, progress = run(tmp_path, self_prompted(2, starts=["Why?"]), answerer)
+    assert [row.messages[0]["content"] for row in rows.values()] == ["Why?"]
+    assert (progress.done, progress.skipped) == (1, 1)
+
+
 def test_the_model_writes_several_turns_of_a_conversation(tmp_path: Path) -> None:
     answerer = FakeAnswerer()
     rows, progress = run(tmp_path / "whole", own := self_prompted(2, starts=["Why "], turns=2), answerer)

@@ -137,7 +137,7 @@ class _Run:
         if answer.request.key.endswith(OWN_PROMPT):
             words = self.codec.user_words(answer.token_ids, ended=answer.finish_reason == "stop")
             asked = talk.start + (words or "")
-            if not words or not asked.strip() or asked in self.own_prompts:
+            if words is None or not asked.strip() or asked in self.own_prompts:
                 self.progress.skipped += talk.num_turns - talk.turn
                 return
             self.own_prompts.add(asked)
