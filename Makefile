@@ -9,7 +9,7 @@ BUNDLE ?= build/$(MODEL)-fp32
 PROMPT ?= Write a Python function that reverses a string.
 export BIN MODEL BUNDLE PROMPT
 
-.PHONY: demo docs test lint clean
+.PHONY: demo docs test test-release lint clean
 
 $(VENV)/.export: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -34,9 +34,13 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 	@echo "to read it, with search: $(BIN)/python -m http.server -d build/site, then http://localhost:8000"
 
-## test: lint, types, import rules, and every test there is
+## test: lint, types, import rules, and all tests but those of `test-release`. TEST_OPTIONS: more words for pytest
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not release" --numprocesses auto --maxprocesses 4 --dist loadfile $(TEST_OPTIONS)
+
+## test-release: build the packages, and install and run them in new environments, from the package index
+test-release: $(VENV)/.dev
+	$(BIN)/python -m pytest -m release tests/release $(TEST_OPTIONS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

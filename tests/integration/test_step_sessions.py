@@ -306,6 +306,27 @@ for chunk in lm.stream("the quick", max_new_tokens=200, ignore_eos=True):
         assert (done.returncode, done.stderr) == (7, "")
 
 
+def test_a_program_ends_while_its_model_is_between_two_runs(bundle) -> None:
+    """The end waits for the thread that decodes. So this thread may not be held back before its next run."""
+    program = """
+import sys, time
+from medusa_runtime import MedusaLM
+from medusa_runtime.backends.ort_cpu import OrtCpuBackend
+lm = MedusaLM.from_bundle(sys.argv[1], verify_files=False)
+propose = OrtCpuBackend.propose
+def slowly(*arguments):
+    time.sleep(0.3)
+    return propose(*arguments)
+for chunk in lm.stream("the quick", max_new_tokens=200, ignore_eos=True):
+    OrtCpuBackend.propose = slowly
+    time.sleep(0.1)
+    sys.exit(7)
+"""
+    words = [sys.executable, "-c", program, os.fspath(bundle)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 @pytest.mark.parametrize("leave", ["sys.exit(3)", "raise KeyError('x')", "pass"])
 def test_a_program_can_end_while_a_thread_decodes(bundle, leave) -> None:
     """A thread of the user's own that comes back from ONNX Runtime while the interpreter ends would abort the process."""

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from medusa_runtime.arrays import BoolArray, IntArray
 from medusa_runtime.backends.base import HeadOutput, StepOutput, bucket, require_room, require_slots
 from medusa_runtime.backends.host_cache import HostCache
-from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import Spin, check_num_threads, check_spin
 from medusa_runtime.bundle.manifest import HEADS, ORT_CPU, STEP, Manifest
+from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, first_line
 
 try:

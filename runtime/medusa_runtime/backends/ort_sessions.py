@@ -20,10 +20,10 @@ from pathlib import Path
 import onnxruntime as ort
 
 from medusa_runtime.backends.forks import kept_in_children
-from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import Spin, available_memory, has_exact_products, num_cores
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
+from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, first_line
 
 RETRY_SECONDS = 30.0  # the wait before a graph that could not be opened is tried again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Literal
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason
 from medusa_runtime.decoding.stats import DecodingStats
+from medusa_runtime.ending import before_the_end
 from medusa_runtime.errors import (
     CapacityError,
     ClosedError,
@@ -299,7 +299,7 @@ FORKED = "this model was opened before a fork, in another process: threads do no
 _open_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
-@atexit.register
+@before_the_end
 def _stop_all() -> None:
     """Stop all threads before the interpreter ends: one that is still inside a forward pass would abort the process."""
     workers = list(_open_workers)

@@ -11,8 +11,8 @@ from medusa_runtime.backends.gpu.backend import GpuBackend
 from medusa_runtime.backends.gpu.devices import preload_libraries
 from medusa_runtime.backends.gpu.driver import Gpu
 from medusa_runtime.backends.gpu.step import Call, Shape
-from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.bundle.manifest import HEADS, ORT_CUDA, STEP, Manifest
+from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, MissingExtraError, first_line
 
 try:

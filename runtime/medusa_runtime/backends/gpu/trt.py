@@ -16,6 +16,7 @@ from medusa_runtime.backends.gpu.step import Call, Shape
 from medusa_runtime.bundle.files import replacing
 from medusa_runtime.bundle.manifest import HEADS, RUNTIME_CACHE, STEP, Manifest
 from medusa_runtime.bundle.plans import FLAVOR_NAMES, open_plan, plan_size, require_allowed, require_loadable
+from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, MissingExtraError, first_line
 
 PACKAGES = {"rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}  # by flavour: module and extra
@@ -117,7 +118,9 @@ class TensorRTExecutor:
         bound = self._contexts[key]
         if bound.call is not call:
             self._bind(bound, call)
-        if not bound.context.execute_async_v3(self._gpu.stream):
+        with native_run():
+            is_queued = bound.context.execute_async_v3(self._gpu.stream)
+        if not is_queued:
             raise self._failure(f"cannot run the {call.graph} engine")
 
     def forget(self, key: Shape | None = None) -> None:

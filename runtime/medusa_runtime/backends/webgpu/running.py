@@ -6,8 +6,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from medusa_runtime.backends.native_runs import native_run
 from medusa_runtime.backends.webgpu.adapters import Adapter, held, note_loss
+from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, CapacityError, DeviceLostError, first_line
 
 LOST = ("is lost", "device lost", "DeviceLost")

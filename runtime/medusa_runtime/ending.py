@@ -1,4 +1,4 @@
-"""Runs inside ONNX Runtime, whose end the interpreter waits for.
+"""The end of the program: threads that decode are stopped first, then it waits for runs inside native libraries.
 
 A daemon thread that comes back from native code while the interpreter ends is killed there. In the middle of C++ frames that
 aborts the whole process.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PATIENCE = 60.0  # seconds that the end of the interpreter waits at most
+PATIENCE = 60.0  # seconds that the end of the interpreter waits at most, and that threads are held back then
 
 
 class _Runs:
@@ -23,6 +23,17 @@ class _Runs:
 
 
 _runs = _Runs()
+_stops: list[Callable[[], None]] = []
+
+
+def before_the_end(stop: Callable[[], None]) -> Callable[[], None]:
+    """Have a function called at the end, while native code may still be run: it may wait for threads that do.
+
+    `atexit` calls what was registered last first. With two functions of ours there, the order of imports would decide which
+    comes first, and a thread that is held back below would be waited for.
+    """
+    _stops.append(stop)
+    return stop
 
 
 @contextmanager
@@ -30,9 +41,10 @@ def native_run() -> Iterator[None]:
     """Hold up the end of the interpreter. Once it ends, other threads than the main one stay here until they are killed."""
     with _runs.changed:
         must_stay = _runs.is_ending and threading.current_thread() is not threading.main_thread()
-        _runs.count += not must_stay
     if must_stay:
-        threading.Event().wait()
+        threading.Event().wait(PATIENCE)  # not for ever: somebody may be waiting for this thread
+    with _runs.changed:
+        _runs.count += 1
     try:
         yield
     finally:
@@ -42,7 +54,9 @@ def native_run() -> Iterator[None]:
 
 
 @atexit.register
-def _wait() -> None:
+def _end() -> None:
+    for stop in _stops:
+        stop()
     with _runs.changed:
         _runs.is_ending = True
         _runs.changed.wait_for(lambda: _runs.count == 0, PATIENCE)
