@@ -57,9 +57,9 @@ def build(python: Path, output: Path) -> tuple[Path, Path]:
     return output / f"medusa_export-{version}.tar.gz", output / f"medusa_export-{version}-py3-none-any.whl"
 
 
-def install(python: Path, package: Path, extras: str, place: Path) -> Path:
-    """Install a package with extras into a new environment, which has no pip of its own. Returns its Python."""
-    into = environment(place)
+def install(python: Path, package: Path, extras: str, place: Path, *, with_pip: bool = False) -> Path:
+    """Install a package with extras into a new environment, which has a pip of its own only if asked. Returns its Python."""
+    into = environment(place, with_pip=with_pip)
     wanted = f"{package}[{extras}]" if extras else str(package)
     run(python, "-m", "pip", "--python", into, "install", "--quiet", "-c", CONSTRAINTS, wanted)
     return into

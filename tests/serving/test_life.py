@@ -221,7 +221,7 @@ def test_after_the_grace_requests_are_ended_properly(tools_bundle: Path, tmp_pat
     with Process(tools_bundle, tmp_path, "--max-batch-size", "1", "--grace", "0").wait_until_ready() as process:
         streams = [Background(process.url, chat(n=20, stream=True, **LONG)) for _ in range(2)]
         wholes = [Background(process.url, chat(n=20, **LONG)) for _ in range(2)]
-        assert eventually(lambda: _metric(process.url, "num_requests_waiting") > 40)
+        assert eventually(lambda: _metric(process.url, "num_requests_waiting") > 60)
         process.process.send_signal(signal.SIGTERM)
         for one in streams:
             *_, error, last = events(one.wait().text)
