@@ -75,6 +75,16 @@ def llama_cpp_server(python: Path, model: Path, context: int) -> Iterator[Server
         yield server
 
 
+@contextmanager
+def llama_server(program: Path, model: Path, slots: int, context: int) -> Iterator[Server]:
+    """llama.cpp's own server, `llama-server`, which decodes several requests side by side. context: of each slot."""
+    port, threads = free_port(), str(os.cpu_count())
+    command = [str(program), "--model", str(model), "--port", str(port), "--parallel", str(slots), "--threads", threads]
+    command += ["--threads-batch", threads, "--ctx-size", str(slots * context), "--no-webui"]
+    with _running(command, f"http://127.0.0.1:{port}", "/health") as server:
+        yield server
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as one:
@@ -91,7 +101,7 @@ def _running(command: Sequence[str], url: str, probe: str) -> Iterator[Server]:
             while not _answers(url + probe):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise RuntimeError(f"{command[2]} does not start: {log.read().decode(errors='replace')[-2000:]}")
+                    raise RuntimeError(f"{' '.join(command[:3])} does not start: {log.read().decode(errors='replace')[-2000:]}")
                 time.sleep(0.2)
             yield Server(url, process)
         finally:

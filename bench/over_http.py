@@ -79,14 +79,24 @@ def watched(ask: Ask, pids: dict[str, int]) -> Ask:
     return measured
 
 
-def measure(asks: dict[str, Ask], rounds: int) -> dict[int, dict[str, list[dict[str, Any]]]]:
-    """Outcomes by number of streams and name. The first round of each is not kept: it warms up."""
+def measure(
+    asks: dict[str, Ask], rounds: int, numbers: tuple[int, ...] = STREAMS, prompts: Callable[[int], list[str]] = prompts_for
+) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """Outcomes by number of streams and name. The first round of each is not kept: it warms up.
+
+    Args:
+        asks: the contestants.
+        rounds: how many are kept.
+        numbers: of streams.
+        prompts: those of a round, by the number of streams. It is called once a round.
+    """
     found: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    for streams in STREAMS:
+    for streams in numbers:
         outcomes: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for turn in range(rounds + 1):
+            asked = prompts(streams)
             for name in sorted(asks, reverse=bool(turn % 2)):
-                outcome = asks[name](prompts_for(streams), streams)
+                outcome = asks[name](asked, streams)
                 if turn:
                     outcomes[name].append(outcome)
         found[streams] = dict(outcomes)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 PATIENCE = 60.0  # seconds that the end of the interpreter waits at most, and that threads are held back then
 
@@ -36,18 +35,19 @@ def before_the_end(stop: Callable[[], None]) -> Callable[[], None]:
     return stop
 
 
-@contextmanager
-def native_run() -> Iterator[None]:
+class native_run:  # noqa: N801 - used as a context, like a function
     """Hold up the end of the interpreter. Once it ends, other threads than the main one stay here until they are killed."""
-    with _runs.changed:
-        must_stay = _runs.is_ending and threading.current_thread() is not threading.main_thread()
-    if must_stay:
+
+    def __enter__(self) -> None:
+        with _runs.changed:
+            if not _runs.is_ending or threading.current_thread() is threading.main_thread():
+                _runs.count += 1
+                return
         threading.Event().wait(PATIENCE)  # not for ever: somebody may be waiting for this thread
-    with _runs.changed:
-        _runs.count += 1
-    try:
-        yield
-    finally:
+        with _runs.changed:
+            _runs.count += 1
+
+    def __exit__(self, *_: object) -> None:
         with _runs.changed:
             _runs.count -= 1
             _runs.changed.notify_all()

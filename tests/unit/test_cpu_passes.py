@@ -9,12 +9,13 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from medusa_export.passes.common.values import replace
 from medusa_export.passes.ort_cpu.variants import (
     GroupedAttention,
     IntegerProducts,
+    LogProbs,
     MergeProjections,
     QuickSilu,
     SkipNorm,
@@ -390,6 +391,46 @@ def test_silu_is_one_operator(operands: str) -> None:
 )
 def test_a_sigmoid_that_is_no_silu_is_left_alone(out: str, operands: str, more: str) -> None:
     assert not QuickSilu()(parse(SILU.format(out=out, operands=operands, more=more))).modified
+
+
+# --- LogProbs
+
+CANDIDATES = """
+g (float[B,K,100] x) => ({out})
+<int64[1] k = {{5}}, int64[1] last = {{{axis}}}> {{
+    best, places = TopK <axis = -1> (x, k)
+    sum = ReduceLogSumExp (x, last)
+    y = Sub ({operands})
+    {more}
+}}"""
+
+
+def test_candidates_have_the_same_log_probabilities() -> None:
+    model = parse(CANDIDATES.format(out="float[B,K,5] y, int64[B,K,5] places", axis=-1, operands="best, sum", more=""))
+    rows = normal(2, 3, 100) * np.array([1, 30, 300], "f")[:, None]
+    rows[0, 0, 7:9] = rows[0, 0].max() + 1  # two are equal
+    before = outputs(model, x=rows)
+    assert LogProbs()(model).modified
+    RemoveUnusedNodesPass()(model)
+    assert sorted(kinds(model)) == ["GatherElements", "LogSoftmax", "TopK"]
+    after = outputs(model, x=rows)
+    np.testing.assert_allclose(after["y"], before["y"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after["places"], before["places"])
+
+
+@pytest.mark.parametrize(
+    ("out", "axis", "operands", "more"),
+    [
+        ("float[B,K,5] y", -2, "best, sum", ""),
+        ("float[B,K,100] y", -1, "x, sum", ""),
+        ("float[B,K,5] y", -1, "other, sum", "other, ranks = TopK <axis = -1> (z, k)"),
+    ],
+)
+def test_a_sum_that_is_no_log_probability_is_left_alone(out: str, axis: int, operands: str, more: str) -> None:
+    text = CANDIDATES.format(out=out, axis=axis, operands=operands, more="")
+    if more:  # before its reader
+        text = text.replace("y = Sub", f"z = Neg (x)\n    {more}\n    y = Sub")
+    assert not LogProbs()(parse(text)).modified
 
 
 # --- SkipNorm

@@ -16,6 +16,7 @@ from medusa_export.passes.webgpu.for_webgpu import for_webgpu
 from medusa_export.progress import byte_stage, note
 from medusa_runtime.backends.webgpu.adapters import PRECISIONS
 from medusa_runtime.bundle.manifest import (
+    HEADS,
     ORT_CPU,
     ORT_CPU_SINGLE,
     ORT_WEBGPU,
@@ -29,6 +30,7 @@ from medusa_runtime.bundle.manifest import (
     file_facts,
 )
 
+HEADS_ACTIVATION_BITS = 8  # a guess that rounding changes costs a draft, never a token
 PROMISED_BYTES = 256 << 20  # the largest buffer that WebGPU promises on any GPU: its default limit
 
 
@@ -41,7 +43,7 @@ def write_graphs(
         graphs: the portable graphs by name. Afterwards they refer to the written weights.
         directory: the bundle's directory.
         precision: the graphs' precision. Only float32 graphs get variants for the CPU, which has no fused kernels for others.
-        activation_bits: see `for_ort_cpu`.
+        activation_bits: of the step graphs; see `for_ort_cpu`.
 
     Returns:
         The entries of the files and of the graphs for the manifest.
@@ -54,7 +56,7 @@ def write_graphs(
         facts[name] = _save(model, name, directory, PORTABLE)
         if precision == "fp32":
             derived = model.clone()
-            for_ort_cpu(derived, activation_bits)
+            for_ort_cpu(derived, HEADS_ACTIVATION_BITS if name == HEADS else activation_bits)
             facts[f"{name}.{ORT_CPU}"] = _save(derived, f"{name}.{ORT_CPU}", directory, ORT_CPU)
     if precision in PRECISIONS:
         derived_for_webgpu = for_webgpu(graphs)

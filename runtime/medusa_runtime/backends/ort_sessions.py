@@ -85,7 +85,7 @@ class StepSessions:
     @property
     def runs_several(self) -> bool:
         """Whether the open session runs several sequences in one step."""
-        return self._graph == self._for_several
+        return self._graph is self._for_several
 
     def prepare(self, batch: int) -> None:
         """Have steps of several sequences run on their own graph as soon as it is open. Call it before every step."""
@@ -97,7 +97,7 @@ class StepSessions:
     def want_one(self) -> None:
         """Go back to the graph for one sequence, if there is one."""
         self._opening = None
-        if self._graph == self._for_one:
+        if self._graph is self._for_one:
             return
         if self._files() != self._identity:
             self._note_failure(self._for_one, CHANGED)

@@ -13,6 +13,7 @@ from medusa_export.passes.ort_cpu.gqa import CachedAttention
 from medusa_export.passes.ort_cpu.gqa_packed_qkv import PackedAttention
 from medusa_export.passes.ort_cpu.grouped_attention import GroupedAttention
 from medusa_export.passes.ort_cpu.integer_matmul import IntegerProducts
+from medusa_export.passes.ort_cpu.log_probs import LogProbs
 from medusa_export.passes.ort_cpu.merge_projections import MergeProjections
 from medusa_export.passes.ort_cpu.moe import FuseExperts
 from medusa_export.passes.ort_cpu.quick_silu import QuickSilu
@@ -28,6 +29,7 @@ __all__ = [
     "FuseExperts",
     "GroupedAttention",
     "IntegerProducts",
+    "LogProbs",
     "MergeProjections",
     "PackedAttention",
     "QuickSilu",
@@ -79,6 +81,7 @@ def for_one_sequence(model: ir.Model, activation_bits: int = 16) -> bool:
 
 def _finish(model: ir.Model, activation_bits: int) -> None:
     QuickSilu()(model)
+    LogProbs()(model)
     SkipNorm()(model)
     IntegerProducts(activation_bits)(model)
     RemoveUnusedNodesPass()(model)
