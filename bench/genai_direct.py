@@ -51,11 +51,12 @@ def load(engine: Any, prompts: list[list[int]], streams: int, max_tokens: int) -
         now = time.perf_counter()
         for event in events:
             answer = open_answers[event.request]
-            if event.flags & og.EngineEventFlags.FAILED.value:
+            flags = int(event.flags.value)
+            if flags & og.EngineEventFlags.FAILED.value:
                 raise RuntimeError(f"a request failed: {event.error_code}")
-            if event.flags & og.EngineEventFlags.TOKEN.value:
+            if flags & og.EngineEventFlags.TOKEN.value:
                 answer.times.append(now)
-            if event.flags & og.EngineEventFlags.TURN_FINISHED.value:
+            if flags & og.EngineEventFlags.TURN_FINISHED.value:
                 told[answer.number] = answer.told()
                 open_answers.pop(event.request).request.close()
     return {"seconds": time.perf_counter() - started, "answers": [told[number] for number in range(len(prompts))]}

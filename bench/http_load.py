@@ -83,8 +83,14 @@ async def side_by_side(streams: int, work: Callable[[], Awaitable[bool]]) -> Non
     await asyncio.gather(*(one() for _ in range(streams)))
 
 
-def session_of(url: str, *, buffer: int = 0) -> aiohttp.ClientSession:
-    """A session that has as many connections as are asked for. buffer: bytes that the system takes unread; 0 for its own."""
+def session_of(url: str, *, buffer: int = 0, keeps: bool = True) -> aiohttp.ClientSession:
+    """A session that has as many connections as are asked for.
+
+    Args:
+        url: of the server.
+        buffer: bytes that the system takes unread; 0 for its own.
+        keeps: use a connection for more than one request. llama-server ends connections without saying so.
+    """
 
     def connected(address: Any) -> socket.socket:
         family, kind, protocol, _, _ = address
@@ -93,10 +99,11 @@ def session_of(url: str, *, buffer: int = 0) -> aiohttp.ClientSession:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         return made
 
-    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, socket_factory=connected), timeout=TIMEOUT)
+    connector = aiohttp.TCPConnector(limit=0, socket_factory=connected, force_close=not keeps)
+    return aiohttp.ClientSession(url, connector=connector, timeout=TIMEOUT)
 
 
-def load(url: str, prompts: list[str], streams: int, fields: dict[str, Any]) -> dict[str, Any]:
+def load(url: str, prompts: list[str], streams: int, fields: dict[str, Any], *, keeps: bool = True) -> dict[str, Any]:
     """Have all prompts answered, `streams` at a time."""
 
     async def run() -> tuple[float, list[Watched]]:
@@ -109,7 +116,7 @@ def load(url: str, prompts: list[str], streams: int, fields: dict[str, Any]) -> 
             answers[number] = await ask(session, {"messages": [{"role": "user", "content": prompt}], **fields})
             return True
 
-        async with session_of(url) as session:
+        async with session_of(url, keeps=keeps) as session:
             started = time.perf_counter()
             await side_by_side(streams, work)
             return time.perf_counter() - started, [answers[number] for number in range(len(prompts))]

@@ -117,10 +117,11 @@ def main(
         asks: dict[str, Ask] = {}
         for name in ("medusa", "plain"):  # two servers: one would remember the other's prompts
             server = stack.enter_context(medusa_server(bundle, max(callers)))
-            asks[name] = watched(through(load, server, ours | {"medusa": {"enabled": name == "medusa"}}), server.process.pid)
+            own = ours | {"medusa": {"enabled": name == "medusa"}}
+            asks[name] = watched(through(load, server, own, keeps=False), server.process.pid)
         if llama is not None and llama_cpp_model is not None:
             other = stack.enter_context(llama_server(llama, llama_cpp_model, max(callers), prompt_tokens + max_tokens + 64))
-            asks["llama.cpp"] = watched(through(load, other, ours), other.process.pid)
+            asks["llama.cpp"] = watched(through(load, other, ours, keeps=False), other.process.pid)
         if genai is not None:
             command = [str(genai_python), str(here.with_name("genai_direct.py")), str(genai)]
             worker = stack.enter_context(WorkerProcess("genai", command, path | {"PYTHONPATH": str(WORKERS)}))

@@ -54,12 +54,13 @@ def prompts_for(streams: int) -> list[str]:
     return [PROMPTS[number % len(PROMPTS)] for number in range(max(LEAST_ANSWERS, ANSWERS_PER_STREAM * streams))]
 
 
-def through(load: WorkerProcess, server: Server, fields: dict[str, Any]) -> Ask:
-    """Asks a server."""
+def through(load: WorkerProcess, server: Server, fields: dict[str, Any], *, keeps: bool = True) -> Ask:
+    """Asks a server. keeps: use a connection for more than one request."""
 
     def ask(prompts: list[str], streams: int) -> dict[str, Any]:
         with server.in_turn():
-            outcome: dict[str, Any] = load.ask("load", url=server.url, prompts=prompts, streams=streams, fields=fields)
+            words = {"url": server.url, "prompts": prompts, "streams": streams, "fields": fields, "keeps": keeps}
+            outcome: dict[str, Any] = load.ask("load", **words)
         return outcome
 
     return ask

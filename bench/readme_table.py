@@ -13,11 +13,17 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, README = ROOT / "bench/results/bench.json", ROOT / "README.md"
-COLUMNS = ("engine", "int8", "int8, `--activation-bits 8`", "fp32")
+COLUMNS = ("engine", "int8", "int8, `--activation-bits 8`", "int8-blocks", "fp32")
 ROWS = {  # an engine -> its contestants, by column
-    "medusa-export with heads, n-grams and prompt lookup": ("int8 lookup", "int8-fast lookup", "fp32 lookup"),
-    "medusa-export, plain decoding": ("int8 plain", "int8-fast plain", "fp32 plain"),
-    "ONNX Runtime GenAI": ("onnxruntime-genai-int8", None, "onnxruntime-genai-fp32"),
+    "medusa-export with heads, n-grams and prompt lookup": (
+        "int8 lookup",
+        "int8-fast lookup",
+        "int8-blocks lookup",
+        "fp32 lookup",
+    ),
+    "medusa-export, plain decoding": ("int8 plain", "int8-fast plain", "int8-blocks plain", "fp32 plain"),
+    "ONNX Runtime GenAI": (None, None, "onnxruntime-genai-int8", "onnxruntime-genai-fp32"),
+    "llama.cpp": (None, None, "llama.cpp-q8_0", None),
 }
 
 
