@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
+from answer_times import timed
 from request_loop import Operations, serve
 
 
@@ -28,13 +29,6 @@ class Answer:
         turn.set_min_generated_tokens(max_tokens)  # an end token does not end it
         turn.set_max_generated_tokens(max_tokens)
         self.turn = self.request.begin_turn(np.array(token_ids, np.int32), turn)
-
-    def told(self) -> dict[str, Any]:
-        """As `http_load.timed` tells it, without the text."""
-        first, last = self.times[0], self.times[-1]
-        gaps = [1e3 * (then - before) for before, then in zip(self.times, self.times[1:], strict=False)]
-        token_ms = 1e3 * (last - first) / max(1, len(self.times) - 1)
-        return {"tokens": len(self.times), "first_ms": 1e3 * (first - self.started), "gaps_ms": gaps, "token_ms": token_ms}
 
 
 def load(engine: Any, prompts: list[list[int]], streams: int, max_tokens: int) -> dict[str, Any]:
@@ -57,7 +51,7 @@ def load(engine: Any, prompts: list[list[int]], streams: int, max_tokens: int) -
             if flags & og.EngineEventFlags.TOKEN.value:
                 answer.times.append(now)
             if flags & og.EngineEventFlags.TURN_FINISHED.value:
-                told[answer.number] = answer.told()
+                told[answer.number] = timed(answer.started, answer.times, "", len(answer.times))
                 open_answers.pop(event.request).request.close()
     return {"seconds": time.perf_counter() - started, "answers": [told[number] for number in range(len(prompts))]}
 

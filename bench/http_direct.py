@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from http_load import timed
+from answer_times import timed
 from request_loop import serve
 
 from medusa_runtime import MedusaLM

@@ -12,12 +12,12 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import aiohttp
+from answer_times import timed
 from request_loop import Operations, serve
 
 PATH = "/v1/chat/completions"
@@ -49,17 +49,6 @@ class Watched:
         if not times:
             raise RuntimeError("the server sent no text")
         return timed(self.started, times, "".join(texts), len(texts) if tokens is None else tokens)
-
-
-def timed(started: float, times: Sequence[float], text: str, tokens: int) -> dict[str, Any]:
-    """What is told of one answer."""
-    return {
-        "text": text,
-        "tokens": tokens,
-        "first_ms": 1e3 * (times[0] - started),
-        "gaps_ms": [1e3 * (then - before) for before, then in pairwise(times)],
-        "token_ms": 1e3 * (times[-1] - times[0]) / max(1, tokens - 1),
-    }
 
 
 async def ask(session: aiohttp.ClientSession, body: dict[str, Any]) -> Watched:

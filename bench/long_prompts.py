@@ -25,8 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 from http_servers import llama_server, medusa_server
-from over_http import Ask, measure, through, told
-from two_checkouts import processor_seconds
+from over_http import Ask, measure, through, told, watched
 
 from medusa_export.measure.bench.process import WORKERS, WorkerProcess
 from medusa_runtime.text.codec import TextCodec
@@ -48,18 +47,6 @@ def pieces(codec: TextCodec, num_tokens: int) -> Iterator[str]:
     for start in range(0, len(ids) - room, room):
         yield QUESTION + codec.decode(ids[start : start + room])
     raise click.ClickException(f"the texts have {len(ids)} tokens: too few for so many prompts; ask for fewer rounds")
-
-
-def watched(ask: Ask, pid: int) -> Ask:
-    """`ask`, and the processor time that a process took meanwhile, and that all others took."""
-
-    def measured(prompts: list[str], streams: int) -> dict[str, Any]:
-        every, own = processor_seconds(pid)
-        outcome = ask(prompts, streams)
-        every, own = (after - before for after, before in zip(processor_seconds(pid), (every, own), strict=True))
-        return outcome | {"used": {"engine": own, "others": every - own}}
-
-    return measured
 
 
 def per_second(run: dict[str, Any]) -> float:
@@ -118,14 +105,14 @@ def main(
         for name in ("medusa", "plain"):  # two servers: one would remember the other's prompts
             server = stack.enter_context(medusa_server(bundle, max(callers)))
             own = ours | {"medusa": {"enabled": name == "medusa"}}
-            asks[name] = watched(through(load, server, own, keeps=False), server.process.pid)
+            asks[name] = watched(through(load, server, own, keeps=False), {"engine": server.process.pid})
         if llama is not None and llama_cpp_model is not None:
             other = stack.enter_context(llama_server(llama, llama_cpp_model, max(callers), prompt_tokens + max_tokens + 64))
-            asks["llama.cpp"] = watched(through(load, other, ours, keeps=False), other.process.pid)
+            asks["llama.cpp"] = watched(through(load, other, ours, keeps=False), {"engine": other.process.pid})
         if genai is not None:
             command = [str(genai_python), str(here.with_name("genai_direct.py")), str(genai)]
             worker = stack.enter_context(WorkerProcess("genai", command, path | {"PYTHONPATH": str(WORKERS)}))
-            asks["genai"] = watched(in_process(worker, codec, max_tokens), worker.pid)
+            asks["genai"] = watched(in_process(worker, codec, max_tokens), {"engine": worker.pid})
             versions["onnxruntime-genai"] = worker.ask("version")
         waiting = iter(prompts)
         found = measure(asks, rounds, callers, lambda streams: [next(waiting) for _ in range(REQUESTS_PER_CALLER * streams)])

@@ -55,11 +55,13 @@ class native_run:  # noqa: N801 - used as a context, like a function
 
 @atexit.register
 def _end() -> None:
-    for stop in _stops:
-        stop()
-    with _runs.changed:
-        _runs.is_ending = True
-        _runs.changed.wait_for(lambda: _runs.count == 0, PATIENCE)
+    try:
+        for stop in _stops:
+            stop()
+    finally:  # Ctrl-C may end the first wait, not the second
+        with _runs.changed:
+            _runs.is_ending = True
+            _runs.changed.wait_for(lambda: _runs.count == 0, PATIENCE)
 
 
 def _start_anew() -> None:

@@ -87,6 +87,18 @@ def opened(bundle: Path, target: str, **changes: Any) -> OrtCpuBackend:
 # --- the graphs for the CPU provider
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_activations_of_heads_have_one_term_whatever_the_steps_have(exported: Make, tmp_path: Path, bits: int) -> None:
+    done = run("quantize", exported(), "-o", tmp_path / "int8", "--activation-bits", bits, "--no-rotate")
+    assert done.exit_code == 0, done.output
+    kinds = [node.op_type for node in onnx.load(tmp_path / "int8/heads.ort-cpu.onnx", load_external_data=False).graph.node]
+    assert "MatMulIntegerToFloat" in kinds
+    assert "DequantizeLinear" not in kinds  # of a first term, whose rest is the second
+    if bits == 16:
+        step = onnx.load(tmp_path / "int8/step.ort-cpu.onnx", load_external_data=False).graph
+        assert "weights_of_terms" in {tensor.name for tensor in step.initializer}
+
+
 def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[np.ndarray]:
     """Outputs for three sequences of different lengths: prompts (one in chunks), a batch of trees, heads, a smaller batch."""
     rng = np.random.default_rng(0)

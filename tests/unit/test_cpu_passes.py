@@ -433,6 +433,12 @@ def test_a_sum_that_is_no_log_probability_is_left_alone(out: str, axis: int, ope
     assert not LogProbs()(parse(text)).modified
 
 
+@pytest.mark.parametrize(("found", "other"), [("TopK <axis = -1>", "TopK <axis = 1>"), ("Exp (", "Exp <keepdims = 0> (")])
+def test_candidates_along_another_axis_are_left_alone(found: str, other: str) -> None:
+    text = CANDIDATES.format(out="float[B,K,5] y", axis=-1, operands="best, sum", more="").replace(found, other)
+    assert not LogProbs()(parse(text)).modified
+
+
 # --- SkipNorm
 
 NORM = "g ({inputs}, float[8] w) => ({out}) {{ t = Add (a, b)\n y = RMSNormalization {attributes} (t, w)\n {more} }}"
