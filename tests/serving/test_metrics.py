@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from unittest.mock import patch
 
 import pytest
@@ -149,6 +150,7 @@ def test_the_queues_refusals_are_told_by_reason() -> None:
         busy = samples_of(metrics_of(lm))
         assert (busy[key("vllm:num_requests_running")], busy[key("vllm:num_requests_waiting")]) == (1, 1)
         assert (busy[key("medusa_slots_in_use")], busy[key("medusa_slots")]) == (1, 1)
+        time.sleep(0.02)  # it has waited too long before it could be decoded
         gate.is_open.set()
         with pytest.raises(QueueTimeoutError):
             waiting.result(30)
