@@ -70,6 +70,25 @@ def test_the_heads_seconds_are_kept_by_batch_size() -> None:
     assert costs.heads(8) == pytest.approx(1.001)
 
 
+def test_drafts_cost_the_hosts_work_that_they_add() -> None:
+    """Steps without drafts do not bear it, so heads that just pay for their evaluation do not pay."""
+    assert SOUND.steps(2, 64, 1)[-1] == pytest.approx(1.1)
+    assert (SOUND.heads(1), SOUND.heads(2)) == (pytest.approx(0.5 + 0.2), pytest.approx(0.75 + 0.4))
+    assert replace(SOUND, draft_seconds=[]).heads(1) == 0.5
+
+
+def test_learned_costs_tell_the_hosts_work_with_drafts_and_without_apart() -> None:
+    costs = LearnedCosts()
+    costs.observe(1, 1, 1000, 1.07)
+    costs.observe_heads(1, 0.1)
+    costs.observe_host(1, 0.3, with_heads=True)  # no step without drafts was seen: it is taken to have a third of that
+    assert (costs.steps(1, 1000, 1)[0], costs.heads(1)) == (pytest.approx(1.17), pytest.approx(0.3))
+    costs.observe_host(1, 0.05, with_heads=False)
+    assert (costs.steps(1, 1000, 1)[0], costs.heads(1)) == (pytest.approx(1.12), pytest.approx(0.35))
+    costs.observe_host(1, 100.0, with_heads=True)  # a stall counts as twice the seconds
+    assert costs.heads(1) == pytest.approx(0.1 + 0.33 - 0.05)
+
+
 def test_learned_costs_tell_batch_nodes_and_cache_apart() -> None:
     def truth(batch: int, width: int, capacity: int) -> float:
         return 0.02 + batch * width * (0.002 + 0.001 * capacity / 1000)
@@ -98,7 +117,7 @@ def test_a_table_of_one_width_says_the_same_of_all() -> None:
     np.testing.assert_allclose(StepCosts([1], [4], [64], [[[2.0]]], [0.1]).steps(1, 64, 5), [2.0] * 5)
 
 
-SOUND = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75], [0.0, 0.1])
+SOUND = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75], [0.0, 0.1], [0.2, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -116,11 +135,13 @@ SOUND = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75],
         ("head_seconds", [0.5, -0.1]),
         ("host_seconds", [0.1]),
         ("host_seconds", [0.1, -0.1]),
+        ("draft_seconds", [0.1]),
+        ("draft_seconds", [0.1, -0.1]),
     ],
 )
 def test_a_table_that_cannot_be_is_refused(field: str, value: object) -> None:
     SOUND.check()
-    replace(SOUND, host_seconds=[]).check()
+    replace(SOUND, host_seconds=[], draft_seconds=[]).check()
     with pytest.raises((ValueError, TypeError)):
         replace(SOUND, **{field: value}).check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,14 @@ def test_the_heads_have_a_factor_of_their_own() -> None:
     before = costs.heads(1)
     costs.observe_heads(1, 100.0)
     assert costs.heads(1) < 1.2 * before
+
+
+def test_the_hosts_work_with_drafts_has_the_factor_of_a_step_of_one_node() -> None:
+    costs = CorrectedCosts(replace(TABLE, draft_seconds=[0.03] * len(TABLE.batch_sizes)))
+    assert costs.heads(1) == pytest.approx(TABLE.heads(1) + 0.03)
+    for _ in range(200):
+        costs.observe(1, 1, 64, 2 * measured(1, 1, 64))
+    assert costs.heads(1) == pytest.approx(TABLE.heads(1) + 0.06, rel=0.02)
 
 
 def test_costs_stay_positive_whatever_is_seen() -> None:

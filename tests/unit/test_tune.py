@@ -234,9 +234,10 @@ def test_a_step_that_fails_is_told() -> None:
 
 def test_the_hosts_share_is_on_a_line_between_the_smallest_and_the_largest_batch() -> None:
     costs = StepCosts([1, 2, 3], [1, 8], [64], [[[1.0, 2.0]] * 3], [0.1] * 3)
-    found = with_host_seconds(FakeBackend(), costs, PROMPTS[:2]).host_seconds
-    assert found[1] == pytest.approx((found[0] + found[2]) / 2)
-    assert min(found) > 0
+    measured = with_host_seconds(FakeBackend(), costs, PROMPTS[:2])
+    for found in (measured.host_seconds, measured.draft_seconds):
+        assert found[1] == pytest.approx((found[0] + found[2]) / 2)
+        assert min(found) > 0
 
 
 def test_two_engines_decode_the_same_prompts_in_turn() -> None:

@@ -88,7 +88,7 @@ def test_what_is_kept_reads_back(tmp_path, manifest, warned) -> None:
     assert tuned(tmp_path, manifest, HERE) == device()
     assert warned == []
     assert [path.name for path in tmp_path.iterdir()] == ["tuning.json"]
-    assert json.loads((tmp_path / "tuning.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "tuning.json").read_text())["schema_version"] == 3
 
 
 def test_no_tuning_is_no_reason_for_a_warning(tmp_path, manifest, warned) -> None:
@@ -139,7 +139,7 @@ def changed(**changes: object) -> str:
         ("", "is damaged (Expecting value"),
         ("{}", "Field required"),
         ("[1]", "is damaged ("),
-        (changed(schema_version=3), "cannot be read (it has schema version 3, medusa-export "),
+        (changed(schema_version=4), "cannot be read (it has schema version 4, medusa-export "),
         (changed(schema_version="1"), "cannot be read (it has schema version '1', and a version is a number"),
         (changed(devices__here__costs__widths=[8, 1]), "its axes do not ascend"),
         (changed(devices__here__costs__host_seconds=[1.0]), "not as large as it says"),

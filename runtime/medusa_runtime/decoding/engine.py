@@ -238,6 +238,7 @@ class DecodingEngine:
 
     def _decode_once(self, sequences: list[DecodingSequence]) -> None:
         """Propose, verify, accept, commit."""
+        begun = time.perf_counter()
         lengths = np.array([slot.length for slot in self._slots.decoding])
         step = self._proposer.choose(sequences, int(lengths.max()))
         batch = DraftBatch.of(step.drafts)
@@ -268,6 +269,9 @@ class DecodingEngine:
         for stats in (self.stats, *(sequence.stats for sequence in sequences)):
             stats.engine_seconds += seconds
             stats.num_passes += 1
+        if self.costs is not None and output.is_warm:
+            host = time.perf_counter() - begun - seconds
+            self.costs.observe_host(len(sequences), host, with_heads=step.with_heads)
         if output.is_warm:
             self._step_seconds = seconds if self._step_seconds is None else moving_average(self._step_seconds, seconds)
 

@@ -29,6 +29,7 @@ class StepDrafts:
     proposals: list[Proposals]  # [B]
     drafts: list[Draft]  # [B]
     plan: StepPlan | None  # None if all drafts have their full size
+    with_heads: bool  # whether the heads were asked for them
 
 
 class Proposer:
@@ -58,9 +59,10 @@ class Proposer:
             capacity: entries in use in the fullest slot.
         """
         proposals = [self._proposals(sequence) for sequence in sequences]
-        plan = self._plan(sequences, proposals, capacity)
+        with_heads = any(sequence.guesses is not None for sequence in sequences)
+        plan = self._plan(sequences, proposals, capacity, with_heads=with_heads)
         pairs = zip(sequences, proposals, strict=True)
-        return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan)
+        return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan, with_heads)
 
     def go_on(self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]) -> float:
         """Learn from a step, and have the heads guess what follows each new root if that pays. Returns the heads' seconds."""
@@ -106,7 +108,9 @@ class Proposer:
             return sequence.drafter.propose(sequence.guesses, sequence.remaining)
         return Proposals(Draft.chain([int(sequence.tokens.ids[-1])]), 1)
 
-    def _plan(self, sequences: Sequence[DecodingSequence], proposals: list[Proposals], capacity: int) -> StepPlan | None:
+    def _plan(
+        self, sequences: Sequence[DecodingSequence], proposals: list[Proposals], capacity: int, *, with_heads: bool
+    ) -> StepPlan | None:
         """The width of the step; None if all drafts have their full size."""
         if self._budget is None:
             return None
@@ -116,7 +120,7 @@ class Proposer:
             least=max(fixed, default=1),
             capacity=capacity,  # little more is allocated
             looked_up=_lookup_chances(sequences, proposals),
-            with_heads=any(sequence.guesses is not None for sequence in sequences),
+            with_heads=with_heads,
         )
 
     def _draft(self, sequence: DecodingSequence, proposals: Proposals, plan: StepPlan | None) -> Draft:

@@ -18,7 +18,7 @@ class CorrectedCosts:
     Other programs may have used the machine while the table was measured, or may use it now. The table still says how costs
     depend on batch, nodes and cache. Two factors are learned: of a step of one node, and of what further nodes add to it. They
     start at 1 and move together until steps of several widths tell them apart. So narrow steps also correct the costs of wide
-    ones that were never tried. The heads have a factor of their own. The host's work has that of a step of one node.
+    ones that were never tried. The heads' evaluation has a factor of its own. The host's work has that of a step of one node.
 
     Args:
         table: the costs as they were measured. They stay as they are.
@@ -42,7 +42,8 @@ class CorrectedCosts:
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`."""
-        return self._head_factor * self.table.heads(batch)
+        one = max(float(self._factors.mean[0]), LEAST)
+        return self._head_factor * self.table.evaluation(batch) + one * self.table.drafts(batch)
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
         """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
@@ -53,8 +54,11 @@ class CorrectedCosts:
 
     def observe_heads(self, batch: int, seconds: float) -> None:
         """See `Costs.observe_heads`."""
-        factor = min(seconds / self.table.heads(batch), 2 * self._head_factor)
+        factor = min(seconds / self.table.evaluation(batch), 2 * self._head_factor)
         self._head_factor = max(moving_average(self._head_factor, factor), LEAST)
+
+    def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
+        """See `Costs.observe_host`. The host's share stays as it was measured, but for the factor of a step of one node."""
 
     def _parts(self, batch: int, capacity: int, max_width: int) -> tuple[float, FloatArray]:
         """What the table says of a step of one node, and what 0, 1 … further nodes add to it, without the host's work."""

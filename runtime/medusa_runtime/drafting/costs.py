@@ -34,7 +34,7 @@ class Costs(Protocol):
         ...
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
-        """Seconds of a step of 1, 2 … `max_width` tokens a sequence. [max_width]
+        """Seconds of a step of 1, 2 … `max_width` tokens a sequence, with the host's work of a step without drafts. [max_width]
 
         Args:
             batch: sequences.
@@ -44,7 +44,7 @@ class Costs(Protocol):
         ...
 
     def heads(self, batch: int) -> float:
-        """Seconds of one evaluation of the heads."""
+        """Seconds that one step more takes if the heads are asked: their evaluation, and the host's work with their drafts."""
         ...
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
@@ -52,7 +52,11 @@ class Costs(Protocol):
         ...
 
     def observe_heads(self, batch: int, seconds: float) -> None:
-        """Learn from the seconds that the heads took."""
+        """Learn from the seconds that one evaluation of the heads took."""
+        ...
+
+    def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
+        """Learn from the seconds of the host's work in a step, whose drafts were the heads' or not."""
         ...
 
 
@@ -66,7 +70,9 @@ class StepCosts:
         capacities: entries a slot, ascending.
         step_seconds: nested lists. [capacities, batch_sizes, widths]
         head_seconds: of one evaluation of the heads. [batch_sizes]
-        host_seconds: the rest of a step: drafts, acceptance, bookkeeping. Empty if not measured. [batch_sizes]
+        host_seconds: the rest of a step without drafts: acceptance, bookkeeping. Empty if not measured. [batch_sizes]
+        draft_seconds: what the heads' drafts add to that: their tree, its mask, its acceptance. Empty if not measured.
+            [batch_sizes]
     """
 
     batch_sizes: list[int]
@@ -75,6 +81,7 @@ class StepCosts:
     step_seconds: list[list[list[float]]]
     head_seconds: list[float]
     host_seconds: list[float] = field(default_factory=list)
+    draft_seconds: list[float] = field(default_factory=list)
 
     @classmethod
     def measure(
@@ -117,13 +124,15 @@ class StepCosts:
         """Raise a ValueError or TypeError if the table is malformed."""
         axes = [np.array(axis, np.float64) for axis in (self.capacities, self.batch_sizes, self.widths)]
         tables = [np.array(table, np.float64) for table in (self.step_seconds, self.head_seconds)]
-        host = np.array(self.host_seconds, np.float64)
+        host = [np.array(seconds, np.float64) for seconds in (self.host_seconds, self.draft_seconds)]
         if any(axis.ndim != 1 or not len(axis) or (np.diff(axis, prepend=0) <= 0).any() for axis in axes):
             raise ValueError("its axes do not ascend")
         batches = (len(axes[1]),)
-        if [table.shape for table in tables] != [tuple(map(len, axes)), batches] or host.shape not in {(0,), batches}:
+        if [table.shape for table in tables] != [tuple(map(len, axes)), batches] or any(
+            work.shape not in {(0,), batches} for work in host
+        ):
             raise ValueError("its tables are not as large as it says")
-        if not all((table > 0).all() for table in tables) or not (host >= 0).all():
+        if not all((table > 0).all() for table in tables) or not all((work >= 0).all() for work in host):
             raise ValueError("a step takes no time")
 
     def save(self, path: str | Path) -> None:
@@ -152,12 +161,20 @@ class StepCosts:
         return inside
 
     def host(self, batch: int) -> float:
-        """Seconds of the host's work in a step; 0 if it was not measured."""
-        return float(_along(np.array(self.host_seconds), self.batch_sizes, batch)) if self.host_seconds else 0.0
+        """Seconds of the host's work in a step without drafts; 0 if it was not measured."""
+        return self._of_batch(self.host_seconds, batch)
+
+    def drafts(self, batch: int) -> float:
+        """Seconds that the heads' drafts add to the host's work in a step; 0 if they were not measured."""
+        return self._of_batch(self.draft_seconds, batch)
+
+    def evaluation(self, batch: int) -> float:
+        """Seconds of one evaluation of the heads."""
+        return self._of_batch(self.head_seconds, batch)
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`."""
-        return float(_along(np.array(self.head_seconds), self.batch_sizes, batch))
+        return self.evaluation(batch) + self.drafts(batch)
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
         """See `Costs.observe`. A table stays as it was measured."""
@@ -165,19 +182,26 @@ class StepCosts:
     def observe_heads(self, batch: int, seconds: float) -> None:
         """See `Costs.observe_heads`. A table stays as it was measured."""
 
+    def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
+        """See `Costs.observe_host`. A table stays as it was measured."""
+
+    def _of_batch(self, seconds: Sequence[float], batch: int) -> float:
+        return float(_along(np.array(seconds), self.batch_sizes, batch)) if seconds else 0.0
+
 
 class LearnedCosts:
     """Costs that are learned from the steps that are made anyway. They start from a guess.
 
     The model: a step of B sequences with T tokens each on a cache of S entries costs ``a + b·B·T + c·B·T·S``. A Kalman filter
     estimates the three coefficients. It starts from values seen on a CPU, assumes that a timing has an error of a tenth, and
-    forgets slowly.
+    forgets slowly. The heads' evaluation and the host's work are averages of what they took with the nearest batch size.
     """
 
     def __init__(self) -> None:
         self._unit = 0.0  # seconds of a step of one token, by the first step seen; the coefficients are relative to it
         self._coefficients = Coefficients(np.array([1.0, 0.05, 0.02]), COST_PRIOR)
         self._head_seconds: dict[int, float] = {}  # by batch size
+        self._host_seconds: dict[bool, dict[int, float]] = {False: {}, True: {}}  # with the heads' drafts or without
 
     @property
     def is_warm(self) -> bool:
@@ -189,14 +213,17 @@ class LearnedCosts:
         tokens = batch * np.arange(1, max_width + 1)
         features = np.stack([np.ones(max_width), tokens, tokens * capacity / 1000], axis=1)  # [max_width, 3]
         costs = features @ np.maximum(self._coefficients.mean, [0.05, 0.0, 0.0])
-        return np.asarray((self._unit or 1.0) * costs, np.float32)
+        return np.asarray((self._unit or 1.0) * costs + self._host(batch)[0], np.float32)
 
     def heads(self, batch: int) -> float:
-        """See `Costs.heads`. Before the first evaluation, the heads are assumed to cost a tenth of a step."""
-        if not self._head_seconds:
-            return 0.1 * (self._unit or 1.0)
-        nearest = min(self._head_seconds, key=lambda seen: abs(seen - batch))
-        return self._head_seconds[nearest]
+        """See `Costs.heads`. Before the first evaluation, it is assumed to take a tenth of a step."""
+        return _nearest(self._head_seconds, batch, 0.1 * (self._unit or 1.0)) + self._host(batch)[1]
+
+    def _host(self, batch: int) -> tuple[float, float]:
+        """Seconds of the host's work in a step without drafts, and what the heads' drafts add to it."""
+        with_heads = _nearest(self._host_seconds[True], batch, 0.0)
+        without = _nearest(self._host_seconds[False], batch, with_heads / 3)  # a third of it, as long as it was never seen
+        return without, max(with_heads - without, 0.0)
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
         """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
@@ -209,12 +236,28 @@ class LearnedCosts:
 
     def observe_heads(self, batch: int, seconds: float) -> None:
         """See `Costs.observe_heads`."""
-        before = self._head_seconds.get(batch, seconds)
-        self._head_seconds[batch] = moving_average(before, min(seconds, 2 * before))
+        _average(self._head_seconds, batch, seconds)
+
+    def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
+        """See `Costs.observe_host`."""
+        _average(self._host_seconds[with_heads], batch, seconds)
 
 
 def moving_average(average: float, value: float) -> float:
     return average + MOVE * (value - average)
+
+
+def _average(seconds_by_batch: dict[int, float], batch: int, seconds: float) -> None:
+    """Move the average of a batch size. A stall of the machine counts as twice the average."""
+    before = seconds_by_batch.get(batch, seconds)
+    seconds_by_batch[batch] = moving_average(before, min(seconds, 2 * before))
+
+
+def _nearest(seconds_by_batch: dict[int, float], batch: int, otherwise: float) -> float:
+    """The seconds of the nearest batch size that was seen."""
+    if not seconds_by_batch:
+        return otherwise
+    return seconds_by_batch[min(seconds_by_batch, key=lambda seen: abs(seen - batch))]
 
 
 def fitting_nodes(limits: Limits, max_nodes: int) -> int:

@@ -16,7 +16,8 @@ from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 from medusa_runtime.errors import BundleError, MedusaError, first_line
 
 Kind = Literal["plain", "static", "dynamic"]
-VERSIONS = FileVersions("schema_version", newest=2, steps={1: lambda data: data})  # 2 has `measurement`, which is optional
+# 2 has `measurement`, and 3 has `draft_seconds` among the costs; both are optional
+VERSIONS = FileVersions("schema_version", newest=3, steps={1: lambda data: data, 2: lambda data: data})
 log = logging.getLogger(__name__)
 
 

@@ -12,6 +12,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.decoding.engine import DecodingEngine
 from medusa_runtime.decoding.stats import DecodingStats
 from medusa_runtime.drafting.costs import StepCosts
+from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.drafting.rounds import low
 from medusa_runtime.drafting.tree import DynamicTree
 from medusa_runtime.drafting.tuning import LookupCheck
@@ -114,26 +115,42 @@ def rate(steps: Sequence[TimedStep]) -> float:
     return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
 
 
-def with_host_seconds(backend: Backend, costs: StepCosts, prompts: Sequence[Sequence[int]]) -> StepCosts:
-    """The costs plus the host's share of a step, measured at the smallest and the largest batch and interpolated linearly.
+def with_host_seconds(
+    backend: Backend, costs: StepCosts, prompts: Sequence[Sequence[int]], ngrams: NGrams | None = None
+) -> StepCosts:
+    """The costs plus the host's share of a step, without drafts and with the heads' drafts.
+
+    Both are measured at the smallest and the largest batch and interpolated linearly.
 
     Args:
         backend: the backend; nothing else may use it meanwhile.
         costs: the backend's costs.
         prompts: token ids of at least one prompt.
+        ngrams: what corrects the heads' guesses.
     """
     ends = (costs.batch_sizes[0], costs.batch_sizes[-1])
-    measured = []
-    for batch in ends:
-        tree = DynamicTree(min(HOST_NODES, costs.widths[-1]))
-        engine = DecodingEngine(backend, tree, max_batch_size=batch, reuse_prefixes=False)
-        options = DecodingOptions(max_new_tokens=HOST_TOKENS, ignore_eos=True)
-        steps = full_steps(engine, cycled(prompts, batch), options, HOST_STEPS)
-        measured.append(float(low([step.seconds - step.engine_seconds for step in steps])) if steps else 0.0)
-    slope = (measured[1] - measured[0]) / max(1, ends[1] - ends[0])
-    return dataclasses.replace(
-        costs, host_seconds=[max(0.0, measured[0] + slope * (batch - ends[0])) for batch in costs.batch_sizes]
+    plain, drafted = zip(
+        *(_host_seconds(backend, min(HOST_NODES, costs.widths[-1]), cycled(prompts, batch), ngrams) for batch in ends),
+        strict=True,
     )
+
+    def between(measured: Sequence[float]) -> list[float]:
+        slope = (measured[1] - measured[0]) / max(1, ends[1] - ends[0])
+        return [max(0.0, measured[0] + slope * (batch - ends[0])) for batch in costs.batch_sizes]
+
+    drafts = [max(0.0, after - before) for before, after in zip(plain, drafted, strict=True)]
+    return dataclasses.replace(costs, host_seconds=between(plain), draft_seconds=between(drafts))
+
+
+def _host_seconds(backend: Backend, nodes: int, prompts: Sequence[Sequence[int]], ngrams: NGrams | None) -> tuple[float, float]:
+    """The host's work in a step without drafts, and with trees of `nodes` nodes. All prompts are decoded at a time."""
+    found = []
+    for medusa in (False, True):
+        engine = DecodingEngine(backend, DynamicTree(nodes), max_batch_size=len(prompts), reuse_prefixes=False, ngrams=ngrams)
+        options = DecodingOptions(max_new_tokens=HOST_TOKENS, ignore_eos=True, medusa=medusa)
+        steps = full_steps(engine, prompts, options, HOST_STEPS)
+        found.append(float(low([step.seconds - step.engine_seconds for step in steps])) if steps else 0.0)
+    return found[0], found[1]
 
 
 def cycled(things: Sequence[Thing], count: int) -> list[Thing]:

@@ -161,7 +161,7 @@ class _Run:
         measurement = Measurement(rounds=grid.rounds, noise=grid.noise, other_cores=other_cores, is_quiet=is_quiet)
         with stage("the host's share of a step"):
             self.backend.resize(batch_sizes[-1], self.capacity(1))
-            return with_host_seconds(self.backend, costs, self.prompts), measurement
+            return with_host_seconds(self.backend, costs, self.prompts, self.ngrams), measurement
 
     def acceptance(self, max_nodes: int) -> RecordedAcceptance:
         """Which drafts would have been accepted in the prompts' greedy answers."""
