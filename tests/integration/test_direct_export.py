@@ -20,7 +20,9 @@ from medusa_export.check import compare, sides, validate
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.passes.common.linears import MIN_SIZE
+from medusa_export.passes.quantize.integer_weights import tables
 from medusa_export.quantize import export, quantize_bundle
+from medusa_export.quantize.quantized_bundle import quantize_graph
 from medusa_runtime import Manifest, MedusaLM
 from tests.support import packed
 from tests.support.models import save_random_heads, save_tiny_model
@@ -54,9 +56,30 @@ def test_weights_are_those_of_two_steps(model: Path, heads: Path, tmp_path: Path
         assert all(ours[key].const_value.tobytes() == theirs[key].const_value.tobytes() for key in theirs)
     assert one.quantization is not None
     assert two.quantization is not None
-    assert one.quantization.source_bundle is None
-    assert one.quantization.quality["mean_kl"] == pytest.approx(two.quantization.quality["mean_kl"], rel=0.5)
+    assert one.quantization.source_bundle == two.quantization.source_bundle
+    assert one.quantization.quality == two.quantization.quality
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "one", "two"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-blocks", "int8-int4"])
+def test_without_a_float_bundle_a_large_models_weights_get_the_nearest_codes(
+    scheme: Any, model: Path, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_bundle(ExportOptions(str(model), heads, tmp_path / "float"))
+    graphs = {name: read_graph(tmp_path / "float" / f"{name}.onnx") for name in ("step", "heads")}
+    gathered = tables(graphs.values())
+    monkeypatch.setattr("medusa_export.quantize.direct_export.is_large", lambda _: True)
+    manifest = _direct(model, heads, tmp_path / "bundle", scheme)
+    assert "weights are rounded to the nearest codes" in capsys.readouterr().err
+    assert manifest.quantization is not None
+    assert manifest.quantization.source_bundle is None
+    for name, graph in graphs.items():
+        quantize_graph(graph, scheme, gathered)
+        found = read_graph(tmp_path / "bundle" / f"{name}.onnx").graph.initializers
+        assert found.keys() == graph.graph.initializers.keys()
+        assert all(
+            found[key].const_value.tobytes() == value.const_value.tobytes() for key, value in graph.graph.initializers.items()
+        )
 
 
 def test_weights_that_are_stored_in_half_precision_are_cast_one_by_one(model: Path, heads: Path, tmp_path: Path) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from medusa_export.bundle.export import export_bundle
 from medusa_export.bundle.read_graph import read_graph
 from medusa_export.check import validate
-from medusa_export.cli import main
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.passes.common.terms import noted_terms
@@ -121,15 +119,25 @@ def test_a_rotation_that_changes_the_results_is_not_used(
         rotate(graphs, bundle, Manifest.load(bundle), TEXTS, tmp_path)
 
 
-@pytest.mark.parametrize(("model_type", "bits"), [("llama", 16), ("granite", 8), ("gemma", 8)])
+@pytest.mark.parametrize(
+    ("model_type", "scheme", "bits", "most"),
+    [
+        ("llama", "int8", 16, 0.01),
+        ("granite", "int8", 8, 0.01),
+        ("gemma", "int8", 8, 0.01),
+        ("llama", "int8-blocks", None, 0.01),
+        ("llama", "int4", None, 0.1),
+    ],
+)
 def test_a_rotated_bundle_passes_its_validation(
-    model_type: str, bits: Any, exported: Make, make_model: Make, tmp_path: Path
+    model_type: str, scheme: Any, bits: Any, most: float, exported: Make, make_model: Make, tmp_path: Path
 ) -> None:
-    manifest = quantize_bundle(QuantizeOptions(exported(model_type), tmp_path / "new", activation_bits=bits, rotate=True))
+    options = QuantizeOptions(exported(model_type), tmp_path / "new", scheme, activation_bits=bits, rotate=True)
+    manifest = quantize_bundle(options)
     assert manifest.quantization is not None
     assert manifest.quantization.rotation is not None
-    assert (manifest.quantization.products_with_16_bits is None) == (bits == 16)
-    assert manifest.quantization.quality["mean_kl"] < 0.01
+    assert (manifest.quantization.products_with_16_bits is None) == (bits != 8)
+    assert manifest.quantization.quality["mean_kl"] < most
     reference = str(make_model(model_type, **ROTATED[model_type]))
     report = validate(tmp_path / "new", reference, prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
@@ -175,10 +183,3 @@ def test_the_choice_of_terms_is_kept_in_the_portable_graph(exported: Make, tmp_p
         > own.count("DequantizeLinear")
         == len({node.inputs[0] for node in read_graph(tmp_path / "new" / "step.onnx").graph if noted_terms(node) == 2})
     )
-
-
-def test_rotation_is_for_int8(exported: Make, tmp_path: Path) -> None:
-    words = ["quantize", str(exported("llama")), "-o", str(tmp_path / "new"), "--scheme", "int4"]
-    result = CliRunner().invoke(main, [*words, "--rotate"])
-    assert result.exit_code == 2
-    assert "--rotate only applies to --scheme int8, not int4" in result.stderr

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medusa_export.passes.common.rounding import to_int8
+from medusa_export.passes.common.rounding import to_int8, to_int8_blocks, to_uint4
 from medusa_export.passes.common.terms import note_terms, noted_terms
 from medusa_export.passes.ort_cpu import variants
 from medusa_export.passes.quantize.activation_probes import with_errors, with_moments
 from medusa_export.passes.quantize.choose_terms import MOST_ERROR, ChooseTerms
-from medusa_export.passes.quantize.error_feedback import to_int8_for
+from medusa_export.passes.quantize.error_feedback import ErrorFeedback
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights
 from medusa_export.passes.quantize.orthogonal import random_rotation, rotated
 from medusa_export.passes.quantize.rotate_stream import GAINS, STATE_BASIS, RotateStream
@@ -357,24 +358,40 @@ def test_products_with_other_terms_are_not_merged() -> None:
 # --- weights that are rounded for their inputs
 
 
-def test_weights_are_rounded_for_correlated_inputs() -> None:
+def restored(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | float = 0.0) -> np.ndarray:
+    """The weight [K, N] that codes stand for, with a scale per output, or per output and block of inputs."""
+    blocks = codes.astype("f").reshape(1 if scales.ndim == 1 else len(scales), -1, codes.shape[1])
+    zeros = zeros if isinstance(zeros, float) else zeros.astype("f")[:, None]
+    return ((blocks - zeros) * scales.reshape(len(blocks), 1, -1)).reshape(codes.shape)
+
+
+WAYS: list[tuple[Any, Any, int]] = [
+    (partial(to_int8, axis=0), ErrorFeedback.to_int8, 127),
+    (to_int8_blocks, ErrorFeedback.to_int8_blocks, 127),
+    (to_uint4, ErrorFeedback.to_uint4, 15),
+]
+
+
+@pytest.mark.parametrize(("nearest", "fed_back", "most"), WAYS)
+def test_weights_are_rounded_for_correlated_inputs(nearest: Any, fed_back: Any, most: int) -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(8, 64))
     seen, unseen = ((rng.normal(size=(400, 8)) @ mixing + 0.1 * rng.normal(size=(400, 64))).astype("f") for _ in range(2))
     weight = normal(64, 96)
-    near, scales = to_int8(weight, 0)
-    codes, own = to_int8_for(weight, seen.T @ seen)
-    np.testing.assert_array_equal(own, scales)
-    assert codes.dtype == np.int8
-    assert codes.min() >= -127
-    errors = [np.square(unseen @ (found * scales - weight)).mean() for found in (near, codes)]
+    near, better = nearest(weight), fed_back(ErrorFeedback(seen.T @ seen), weight)
+    for one, other in zip(near[1:], better[1:], strict=True):  # scales and zero points
+        np.testing.assert_array_equal(one, other)
+    assert better[0].dtype == near[0].dtype
+    assert -127 <= better[0].min() <= better[0].max() <= most
+    errors = [np.square(unseen @ (restored(*found) - weight)).mean() for found in (near, better)]
     assert errors[1] < errors[0] / 3
 
 
+@pytest.mark.parametrize(("nearest", "fed_back", "most"), WAYS)
 @pytest.mark.parametrize("moments", [np.diag(np.arange(1, 65)).astype("f"), np.zeros((64, 64), "f")])
-def test_without_correlations_the_nearest_codes_are_best(moments: np.ndarray) -> None:
+def test_without_correlations_the_nearest_codes_are_best(moments: np.ndarray, nearest: Any, fed_back: Any, most: int) -> None:
     weight = normal(64, 96)
-    np.testing.assert_array_equal(to_int8_for(weight, moments)[0], to_int8(weight, 0)[0])
+    np.testing.assert_array_equal(fed_back(ErrorFeedback(moments), weight)[0], nearest(weight)[0])
 
 
 def test_codes_that_were_found_before_are_stored() -> None:

@@ -22,8 +22,8 @@ ActivationBits = Annotated[
 Rotate = Annotated[
     bool | None,
     Field(
-        description="int8 only: rotate the activations, by changing weights alone, so that no channel holds outliers. If not, "
-        "outliers of 8-bit activations are moved into the weights"
+        description="rotate the activations, by changing weights alone, so that no channel holds outliers. If not, outliers of "
+        "int8's 8-bit activations are moved into the weights"
     ),
     Flag(default="with --activation-bits 8, if it is exact for the model"),
 ]
@@ -47,7 +47,7 @@ class QuantizeOptions:
     rotate: Rotate = None
     calibration_prompts: Annotated[
         Path | None,
-        Field(description="int8 only: measure activations on answers to these prompts"),
+        Field(description="measure activations on answers to these prompts"),
         Flag(default="built-in prompts"),
     ] = None
     quality_prompts: Annotated[

@@ -35,10 +35,10 @@ LEAST_PROMPTS = 2
 def export(options: ExportOptions) -> Manifest:
     """Export a checkpoint to a bundle, quantised if the options say so.
 
-    To int8, a float bundle is written first and deleted, since weights are rounded for activations that are measured with it.
-    To other schemes, and to int8 if the model is large, weights go from the checkpoint to a quantised bundle one by one. Codes
-    that the checkpoint has are then kept as they are, if the scheme has blocks of as many bits. The quality is measured against
-    the model in PyTorch.
+    A float bundle is written first and deleted, since weights are rounded for activations that are measured with it. If the
+    model is large, or the checkpoint's weights are integers, weights go from the checkpoint to a quantised bundle one by one.
+    Codes of the checkpoint are then kept as they are if the scheme has blocks of as many bits; others are the nearest codes.
+    The quality is measured against the model in PyTorch.
 
     Raises:
         OptionError: the precision is not fp32 though the bundle is to be quantised, or an option needs `quantize`.
@@ -52,17 +52,17 @@ def export(options: ExportOptions) -> Manifest:
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs)
     if options.precision != "fp32":
         raise OptionError(f"--dtype is {options.precision}, but --quantize needs fp32; leave --dtype out")
-    require_int8("--quantize", scheme, activation_bits=options.activation_bits, rotate=options.rotate)
+    require_int8("--quantize", scheme, activation_bits=options.activation_bits)
     traced = trace_bundle(options)
-    if scheme != "int8":
+    if scheme != "int8" and traced.backbone.integers and not options.rotate:
         return _quantized(traced, options, scheme)
     if is_large(traced.backbone.model) and options.activation_bits != 8 and not options.rotate:
         note("the model is large: weights are rounded to the nearest codes, without a float bundle to measure activations with")
         return _quantized(traced, options, scheme)
-    return _measured(traced, options)
+    return _measured(traced, options, scheme)
 
 
-def _measured(traced: Traced, options: ExportOptions) -> Manifest:
+def _measured(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manifest:
     with scratch_beside(options.output) as scratch:
         source = scratch / "bundle"
         source.mkdir()
@@ -71,7 +71,7 @@ def _measured(traced: Traced, options: ExportOptions) -> Manifest:
             QuantizeOptions(
                 source,
                 options.output,
-                "int8",
+                scheme,
                 options.activation_bits,
                 options.rotate,
                 max_kl=options.max_kl,

@@ -22,14 +22,14 @@ from medusa_export.measure.prompt_files import read_prompts
 from medusa_export.passes.quantize.choose_terms import ChooseTerms
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
 from medusa_export.passes.quantize.given_codes import GivenCodes
-from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Rounded, Storage, tables
+from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, step_stage, told
 from medusa_export.provenance import provenance
 from medusa_export.quantize.calibration_text import CALIBRATION_PROMPTS, QUALITY_PROMPTS, answered, pieces
 from medusa_export.quantize.rotation import NotRotatedError, rotate
 from medusa_export.quantize.run_step import run_step
-from medusa_export.quantize.weight_rounding import round_weights, stored_in
+from medusa_export.quantize.weight_rounding import RoundedWeights, round_weights, stored_in
 from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
@@ -56,18 +56,16 @@ def quantize_bundle(options: QuantizeOptions) -> Manifest:
     require_new(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle])
     source = _source(options.bundle)
     codec = open_codec(options.bundle, source)
-    given = {name: getattr(options, name) for name in ("activation_bits", "rotate", "calibration_prompts")}
-    require_int8("--scheme", options.scheme, **given)
+    require_int8("--scheme", options.scheme, activation_bits=options.activation_bits)
     quality_prompts = prompts_for(options.quality_prompts, QUALITY_PROMPTS, source)
     calibration_prompts = prompts_for(options.calibration_prompts, CALIBRATION_PROMPTS, source)
     before = open_backend(options.bundle, source, "ort-cpu")
     ngrams = NGrams.of_bundle(options.bundle, source)
     engine = DecodingEngine(before, DynamicTree(len(source.tree["parents"])), ngrams=ngrams)
     text = None if options.quality_text is None else pieces(options.quality_text, codec, source.limits.max_seq_len)
-    calibrating = calibration_prompts if options.scheme == "int8" else []
-    with step_stage("answer prompts with the original", len(quality_prompts) + len(calibrating)) as one_more:
+    with step_stage("answer prompts with the original", len(quality_prompts) + len(calibration_prompts)) as one_more:
         answers, stats = answered(engine, codec, told(quality_prompts, one_more))
-        known = answered(engine, codec, told(calibrating, one_more))[0]
+        known = answered(engine, codec, told(calibration_prompts, one_more))[0]
     with scratch_beside(options.output) as scratch:
         graphs, rounding = _rounded(options, source, known, scratch)
         with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=[options.bundle]) as directory:
@@ -146,10 +144,8 @@ def _rounded(
             Smooth(_maxima(options.bundle, source, told(known, one_more)), SMOOTHING)(graphs[STEP])
             write_weights(graphs.values(), scratch)
         facts["smoothing"], weights = SMOOTHING, scratch
-    rounded: dict[str, Rounded] = {}
-    if options.scheme == "int8":
-        layout = CacheLayout.of(source.graphs[STEP])
-        rounded = round_weights(graphs[STEP], weights, layout, known, scratch, stored_in(graphs[HEADS]))
+    layout, storage = CacheLayout.of(source.graphs[STEP]), storage_of(options.scheme)
+    rounded = round_weights(graphs[STEP], weights, layout, known, scratch, storage, stored_in(graphs[HEADS]))
     gathered = tables(graphs.values())
     for name, model in graphs.items():
         quantize_graph(model, options.scheme, gathered, rounded=rounded if name == STEP else None)
@@ -166,7 +162,7 @@ def quantize_graph(
     scheme: Scheme,
     gathered: frozenset[int],
     given: Mapping[str, GivenCodes] | None = None,
-    rounded: Mapping[str, Rounded] | None = None,
+    rounded: RoundedWeights | None = None,
 ) -> int:
     """Store a graph's weights as integers, in place. Returns the number of those whose given codes were kept.
 
@@ -175,9 +171,10 @@ def quantize_graph(
         scheme: how to store the weights.
         gathered: where weights lie from which any graph gathers rows; see `tables`.
         given: codes that the checkpoint has, by weight.
-        rounded: codes and scales of weights that were rounded before, for int8, by weight.
+        rounded: codes of weights that were rounded before.
     """
-    rounding = QuantizeWeights(storage_of(scheme), gathered, given, rounded)
+    channels = None if rounded is None else rounded.channels
+    rounding = QuantizeWeights(storage_of(scheme), gathered, given if rounded is None else rounded.blocks, channels)
     rounding(model)
     experts = QuantizeExperts(storage_of(scheme))
     experts(model)

@@ -1,24 +1,38 @@
-"""Rounds a step graph's weights to int8 such that its products change least on texts."""
+"""Rounds a step graph's weights such that its products change least on texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from medusa_export.passes.common.linears import Linear, linears
+from medusa_export.passes.common.rounding import BLOCK_SIZE
 from medusa_export.passes.quantize.activation_probes import with_moments
-from medusa_export.passes.quantize.error_feedback import to_int8_for
-from medusa_export.passes.quantize.integer_weights import Rounded, offsets
+from medusa_export.passes.quantize.error_feedback import ErrorFeedback
+from medusa_export.passes.quantize.given_codes import GivenCodes
+from medusa_export.passes.quantize.integer_weights import Rounded, Storage, offsets
 from medusa_export.progress import step_stage, told
 from medusa_export.quantize.run_step import run_step
 from medusa_runtime.bundle.cache_layout import CacheLayout
 
+Number = TypeVar("Number", bound=np.generic)
 MOMENT_BYTES = 1 << 30  # of the second moments that are in memory at a time; the texts are read once for each such part
 STAGE = "round the weights by what they are multiplied with"
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Codes of a graph's weights, by weight."""
+
+    channels: dict[str, Rounded] = field(default_factory=dict)  # with one scale per output, in the weights' own layout
+    blocks: dict[str, GivenCodes] = field(default_factory=dict)  # with one scale per output and block of inputs
 
 
 def round_weights(
@@ -27,9 +41,10 @@ def round_weights(
     layout: CacheLayout,
     texts: Sequence[Sequence[int]],
     place: Path,
+    storage: Callable[[str], Storage],
     shared: frozenset[int] = frozenset(),
-) -> dict[str, Rounded]:
-    """Codes and scales of the weights of linear layers, in the weights' own layout. Codes lie on the disk.
+) -> RoundedWeights:
+    """Codes and scales of the weights of linear layers. They lie on the disk.
 
     Weights that other nodes or graphs read as well, such as a tied embedding, are left out.
 
@@ -39,18 +54,18 @@ def round_weights(
         layout: its cache.
         texts: token ids of texts to run it on.
         place: a directory for the codes.
+        storage: how each weight is stored, by its name.
         shared: where weights lie that another graph reads too (`stored_in`): they have to be rounded alike to be stored once.
     """
-    found: dict[str, Rounded] = {}
+    found = RoundedWeights()
     groups = list(_groups(_by_input(model.graph, shared)))
     num_weights = sum(len(layers) for group in groups for layers in group.values())
     with step_stage(STAGE, len(groups) * len(texts) + num_weights) as one_more:
         for group in groups:
             for name, moments in _moments(model, weights, layout, told(texts, one_more), list(group)).items():
-                for linear, codes, scales in _round(group[name], moments):
-                    path = place / f"codes.{len(found)}.npy"
-                    np.save(path, codes)
-                    found[linear.weight.name or ""] = (np.load(path, mmap_mode="r"), scales)
+                feedback = ErrorFeedback(moments)
+                for linear in group[name]:
+                    _round(linear, feedback, storage(linear.weight.name or ""), place, found)
                     one_more()
     return found
 
@@ -97,18 +112,26 @@ def _moments(
     return dict(zip(probes, total, strict=True))
 
 
-def _round(
-    layers: Sequence[Linear], moments: npt.NDArray[np.float32]
-) -> Iterator[tuple[Linear, npt.NDArray[np.int8], npt.NDArray[np.float32]]]:
-    """Round the weights that one input is multiplied with, all at once."""
-    parts = [_numbers(linear) for linear in layers]
-    codes, scales = to_int8_for(np.concatenate(parts, axis=1), moments)
-    start = 0
-    for linear, part in zip(layers, parts, strict=True):
-        stop = start + part.shape[1]
-        own = codes[:, start:stop]
-        yield linear, np.ascontiguousarray(own.T if linear.transposed else own), scales[start:stop]
-        start = stop
+def _round(linear: Linear, feedback: ErrorFeedback, storage: Storage, place: Path, found: RoundedWeights) -> None:
+    """Round one weight, and add it to those that were found."""
+    name, weight = linear.weight.name or "", _numbers(linear)
+    stem = f"codes.{len(found.channels) + len(found.blocks)}"
+    if storage == "int8" or linear.num_inputs % BLOCK_SIZE:
+        codes, scales = feedback.to_int8(weight)
+        own = np.ascontiguousarray(codes.T if linear.transposed else codes)
+        found.channels[name] = (_on_disk(own, place / f"{stem}.npy"), scales)
+    else:
+        bits = 4 if storage == "int4" else 8
+        parts = (feedback.to_uint4 if bits == 4 else feedback.to_int8_blocks)(weight)
+        kept = [_on_disk(part, place / f"{stem}.{number}.npy") for number, part in enumerate(parts)]
+        found.blocks[name] = GivenCodes(bits, BLOCK_SIZE, partial(tuple, kept))
+
+
+def _on_disk(array: npt.NDArray[Number], path: Path) -> npt.NDArray[Number]:
+    """The same array, in a file."""
+    np.save(path, array)
+    kept: npt.NDArray[Number] = np.load(path, mmap_mode="r")
+    return kept
 
 
 def _numbers(linear: Linear) -> npt.NDArray[np.float32]:
