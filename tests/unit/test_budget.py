@@ -9,7 +9,7 @@ import pytest
 
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
 from medusa_runtime.decoding.prefill import GAP_STEPS
-from medusa_runtime.drafting.budget import PAUSE, DraftBudget, StepPlan
+from medusa_runtime.drafting.budget import LONGEST_PAUSE, PAUSE, DraftBudget, StepPlan
 from medusa_runtime.drafting.coefficients import Coefficients
 from medusa_runtime.drafting.costs import LearnedCosts
 from tests.support.clock import Clock
@@ -226,6 +226,23 @@ def test_heads_that_do_not_pay_rest_and_are_tried_again() -> None:
     for _ in range(10):
         budget.learn(replace(StepPlan(1), heads_worth=2.0), 1, 0)
     assert budget.wants_heads(1)
+
+
+def test_after_each_vain_try_the_heads_rest_twice_as_long() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+
+    def try_once(worth: float) -> int:
+        """One step with the heads. Returns the steps until they are asked again."""
+        budget.learn(replace(StepPlan(1), heads_worth=worth), 1, 0)
+        for steps in range(1, 2 * LONGEST_PAUSE):
+            asked = budget.wants_heads(1)
+            budget.note_heads(asked=asked)
+            if asked:
+                return steps
+        raise AssertionError
+
+    assert [try_once(0.5) for _ in range(5)] == [PAUSE, 2 * PAUSE, 4 * PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
+    assert (try_once(2.0), try_once(0.5)) == (PAUSE, PAUSE)  # a good try: soon again, though they rest on average
 
 
 class Timed(FakeBackend):

@@ -12,7 +12,7 @@ from medusa_runtime.arrays import FloatArray
 from medusa_runtime.drafting.costs import Costs, moving_average
 
 ACCEPTANCE_DECAY = 0.98  # the weight of the heads' earlier results after one more step
-PAUSE = 16  # steps that the heads rest before they are tried again
+PAUSE, LONGEST_PAUSE = 16, 128  # steps that the heads rest before they are tried again; twice as many after each vain try
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class DraftBudget:
     The heads' probabilities say how many of the N likeliest candidates will be accepted; the steps' results correct them. If
     decoding here runs at r tokens/s, a step that yields g tokens in s seconds gains g - r·s over average. The width is the
     one that gains most. Asking the heads gains the best width's gain less the best gain without them. If that is less than
-    the heads' time is worth, they rest, and are tried again now and then. They gain less if prompt lookup finds something.
+    the heads' time is worth, they rest, and are tried again now and then, the more rarely the more often that was in vain. They
+    gain less if prompt lookup finds something.
 
     Args:
         costs: the costs of steps on this machine.
@@ -43,6 +44,7 @@ class DraftBudget:
         self._expected = self._accepted = 8.0  # decaying sums: accepted drafts as the heads expected them, and in fact
         self._speedup = 1.0  # tokens a second over those without drafts, averaged
         self._worth: dict[tuple[int, bool], float] = {}  # of asking the heads, averaged, by situation
+        self._pauses: dict[tuple[int, bool], int] = {}  # how long the heads rest before the next try, by situation
         self._num_rests = 0  # steps since the heads were asked
 
     def plan(
@@ -91,13 +93,20 @@ class DraftBudget:
             num_accepted: accepted drafts of all sequences, except drafts that guides forced.
         """
         if plan.heads_worth is not None:
-            before = self._worth.get(plan.situation, plan.heads_worth)
-            self._worth[plan.situation] = moving_average(before, plan.heads_worth)
+            self._learn_worth(plan.situation, plan.heads_worth)
         if plan.speedup is not None:
             self._speedup = moving_average(self._speedup, plan.speedup)
         if width > 1:
             self._expected = ACCEPTANCE_DECAY * self._expected + plan.expected
             self._accepted = ACCEPTANCE_DECAY * self._accepted + num_accepted
+
+    def _learn_worth(self, situation: tuple[int, bool], worth: float) -> None:
+        average = self._worth[situation] = moving_average(self._worth.get(situation, worth), worth)
+        if worth >= 1.0:
+            self._pauses.pop(situation, None)
+        elif average < 1.0:
+            before = self._pauses.get(situation)
+            self._pauses[situation] = PAUSE if before is None else min(2 * before, LONGEST_PAUSE)
 
     def wants_heads(self, batch: int, looked_up: Sequence[FloatArray] = ()) -> bool:
         """Whether the heads should be asked before the next step. Tell `note_heads` whether they were.
@@ -106,7 +115,9 @@ class DraftBudget:
             batch: sequences.
             looked_up: as for `plan`, of the next step.
         """
-        return self._worth.get((batch, _finds_much(looked_up)), 1.0) >= 1.0 or self._num_rests + 1 >= PAUSE
+        situation = (batch, _finds_much(looked_up))
+        pays = self._worth.get(situation, 1.0) >= 1.0
+        return pays or self._num_rests + 1 >= self._pauses.get(situation, PAUSE)
 
     def note_heads(self, *, asked: bool) -> None:
         """Count the steps since the heads were asked."""
