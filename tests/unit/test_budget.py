@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree, StepCosts
+from medusa_runtime import CandidateTree, DecodingEngine, DecodingOptions, DecodingStats, DynamicTree, StepCosts
 from medusa_runtime.decoding.prefill import GAP_STEPS
 from medusa_runtime.drafting.budget import LONGEST_PAUSE, PAUSE, DraftBudget, StepPlan
 from medusa_runtime.drafting.coefficients import Coefficients
@@ -226,6 +226,31 @@ def test_heads_that_do_not_pay_rest_and_are_tried_again() -> None:
     for _ in range(10):
         budget.learn(replace(StepPlan(1), heads_worth=2.0), 1, 0)
     assert budget.wants_heads(1)
+
+
+def test_a_width_that_a_sequence_needs_says_nothing_of_the_heads() -> None:
+    """A fixed tree may be wider than pays. The heads are worth what they are with the best width."""
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    free, fixed = (budget.plan([chances(0.9, 0.1, 0.1)], least, 64) for least in (1, 4))
+    assert (free.width, fixed.width) == (2, 4)
+    assert free.heads_worth == fixed.heads_worth == pytest.approx(0.4 / 0.5)
+
+
+def test_heads_are_not_asked_after_a_prompt_if_they_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, asked_rows = FakeBackend("always"), []
+    propose = backend.propose
+    monkeypatch.setattr(backend, "propose", lambda rows, root_ids: (asked_rows.append(rows), propose(rows, root_ids))[1])
+    engine = DecodingEngine(backend, DynamicTree(4), max_batch_size=1, costs=HALF_A_STEP_EACH)
+    budget = engine._proposer._budget
+    assert budget is not None
+    for worth, asked in ((0.5, 0), (20.0, 1)):
+        budget.learn(replace(StepPlan(1), heads_worth=worth), 1, 0)
+        asked_rows.clear()
+        engine.add([1], DecodingOptions(max_new_tokens=3))
+        engine.step()
+        assert len(asked_rows) == asked
+        while not engine.is_idle:
+            engine.step()
 
 
 def test_after_each_vain_try_the_heads_rest_twice_as_long() -> None:

@@ -271,7 +271,8 @@ class DecodingEngine:
             stats.num_passes += 1
         if self.costs is not None and output.is_warm:
             host = time.perf_counter() - begun - seconds
-            self.costs.observe_host(len(sequences), host, with_heads=step.with_heads)
+            if step.with_heads is not None:
+                self.costs.observe_host(len(sequences), host, with_heads=step.with_heads)
         if output.is_warm:
             self._step_seconds = seconds if self._step_seconds is None else moving_average(self._step_seconds, seconds)
 
@@ -365,7 +366,8 @@ class DecodingEngine:
                 if not sequence.is_finished:
                     self._slots.start_decoding(sequence)
         try:
-            self._proposer.ask(done.sequences, done.last_rows.tolist(), root_ids)  # incomplete ones do not use their guesses
+            # incomplete ones do not use their guesses
+            self._proposer.start(done.sequences, done.last_rows.tolist(), root_ids, self._slots.num_decoding)
             _trust(done.sequences, done.output)
         except Exception as error:  # noqa: BLE001 - as for a step that fails
             for row in done.complete:

@@ -29,7 +29,7 @@ class StepDrafts:
     proposals: list[Proposals]  # [B]
     drafts: list[Draft]  # [B]
     plan: StepPlan | None  # None if all drafts have their full size
-    with_heads: bool  # whether the heads were asked for them
+    with_heads: bool | None  # whether the heads were asked for them; None if only for some
 
 
 class Proposer:
@@ -59,10 +59,25 @@ class Proposer:
             capacity: entries in use in the fullest slot.
         """
         proposals = [self._proposals(sequence) for sequence in sequences]
-        with_heads = any(sequence.guesses is not None for sequence in sequences)
-        plan = self._plan(sequences, proposals, capacity, with_heads=with_heads)
+        asked = {sequence.guesses is not None for sequence in sequences if sequence.drafter.uses_heads} or {False}
+        with_heads = (
+            None if len(asked) > 1 else asked.pop()
+        )  # those whose prompts were read just now may differ from the others
+        plan = self._plan(sequences, proposals, capacity, with_heads=with_heads is True)
         pairs = zip(sequences, proposals, strict=True)
         return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan, with_heads)
+
+    def start(self, sequences: Sequence[DecodingSequence], rows: list[int], root_ids: list[int], batch: int) -> None:
+        """As `ask`, for sequences whose prompts were read just now, if the heads pay for so many sequences that decode.
+
+        Args:
+            sequences: as for `ask`.
+            rows: as for `ask`.
+            root_ids: as for `ask`.
+            batch: sequences that decode now.
+        """
+        if self._budget is None or self._budget.wants_heads(batch) or any(one.has_fixed_tree for one in sequences):
+            self.ask(sequences, rows, root_ids)
 
     def go_on(self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]) -> float:
         """Learn from a step, and have the heads guess what follows each new root if that pays. Returns the heads' seconds."""

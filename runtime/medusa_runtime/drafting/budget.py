@@ -80,7 +80,7 @@ class DraftBudget:
         situation, worth = (batch, _finds_much(looked_up)), None
         if with_heads:
             gain_alone = batch + trust * _expected(looked_up, most) - rate * seconds
-            worth = float(gain[width - 1] - gain_alone.max()) / (rate * head_seconds)
+            worth = float(gain.max() - gain_alone.max()) / (rate * head_seconds)  # whatever width some sequence needs
         now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
         return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth)
 

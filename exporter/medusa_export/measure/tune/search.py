@@ -256,7 +256,7 @@ def replay_dynamic(record: Record, drafts: LikelyDrafts, place: Place, nodes: in
             drafts.chances[row, : nodes - 1] if knows else drafts.chances[row, :0]
             for (row, _), knows in zip(rows, asked, strict=True)
         ]
-        plan = budget.plan(chances, 1, place.capacity)
+        plan = budget.plan(chances, 1, place.capacity, with_heads=all(asked))
         width = plan.width
         seconds += float(place.costs.steps(place.batch_size, place.capacity, width)[-1])
         gained = [
@@ -269,7 +269,9 @@ def replay_dynamic(record: Record, drafts: LikelyDrafts, place: Place, nodes: in
         seconds += place.costs.heads(place.batch_size) if asks else 0.0
         for number, ((row, end), gain) in enumerate(zip(rows, gained, strict=True)):
             rest = (row + gain + 1, end)
-            rows[number], asked[number] = (rest, asks) if rest[0] < end else (next(spans), nodes > 1)
+            rows[number], asked[number] = (
+                (rest, asks) if rest[0] < end else (next(spans), nodes > 1 and budget.wants_heads(len(rows)))
+            )
         tokens, steps, num_nodes = tokens + sum(gained) + len(rows), steps + 1, num_nodes + width
     return place.rated(nodes, tokens / steps / place.batch_size, num_nodes / steps, seconds / steps)
 
