@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,8 @@ class Log:
 
 def machine() -> str:
     """Cores, load, memory, and the processes that used the processor most."""
+    if not Path("/proc/meminfo").exists() or shutil.which("ps") is None:
+        return "unknown: there is no /proc or no ps"
     memory = " ".join(
         line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith(("MemTotal", "MemAvail"))
     )
