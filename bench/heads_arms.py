@@ -45,7 +45,7 @@ from medusa_heads.train.examples import Example, read_examples, split
 from medusa_heads.train.hidden import HiddenStates, backbone_digest, cached_hidden_states, pad_right
 from medusa_heads.train.objective import IGNORED, LmHead, lm_head_of, weighted
 from medusa_heads.train.schedule import learning_rate_factor
-from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams
+from medusa_runtime.drafting.ngrams import NGRAMS_NAME, NGrams, Root
 
 NODES = (16, 64)
 SOFT_BLOCK, BATCH, WARMUP, CLIP = 32, 512, 0.02, 1.0  # as `medusa-export train` has them
@@ -316,7 +316,7 @@ def grown_tokens_per_step(guessed: Guessed, states: HiddenStates, ngrams: NGrams
         while row < end - 1:
             last_ids = (int(states.next_ids[max(row - 1, start)]), int(states.next_ids[row]))
             depth = min(guessed.ids.shape[1], end - 1 - row)
-            drafts = ngrams.grow(last_ids, guessed.ids[row], guessed.log_probs[row], num_nodes, depth)
+            drafts = ngrams.grow([Root(last_ids, guessed.ids[row], guessed.log_probs[row], num_nodes, depth)])[0]
             row += 1 + _num_accepted(drafts, states.next_ids[row + 1 : end], num_nodes)
             num_steps += 1
         num_tokens += length - 1

@@ -25,7 +25,7 @@ from medusa_heads.train.hidden import HiddenStates
 from medusa_runtime import CandidateTree, DecodingEngine, DecodingStats, DynamicTree
 from medusa_runtime.drafting.draft import Draft
 from medusa_runtime.drafting.lookup import Continuation
-from medusa_runtime.drafting.ngrams import RATIO_STEP, NGrams, rest_log_prob
+from medusa_runtime.drafting.ngrams import RATIO_STEP, NGrams, Root, rest_log_prob
 from medusa_runtime.drafting.proposals import CandidateSet, HeadGuesses, candidates_for
 from medusa_runtime.errors import BundleError, OptionError
 from tests.support import fake_backend
@@ -335,6 +335,23 @@ def test_more_is_accepted_where_the_model_does_what_was_counted() -> None:
     assert with_them.num_steps < 0.8 * without.num_steps
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_trees_that_grow_together_are_those_that_grow_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    roots = [
+        Root(
+            (int(rng.integers(8)), int(rng.integers(8))), rng.integers(0, 8, (3, 4)),
+            np.log(rng.dirichlet(np.full(6, 0.3), 3)[:, :4] + 1e-9).astype(np.float32), int(rng.integers(1, 20)),
+            int(rng.integers(4)),
+        )
+        for _ in range(seed)
+    ]  # fmt: skip
+    for together, alone in zip(NGRAMS.grow(roots), [NGRAMS.grow([root])[0] for root in roots], strict=True):
+        for one, other in zip(together[:3], alone[:3], strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(together.log_probs, alone.log_probs, rtol=1e-6)
+
+
 def test_a_fixed_tree_stays_as_it_is() -> None:
     tree = CandidateTree.from_choices([[0], [1], [0, 0]])
     with patch.object(fake_backend, "next_token", repeating_token):
@@ -348,9 +365,9 @@ def test_the_token_before_the_root_is_known_from_the_prompt_on() -> None:
     seen: list[tuple[int, int]] = []
     original = NGrams.grow
 
-    def grow(self, last_ids, *rest):
-        seen.append(last_ids)
-        return original(self, last_ids, *rest)
+    def grow(self, roots):
+        seen.extend(root.last_ids for root in roots)
+        return original(self, roots)
 
     with patch.object(NGrams, "grow", grow):
         engine = DecodingEngine(FakeBackend("always", fake_manifest(3, 4)), DynamicTree(4), ngrams=NGRAMS)

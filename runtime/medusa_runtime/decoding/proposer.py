@@ -16,6 +16,7 @@ from medusa_runtime.decoding.sequence import DecodingSequence
 from medusa_runtime.drafting.budget import DraftBudget, StepPlan
 from medusa_runtime.drafting.costs import Costs
 from medusa_runtime.drafting.draft import Draft
+from medusa_runtime.drafting.ngrams import Guesses
 from medusa_runtime.drafting.proposals import HeadGuesses, Proposals
 from medusa_runtime.sampling.acceptance import Accepted
 
@@ -58,7 +59,7 @@ class Proposer:
             sequences: those that decode.
             capacity: entries in use in the fullest slot.
         """
-        proposals = [self._proposals(sequence) for sequence in sequences]
+        proposals = [self._proposals(*pair) for pair in zip(sequences, _grown(sequences), strict=True)]
         asked = {sequence.guesses is not None for sequence in sequences if sequence.drafter.uses_heads} or {False}
         with_heads = (
             None if len(asked) > 1 else asked.pop()
@@ -117,10 +118,10 @@ class Proposer:
             return False  # a root that is drawn is most often not the greedy one
         return any(sequence.drafter.uses_heads for sequence in sequences)
 
-    def _proposals(self, sequence: DecodingSequence) -> Proposals:
+    def _proposals(self, sequence: DecodingSequence, grown: Guesses | None) -> Proposals:
         """The tokens that may follow a sequence's root; none if its guide fails."""
         with self._blaming(sequence):
-            return sequence.drafter.propose(sequence.guesses, sequence.remaining)
+            return sequence.drafter.propose(sequence.guesses, sequence.remaining, grown)
         return Proposals(Draft.chain([int(sequence.tokens.ids[-1])]), 1)
 
     def _plan(
@@ -159,6 +160,16 @@ class Proposer:
         asked = pays or any(_is_fixed(one, found) for one, found in zip(sequences, step.proposals, strict=True))
         self._budget.note_heads(asked=asked)
         return asked
+
+
+def _grown(sequences: Sequence[DecodingSequence]) -> list[Guesses | None]:
+    """The trees that n-grams grow from the heads' guesses, all at once; None where a sequence has none."""
+    roots = [one.drafter.root(one.guesses, one.remaining) for one in sequences]
+    ngrams = next((one.drafter.candidates.ngrams for one in sequences if one.drafter.candidates.ngrams is not None), None)
+    if ngrams is None:
+        return [None] * len(sequences)
+    trees = iter(ngrams.grow([root for root in roots if root is not None]))
+    return [None if root is None else next(trees) for root in roots]
 
 
 def _is_fixed(sequence: DecodingSequence, proposals: Proposals) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,16 @@ class Guesses(NamedTuple):
     parents: IntArray  # [A], the root's is -1
     depths: IntArray  # [A]
     log_probs: FloatArray  # [A] of a node's acceptance if its parent is accepted; the root's is 0
+
+
+class Root(NamedTuple):
+    """A decided token, what the heads guess after it, and how large a tree of that may be."""
+
+    last_ids: tuple[int, int]  # the last two decided tokens; the second is the root
+    head_ids: IntArray  # [K, M] the heads' candidates, best first
+    head_log_probs: FloatArray  # [K, M]
+    num_nodes: int  # the most nodes of a draft
+    max_depth: int  # of the deepest node
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +119,7 @@ class NGrams:
         Returns:
             log p(c | b) - log p(c) and log p(c | a, b) - log p(c | b). [2, F, M]
         """
-        return self._ratios(contexts, _with_none(token_ids))
+        return self._ratios(contexts[:, 0], contexts[:, 1], _with_none(token_ids))
 
     def log_probs(self, contexts: IntArray, token_ids: IntArray, head_log_probs: FloatArray, depth: int) -> FloatArray:
         """Log-probabilities of a head's candidates after each of some paths. With all other tokens, probabilities sum to 1.
@@ -122,50 +133,46 @@ class NGrams:
         Returns:
             [F, M]
         """
-        return self._log_probs(contexts, _with_none(token_ids), head_log_probs, rest_log_prob(head_log_probs), depth)
+        rest = rest_log_prob(head_log_probs)[..., None]
+        return self._log_probs(contexts[:, 0], contexts[:, 1], _with_none(token_ids), head_log_probs, rest, depth)
 
-    def grow(
-        self,
-        last_ids: tuple[int, int],
-        head_ids: IntArray,
-        head_log_probs: FloatArray,
-        num_nodes: int,
-        max_depth: int,
-    ) -> Guesses:
-        """The nodes that may follow a root: all that can be among the likeliest `num_nodes`, the root included, and some more.
+    def grow(self, roots: Sequence[Root]) -> list[Guesses]:
+        """The nodes that may follow each root: all that can be among the likeliest `num_nodes`, and some more. The root is one.
+
+        All trees grow together, level by level, since a call of NumPy takes as long for one of them as for eight.
 
         Args:
-            last_ids: the last two decided tokens; the second is the root.
-            head_ids: the heads' candidates, best first. [K, M]
-            head_log_probs: the candidates' log-probabilities. [K, M]
-            num_nodes: the most nodes of a draft.
-            max_depth: the depth of the deepest node.
+            roots: their heads' candidates have the same shape.
         """
-        room, worst = num_nodes - 1, np.float32(-np.inf)
-        contexts, above = np.array([last_ids], np.int64), np.zeros(1, np.float32)  # [F, 2] [F] of the nodes that get children
-        levels, seen, num_before = [Guesses(contexts[:, 1], np.array([-1]), np.zeros(1, np.int64), above)], above[:0], 0
-        hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)  # [K, M + 1] [K]
-        for depth, ids in enumerate(head_ids[:max_depth], start=1):
-            chances = self._log_probs(contexts, hashes[depth - 1], head_log_probs[depth - 1], rests[depth - 1], depth)  # [F, M]
-            scores = (above[:, None] + chances).ravel()
-            chosen = np.flatnonzero(scores > worst)
-            if len(chosen) > room:
-                chosen = np.sort(chosen[np.argpartition(-scores[chosen], room - 1)[:room]])
-            if not len(chosen):
+        if not roots:
+            return []
+        head_ids = np.array([root.head_ids for root in roots])  # [B, K, M]
+        head_log_probs = np.array([root.head_log_probs for root in roots])
+        hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)[..., None]  # [B, K, M + 1] [B, K, 1]
+        trees = [_Growth(root) for root in roots]
+        for depth in range(1, max(root.max_depth for root in roots) + 1):
+            numbers = [number for number, tree in enumerate(trees) if tree.grows(depth)]
+            if not numbers:
                 break
-            parents, ranks = np.divmod(chosen, len(ids))
-            levels.append(Guesses(ids[ranks], num_before + parents, np.full(len(chosen), depth), chances.ravel()[chosen]))
-            num_before += len(contexts)
-            contexts, above = np.stack([contexts[parents, 1], ids[ranks]], axis=1), scores[chosen]
-            seen = np.concatenate([seen, above])
-            if len(seen) >= room:
-                seen = -np.partition(-seen, room - 1)[:room]
-                worst = seen[-1]
-        return Guesses(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+            of: tuple[int | IntArray, int]  # places of the candidates of the nodes that get children
+            if len(numbers) == 1:
+                tree = trees[numbers[0]]
+                of, previous, last = (numbers[0], depth - 1), tree.previous, tree.last
+            else:
+                of = (np.repeat(numbers, [len(trees[number].above) for number in numbers]), depth - 1)
+                previous = np.concatenate([trees[number].previous for number in numbers])
+                last = np.concatenate([trees[number].last for number in numbers])
+            chances = self._log_probs(previous, last, hashes[of], head_log_probs[of], rests[of], depth)  # [F, M]
+            start = 0
+            for number in numbers:
+                stop = start + len(trees[number].above)
+                trees[number].add(chances[start:stop], head_ids[number, depth - 1], depth)
+                start = stop
+        return [tree.guesses() for tree in trees]
 
-    def _ratios(self, contexts: IntArray, hashes: HashArray) -> FloatArray:
+    def _ratios(self, previous: IntArray, last: IntArray, hashes: HashArray) -> FloatArray:
         """See `ratios`. hashes: of the tokens, from `_with_none`."""
-        codes = _codes(contexts, hashes, len(self.cells))  # [2, F, M + 1]
+        codes = _codes(previous, last, hashes, len(self.cells))  # [2, F, M + 1]
         cells = self.cells[codes >> BITS_TOLD]
         values = cells.astype(np.uint8).view(np.int8) * np.float32(RATIO_STEP)
         is_known = cells >> np.uint16(8) == codes & MASK_TOLD
@@ -174,11 +181,26 @@ class NGrams:
         return found
 
     def _log_probs(
-        self, contexts: IntArray, hashes: HashArray, head_log_probs: FloatArray, rest: FloatArray, depth: int
+        self,
+        previous: IntArray,
+        last: IntArray,
+        hashes: HashArray,
+        head_log_probs: FloatArray,
+        rest: FloatArray,
+        depth: int,
     ) -> FloatArray:
-        """See `log_probs`. hashes: of the candidates, from `_with_none`. rest: from `rest_log_prob`."""
+        """See `log_probs`, for candidates that are the same for all paths, or each path's own.
+
+        Args:
+            previous: the last token but one of each path. [F]
+            last: the last token of each path. [F]
+            hashes: of the candidates, from `_with_none`. [M + 1] or [F, M + 1]
+            head_log_probs: the candidates' log-probabilities by the head. [M] or [F, M]
+            rest: from `rest_log_prob`. [1] or [F, 1]
+            depth: of the candidates, from 1.
+        """
         of_head, of_pair, of_triple, of_rest, bias = self.weights[min(depth, len(self.weights)) - 1].tolist()
-        pairs, triples = self._ratios(contexts, hashes)
+        pairs, triples = self._ratios(previous, last, hashes)
         logits = of_head * head_log_probs + of_pair * pairs + of_triple * triples  # [F, M]
         others = of_rest * rest + bias
         most = np.maximum(logits.max(1, keepdims=True), others)
@@ -186,6 +208,45 @@ class NGrams:
         logits -= np.log(np.exp(logits).sum(1, keepdims=True) + np.exp(others - most))
         found: FloatArray = np.minimum(logits, 0)
         return found
+
+
+class _Growth:
+    """One tree while it grows."""
+
+    def __init__(self, root: Root) -> None:
+        self.previous, self.last = np.array(root.last_ids, np.int64)[:, None]  # [F] the last two tokens on each node's path
+        self.above = np.zeros(1, np.float32)  # [F] log-probabilities of these nodes, which get children
+        self._max_depth, self._room = root.max_depth, root.num_nodes - 1
+        self._levels = [Guesses(self.last, np.array([-1]), np.zeros(1, np.int64), self.above)]
+        self._num_before = 0  # nodes above those that get children
+        self._seen, self._worst = self.above[:0], np.float32(-np.inf)  # of the likeliest so far, and of the last that has room
+
+    def grows(self, depth: int) -> bool:
+        """Whether it may have nodes of this depth."""
+        return depth <= self._max_depth and self._room > 0 and len(self.above) > 0
+
+    def add(self, chances: FloatArray, ids: IntArray, depth: int) -> None:
+        """Add the children that can be among the likeliest. chances: their log-probabilities [F, M]. ids: the tokens [M]."""
+        scores = (self.above[:, None] + chances).ravel()
+        chosen = np.flatnonzero(scores > self._worst)
+        if len(chosen) > self._room:
+            chosen = np.sort(chosen[np.argpartition(-scores[chosen], self._room - 1)[: self._room]])
+        parents, ranks = np.divmod(chosen, len(ids))
+        tokens = ids[ranks]
+        if len(chosen):
+            depths = np.full(len(chosen), depth)
+            self._levels.append(Guesses(tokens, self._num_before + parents, depths, chances.ravel()[chosen]))
+        self._num_before += len(self.above)
+        self.previous, self.last, self.above = self.last[parents], tokens, scores[chosen]
+        seen = np.concatenate([self._seen, self.above])
+        if len(seen) >= self._room:
+            seen = -np.partition(-seen, self._room - 1)[: self._room]
+            self._worst = seen[-1]
+        self._seen = seen
+
+    def guesses(self) -> Guesses:
+        """The whole tree."""
+        return Guesses(*(np.concatenate(column) for column in zip(*self._levels, strict=True)))
 
 
 def _unpacked(file: zipfile.ZipFile, name: str, dtype: type[np.generic], most: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -224,13 +285,13 @@ def ngram_codes(contexts: IntArray, token_ids: IntArray, num_cells: int) -> Hash
     Returns:
         [2, F, M]
     """
-    return _codes(contexts, _hashes(token_ids), num_cells)
+    return _codes(contexts[:, 0], contexts[:, 1], _hashes(token_ids), num_cells)
 
 
-def _codes(contexts: IntArray, hashes: HashArray, num_cells: int) -> HashArray:
-    previous, last = contexts.astype(np.uint64).T
-    short = _mixed(last)  # [F]
-    both = np.array([short, _mixed(short + previous)])[:, :, None] ^ hashes  # [2, F, M]
+def _codes(previous: IntArray, last: IntArray, hashes: HashArray, num_cells: int) -> HashArray:
+    """As `ngram_codes`, of the two tokens before [F] and hashes of the last tokens [M] or [F, M]. Returns [2, F, M]."""
+    short = _mixed(last.astype(np.uint64))  # [F]
+    both = np.array([short, _mixed(short + previous.astype(np.uint64))])[:, :, None] ^ hashes  # [2, F, M]
     both *= FACTOR
     both >>= np.uint64(64 - 8 - (num_cells.bit_length() - 1))
     return both

@@ -15,7 +15,7 @@ from medusa_runtime.arrays import BoolArray, FloatArray, IntArray, TokenBuffer
 from medusa_runtime.drafting.draft import Draft, depth_ends
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.lookup import Continuation, PromptLookup
-from medusa_runtime.drafting.ngrams import Guesses, NGrams
+from medusa_runtime.drafting.ngrams import Guesses, NGrams, Root
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
 
 
@@ -94,19 +94,31 @@ class Drafter:
             self._lookup.learn(decided)
             self._continuations = self._lookup.continuations(min(remaining, self.num_nodes) - 1)
 
-    def propose(self, guesses: HeadGuesses | None, remaining: int) -> Proposals:
+    def root(self, guesses: HeadGuesses | None, remaining: int) -> Root | None:
+        """What n-grams grow a tree from, with those of other sequences; None if there is none, or a guide may force the draft.
+
+        Args:
+            guesses: as for `propose`.
+            remaining: as for `propose`.
+        """
+        ids = self._tokens.ids
+        return None if self.guide is not None else self.candidates.root(int(ids[-1]), int(ids[-2:][0]), guesses, remaining - 1)
+
+    def propose(self, guesses: HeadGuesses | None, remaining: int, grown: Guesses | None = None) -> Proposals:
         """The tokens that may follow the last token, which is the root.
 
         Args:
             guesses: the heads' guesses; None if they were not asked.
             remaining: tokens that the answer may still have.
+            grown: the tree of `root`, if it has grown already.
         """
         ids = self._tokens.ids
         if self.guide is not None and self.num_nodes > 1:
             forced = self.guide.forced()[: min(remaining, self.num_nodes) - 1]
             if forced:
                 return Proposals(Draft.chain([int(ids[-1]), *forced]), len(forced) + 1, is_forced=True)
-        tree = self.candidates.proposals(int(ids[-1]), guesses, remaining - 1, self._continuations, int(ids[-2:][0]))
+        last, previous = int(ids[-1]), int(ids[-2:][0])
+        tree = self.candidates.proposals(last, guesses, remaining - 1, self._continuations, previous, grown)
         return Proposals(tree, min(self.num_nodes, tree.num_nodes), lets_pass=self.guide.lets_pass if self.guide else None)
 
 
@@ -128,6 +140,7 @@ class CandidateSet:
         max_depth: int,
         continuations: Sequence[Continuation] = (),
         previous_id: int | None = None,
+        grown: Guesses | None = None,
     ) -> Draft:
         """The tokens that may follow a root by the heads and by prompt lookup.
 
@@ -141,8 +154,9 @@ class CandidateSet:
             max_depth: the depth of the deepest token.
             continuations: from `PromptLookup.continuations`.
             previous_id: the decided token before the root, for the n-grams.
+            grown: the tree that n-grams found, if they have been asked already; see `root`.
         """
-        tokens, parents, depths, log_probs = self._guessed(root_id, previous_id, guesses, max_depth)
+        tokens, parents, depths, log_probs = grown or self._guessed(root_id, previous_id, guesses, max_depth)
         looked_up = np.zeros(len(tokens), np.bool_)
         added = _merge(continuations, tokens, parents, log_probs, looked_up)
         for start, end in itertools.pairwise(depth_ends(depths)):
@@ -160,15 +174,19 @@ class CandidateSet:
             np.append(looked_up, np.ones(len(added), np.bool_)),
         )
 
+    def root(self, root_id: int, previous_id: int | None, guesses: HeadGuesses | None, max_depth: int) -> Root | None:
+        """What n-grams grow the tree from; None without n-grams or guesses. Arguments as for `proposals`."""
+        if self.ngrams is None or guesses is None:
+            return None
+        last_ids = (root_id if previous_id is None else previous_id, root_id)
+        return Root(last_ids, *guesses, self.num_nodes, min(max_depth, len(self.ends) - 1))
+
     def _guessed(self, root_id: int, previous_id: int | None, guesses: HeadGuesses | None, max_depth: int) -> Guesses:
         """The heads' candidates as nodes, by depth."""
-        max_depth = min(max_depth, len(self.ends) - 1)
-        if guesses is None:
-            max_depth = 0
-        elif self.ngrams is not None:
-            last_ids = (root_id if previous_id is None else previous_id, root_id)
-            return self.ngrams.grow(last_ids, *guesses, self.num_nodes, max_depth)
-        count = self.ends[max_depth]
+        root = self.root(root_id, previous_id, guesses, max_depth)
+        if root is not None and self.ngrams is not None:
+            return self.ngrams.grow([root])[0]
+        count = self.ends[0 if guesses is None else min(max_depth, len(self.ends) - 1)]
         tokens, log_probs = np.full(count, root_id, np.int64), np.zeros(count, np.float32)
         if guesses is not None:
             places = self.depths[1:count] - 1, self.ranks[1:count]
