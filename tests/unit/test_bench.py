@@ -13,7 +13,7 @@ import pytest
 
 from medusa_export.measure.bench import peers, process
 from medusa_export.measure.bench.bench_options import Sources
-from medusa_export.measure.bench.bench_prompts import BenchPrompt, of_length, spread
+from medusa_export.measure.bench.bench_prompts import BenchPrompt, load_prompts, of_length, spread
 from medusa_export.measure.bench.contest import Answer, Contestant, rotated
 from medusa_export.measure.bench.own import Clock
 from medusa_export.measure.bench.peers import PEERS, choose_peers
@@ -324,3 +324,18 @@ def test_json_goes_to_stdout_in_place_of_the_tables(capsys: pytest.CaptureFixtur
 
     _publish({"complete": True, "seconds": 1.5}, Path("-"), None, None)
     assert json.loads(capsys.readouterr().out) == {"complete": True, "seconds": 1.5}
+
+
+def test_a_users_only_message_is_text_which_models_without_a_chat_template_read(tmp_path: Path) -> None:
+    path, seen = tmp_path / "prompts.jsonl", []
+    system = {"role": "system", "content": "short"}
+    rows = [{"prompt": "one"}, {"turns": ["two", "three"]}, {"messages": [system, {"role": "user", "content": "four"}]}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    class Codec:
+        def encode(self, prompt: object) -> list[int]:
+            seen.append(prompt)
+            return [1]
+
+    load_prompts(path, None, Codec())  # type: ignore[arg-type]
+    assert seen == ["one", "two", [system, {"role": "user", "content": "four"}]]

@@ -36,8 +36,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         OptionError: the file cannot be read, is empty, or has a bad row; the message gives the row's number.
     """
-    return [_first_turn(conversation.turns[0]) for conversation in read_conversations(path)]
+    return [as_prompt(conversation.turns[0]) for conversation in read_conversations(path)]
 
 
-def _first_turn(turn: Sequence[Message]) -> Prompt:
+def as_prompt(turn: Sequence[Message]) -> Prompt:
+    """A user's only message as text, which models without a chat template can read, too; other turns as messages."""
     return str(turn[0]["content"]) if len(turn) == 1 and turn[0]["role"] == "user" else list(turn)

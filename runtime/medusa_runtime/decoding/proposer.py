@@ -61,9 +61,7 @@ class Proposer:
         """
         proposals = [self._proposals(*pair) for pair in zip(sequences, _grown(sequences), strict=True)]
         asked = {sequence.guesses is not None for sequence in sequences if sequence.drafter.uses_heads} or {False}
-        with_heads = (
-            None if len(asked) > 1 else asked.pop()
-        )  # those whose prompts were read just now may differ from the others
+        with_heads = asked.pop() if len(asked) == 1 else None  # those whose prompts were read just now may differ from others
         plan = self._plan(sequences, proposals, capacity, with_heads=with_heads is True)
         pairs = zip(sequences, proposals, strict=True)
         return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan, with_heads)

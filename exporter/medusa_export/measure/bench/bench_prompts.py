@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from medusa_export.measure.prompt_files import as_prompt
 from medusa_heads.distill.prompts import Conversation, read_prompts
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.codec import Prompt, TextCodec
@@ -63,7 +64,7 @@ def _from_file(path: Path) -> list[tuple[str, str, Prompt]]:
         raise OptionError(f"{path} has a conversation without a user's message; remove it")
     categories = _categories(path, conversations)
     return [
-        (conversation.key, category, list(conversation.turns[0]))
+        (conversation.key, category, as_prompt(conversation.turns[0]))
         for conversation, category in zip(conversations, categories, strict=True)
     ]
 
