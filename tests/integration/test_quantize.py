@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -567,3 +568,15 @@ def test_rows_that_heads_gather_are_those_of_the_product(scheme, make_model: Mak
             if "lm_head.weight" in tensor.name and tensor.dims[0] * tensor.dims[-1] == VOCAB_SIZE * 64:
                 places[name] = {entry.key: entry.value for entry in tensor.external_data}["offset"]
     assert places[STEP] == places[HEADS]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-blocks", "int4"])
+def test_an_embedding_that_nothing_else_reads_has_8_bits(scheme, make_model: Make, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=False)
+    export_bundle(ExportOptions(str(model), save_random_heads(model, tmp_path / "heads"), tmp_path / "bundle"))
+    manifest = quantize_bundle(QuantizeOptions(tmp_path / "bundle", tmp_path / "small", scheme=scheme))
+    graph = onnx.load(tmp_path / "small" / "step.onnx", load_external_data=False).graph
+    kinds = {tensor.data_type for tensor in graph.initializer if math.prod(tensor.dims) == VOCAB_SIZE * 64}
+    assert kinds == {onnx.TensorProto.INT8 if scheme == "int8" else onnx.TensorProto.UINT8}
+    assert manifest.quantization is not None
+    assert manifest.quantization.quality["mean_kl"] < (0.1 if scheme == "int4" else 0.01)

@@ -26,7 +26,7 @@ class QuantizeWeights(GraphPass):
     Result: still only standard operators, with each weight under a ``DequantizeLinear``. Weights in blocks lie as [out, in] and
     are unsigned: so `BlockProducts` can give the same bytes to ``MatMulNBits``. A weight that cannot be divided into blocks of
     32 inputs gets one scale per output. A weight from which rows are also gathered (a tied embedding) stays one tensor, with
-    at least 8 bits. With int8, so is an embedding that nothing else reads: one scale per row.
+    at least 8 bits. An embedding that nothing else reads has 8 bits, too, with one scale per row or per block of it.
 
     Args:
         storage: how to store the weight of a name; None to leave it as it is.
@@ -93,10 +93,19 @@ class QuantizeWeights(GraphPass):
                 assert node.inputs[0] is not None
                 found.setdefault(node.inputs[0], []).append(node)
         whole = [weight for weight, gathers in found.items() if len(weight.uses()) == len(gathers)]
-        stored = [weight for weight in whole if self.storage(weight.name or "") == "int8"]
-        for weight in stored:
-            _store_channels(graph, weight, [], found[weight])
-        return len(stored)
+        matched = 0
+        for weight in whole:
+            storage = self.storage(weight.name or "")
+            if storage is None:
+                continue
+            assert weight.const_value is not None
+            _, width = (size for size in weight.const_value.shape if isinstance(size, int))
+            if storage != "int8" and width % BLOCK_SIZE == 0:
+                _store_blocks(graph, weight, [], found[weight], bits=8, given=None)
+            else:
+                _store_channels(graph, weight, [], found[weight])
+            matched += 1
+        return matched
 
 
 def tables(models: Iterable[ir.Model]) -> frozenset[int]:
@@ -156,9 +165,10 @@ def _store_blocks(
     graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int, given: GivenCodes | None
 ) -> None:
     """Store [out, in] as uint8 or uint4, with one scale per output and block of inputs. uint4 has zero points as well."""
-    name, tensor, by_rows = weight.name or "", weight.const_value, readers[0].transposed
+    name, tensor, by_rows = weight.name or "", weight.const_value, not readers or readers[0].transposed
     assert tensor is not None
-    inputs, outputs = readers[0].num_inputs, readers[0].num_outputs
+    rows, columns = (size for size in tensor.shape if isinstance(size, int))
+    outputs, inputs = (rows, columns) if by_rows else (columns, rows)
 
     def store() -> Sequence[npt.NDArray[np.generic]]:
         array = tensor.numpy()
