@@ -1,4 +1,4 @@
-"""Codes that a checkpoint brings along, so that its weights are not rounded a second time."""
+"""Codes that a checkpoint brings along, or that were found before, so that weights are not rounded a second time."""
 
 from __future__ import annotations
 

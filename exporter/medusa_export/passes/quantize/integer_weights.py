@@ -32,8 +32,8 @@ class QuantizeWeights(GraphPass):
         storage: how to store the weight of a name; None to leave it as it is.
         tables: where weights lie from which any graph gathers rows, see `tables`. Such a weight is rounded anew in all graphs,
             so that it is stored once.
-        given: codes that the checkpoint has for the weights of these names. They are taken as they are if they have as many
-            bits as the weight is to be stored with.
+        given: codes in blocks for the weights of these names, which the checkpoint has or which were found before. They are
+            taken as they are if they have as many bits as the weight is to be stored with.
         rounded: codes and scales of weights that were rounded before, in the weights' layout, for ``int8``. All others get the
             nearest codes.
     """
@@ -50,7 +50,7 @@ class QuantizeWeights(GraphPass):
         self.tables = tables
         self.given = given or {}
         self.rounded = rounded or {}
-        self.kept: list[str] = []  # weights whose own codes were taken
+        self.kept: list[str] = []  # weights whose given codes were taken
 
     def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
@@ -99,8 +99,7 @@ class QuantizeWeights(GraphPass):
             if storage is None:
                 continue
             assert weight.const_value is not None
-            _, width = (size for size in weight.const_value.shape if isinstance(size, int))
-            if storage != "int8" and width % BLOCK_SIZE == 0:
+            if storage != "int8" and shape_of(weight.const_value).numpy()[1] % BLOCK_SIZE == 0:
                 _store_blocks(graph, weight, [], found[weight], bits=8, given=None)
             else:
                 _store_channels(graph, weight, [], found[weight])
@@ -167,7 +166,7 @@ def _store_blocks(
     """Store [out, in] as uint8 or uint4, with one scale per output and block of inputs. uint4 has zero points as well."""
     name, tensor, by_rows = weight.name or "", weight.const_value, not readers or readers[0].transposed
     assert tensor is not None
-    rows, columns = (size for size in tensor.shape if isinstance(size, int))
+    rows, columns = shape_of(tensor).numpy()
     outputs, inputs = (rows, columns) if by_rows else (columns, rows)
 
     def store() -> Sequence[npt.NDArray[np.generic]]:
