@@ -100,6 +100,17 @@ def test_activations_of_heads_have_one_term_whatever_the_steps_have(exported: Ma
         assert "weights_of_terms" in {tensor.name for tensor in step.initializer}
 
 
+def test_all_graphs_run_where_products_of_integers_would_saturate(
+    exported: Make, make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on x86 without VNNI: ONNX Runtime then stores weights as uint8."""
+    monkeypatch.setattr("medusa_runtime.backends.ort_sessions.has_exact_products", lambda: False)
+    quantize_bundle(QuantizeOptions(exported(), tmp_path / "int8", "int8"))
+    report = validate(tmp_path / "int8", str(make_model("llama", **MODELS["llama"])), prompts=PROMPTS[:1], max_new_tokens=8)
+    assert report.status == "passed", report.errors
+    assert PORTABLE in report.targets
+
+
 def answers(backend: OrtCpuBackend, capacity: int, spoil: bool = False) -> list[np.ndarray]:
     """Outputs for three sequences of different lengths: prompts (one in chunks), a batch of trees, heads, a smaller batch."""
     rng = np.random.default_rng(0)

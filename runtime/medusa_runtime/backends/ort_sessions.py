@@ -22,7 +22,7 @@ import onnxruntime as ort
 from medusa_runtime.backends.forks import kept_in_children
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import Spin, available_memory, has_exact_products, num_cores
-from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
+from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest
 from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, first_line
 
@@ -203,7 +203,9 @@ def open_graph(
     # graphs for the CPU have such products of their own, and the portable graph is compared with them: in float32.
     in_float = manifest.quantization is not None and manifest.quantization.scheme == "int8"
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if in_float else "4")
-    if not has_exact_products():  # uint8 times int8 saturates; the exact kernels take twice as long
+    # Without VNNI, uint8 times int8 saturates, so weights become uint8. Portable graphs multiply in float32, and ONNX Runtime
+    # 1.31 would give their weights a zero point of a wrong shape (docs/decisions/0041-without-vnni.md).
+    if graph.target != PORTABLE and not has_exact_products():
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 2  # warnings stay on: TensorScatter says so if it had to copy the cache
     try:
