@@ -38,7 +38,7 @@ from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.manifest import STEP, QuantizationFacts, Scheme
 from tests.gpu.conftest import logits
 from tests.gpu.here import GPUS, IN_SOFTWARE, WEBGPU, WHY_NOT, a_gpus
-from tests.support.models import save_random_heads
+from tests.support.models import put_on_grids, save_random_heads, save_tiny_model
 from tests.support.zoo import save_zoo_model
 
 pytestmark = [a_gpus, pytest.mark.skipif(WHY_NOT[WEBGPU] is not None, reason=str(WHY_NOT[WEBGPU]))]
@@ -70,13 +70,26 @@ def test_weights_in_blocks_are_multiplied_on_the_gpu(
     scheme: Scheme, make_bundle: Make, make_model: Make, tmp_path: Path
 ) -> None:
     """In float32, as the portable graph says; the CPU's own graphs round activations."""
-    bundle = tmp_path / "bundle"
-    quantize_bundle(QuantizeOptions(make_bundle("llama", precision="fp32"), bundle, scheme))
+    quantize_bundle(QuantizeOptions(make_bundle("llama", precision="fp32"), tmp_path / "bundle", scheme))
+    _is_the_portable_one(tmp_path / "bundle", make_model("llama"))
+
+
+def test_weights_on_grids_and_the_sums_that_they_read_are_multiplied_on_the_gpu(tmp_path: Path) -> None:
+    model = put_on_grids(save_tiny_model(tmp_path / "model", "llama", num_key_value_heads=4))
+    export_bundle(ExportOptions(str(model), save_random_heads(model, tmp_path / "heads"), tmp_path / "float"))
+    manifest = quantize_bundle(QuantizeOptions(tmp_path / "float", tmp_path / "bundle", "int4"))
+    assert manifest.quantization is not None
+    assert manifest.quantization.kept_grids == 4 * 7
+    _is_the_portable_one(tmp_path / "bundle", model)
+
+
+def _is_the_portable_one(bundle: Path, model: Path) -> None:
+    """Check that a quantised bundle gives on the GPU what its portable graph gives."""
     tokens, manifest = [5, 9, 14, 21], Manifest.load(bundle)
     gpu = open_backend(bundle, manifest, device="gpu")
     gpu.resize(1, 64)
     np.testing.assert_allclose(logits(gpu, tokens), _portable(bundle, manifest, tokens), rtol=1e-4, atol=1e-4)
-    report = validate(bundle, str(make_model("llama")), prompts=PROMPTS[:1], max_new_tokens=8, device="gpu")
+    report = validate(bundle, str(model), prompts=PROMPTS[:1], max_new_tokens=8, device="gpu")
     assert report.status == "passed", report.verdicts()
     assert report.targets == [WEBGPU]
 

@@ -16,13 +16,23 @@ from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.model.packed.tensors import LazyIntegers
 from medusa_export.passes.quantize.given_codes import Array, GivenCodes, given_codes
 from medusa_export.passes.quantize.integer_weights import tables
+from medusa_export.passes.quantize.own_grids import own_grids
 from medusa_export.progress import note, step_stage, told
 from medusa_export.quantize.calibration_text import QUALITY_PROMPTS, answered
-from medusa_export.quantize.quantized_bundle import prompts_for, quantize_bundle, quantize_graph, require_close, require_int8
+from medusa_export.quantize.quantized_bundle import (
+    prompts_for,
+    quantize_bundle,
+    quantize_graph,
+    require_close,
+    require_int8,
+    storage_of,
+    told_of_grids,
+)
+from medusa_export.quantize.weight_rounding import RoundedWeights
 from medusa_heads.directories import new_directory, require_new, scratch_beside
 from medusa_runtime import DecodingEngine, DynamicTree
 from medusa_runtime.backends.choosing import open_backend
-from medusa_runtime.bundle.manifest import Manifest, QuantizationFacts, Scheme
+from medusa_runtime.bundle.manifest import STEP, Manifest, QuantizationFacts, Scheme
 from medusa_runtime.drafting.ngrams import NGrams
 from medusa_runtime.errors import OptionError
 from medusa_runtime.text.token_ids import open_codec
@@ -82,7 +92,7 @@ def _measured(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manifes
 
 def _quantized(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manifest:
     activation_bits: Literal[8, 16] = 16 if scheme == "int8" else 8
-    _quantize(traced, scheme)
+    kept_grids = _quantize(traced, scheme)
     with new_directory(options.output, is_onnx_bundle, force=options.force, inputs=options.inputs) as directory:
         files, graphs = write_graphs(traced.graphs, directory, "fp32", activation_bits=activation_bits)
         manifest = traced.manifest(directory, files, graphs)
@@ -93,6 +103,7 @@ def _quantized(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manife
             scheme=scheme,
             activation_bits=activation_bits,
             smoothing=0.0,
+            kept_grids=kept_grids,
             quality=quality.model_dump(exclude_none=True),
             max_kl=options.max_kl,
         )
@@ -100,17 +111,21 @@ def _quantized(traced: Traced, options: ExportOptions, scheme: Scheme) -> Manife
     return manifest
 
 
-def _quantize(traced: Traced, scheme: Scheme) -> None:
-    gathered, given = tables(traced.graphs.values()), _given(traced)
-    kept = 0
+def _quantize(traced: Traced, scheme: Scheme) -> int | None:
+    """Store the weights as integers, in place. Returns how many of them lie on grids of their own; None if none does."""
+    gathered, given, storage = tables(traced.graphs.values()), _given(traced), storage_of(scheme)
+    grids = {} if traced.backbone.integers else own_grids(traced.graphs[STEP].graph, storage)
+    storage = told_of_grids(storage, grids)
+    kept: list[str] = []
     for model in traced.graphs.values():
-        kept += quantize_graph(model, scheme, gathered, given)
-    if kept:
+        kept += quantize_graph(model, storage, gathered, RoundedWeights(blocks=given | grids))
+    if given and kept:
         count = len(traced.backbone.integers)
-        rest = "" if kept == count else f"; {scheme} stores the others in another form"
-        note(f"{kept} of the checkpoint's {count} integer weights keep their own codes{rest}")
+        rest = "" if len(kept) == count else f"; {scheme} stores the others in another form"
+        note(f"{len(kept)} of the checkpoint's {count} integer weights keep their own codes{rest}")
     elif traced.backbone.integers:
         note(f"the weights of the checkpoint are integers, but none that {scheme} can keep; they are rounded again")
+    return len(grids) or None
 
 
 def _given(traced: Traced) -> dict[str, GivenCodes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from medusa_export.errors import QualityError
 from medusa_export.measure.prompt_files import read_prompts
 from medusa_export.passes.quantize.choose_terms import ChooseTerms
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
-from medusa_export.passes.quantize.given_codes import GivenCodes
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
+from medusa_export.passes.quantize.own_grids import own_grids
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, step_stage, told
 from medusa_export.provenance import provenance
@@ -145,10 +145,16 @@ def _rounded(
             write_weights(graphs.values(), scratch)
         facts["smoothing"], weights = SMOOTHING, scratch
     layout, storage = CacheLayout.of(source.graphs[STEP]), storage_of(options.scheme)
-    rounded = round_weights(graphs[STEP], weights, layout, known, scratch, storage, stored_in(graphs[HEADS]))
+    grids = own_grids(graphs[STEP].graph, storage)
+    storage = told_of_grids(storage, grids)
+    shared = stored_in(graphs[HEADS])
+    rounded = round_weights(graphs[STEP], weights, layout, known, scratch, storage, shared, frozenset(grids))
+    rounded.blocks.update(grids)
     gathered = tables(graphs.values())
     for name, model in graphs.items():
-        quantize_graph(model, options.scheme, gathered, rounded=rounded if name == STEP else None)
+        quantize_graph(model, storage, gathered, rounded if name == STEP else None)
+    if grids:
+        facts["kept_grids"] = len(grids)
     if rotated is not None and bits == 8:
         choice = ChooseTerms(rotated.errors)
         choice(graphs[STEP])
@@ -158,32 +164,27 @@ def _rounded(
 
 
 def quantize_graph(
-    model: ir.Model,
-    scheme: Scheme,
-    gathered: frozenset[int],
-    given: Mapping[str, GivenCodes] | None = None,
-    rounded: RoundedWeights | None = None,
-) -> int:
-    """Store a graph's weights as integers, in place. Returns the number of those whose given codes were kept.
+    model: ir.Model, storage: Callable[[str], Storage], gathered: frozenset[int], rounded: RoundedWeights | None = None
+) -> list[str]:
+    """Store a graph's weights as integers, in place. Returns the names of those whose known codes in blocks were taken.
 
     Args:
         model: a float32 graph.
-        scheme: how to store the weights.
+        storage: how to store each weight, by its name.
         gathered: where weights lie from which any graph gathers rows; see `tables`.
-        given: codes that the checkpoint has, by weight.
-        rounded: codes of weights that were rounded before.
+        rounded: codes of weights that are known: the checkpoint has them, or they were found before.
     """
-    channels = None if rounded is None else rounded.channels
-    rounding = QuantizeWeights(storage_of(scheme), gathered, given if rounded is None else rounded.blocks, channels)
+    known = rounded or RoundedWeights()
+    rounding = QuantizeWeights(storage, gathered, known.blocks, known.channels)
     rounding(model)
-    experts = QuantizeExperts(storage_of(scheme))
+    experts = QuantizeExperts(storage)
     experts(model)
     if experts.left:
         note(
             f"{len(experts.left)} weights of experts, such as {experts.left[0]}, stay float32: inputs cannot be divided "
             f"into blocks of {BLOCK_SIZES[-1]}, or they are tiny"
         )
-    return len(rounding.kept)
+    return rounding.kept
 
 
 def require_close(quality: Quality, max_kl: float | None) -> None:
@@ -228,6 +229,22 @@ def storage_of(scheme: Scheme) -> Callable[[str], Storage]:
         return "int4" if in_layers and (scheme == "int4" or is_mlp) else "int8-blocks"
 
     return storage
+
+
+def told_of_grids(storage: Callable[[str], Storage], grids: Collection[str]) -> Callable[[str], Storage]:
+    """How to store each weight, if those of some names lie on grids of 4 bits already; see `storage_of`.
+
+    A file in 4 bits has more bits for the weights that lose most, so the weights without a grid have 8.
+    """
+    if not grids:
+        return storage
+    note(f"{len(grids)} weights lie on grids of 16 values a block already: they keep their values; the others have 8 bits")
+
+    def told(name: str) -> Storage:
+        usual = storage(name)
+        return "int8-blocks" if usual == "int4" and name not in grids else usual
+
+    return told
 
 
 def _maxima(bundle: Path, source: Manifest, texts: Iterable[Sequence[int]]) -> dict[str, Vector]:

@@ -43,6 +43,7 @@ def round_weights(
     place: Path,
     storage: Callable[[str], Storage],
     shared: frozenset[int] = frozenset(),
+    done: frozenset[str] = frozenset(),
 ) -> RoundedWeights:
     """Codes and scales of the weights of linear layers. They lie on the disk.
 
@@ -56,9 +57,10 @@ def round_weights(
         place: a directory for the codes.
         storage: how each weight is stored, by its name.
         shared: where weights lie that another graph reads too (`stored_in`): they have to be rounded alike to be stored once.
+        done: names of weights that are left out, too, since their codes are known.
     """
     found = RoundedWeights()
-    groups = list(_groups(_by_input(model.graph, shared)))
+    groups = list(_groups(_by_input(model.graph, shared, done)))
     num_weights = sum(len(layers) for group in groups for layers in group.values())
     with step_stage(STAGE, len(groups) * len(texts) + num_weights) as one_more:
         for group in groups:
@@ -75,11 +77,11 @@ def stored_in(model: ir.Model) -> frozenset[int]:
     return frozenset(offset for weight in model.graph.initializers.values() for offset in offsets(weight))
 
 
-def _by_input(graph: ir.Graph, shared: frozenset[int]) -> dict[str, list[Linear]]:
+def _by_input(graph: ir.Graph, shared: frozenset[int], done: frozenset[str]) -> dict[str, list[Linear]]:
     """The linear layers that can be rounded, by the input that they share."""
     found: dict[str, list[Linear]] = {}
     for linear in linears(graph):
-        if linear.reads_alone and shared.isdisjoint(offsets(linear.weight)):
+        if linear.reads_alone and linear.weight.name not in done and shared.isdisjoint(offsets(linear.weight)):
             assert linear.node.inputs[0] is not None
             found.setdefault(linear.node.inputs[0].name or "", []).append(linear)
     return found

@@ -84,6 +84,8 @@ def _quantization(facts: QuantizationFacts) -> str:
     said = [f"{facts.scheme} weights, {facts.activation_bits}-bit activations"]
     if facts.rotation is not None:
         said.append("rotated")
+    if facts.kept_grids:
+        said.append(f"{facts.kept_grids} weights keep the 4-bit values that they had")
     if "mean_kl" in quality:
         said.append(f"KL divergence from the original {quality['mean_kl']:.4f} nats on average")
     if "perplexity" in quality and "perplexity_before" in quality:

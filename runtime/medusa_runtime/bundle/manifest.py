@@ -140,6 +140,9 @@ class QuantizationFacts(_Model):
         default=None, ge=0, description="of the step's integer products, those for which 8 bits are too few; omitted: no choice"
     )
     num_products: int | None = Field(default=None, ge=0, description="the step's integer products; omitted as well")
+    kept_grids: int | None = Field(
+        default=None, ge=0, description="weights that lay on grids of 4 bits before, and keep their values; omitted: none"
+    )
     source_bundle: str | None = Field(
         default=None, description="content digest of the bundle that was quantised; omitted: it was made from the checkpoint"
     )

@@ -20,7 +20,8 @@ class BlockProducts(GraphPass):
 
     Needs: ``MatMul(x, Transpose(DequantizeLinear(codes, scales, zeros)))`` as `QuantizeWeights` writes it: codes [N, K] are
     uint8 around 128, or uint4 with zero points.
-    Result: ``MatMulNBits``. It reads the same bytes; only their shape is told otherwise.
+    Result: ``MatMulNBits``. It reads the same bytes; only their shape is told otherwise. Zeros that are appended to x for a
+    whole block are left out: the operator needs none.
 
     Args:
         accuracy_level: how precisely the operator multiplies: 1 for float32; 4 for activations in 8 bits, each row on its own.
@@ -41,14 +42,15 @@ class BlockProducts(GraphPass):
             weights = [_codes(model.graph, views, stored), stored.scales]
             if stored.zeros is not None:
                 weights.append(_zeros(model.graph, views, stored))
+            x, num_inputs = _unpadded(node.inputs[0], stored.num_inputs)
             attributes = {
-                "K": stored.num_inputs,
+                "K": num_inputs,
                 "N": stored.num_outputs,
                 "bits": stored.bits,
                 "block_size": stored.block_size,
                 "accuracy_level": self._accuracy_level,
             }
-            product = ir.node("MatMulNBits", [node.inputs[0], *weights], attributes, domain="com.microsoft")
+            product = ir.node("MatMulNBits", [x, *weights], attributes, domain="com.microsoft")
             model.graph.insert_before(node, product)
             replace(node.outputs[0], product.outputs[0])
             model.graph.remove(node, safe=True)
@@ -83,6 +85,18 @@ class _Blocks:
     @property
     def num_blocks(self) -> int:
         return self.num_inputs // self.block_size
+
+
+def _unpadded(x: ir.Value | None, width: int) -> tuple[ir.Value | None, int]:
+    """An input of a product and its width, without the zeros that a ``Pad`` appends to it."""
+    pad = None if x is None else x.producer()
+    if pad is None or pad.op_type != "Pad" or pad.attributes.get_string("mode", "constant") != "constant":
+        return x, width
+    told = pad.inputs[1].const_value if pad.inputs[1] is not None and len(pad.inputs) == 2 else None
+    ends = None if told is None else told.numpy()
+    if ends is None or ends[:-1].any():
+        return x, width
+    return pad.inputs[0], width - int(ends[-1])
 
 
 def _stored(weight: ir.Value | None) -> _Blocks | None:

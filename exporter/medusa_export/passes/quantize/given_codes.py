@@ -19,12 +19,19 @@ HALF_RANGE = 128  # the zero of symmetric 8-bit codes
 class GivenCodes:
     """A weight [K, N] in codes: ``(codes - zeros) * scales``, with scales and zeros [K / block_size, N].
 
-    ``parts`` computes codes, scales and, for 4 bits, zeros.
+    ``parts`` computes codes, scales and, for 4 bits, zeros. If the weight reads sums, it has more inputs after its own: the sum
+    of each block of inputs, and then inputs of 0 up to a whole block (`padded_inputs`).
     """
 
     bits: int
     block_size: int
     parts: Callable[[], Sequence[Array]]
+    reads_sums: bool = False
+
+
+def padded_inputs(num_inputs: int, block_size: int) -> int:
+    """The number of inputs of a weight that also reads the sums of its blocks, in whole blocks."""
+    return -(-(num_inputs + num_inputs // block_size) // block_size) * block_size
 
 
 def given_codes(make: Callable[[], tuple[Array, Array, Array]], bits: int, block_size: int | None) -> GivenCodes | None:

@@ -13,7 +13,7 @@ from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.linears import Linear, gathers_rows, gemm_to_matmul, is_weight, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
 from medusa_export.passes.common.values import Together, add_initializer, constant, lazy_tensor, replace, shape_of
-from medusa_export.passes.quantize.given_codes import HALF_RANGE, GivenCodes
+from medusa_export.passes.quantize.given_codes import HALF_RANGE, GivenCodes, padded_inputs
 
 Storage = Literal["int8", "int8-blocks", "int4"]
 Rounded = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]  # codes in a weight's layout, and one scale per output
@@ -180,6 +180,10 @@ def _store_blocks(
 
     rounded = Together(turned)
     size = BLOCK_SIZE if given is None else given.block_size
+    if given is not None and given.reads_sums:
+        inputs = padded_inputs(inputs, size)
+        for reader in readers:
+            reader.node.replace_input_with(0, _with_sums(graph, reader, size))
     dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
     whole, blocks = [outputs, inputs], [outputs, inputs // size]
     parts = [
@@ -196,6 +200,28 @@ def _store_blocks(
     for gather in gathers:
         _gather(graph, gather, stored[0], stored[1], blocks=inputs // size)
     _forget(graph, weight)
+
+
+def _with_sums(graph: ir.Graph, reader: Linear, size: int) -> ir.Value:
+    """A product's input, followed by the sum of each block of it and by zeros up to a whole block. Made once per input."""
+    x, inputs = reader.node.inputs[0], reader.num_inputs
+    assert x is not None
+    assert x.shape is not None
+    name = f"{x.name}.with_sums_of_{size}"
+    for usage in x.uses():
+        if usage.node.op_type == "Concat" and usage.node.outputs[0].name == name:
+            return next(iter(usage.node.outputs[0].uses())).node.outputs[0]
+    leading, blocks = [0] * (len(x.shape) - 1), inputs // size  # 0: a size stays as it is
+    tape = ir.tape.Tape()
+    cut = tape.op("Reshape", [x, constant(graph, _named([*leading, blocks, size]), [*leading, blocks, size])])
+    sums = tape.op("ReduceSum", [cut, constant(graph, "last_axis", [-1])], {"keepdims": 0})
+    whole = tape.op("Concat", [x, sums], {"axis": -1}, output=ir.Value(name=name))
+    width = padded_inputs(inputs, size)
+    ends = [0] * (2 * len(x.shape) - 1) + [width - inputs - blocks]
+    result = tape.op("Pad", [whole, constant(graph, "ends_" + "_".join(map(str, ends)), ends)])
+    result.shape, result.type = ir.Shape([*x.shape[:-1], width]), x.type
+    graph.insert_before(reader.node, tape.nodes)
+    return result
 
 
 def _halves(graph: ir.Graph, before: ir.Node, shape: Sequence[int]) -> ir.Value:
