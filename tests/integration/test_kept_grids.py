@@ -18,6 +18,7 @@ from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.quantize import export, quantize_bundle
 from medusa_runtime import Manifest
+from medusa_runtime.bundle.manifest import Scheme
 from tests.support.models import put_on_grids, save_random_heads, save_tiny_model
 
 COARSE = "model.layers.1.mlp.down_proj.weight"  # has no grid
@@ -82,6 +83,14 @@ def test_every_graph_gives_what_pytorch_gives(models: tuple[Path, Path], quantis
     assert {"ort-cpu-single", "ort-cpu", "portable"} <= set(report.targets)
     text = CliRunner().invoke(main, ["inspect", str(quantised)]).output
     assert f"{NUM_WEIGHTS - 1} weights keep the 4-bit values that they had" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-blocks"])
+def test_eight_bits_say_that_four_would_lose_nothing(
+    scheme: Scheme, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize_bundle(QuantizeOptions(bundle, tmp_path / "eight", scheme))
+    assert "--scheme int4 would keep their values" in capsys.readouterr().err
 
 
 def test_a_rotated_model_has_no_grids(bundle: Path, tmp_path: Path) -> None:

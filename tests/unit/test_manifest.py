@@ -57,7 +57,7 @@ def test_a_directory_without_one_is_no_bundle(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data | {"schema_version": 99}, "it has schema version 99, medusa-export .* reads 1 to 2; read it with"),
+        (lambda data: data | {"schema_version": 99}, "it has schema version 99, medusa-export .* reads 1 to 3; read it with"),
         (lambda data: data | {"precision": "fp8"}, "precision"),
         (lambda data: data | {"surprise": 1}, "surprise"),
         (lambda data: data | {"graphs": {}}, "graphs: heads, step is missing"),
@@ -90,19 +90,19 @@ def test_a_bundle_of_the_first_schema_is_read_and_its_file_stays(bundle) -> None
     assert Manifest.load(bundle) == newest
     assert path.read_text() == old
     Manifest.load(bundle).save(bundle)  # as `validate` does
-    assert json.loads(path.read_text())["schema_version"] == VERSIONS.newest == 2
+    assert json.loads(path.read_text())["schema_version"] == VERSIONS.newest == 3
 
 
 def test_a_newer_bundle_names_the_version_that_reads_it(bundle) -> None:
     path = bundle / "manifest.json"
-    data = json.loads(path.read_text()) | {"schema_version": 3, "field_of_tomorrow": {}}
+    data = json.loads(path.read_text()) | {"schema_version": 4, "field_of_tomorrow": {}}
     data["provenance"]["versions"] = {"medusa-export": "9.1.0", "torch": "3"}
     path.write_text(json.dumps(data))
     here = importlib.metadata.version("medusa-export")
     with pytest.raises(BundleError) as caught:
         Manifest.load(bundle)
     assert str(caught.value) == (
-        f"{path} cannot be read: it has schema version 3, medusa-export {here} reads 1 to 2; "
+        f"{path} cannot be read: it has schema version 4, medusa-export {here} reads 1 to 3; "
         "read it with medusa-export 9.1.0, which made it, or a later one, or make the bundle again"
     )
 

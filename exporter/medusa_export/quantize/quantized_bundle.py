@@ -22,7 +22,7 @@ from medusa_export.measure.prompt_files import read_prompts
 from medusa_export.passes.quantize.choose_terms import ChooseTerms
 from medusa_export.passes.quantize.expert_weights import BLOCK_SIZES, QuantizeExperts
 from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, tables
-from medusa_export.passes.quantize.own_grids import own_grids
+from medusa_export.passes.quantize.own_grids import has_grids, own_grids
 from medusa_export.passes.quantize.smooth import Smooth, Vector, junctions, with_maxima
 from medusa_export.progress import note, step_stage, told
 from medusa_export.provenance import provenance
@@ -146,6 +146,8 @@ def _rounded(
         facts["smoothing"], weights = SMOOTHING, scratch
     layout, storage = CacheLayout.of(source.graphs[STEP]), storage_of(options.scheme)
     grids = own_grids(graphs[STEP].graph, storage)
+    if options.scheme in ("int8", "int8-blocks") and has_grids(graphs[STEP].graph):
+        note("the weights lie on grids of 16 values a block: --scheme int4 would keep their values, and need half the memory")
     storage = told_of_grids(storage, grids)
     shared = stored_in(graphs[HEADS])
     rounded = round_weights(graphs[STEP], weights, layout, known, scratch, storage, shared, frozenset(grids))

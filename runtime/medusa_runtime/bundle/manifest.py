@@ -52,7 +52,7 @@ Count = Annotated[int, Field(gt=0, lt=1 << 31)]
 
 
 # Version 2 adds fields, all optional: of rotations (0.2.0). The form of 1 is not a different one.
-VERSIONS = FileVersions("schema_version", newest=2, steps={1: lambda data: data})
+VERSIONS = FileVersions("schema_version", newest=3, steps={1: lambda data: data, 2: lambda data: data})
 
 
 class _Model(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ Matrix = npt.NDArray[np.float32]
 NEAR = np.float32(0.02)  # of a step: how far a weight may be from its place on the grid. Weights in float16 are off by 0.007
 MOST_STEPS = 7  # of the smallest gap between two values; two gaps of more than 7 steps need more than 16 places
 SAMPLE = 4  # outputs that are looked at first: weights that lie on no grid are told apart by a few blocks
+FIRST = 3  # weights that tell whether a model's lie on grids
 CHUNK = 1 << 22  # weights that are looked at together, so that memory stays small
 
 
@@ -73,6 +75,11 @@ def own_grids(graph: ir.Graph, storage: Callable[[str], Storage]) -> dict[str, G
         if (grid := find_grid(read())) is not None:
             found[name] = GivenCodes(4, BLOCK_SIZE, partial(_parts, read), reads_sums=grid.has_rests)
     return found
+
+
+def has_grids(graph: ir.Graph) -> bool:
+    """Whether one of the first weights of a float32 graph lies on a grid, so that others will, too."""
+    return any(find_grid(_numbers(linear)) is not None for linear in islice(linears(graph), FIRST))
 
 
 def _numbers(linear: Linear) -> Matrix:
