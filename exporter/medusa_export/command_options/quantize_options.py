@@ -39,8 +39,8 @@ class QuantizeOptions:
         Scheme,
         Field(
             description="int8: one scale per output channel, best with AMX, for wide trees and batches. int8-blocks: one scale "
-            "per 32 inputs, best for narrow trees, and for one caller without AMX. int4: the layers' weights in 4-bit blocks; weights "
-            "that have 4 bits already, as from GGUF files, keep their values. "
+            "per 32 inputs, best for narrow trees, and for one caller without AMX. int4: the layers' weights in 4-bit blocks; "
+            "weights that have 4 bits already, as from GGUF files, keep their values. "
             "int8-int4: only the MLPs' weights in 4-bit blocks"
         ),
     ] = "int8"
