@@ -58,6 +58,7 @@ class QuantizeWeights(GraphPass):
         matched = 0
         for node in [node for node in graph if node.op_type == "Gemm"]:
             gemm_to_matmul(graph, node)
+        with_sums: dict[tuple[ir.Value, int], ir.Value] = {}
         by_weight: dict[ir.Value, list[Linear]] = {}
         for linear in linears(graph):
             if linear.node.op_type == "MatMul":
@@ -77,7 +78,7 @@ class QuantizeWeights(GraphPass):
                 bits = 4 if storage == "int4" else 8
                 given = self.given.get(weight.name or "")
                 given = None if given is None or given.bits != bits or is_table else given
-                _store_blocks(graph, weight, readers, gathers, bits=bits, given=given)
+                _store_blocks(graph, weight, readers, gathers, with_sums, bits=bits, given=given)
                 self.kept += [weight.name or ""] if given is not None else []
             else:
                 _store_channels(graph, weight, readers, gathers, self.rounded.get(weight.name or ""))
@@ -100,7 +101,7 @@ class QuantizeWeights(GraphPass):
                 continue
             assert weight.const_value is not None
             if storage != "int8" and shape_of(weight.const_value).numpy()[1] % BLOCK_SIZE == 0:
-                _store_blocks(graph, weight, [], found[weight], bits=8, given=None)
+                _store_blocks(graph, weight, [], found[weight], {}, bits=8, given=None)
             else:
                 _store_channels(graph, weight, [], found[weight])
             matched += 1
@@ -161,7 +162,14 @@ def _store_channels(
 
 
 def _store_blocks(
-    graph: ir.Graph, weight: ir.Value, readers: list[Linear], gathers: list[ir.Node], *, bits: int, given: GivenCodes | None
+    graph: ir.Graph,
+    weight: ir.Value,
+    readers: list[Linear],
+    gathers: list[ir.Node],
+    with_sums: dict[tuple[ir.Value, int], ir.Value],
+    *,
+    bits: int,
+    given: GivenCodes | None,
 ) -> None:
     """Store [out, in] as uint8 or uint4, with one scale per output and block of inputs. uint4 has zero points as well."""
     name, tensor, by_rows = weight.name or "", weight.const_value, not readers or readers[0].transposed
@@ -183,7 +191,7 @@ def _store_blocks(
     if given is not None and given.reads_sums:
         inputs = padded_inputs(inputs, size)
         for reader in readers:
-            reader.node.replace_input_with(0, _with_sums(graph, reader, size))
+            _read_sums(graph, reader, size, with_sums)
     dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
     whole, blocks = [outputs, inputs], [outputs, inputs // size]
     parts = [
@@ -202,26 +210,35 @@ def _store_blocks(
     _forget(graph, weight)
 
 
-def _with_sums(graph: ir.Graph, reader: Linear, size: int) -> ir.Value:
-    """A product's input, followed by the sum of each block of it and by zeros up to a whole block. Made once per input."""
+def _read_sums(graph: ir.Graph, reader: Linear, size: int, made: dict[tuple[ir.Value, int], ir.Value]) -> None:
+    """Let a product read its input, then the sum of each block of it, then zeros up to a whole block.
+
+    Args:
+        graph: the graph.
+        reader: the product.
+        size: the inputs of a block.
+        made: such values by what they are made of, so that each is made once. New ones are added.
+    """
     x, inputs = reader.node.inputs[0], reader.num_inputs
     assert x is not None
     assert x.shape is not None
-    name = f"{x.name}.with_sums_of_{size}"
-    for usage in x.uses():
-        if usage.node.op_type == "Concat" and usage.node.outputs[0].name == name:
-            return next(iter(usage.node.outputs[0].uses())).node.outputs[0]
-    leading, blocks = [0] * (len(x.shape) - 1), inputs // size  # 0: a size stays as it is
-    tape = ir.tape.Tape()
-    cut = tape.op("Reshape", [x, constant(graph, _named([*leading, blocks, size]), [*leading, blocks, size])])
-    sums = tape.op("ReduceSum", [cut, constant(graph, "last_axis", [-1])], {"keepdims": 0})
-    whole = tape.op("Concat", [x, sums], {"axis": -1}, output=ir.Value(name=name))
-    width = padded_inputs(inputs, size)
-    ends = [0] * (2 * len(x.shape) - 1) + [width - inputs - blocks]
-    result = tape.op("Pad", [whole, constant(graph, "ends_" + "_".join(map(str, ends)), ends)])
-    result.shape, result.type = ir.Shape([*x.shape[:-1], width]), x.type
-    graph.insert_before(reader.node, tape.nodes)
-    return result
+    if (x, size) not in made:
+        blocks, width = inputs // size, padded_inputs(inputs, size)
+        cut = [*[0] * (len(x.shape) - 1), blocks, size]  # 0: a size stays as it is
+        ends = [*[0] * (2 * len(x.shape) - 1), width - inputs - blocks]
+        tape = ir.tape.Tape()
+        parts = tape.op("Reshape", [x, constant(graph, _named(cut), cut)])
+        sums = tape.op("ReduceSum", [parts, constant(graph, "last_axis", [-1])], {"keepdims": 0})
+        whole = tape.op("Concat", [x, sums], {"axis": -1})
+        result = tape.op("Pad", [whole, constant(graph, "ends_" + "_".join(map(str, ends)), ends)])
+        result.shape, result.type = ir.Shape([*x.shape[:-1], width]), x.type
+        source = x.producer()
+        if source is None:
+            graph.insert_before(graph[0], tape.nodes)
+        else:
+            graph.insert_after(source, tape.nodes)
+        made[x, size] = result
+    reader.node.replace_input_with(0, made[x, size])
 
 
 def _halves(graph: ir.Graph, before: ir.Node, shape: Sequence[int]) -> ir.Value:
