@@ -101,6 +101,13 @@ def one_weight_beside_its_place() -> np.ndarray:
     return weight
 
 
+def not_a_number(value: float) -> np.ndarray:
+    weight = on_grid(random_codes(96, 8))
+    weight[40, 7] = value
+    return weight
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(
     "weight",
     [
@@ -108,6 +115,8 @@ def one_weight_beside_its_place() -> np.ndarray:
         on_grid(random_codes(64, 8))[:48],  # no whole number of blocks
         seventeen_values(),
         one_weight_beside_its_place(),
+        not_a_number(np.nan),
+        not_a_number(np.inf),
     ],
 )
 def test_other_weights_have_no_grid(weight: np.ndarray) -> None:
@@ -171,7 +180,7 @@ def test_the_operator_for_blocks_needs_no_padding() -> None:
     assert {node.inputs[0].producer().op_type for node in products if node.inputs[0] is not None} == {"Concat"}
 
 
-@pytest.mark.parametrize("change", ["mode", "value", "front"])
+@pytest.mark.parametrize("change", ["mode", "value", "front", "cut", "whole blocks"])
 def test_other_padding_stays(change: str) -> None:
     model, _ = kept("float[B,T,160]", shift=True)
     pad = next(node for node in model.graph if node.op_type == "Pad")
@@ -183,7 +192,8 @@ def test_other_padding_stays(change: str) -> None:
         pad.resize_inputs(3)
         pad.replace_input_with(2, constant(model.graph, "one", 1.0))
     else:
-        ends.const_value = ir.tensor(np.array([0, 0, 1, 0, 0, 26]), name="ends")
+        amounts = {"front": [0, 0, 1, 0, 0, 26], "cut": [0, 0, 0, 0, 0, -1], "whole blocks": [0, 0, 0, 0, 0, 32]}
+        ends.const_value = ir.tensor(np.array(amounts[change]), name="ends")
     BlockProducts(IN_FLOAT)(model)
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert {node.inputs[0].producer() for node in products if node.inputs[0] is not None} == {pad}

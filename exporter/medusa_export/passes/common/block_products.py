@@ -42,7 +42,7 @@ class BlockProducts(GraphPass):
             weights = [_codes(model.graph, views, stored), stored.scales]
             if stored.zeros is not None:
                 weights.append(_zeros(model.graph, views, stored))
-            x, num_inputs = _unpadded(node.inputs[0], stored.num_inputs)
+            x, num_inputs = _unpadded(node.inputs[0], stored)
             attributes = {
                 "K": num_inputs,
                 "N": stored.num_outputs,
@@ -87,18 +87,6 @@ class _Blocks:
         return self.num_inputs // self.block_size
 
 
-def _unpadded(x: ir.Value | None, width: int) -> tuple[ir.Value | None, int]:
-    """An input of a product and its width, without the zeros that a ``Pad`` appends to it."""
-    pad = None if x is None else x.producer()
-    if pad is None or pad.op_type != "Pad" or pad.attributes.get_string("mode", "constant") != "constant":
-        return x, width
-    told = pad.inputs[1].const_value if pad.inputs[1] is not None and len(pad.inputs) == 2 else None
-    ends = None if told is None else told.numpy()
-    if ends is None or ends[:-1].any():
-        return x, width
-    return pad.inputs[0], width - int(ends[-1])
-
-
 def _stored(weight: ir.Value | None) -> _Blocks | None:
     turn = None if weight is None else weight.producer()
     if turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
@@ -110,6 +98,19 @@ def _stored(weight: ir.Value | None) -> _Blocks | None:
     if codes is None or scales is None or not (codes.is_initializer() and scales.is_initializer()):
         return None  # codes that are gathered first, as those of experts
     return _Blocks(codes, scales, zeros if codes.dtype == ir.DataType.UINT4 else None, source.attributes.get_int("block_size"))
+
+
+def _unpadded(x: ir.Value | None, stored: _Blocks) -> tuple[ir.Value | None, int]:
+    """An input of a product and its width, without the zeros that a ``Pad`` appends to it to fill its last block."""
+    width = stored.num_inputs
+    pad = None if x is None else x.producer()
+    if pad is None or pad.op_type != "Pad" or pad.attributes.get_string("mode", "constant") != "constant":
+        return x, width
+    told = pad.inputs[1].const_value if pad.inputs[1] is not None and len(pad.inputs) == 2 else None
+    ends = None if told is None else told.numpy()
+    if ends is None or ends[:-1].any() or not 0 <= ends[-1] < stored.block_size:
+        return x, width
+    return pad.inputs[0], width - int(ends[-1])
 
 
 def _codes(graph: ir.Graph, views: dict[ir.Value, ir.Value], stored: _Blocks) -> ir.Value:

@@ -132,7 +132,7 @@ def _places(blocks: Matrix) -> Matrix | None:
     gaps = np.diff(np.sort(blocks, axis=1), axis=1)
     least = np.where(gaps > ranges * (NEAR / UINT4_MAX), gaps, np.inf).min(1, keepdims=True)  # the least gap of two values
     places = np.zeros_like(blocks)
-    left = np.flatnonzero(ranges[:, 0] > 0)
+    left = np.flatnonzero(ranges[:, 0] != 0)  # NaN and infinity have no place, so they stay
     for parts in range(1, MOST_STEPS + 1):
         if not left.size:
             break
