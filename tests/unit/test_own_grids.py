@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -87,6 +88,27 @@ def test_many_weights_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert parts is not None
     for name in ("codes", "steps", "zeros", "rests"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_grid"), [("Q4_0", True), ("Q4_1", True), ("Q4_K", True), ("Q5_0", False), ("Q5_1", False), ("Q8_0", False)]
+)
+def test_gguf_files_of_4_bits_have_grids(kind: str, has_grid: bool) -> None:
+    """As the `gguf` package reads them."""
+    form = gguf.GGMLQuantizationType[kind]
+    if kind == "Q4_K":  # which the package does not write: a step and a minimum in float16, then 6 bits each for 32 weights
+        data = np.random.default_rng(0).integers(0, 256, (8, 2, gguf.GGML_QUANT_SIZES[form][1]), np.uint8)
+        data[..., :4] = np.array([0.01, 0.012], np.float16).view(np.uint8)
+        data = data.reshape(8, -1)
+    else:
+        data = gguf.quantize(np.random.default_rng(0).normal(size=(8, 512)).astype("f"), form)
+    weight = gguf.dequantize(data, form).astype("f").T
+    assert weight.shape == (512, 8)
+    if has_grid:
+        found, steps = values(weight)
+        assert (np.abs(found - weight) <= 1e-3 * steps).all()
+    else:
+        assert find_grid(weight) is None
 
 
 def seventeen_values() -> np.ndarray:
