@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -598,6 +599,26 @@ def test_each_value_is_within_half_a_level(bits: int) -> None:
     x = normal(2, 4, 64)
     whole = np.abs(x).max(-1, keepdims=True) if bits == 8 else np.linalg.norm(x, axis=-1, keepdims=True) / 254
     assert (np.abs(run(model, x=x) - x) <= whole / 127 / 2 * 1.02).all()
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_weight_of_two_products_opens_where_products_would_saturate(is_turned: bool) -> None:
+    weight, shape = (WEIGHT.T.copy(), "24,64") if is_turned else (WEIGHT, "64,24")
+    turned = "t = Transpose <perm = [1, 0]> (w)\n f = DequantizeLinear <axis = 1> (t, s)"
+    text = f"""
+    g (float[T,64] x, float[T,64] z, int8[{shape}] w, float[24] s) => (float[T,24] xw, float[T,24] zw)
+    {{ {turned if is_turned else "f = DequantizeLinear <axis = 1> (w, s)"}
+      xw = MatMul (x, f)
+      zw = MatMul (z, f) }}"""
+    model = parse(text, w=weight, s=SCALE)
+    IntegerProducts(8)(model)
+    RemoveUnusedNodesPass()(model)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x, z = normal(3, 64), normal(3, 64, seed=1)
+    for found, one in zip(session.run(["xw", "zw"], {"x": x, "z": z}), (x, z), strict=True):
+        assert (np.abs(found - one @ (WEIGHT * SCALE)) <= np.abs(one).max(-1, keepdims=True) * SIZES / 127 / 2 * 1.01).all()
 
 
 def test_sixteen_bits_are_better_than_eight() -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.graph_pass import GraphPass
 from medusa_export.passes.common.terms import noted_terms
-from medusa_export.passes.common.values import constant, replace
+from medusa_export.passes.common.values import add_initializer, constant, replace
 from medusa_export.passes.ort_cpu.merge_projections import is_int8_weight
 
 LEVELS = 127
@@ -35,6 +35,9 @@ class IntegerProducts(GraphPass):
     In both cases a row's result depends only on that row, not on the other tokens of a step. `DynamicQuantizeLinear` would
     use one scale for all rows, and a draft token could change the logits of another.
 
+    A weight that several products read gets a name for each of them, and its bytes are stored once: where int8 products
+    saturate, ONNX Runtime turns int8 weights into uint8 (`session.x64quantprecision`), and can do so for one reader only.
+
     Args:
         activation_bits: 8 or 16, for one or two terms, where no number of terms is noted on the product.
     """
@@ -47,6 +50,7 @@ class IntegerProducts(GraphPass):
         """Rewrite in place."""
         rounding = _Rounding(model.graph)
         products = [node for node in model.graph if node.op_type == "MatMul" and multiplies_int8(node)]
+        read: set[tuple[ir.Value, ...]] = set()
         for node in products:
             x, weight = node.inputs
             assert x is not None
@@ -54,7 +58,12 @@ class IntegerProducts(GraphPass):
             source = weight.producer()
             assert source is not None
             tape = ir.tape.Tape()
-            result = rounding.of(tape, x, noted_terms(node) or self._terms).product(model.graph, tape, source)
+            data, scales = source.inputs
+            assert data is not None
+            if _initializers(data) in read:
+                data = _again(model.graph, tape, data, len(read))
+            read.add(_initializers(data))
+            result = rounding.of(tape, x, noted_terms(node) or self._terms).product(model.graph, tape, data, scales)
             model.graph.insert_before(node, tape.nodes)
             replace(node.outputs[0], result)
             model.graph.remove(node, safe=True)
@@ -80,8 +89,7 @@ class _Rounded:
     undo: Literal["Mul", "Div"] = "Mul"  # the operator that undoes the scaling
     shape: ir.Value | None = None  # [.., T, -1]: the product's shape, if there are two terms
 
-    def product(self, graph: ir.Graph, tape: ir.tape.Tape, weight: ir.Node) -> ir.Value:
-        data, scales = weight.inputs
+    def product(self, graph: ir.Graph, tape: ir.tape.Tape, data: ir.Value, scales: ir.Value | None) -> ir.Value:
         zero = constant(graph, "code_of_zero", np.uint8(128))
         result = tape.op("MatMulIntegerToFloat", [self.codes, data, self.level, scales, zero], domain="com.microsoft")
         if self.shape is not None:  # add the two terms by a MatMul with [1, 2]: one pass instead of three (Split, Mul, Add)
@@ -118,6 +126,29 @@ class _Rounding:
             leading = tape.op("Shape", [x], {"start": 0, "end": -1})
             self._shapes[rows] = tape.op("Concat", [leading, constant(self._graph, "last_axis", [-1])], {"axis": 0})
         return self._shapes[rows]
+
+
+def _initializers(data: ir.Value) -> tuple[ir.Value, ...]:
+    """The initializers that codes are computed from, or the one that they are."""
+    source = data.producer()
+    if source is None:
+        return (data,)
+    return tuple(each for value in source.inputs if value is not None for each in _initializers(value))
+
+
+def _again(graph: ir.Graph, tape: ir.tape.Tape, data: ir.Value, number: int) -> ir.Value:
+    """Codes of a weight under another name: an initializer, or what is computed from initializers, which get other names too.
+
+    With the same initializers, ONNX Runtime would see that both are equal, and compute one of them.
+    """
+    source = data.producer()
+    if source is None:
+        assert data.const_value is not None
+        return add_initializer(graph, f"{data.name}.again_{number}", data.const_value)
+    inputs = [None if value is None else _again(graph, tape, value, number) for value in source.inputs]
+    result = tape.op(source.op_type, inputs, dict(source.attributes))
+    result.shape, result.type = data.shape, data.type
+    return result
 
 
 def multiplies_int8(node: ir.Node) -> bool:
