@@ -119,3 +119,12 @@ def test_the_graph_for_webgpu_reads_sums_too(quantised: Path) -> None:
     nodes = onnx.load(quantised / "step.ort-webgpu.onnx", load_external_data=False).graph.node
     widths = {next(a.i for a in node.attribute if a.name == "K") for node in nodes if node.op_type == "MatMulNBits"}
     assert {64 + 2, 128 + 4} <= widths
+
+
+def test_after_an_export_in_4_bits_the_next_command_is_no_rounding(models: tuple[Path, Path], tmp_path: Path) -> None:
+    model, heads = models
+    words = ["onnx", str(model), "--heads", str(heads), "-o", str(tmp_path / "out"), "--quantize", "int4", "--no-validate"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert f"or medusa-export tune {tmp_path / 'out'}" in done.output
+    assert "-o SMALLER" not in done.output

@@ -36,5 +36,6 @@ def command(*, validate: bool, as_json: bool, **values: Any) -> None:
         heads = options.heads or heads_place(options.model, None)
         report = compare(options.output, options.model, heads=heads, trust_remote_code=options.trust_remote_code)
         record(options.output, report)
-    note(f"next: medusa-export generate {options.output} -p PROMPT, or medusa-export quantize {options.output} -o SMALLER")
+    then = f"quantize {options.output} -o SMALLER" if options.quantize is None else f"tune {options.output}"
+    note(f"next: medusa-export generate {options.output} -p PROMPT, or medusa-export {then}")
     print_bundle(options.output, as_json=as_json)
