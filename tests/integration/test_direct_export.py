@@ -22,7 +22,7 @@ from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.passes.common.linears import MIN_SIZE
 from medusa_export.passes.quantize.integer_weights import tables
 from medusa_export.quantize import export, quantize_bundle
-from medusa_export.quantize.quantized_bundle import quantize_graph
+from medusa_export.quantize.quantized_bundle import quantize_graph, storage_of
 from medusa_runtime import Manifest, MedusaLM
 from tests.support import packed
 from tests.support.models import save_random_heads, save_tiny_model
@@ -74,7 +74,7 @@ def test_without_a_float_bundle_a_large_models_weights_get_the_nearest_codes(
     assert manifest.quantization is not None
     assert manifest.quantization.source_bundle is None
     for name, graph in graphs.items():
-        quantize_graph(graph, scheme, gathered)
+        quantize_graph(graph, storage_of(scheme), gathered)
         found = read_graph(tmp_path / "bundle" / f"{name}.onnx").graph.initializers
         assert found.keys() == graph.graph.initializers.keys()
         assert all(
