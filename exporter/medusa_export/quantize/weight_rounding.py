@@ -116,7 +116,7 @@ def _moments(
 
 def _round(linear: Linear, feedback: ErrorFeedback, storage: Storage, place: Path, found: RoundedWeights) -> None:
     """Round one weight, and add it to those that were found."""
-    name, weight = linear.weight.name or "", _numbers(linear)
+    name, weight = linear.weight.name or "", linear.numbers()
     stem = f"codes.{len(found.channels) + len(found.blocks)}"
     if storage == "int8" or linear.num_inputs % BLOCK_SIZE:
         codes, scales = feedback.to_int8(weight)
@@ -134,10 +134,3 @@ def _on_disk(array: npt.NDArray[Number], path: Path) -> npt.NDArray[Number]:
     np.save(path, array)
     kept: npt.NDArray[Number] = np.load(path, mmap_mode="r")
     return kept
-
-
-def _numbers(linear: Linear) -> npt.NDArray[np.float32]:
-    """A layer's weight as [K, N]."""
-    assert linear.weight.const_value is not None
-    array = linear.weight.const_value.numpy()
-    return array.T if linear.transposed else array

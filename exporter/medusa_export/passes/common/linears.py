@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from medusa_export.passes.common.values import replace
@@ -44,6 +46,12 @@ class Linear:
     def num_outputs(self) -> int:
         """N, the number of outputs."""
         return _size(self.weight, 1 - self.input_axis)
+
+    def numbers(self) -> npt.NDArray[np.float32]:
+        """The weight as [K, N]. It is read or computed at each call."""
+        assert self.weight.const_value is not None
+        array: npt.NDArray[np.float32] = self.weight.const_value.numpy()
+        return array.T if self.transposed else array
 
     @property
     def reads_alone(self) -> bool:

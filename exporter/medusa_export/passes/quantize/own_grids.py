@@ -71,26 +71,19 @@ def own_grids(graph: ir.Graph, storage: Callable[[str], Storage]) -> dict[str, G
         name = linear.weight.name or ""
         if storage(name) != "int4" or name in found:
             continue
-        read = partial(_numbers, linear)
-        if (grid := find_grid(read())) is not None:
-            found[name] = GivenCodes(4, BLOCK_SIZE, partial(_parts, read), reads_sums=grid.has_rests)
+        if (grid := find_grid(linear.numbers())) is not None:
+            found[name] = GivenCodes(4, BLOCK_SIZE, partial(_parts, linear), reads_sums=grid.has_rests)
     return found
 
 
 def has_grids(graph: ir.Graph) -> bool:
     """Whether one of the first weights of a float32 graph lies on a grid, so that others will, too."""
-    return any(find_grid(_numbers(linear)) is not None for linear in islice(linears(graph), FIRST))
+    return any(find_grid(linear.numbers()) is not None for linear in islice(linears(graph), FIRST))
 
 
-def _numbers(linear: Linear) -> Matrix:
-    assert linear.weight.const_value is not None
-    array: Matrix = linear.weight.const_value.numpy()
-    return array.T if linear.transposed else array
-
-
-def _parts(read: Callable[[], Matrix]) -> list[Array]:
+def _parts(linear: Linear) -> list[Array]:
     """Codes, scales and zero points of a weight. If it has rests, more inputs follow: the rests, for the sums of the blocks."""
-    grid = find_grid(read())
+    grid = find_grid(linear.numbers())
     assert grid is not None
     if not grid.has_rests:
         return [grid.codes, grid.steps, grid.zeros]
