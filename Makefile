@@ -36,7 +36,7 @@ docs: $(VENV)/.docs
 
 ## test: lint, types, import rules, and all tests but those of `test-release`. TEST_OPTIONS: more words for pytest
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -m "not release" --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 1 $(TEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not release" --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 $(TEST_OPTIONS)
 
 ## test-release: build the packages, and install and run them in new environments, from the package index
 test-release: $(VENV)/.dev

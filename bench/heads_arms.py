@@ -74,6 +74,12 @@ class Arm:
     pair_rank: int = 0  # heads 2 to K add a table of this rank of the token before theirs
     own_rank: int = 0  # each head changes the LM head by a product of this rank
     layers: tuple[int, ...] = ()  # hidden states of these layers are read beside the last
+    earlier: tuple[int, ...] = ()  # the last layer's hidden states this many tokens before are read, too
+
+    @property
+    def num_beside(self) -> int:
+        """Number of hidden states that heads read beside the one of the paper."""
+        return len(self.layers) + len(self.earlier)
 
 
 ARMS = {
@@ -91,6 +97,9 @@ ARMS = {
     "own LM heads": Arm("each head changes the LM head by a product of rank 64", own_rank=64),
     "new": Arm("new heads", starts_new=True, learning_rate=1.2e-3),
     "new, layers": Arm("new heads that read three layers", starts_new=True, learning_rate=1.2e-3, layers=(10, 20)),
+    "new, earlier": Arm("new heads that read the states of three tokens", starts_new=True, learning_rate=1.2e-3, earlier=(1, 2)),
+    "layers": Arm("heads that read three layers", layers=(10, 20)),
+    "earlier": Arm("heads that read the states of three tokens", earlier=(1, 2)),
 }
 
 
@@ -149,12 +158,23 @@ class Answers:
     """Answers with the hidden states that heads read."""
 
     states: HiddenStates
-    extra: Any = None  # [P, E] states of other layers
+    extra: Any = None  # [P, L*C] states of other layers
+    earlier: tuple[int, ...] = ()
 
     def rows(self, index: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last layer's states at some rows, and those of other layers."""
+        """The last layer's states at some rows, and what is read beside them: [n, C] and [n, E]."""
         last = torch.from_numpy(np.asarray(self.states.rows[index])).to(dtype)
-        return last, None if self.extra is None else torch.from_numpy(np.asarray(self.extra[index])).to(dtype)
+        beside = [] if self.extra is None else [torch.from_numpy(np.asarray(self.extra[index])).to(dtype)]
+        beside += [self._before(index, distance).to(dtype) for distance in self.earlier]
+        return last, torch.cat(beside, -1) if beside else None
+
+    def _before(self, index: np.ndarray, distance: int) -> torch.Tensor:
+        """The last layer's states some tokens before, with a root mean square of 1; zeros before the answer. [n, C]"""
+        starts = self.states.starts[np.searchsorted(self.states.starts, index, side="right") - 1]
+        found = torch.from_numpy(np.asarray(self.states.rows[np.maximum(index - distance, 0)])).float()
+        found = found * found.square().mean(-1, keepdim=True).rsqrt()
+        found[torch.from_numpy(index - distance < starts)] = 0
+        return found
 
 
 class Bench:
@@ -180,8 +200,9 @@ class Bench:
         self.examples[name] = [example for example, end in zip(training, ends, strict=True) if end <= self.tokens]
         self.examples[f"{name}, held out"] = held
 
-    def answers(self, name: str, layers: tuple[int, ...] = ()) -> Answers:
-        """Answers with their hidden states, which are computed once."""
+    def answers(self, name: str, arm: Arm) -> Answers:
+        """Answers with the hidden states that an arm reads, which are computed once."""
+        layers = arm.layers
         if (name, layers) not in self.found:
             examples, place = self.examples[name], self.work / "-".join([name.replace(", ", "-"), *map(str, layers)])
             done = time.perf_counter()
@@ -189,7 +210,7 @@ class Bench:
             extra = _layer_states(self.model, examples, layers, place / "extra.npy") if layers else None
             click.echo(f"{name} {layers}: {len(states.next_ids)} tokens, {time.perf_counter() - done:.0f} s", err=True)
             self.found[name, layers] = Answers(states, extra)
-        return self.found[name, layers]
+        return replace(self.found[name, layers], earlier=arm.earlier)
 
 
 @torch.no_grad()
@@ -215,7 +236,7 @@ def learner_for(arm: Arm, bench: Bench, given: MedusaHeads) -> Learner:
     lm_head = lm_head_of(bench.model, torch.bfloat16, torch.tensor(sorted(ids)))
     config: HeadsConfig = given.config
     heads = MedusaHeads(config) if arm.starts_new else copy.deepcopy(given)
-    return Learner(arm, heads.float(), lm_head, len(arm.layers) * config.hidden_size)
+    return Learner(arm, heads.float(), lm_head, arm.num_beside * config.hidden_size)
 
 
 def fit(arm: Arm, learner: Learner, answers: Answers, seed: int = 0) -> float:
@@ -340,11 +361,11 @@ def _num_accepted(drafts: Any, right: np.ndarray, num_nodes: int) -> int:
 def judge(learner: Learner, bench: Bench, arm: Arm, held_out: str, judges: Sequence[str], ngrams: NGrams) -> dict[str, Any]:
     """Judge an arm on every set of answers."""
     learner.eval()
-    searched = guess(learner, bench.answers(held_out, arm.layers)).ranks
+    searched = guess(learner, bench.answers(held_out, arm)).ranks
     trees = {nodes: best_tree(searched, nodes) for nodes in NODES}
     result: dict[str, Any] = {}
     for name in judges:
-        answers = bench.answers(name, arm.layers)
+        answers = bench.answers(name, arm)
         guessed = guess(learner, answers)
         result[name] = {
             "top1": accuracies(guessed.ranks)[:, 0].round(4).tolist(),
@@ -365,7 +386,7 @@ def run(
         learner.register_buffer("every", bench.every, persistent=False)
         loss, seconds = None, time.perf_counter()
         if arm.trains:
-            loss = round(fit(arm, learner, bench.answers(arm.data, arm.layers)), 4)
+            loss = round(fit(arm, learner, bench.answers(arm.data, arm)), 4)
         seconds = time.perf_counter() - seconds
         found = judge(learner, bench, arm, f"{arm.data}, held out", judges, ngrams)
         yield {"arm": name, "about": arm.about, "data": arm.data, "loss_of_head_1": loss, "seconds": round(seconds)} | found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,39 @@ if threading.current_thread() is threading.main_thread():  # a shell's backgroun
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = "the quick brown fox jumps over the lazy dog while a small model learns to speak in many words at once"
+
+
+# Files that take long. They begin first: a long one that is left for the end runs while other processes have nothing to do.
+LONG = (
+    "e2e/test_tutorial.py",
+    "e2e/test_real_recipe.py",
+    "integration/test_architectures.py",
+    "e2e/test_real_model.py",
+    "integration/test_odds_and_ends.py",
+    "integration/test_gpu_tests.py",
+    "integration/test_train_processes.py",
+    "integration/test_documented_commands.py",
+    "gpu/test_webgpu.py",
+    "gpu/test_parity.py",
+    "integration/test_train.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first, the others with most tests first."""
+    tests = Counter(item.path for item in items)
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: (place.get(item.path, len(LONG)), -tests[item.path], item.path))
+
+
+def pytest_runtest_setup() -> None:
+    """Trace each tiny model once. Tests that do not export should not wait for PyTorch, so this waits until it is imported."""
+    for name in ("medusa_export.trace.step_graph", "medusa_export.trace.heads_graph"):
+        if tracer := sys.modules.get(name):
+            from tests.support.trace_memo import TraceMemo
+
+            if not isinstance(tracer.export_module, TraceMemo):
+                tracer.export_module = TraceMemo(tracer.export_module)
 
 
 @pytest.fixture(scope="session")
