@@ -97,7 +97,9 @@ ARMS = {
     "own LM heads": Arm("each head changes the LM head by a product of rank 64", own_rank=64),
     "new": Arm("new heads", starts_new=True, learning_rate=1.2e-3),
     "new, layers": Arm("new heads that read three layers", starts_new=True, learning_rate=1.2e-3, layers=(10, 20)),
-    "new, earlier": Arm("new heads that read the states of three tokens", starts_new=True, learning_rate=1.2e-3, earlier=(1, 2)),
+    "new, earlier": Arm(
+        "new heads that read the states of three tokens", starts_new=True, learning_rate=1.2e-3, earlier=(1, 2)
+    ),
     "layers": Arm("heads that read three layers", layers=(10, 20)),
     "earlier": Arm("heads that read the states of three tokens", earlier=(1, 2)),
 }

@@ -225,14 +225,18 @@ def test_the_floor_counts_what_a_step_reads(make_bundle: Make, make_model: Make)
             ("--max-new-tokens", 250),
             "no prompt leaves room for 250 new tokens within the bundle's limit of 256; lower --max-new-tokens",
         ),
+        (("--checkpoint", "gemma-3-270m"), "gemma-3-270m is not fetched yet; run: medusa-export fetch gemma-3-270m"),
         (("--gguf", "nowhere.gguf"), "--gguf nowhere.gguf: there is nothing there"),
         (("--json", "nowhere/out.json"), "nowhere/out.json cannot be written"),
         (("--steps", "0,3"), "'0,3': it must be whole numbers from 1 on, separated by commas, or none"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
     ],
 )
-def test_bad_options_are_one_line(make_bundle: Make, words: tuple[object, ...], message: str) -> None:
-    fails(run(make_bundle(), *words), 2, message)
+def test_bad_options_are_one_line(
+    make_bundle: Make, words: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDUSA_EXPORT_CACHE", str(tmp_path))
+    fails(run(make_bundle(), *words), 1 if "fetched" in message else 2, message)
 
 
 def test_bundles_must_be_of_one_model(make_bundle: Make, make_model: Make, tmp_path: Path) -> None:

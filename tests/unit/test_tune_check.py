@@ -11,7 +11,7 @@ import pytest
 
 from medusa_export.errors import PredictionError
 from medusa_export.measure.tune.check import LEAST_ROUNDS, MOST_ROUNDS, TOLERANCE, Checker
-from medusa_export.measure.tune.keep import holds, require_held
+from medusa_export.measure.tune.keep import checks_off, require_held
 from medusa_export.measure.tune.others import OtherPrograms
 from medusa_export.measure.tune.record import record
 from medusa_export.measure.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
@@ -156,14 +156,14 @@ def device(*errors: float | None) -> DeviceTuning:
 
 
 def test_a_tuning_holds_if_no_check_was_off(tmp_path: Path) -> None:
-    assert holds(device(0.1, -0.14))
-    assert holds(device(None, 0.0))  # what could not be checked is told, and is no reason against the rest
+    assert not checks_off(device(0.1, -0.14).batches)
+    assert not checks_off(device(None, 0.0).batches)  # what could not be checked is told, and is no reason against the rest
     require_held(tmp_path, device(0.0))
 
 
 def test_one_check_that_was_off_is_enough(tmp_path: Path) -> None:
     found = device(0.0, -0.5, 1.25)
-    assert not holds(found)
+    assert checks_off(found.batches) == "2 (-50%), 3 (+125%)"
     with pytest.raises(PredictionError) as caught:
         require_held(tmp_path, found)
     assert caught.value.exit_code == 3

@@ -108,7 +108,7 @@ def _listed(values: tuple[Any, ...]) -> str:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="For other engines: the Hugging Face checkpoint that the bundles were made from.",
+    help="For other engines: the Hugging Face checkpoint that the bundles were made from, or the name of a fetched model.",
 )
 @click.option(
     "--heads", type=click.Path(path_type=Path), help="For Medusa in PyTorch: the heads that the bundles were made from."
@@ -147,11 +147,7 @@ def command(
         raise OptionError(f"--plot {plot}: plots go into a directory, and this is a file")
     if plot:
         from medusa_export import plots  # noqa: F401 - if its extra is missing, fail now, not after the work
-    sources = {"checkpoint": checkpoint, "gguf": gguf, "heads": heads, "openvino": openvino}
-    for name, path in sources.items():
-        if path is not None and not path.exists():
-            raise OptionError(f"--{name} {path}: there is nothing there")
-    bench = prepare(BenchOptions(bundles, sources=Sources(**sources), **options))
+    bench = prepare(BenchOptions(bundles, sources=_sources(checkpoint, gguf, heads, openvino), **options))
     targets = (json_file, csv_file, plot)
     try:
         result = measure(bench)
@@ -162,6 +158,19 @@ def command(
     _publish(result, *targets)
     if not result["complete"]:
         _tell_interrupted(bench, json_file)
+
+
+def _sources(checkpoint: Path | None, gguf: Path | None, heads: Path | None, openvino: Path | None) -> Sources:
+    """What other engines' models are made from. A model that was fetched is known by its name."""
+    from medusa_export.model.download import MODELS, fetched
+
+    if checkpoint is not None and str(checkpoint) in MODELS and not checkpoint.exists():
+        checkpoint = fetched(str(checkpoint))
+    found = {"checkpoint": checkpoint, "gguf": gguf, "heads": heads, "openvino": openvino}
+    for name, path in found.items():
+        if path is not None and not path.exists():
+            raise OptionError(f"--{name} {path}: there is nothing there")
+    return Sources(**found)
 
 
 def _publish(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot: Path | None) -> None:

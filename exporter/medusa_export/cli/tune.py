@@ -85,8 +85,8 @@ def command(bundle: Path, *, quick: bool, json_file: Path | None, **options: Any
     evaluation of the heads. The trees are then checked by decoding with them, with and without prompt lookup, and written to
     tuning.json in the bundle. MedusaLM and `generate` use them on this device.
 
-    If decoding is more than 15% faster or slower than predicted, nothing is written, an earlier tuning stays, and the exit code
-    is 3.
+    If decoding is more than 15% faster or slower than predicted, the costs are measured once more. If that does not help,
+    nothing is written, an earlier tuning stays, and the exit code is 3.
 
     Nothing else should run on the machine meanwhile. If it is noisy, steps are timed for longer. A small model takes a minute
     or two, on a busy machine twice that.

@@ -85,6 +85,18 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa-export"
 
 
+def fetched(name: str) -> Path:
+    """Where `fetch` put a model of `MODELS`. It is not fetched here: it is large, and may have terms to be read first.
+
+    Raises:
+        CheckpointError: it is not fetched yet.
+    """
+    place = cache_directory() / name
+    if not (place / "config.json").is_file():
+        raise CheckpointError(f"{name} is not fetched yet; run: medusa-export fetch {name}")
+    return place
+
+
 def fetch(name: str, directory: Path | None = None) -> Path:
     """Download a model and convert it to a Hugging Face directory. Returns at once if it was fetched before.
 

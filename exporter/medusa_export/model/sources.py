@@ -12,7 +12,7 @@ from typing import Any
 from transformers import GgufConfig
 from transformers.utils.hub import cached_file
 
-from medusa_export.model.download import MODELS, cache_directory
+from medusa_export.model.download import MODELS, fetched
 from medusa_export.model.gguf_parts import merge_parts
 from medusa_export.model.merged_config import merged_config
 from medusa_heads.errors import CheckpointError
@@ -56,7 +56,7 @@ def located(source: str) -> tuple[str, str | None]:
     """
     path = Path(source)
     if source in MODELS and not path.exists():
-        return str(_fetched(source)), None
+        return str(fetched(source)), None
     directory, colon, file = source.rpartition(":")
     if colon and not path.exists() and _is_gguf(file):
         if Path(directory).is_dir() and not (Path(directory) / file).is_file():
@@ -107,14 +107,6 @@ def read_settings(place: str, name: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _fetched(name: str) -> Path:
-    """Where `fetch` put a model that it knows. It is not fetched here: it is large, and may have terms to be read first."""
-    place = cache_directory() / name
-    if not (place / CONFIG).is_file():
-        raise CheckpointError(f"{name} is not fetched yet; run: medusa-export fetch {name}")
-    return place
 
 
 def _is_gguf(name: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from medusa_export.errors import PredictionError
 from medusa_export.progress import note
 from medusa_runtime.bundle.manifest import TUNING_NAME, Manifest
-from medusa_runtime.drafting.tuning import DeviceTuning, Tuning
+from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch, Tuning
 from medusa_runtime.errors import BundleError
 
 
@@ -27,23 +28,23 @@ def keep(bundle: Path, manifest: Manifest, device: str, found: DeviceTuning) -> 
     Tuning(bundle=digest, devices=devices | {device: found}).save(bundle)
 
 
-def holds(found: DeviceTuning) -> bool:
-    """Whether no check was off.
+def checks_off(batches: Sequence[TunedBatch]) -> str:
+    """The batch sizes whose check was off, each with its error; empty if the tuning holds.
 
     One table of costs is behind the trees of all batch sizes. So if one of them was not as predicted, none is trusted.
     """
-    return all(batch.as_predicted is not False for batch in found.batches)
+    off = [batch for batch in batches if batch.as_predicted is False]
+    return ", ".join(f"{batch.batch_size} ({batch.check.error:+.0%})" for batch in off if batch.check is not None)
 
 
 def require_held(bundle: Path, found: DeviceTuning) -> None:
     """Raise a PredictionError if the tuning was not kept."""
-    if holds(found):
+    off = checks_off(found.batches)
+    if not off:
         return
-    off = [batch for batch in found.batches if batch.as_predicted is False]
-    listed = ", ".join(f"{batch.batch_size} ({batch.check.error:+.0%})" for batch in off if batch.check is not None)
     path = bundle / TUNING_NAME
     left = f"{path} stays as it was" if path.exists() else f"{path} is not written"
     raise PredictionError(
-        f"the tuning does not hold: decoding was slower or faster than predicted at batch size {listed}; {left}. "
+        f"the tuning does not hold: decoding was slower or faster than predicted at batch size {off}; {left}. "
         "Tune again when nothing else runs on the machine"
     )

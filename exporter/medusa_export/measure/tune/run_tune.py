@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medusa_export.bundle.writable import require_writable
 from medusa_export.measure.prompt_files import PROMPTS, read_prompts
 from medusa_export.measure.tune.check import TOLERANCE, Checker, Prompts
 from medusa_export.measure.tune.decode import in_turn, lookup_check, with_host_seconds
-from medusa_export.measure.tune.keep import holds, keep
+from medusa_export.measure.tune.keep import checks_off, keep
 from medusa_export.measure.tune.others import OtherPrograms
 from medusa_export.measure.tune.record import record
 from medusa_export.measure.tune.search import EvaluatedAcceptance, Place, RecordedAcceptance, best_kind
 from medusa_export.placement import place
-from medusa_export.progress import count_stage, stage, step_stage, told
+from medusa_export.progress import count_stage, note, stage, step_stage, told
 from medusa_export.provenance import provenance
 from medusa_heads.errors import CheckpointError
 from medusa_heads.replay import Evaluation
@@ -39,6 +39,7 @@ BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
 LOOKED_UP = 8  # groups of prompts that are decoded with and without prompt lookup
 LOOKUP_PAYS = 1.02  # least speed-up at which prompt lookup is used
 RECORDED_TOGETHER = 8  # answers that are recorded in one batch
+ATTEMPTS = 2  # how often costs are measured, if checks are off
 SPARE = 16  # cache entries for drafts, in addition to prompt and answer
 FREE = 0.1  # largest part of the cores that other programs use on a quiet machine
 EVALUATION_NAME = "evaluation.json"  # in the heads' directory
@@ -71,7 +72,7 @@ class TuneOptions:
 def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     """Measure a bundle on this device, find its best trees, check them, and write `tuning.json`. This takes a minute or two.
 
-    Nothing is written if a check was off: an earlier tuning stays.
+    If a check is off, the costs are measured once more. If one is off again, nothing is written: an earlier tuning stays.
 
     Returns the device's name in `tuning.json`, and its tuning.
 
@@ -97,7 +98,6 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     )
     run = _open(options, manifest, placement, texts)
 
-    costs, measurement = run.costs(batch_sizes, max_nodes, options.lengths or LENGTHS)
     acceptance: RecordedAcceptance | EvaluatedAcceptance
     if evaluation is not None:
         acceptance = EvaluatedAcceptance(evaluation, manifest.heads.top_k, max_nodes)
@@ -106,6 +106,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
         acceptance = run.acceptance(max_nodes)
         rows = len(acceptance.record.ranks)
         source = f"{options.prompts.name if options.prompts else 'built-in prompts'} ({len(texts)} answers, {rows} tokens)"
+    costs, measurement, batches = run.checked(acceptance, batch_sizes, max_nodes, options.lengths or LENGTHS)
     found = DeviceTuning(
         backend=placement.backend,
         processor=placement.processor or cpu_name(),
@@ -117,7 +118,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
         acceptance_from=source,
         accuracy=acceptance.accuracy[:, : manifest.heads.top_k].tolist(),
         capacity=run.entries(1),
-        batches=run.batches(costs, acceptance),
+        batches=batches,
     )
     lookup = run.lookup(found)
     run.backend.save()
@@ -125,7 +126,7 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
     found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
     device = device_key(placement.backend, num_threads=options.threads, spin=options.spin, processor=placement.processor)
-    if holds(found):
+    if not checks_off(found.batches):
         keep(options.bundle, manifest, device, found)
     return device, found
 
@@ -140,24 +141,44 @@ class _Run:
     rounds: Rounds
     ngrams: NGrams | None
 
-    def costs(self, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]) -> tuple[StepCosts, Measurement]:
+    def checked(
+        self,
+        acceptance: RecordedAcceptance | EvaluatedAcceptance,
+        batch_sizes: Sequence[int],
+        max_nodes: int,
+        lengths: Sequence[int],
+    ) -> tuple[StepCosts, Measurement, list[TunedBatch]]:
+        """The costs of steps, and the best trees by them. If a check is off, all is measured again, in twice as many rounds."""
+        for attempt in range(1, ATTEMPTS + 1):
+            rounds = replace(self.rounds, least=attempt * self.rounds.least)
+            costs, measurement = self.costs(rounds, batch_sizes, max_nodes, lengths)
+            batches = self.batches(costs, acceptance)
+            off = checks_off(batches)
+            if not off or attempt == ATTEMPTS:
+                break
+            note(f"decoding was slower or faster than predicted at batch size {off}; the costs are measured once more")
+        return costs, measurement, batches
+
+    def costs(
+        self, rounds: Rounds, batch_sizes: Sequence[int], max_nodes: int, lengths: Sequence[int]
+    ) -> tuple[StepCosts, Measurement]:
         """The time of steps, including the host's share, and how well it could be measured."""
         widths = [1 << power for power in range(max_nodes.bit_length()) if 1 << power < max_nodes] + [max_nodes]
         capacities = fitting_capacities(self.backend.manifest.limits, [length + max_nodes for length in lengths], max_nodes)
         others = OtherPrograms()
         with stage("step costs") as tell:
-            limits = f"at least {self.rounds.least + 1}, and no new one after {self.rounds.max_seconds:.0f} s"
+            limits = f"at least {rounds.least + 1}, and no new one after {rounds.max_seconds:.0f} s"
             grid = measure_grid(
                 self.backend,
                 batch_sizes,
                 widths,
                 capacities,
-                rounds=self.rounds,
+                rounds=rounds,
                 tell=lambda done: tell(f"{done} rounds; {limits}"),
             )
         costs = StepCosts(list(batch_sizes), widths, capacities, grid.step_seconds, grid.head_seconds)
         other_cores = others.cores()
-        is_quiet = grid.noise <= self.rounds.max_noise and (other_cores or 0.0) <= FREE * num_cores()
+        is_quiet = grid.noise <= rounds.max_noise and (other_cores or 0.0) <= FREE * num_cores()
         measurement = Measurement(rounds=grid.rounds, noise=grid.noise, other_cores=other_cores, is_quiet=is_quiet)
         with stage("the host's share of a step"):
             self.backend.resize(batch_sizes[-1], self.capacity(1))
