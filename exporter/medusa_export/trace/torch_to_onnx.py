@@ -20,7 +20,7 @@ from medusa_export.passes.portable.constant_reshapes import ConstantReshapes
 from medusa_export.passes.portable.fuse_rotary import FuseRotary
 from medusa_export.passes.portable.merge_attention import MergeAttention
 from medusa_export.passes.portable.simplify import Simplify
-from medusa_export.trace.quiet import quiet_torch
+from medusa_export.trace.quiet import quiet_torch, without_garbage_collection
 from medusa_export.trace.stored_layers import is_stored
 from medusa_export.trace.translations import TRANSLATIONS
 from medusa_runtime.errors import first_line
@@ -34,7 +34,7 @@ def export_module(
     dynamic_shapes: dict[str, Any],
     opset: int,
 ) -> ir.Model:
-    with quiet_torch(), torch.no_grad():
+    with quiet_torch(), without_garbage_collection(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module,
