@@ -100,7 +100,6 @@ ARMS = {
     "new, earlier": Arm(
         "new heads that read the states of three tokens", starts_new=True, learning_rate=1.2e-3, earlier=(1, 2)
     ),
-    "layers": Arm("heads that read three layers", layers=(10, 20)),
     "earlier": Arm("heads that read the states of three tokens", earlier=(1, 2)),
 }
 
