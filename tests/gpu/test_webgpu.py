@@ -45,10 +45,12 @@ pytestmark = [a_gpus, pytest.mark.skipif(WHY_NOT[WEBGPU] is not None, reason=str
 Make = Callable[..., Path]
 PROMPTS = ("a small model learns", "the quick brown fox jumps over the lazy dog " * 2)
 ARCHITECTURES = {  # type -> what it shows
+    "gpt_neox": "partial rotation, LayerNorm, biases",
     "gemma2": "soft caps, sliding windows",
     "gpt_oss": "sinks, experts",
-    "bloom": "a bias by position for each head, LayerNorm, biases",
+    "bloom": "a bias by position for each head",
     "deepseek_v3": "latent cache, values of another width",
+    "cohere": "norms of queries with gains for each head, parallel blocks",
     "lfm2": "short convolutions beside attention",
 }
 
