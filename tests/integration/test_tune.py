@@ -115,7 +115,7 @@ def test_tuning_is_shown_and_kept(tuned_bundle: Path) -> None:
     lookup = found.lookup_check
     assert 1 <= lookup.prompts <= 8
     assert min(lookup.tokens_per_second, lookup.tokens_per_second_without) > 0
-    assert found.prompt_lookup == (lookup.ratio >= 1.02)
+    assert found.prompt_lookup == (lookup.ratio >= 0.97)
     assert told.splitlines()[-1].startswith(f"prompt lookup: {'on' if found.prompt_lookup else 'off'}; measured ")
     assert json.loads((tuned_bundle.parent / "tuning.json").read_text())["costs"]["batch_sizes"] == [1, 4]
     assert found.provenance.command[:2] != []

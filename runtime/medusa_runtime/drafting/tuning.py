@@ -86,7 +86,7 @@ class LookupCheck(_Model):
     prompts: int = Field(description="prompts decoded each way; a few prompts are decoded several times")
     tokens_per_second: float = Field(description="with prompt lookup")
     tokens_per_second_without: float
-    ratio: float = Field(description="of the two speeds: the median over prompts, or over groups of one batch size")
+    ratio: float = Field(description="of the two speeds; in tunings by version 0.2.0, the median over prompts")
 
 
 class Measurement(_Model):

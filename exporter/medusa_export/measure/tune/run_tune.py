@@ -37,7 +37,8 @@ from medusa_runtime.text.token_ids import open_codec
 
 BATCH_SIZES, MAX_NODES, LENGTHS = (1, 2, 4, 8, 16), 64, (128, 512)
 LOOKED_UP = 8  # groups of prompts that are decoded with and without prompt lookup
-LOOKUP_PAYS = 1.02  # least speed-up at which prompt lookup is used
+LOOKUP_TOKENS = 128  # new tokens of each at least: lookup gains most late in an answer
+LOOKUP_COSTS = 0.97  # below this ratio of speeds, prompt lookup is off; two equal engines can differ by this much
 RECORDED_TOGETHER = 8  # answers that are recorded in one batch
 ATTEMPTS = 2  # how often costs are measured, if checks are off
 SPARE = 16  # cache entries for drafts, in addition to prompt and answer
@@ -123,8 +124,8 @@ def tune(options: TuneOptions) -> tuple[str, DeviceTuning]:
     lookup = run.lookup(found)
     run.backend.save()
     run.backend.close()
-    pays = lookup is not None and lookup.ratio >= LOOKUP_PAYS
-    found = found.model_copy(update={"prompt_lookup": pays, "lookup_check": lookup})
+    is_used = lookup is not None and lookup.ratio >= LOOKUP_COSTS
+    found = found.model_copy(update={"prompt_lookup": is_used, "lookup_check": lookup})
     device = device_key(placement.backend, num_threads=options.threads, spin=options.spin, processor=placement.processor)
     if not checks_off(found.batches):
         keep(options.bundle, manifest, device, found)
@@ -232,11 +233,14 @@ class _Run:
         batch = found.batches[0].batch_size
         count = LOOKED_UP * batch
         prompts = [self.prompts[number * len(self.prompts) // count] for number in range(count)]  # spread over all of them
-        self.capacity(batch)
+        limits = self.backend.manifest.limits
+        room = (limits.capacity or limits.max_seq_len) - max(len(prompt) for prompt in prompts) - SPARE
+        new_tokens = max(self.new_tokens, min(LOOKUP_TOKENS, room))
+        replace(self, new_tokens=new_tokens).capacity(batch)
         without, with_it = self._engine(found, batch, 0), self._engine(found, batch, LOOKUP_NODES)
         with count_stage("try prompt lookup", count) as tell:
             tell(0, 0, 0)
-            decoding = DecodingOptions(max_new_tokens=self.new_tokens)
+            decoding = DecodingOptions(max_new_tokens=new_tokens)
             pairs = in_turn((without, with_it), prompts, decoding, lambda done: tell(done, 0, 0))
         return lookup_check(pairs, batch)
 

@@ -75,5 +75,5 @@ def looked_up(found: DeviceTuning) -> str:
         return "prompt lookup: off, NOT MEASURED, since the answers are too short"
     return (
         f"prompt lookup: {'on' if found.prompt_lookup else 'off'}; measured {check.tokens_per_second:.1f} tokens/s with it, "
-        f"{check.tokens_per_second_without:.1f} without, ratio {check.ratio:.2f} (median over {check.prompts} prompts)"
+        f"{check.tokens_per_second_without:.1f} without, ratio {check.ratio:.2f} (over {check.prompts} prompts)"
     )
