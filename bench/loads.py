@@ -5,6 +5,7 @@ It is run as a process of its own, with that checkout on the path. It uses nothi
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
@@ -46,6 +47,18 @@ def watch(lm: MedusaLM, prompt: str) -> Watched:
     started = time.perf_counter()
     handle = lm.submit(prompt, max_new_tokens=ANSWERED, ignore_eos=True, raw=True)
     return Watched(started, [time.perf_counter() for _ in handle], handle.result())
+
+
+@contextmanager
+def watching(lm: MedusaLM) -> Iterator[dict[str, float]]:
+    """After the block: tokens per second of its time, and how long the host worked in each forward pass that decoded."""
+    numbers: dict[str, float] = {}
+    before, started = dataclasses.replace(lm.engine.stats), time.perf_counter()
+    yield numbers
+    seconds, after = time.perf_counter() - started, lm.engine.stats
+    host = after.decode_seconds - after.engine_seconds - (before.decode_seconds - before.engine_seconds)
+    numbers["tokens_per_second"] = (after.num_generated_tokens - before.num_generated_tokens) / seconds
+    numbers["host_us_a_pass"] = 1e6 * host / (after.num_passes - before.num_passes)
 
 
 @contextmanager
@@ -98,15 +111,15 @@ class Loads:
 
     def one_after_the_other(self, prompts: list[str], *, medusa: bool) -> dict[str, Any]:
         """Each prompt when the one before it is answered."""
-        started = time.perf_counter()
-        results = [self._one.generate(prompt, max_new_tokens=DECODED, ignore_eos=True, medusa=medusa) for prompt in prompts]
-        return told({"tokens_per_second": DECODED * len(prompts) / (time.perf_counter() - started)}, results)
+        with watching(self._one) as numbers:
+            results = [self._one.generate(prompt, max_new_tokens=DECODED, ignore_eos=True, medusa=medusa) for prompt in prompts]
+        return told(numbers, results)
 
     def side_by_side(self, prompts: list[str], *, medusa: bool) -> dict[str, Any]:
         """All prompts as one batch."""
-        started = time.perf_counter()
-        results = self._several.generate_batch(prompts, max_new_tokens=DECODED, ignore_eos=True, medusa=medusa)
-        return told({"tokens_per_second": DECODED * len(prompts) / (time.perf_counter() - started)}, results)
+        with watching(self._several) as numbers:
+            results = self._several.generate_batch(prompts, max_new_tokens=DECODED, ignore_eos=True, medusa=medusa)
+        return told(numbers, results)
 
     def short_behind_long(self, long: str, short: str, stream: str | None = None) -> dict[str, Any]:
         """A short request that comes when a long prompt has just begun to be read."""

@@ -28,7 +28,7 @@ class StepOutput:
 
     def is_row_finite(self, row: int, *rows: int) -> bool:
         """Whether a sequence's numbers are finite in some of its R rows, as far as that is known."""
-        return self.finite is None or bool(self.finite[row, list(rows)].all())
+        return self.finite is None or all(self.finite[row, one] for one in rows)
 
 
 @dataclass(frozen=True)

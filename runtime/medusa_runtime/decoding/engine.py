@@ -8,11 +8,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from medusa_runtime.arrays import TokenBuffer
+from medusa_runtime.arrays import IntArray, TokenBuffer
 from medusa_runtime.backends.base import Backend, StepOutput, not_finite
 from medusa_runtime.decoding.checks import (
     DecodingRequest,
@@ -253,7 +254,7 @@ class DecodingEngine:
             np.minimum(lengths[:, None] + batch.depths, last_position),
             batch.mask,
             lengths,
-            np.tile(np.arange(batch.width), (len(sequences), 1)),
+            _all_rows(len(sequences), batch.width),
             with_logits=any(sequence.needs_logits for sequence in sequences),
             propose_ahead=self._proposer.asks_ahead(sequences),
         )
@@ -436,6 +437,14 @@ class DecodingEngine:
         self._reader.remove(sequence)
         self._slots.release(sequence, keep=sequence.error is None and not sequence.is_suspect)
         self._reader.has_memory = True
+
+
+@lru_cache(maxsize=256)
+def _all_rows(batch: int, width: int) -> IntArray:
+    """The numbers of all rows, for each sequence. Nobody may change it. [batch, width]"""
+    rows = np.tile(np.arange(width), (batch, 1))
+    rows.flags.writeable = False
+    return rows
 
 
 def _are_finite(logits: Rows | None, accepted: Accepted) -> bool:

@@ -17,7 +17,7 @@ from medusa_runtime.drafting.budget import DraftBudget, StepPlan
 from medusa_runtime.drafting.costs import Costs
 from medusa_runtime.drafting.draft import Draft
 from medusa_runtime.drafting.ngrams import Guesses
-from medusa_runtime.drafting.proposals import HeadGuesses, Proposals
+from medusa_runtime.drafting.proposals import NO_CHANCES, HeadGuesses, Proposals
 from medusa_runtime.sampling.acceptance import Accepted
 
 log = logging.getLogger(__name__)
@@ -98,11 +98,11 @@ class Proposer:
             return 0.0
         started = time.perf_counter()
         output = self._backend.propose(np.array(rows), np.array(root_ids))
-        are_sound: BoolArray = ~np.isnan(output.log_probs.sum(axis=(1, 2)))  # [B]
+        are_sound: BoolArray = ~np.isnan(output.log_probs.reshape(len(sequences), -1).sum(1))  # [B]
         for row, sequence in enumerate(sequences):
             guesses = HeadGuesses(output.token_ids[row], output.log_probs[row])
             sequence.guesses, sequence.is_suspect = (guesses, False) if are_sound[row] else (None, True)
-        if self._heads_are_sound and not are_sound.all():
+        if self._heads_are_sound and any(sequence.is_suspect for sequence in sequences):
             self._heads_are_sound = False
             log.warning("the heads gave probabilities that are no numbers (NaN): such steps are decoded without their drafts")
         seconds = time.perf_counter() - started
@@ -178,4 +178,4 @@ def _is_fixed(sequence: DecodingSequence, proposals: Proposals) -> bool:
 def _lookup_chances(sequences: Sequence[DecodingSequence], proposals: list[Proposals]) -> list[FloatArray]:
     """Probabilities of the drafts that each sequence would have without heads; none if its guide forces its draft."""
     pairs = zip(sequences, proposals, strict=True)
-    return [np.empty(0, np.float32) if found.is_forced else one.drafter.lookup_chances for one, found in pairs]
+    return [NO_CHANCES if found.is_forced else one.drafter.lookup_chances for one, found in pairs]

@@ -7,8 +7,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from medusa_runtime.drafting.draft import Draft
 
 
@@ -32,9 +30,9 @@ class StepCounts:
             num_given: tokens given out.
             is_forced: whether the sequence's guide alone made the draft.
         """
-        looked_up = np.bincount(draft.depths[draft.looked_up])[1:].tolist() if draft.looked_up.any() else []
-        accepted: list[bool] = draft.looked_up[list(nodes)].tolist()
-        return cls(np.bincount(draft.depths)[1:].tolist(), looked_up, accepted, num_given, is_forced)
+        depths, looked_up = draft.depths.tolist(), draft.looked_up.tolist()
+        named = [depth for depth, is_named in zip(depths, looked_up, strict=True) if is_named]
+        return cls(_by_depth(depths), _by_depth(named), [looked_up[node] for node in nodes], num_given, is_forced)
 
     def without_last(self, count: int) -> StepCounts:
         """The same step if it had not given out its last `count` tokens."""
@@ -143,6 +141,15 @@ class DecodingStats:
         """Take back the last `num_unused` tokens of a step that was counted: a stop text ended the answer before them."""
         self.count_step(step, -1)
         self.count_step(step.without_last(num_unused))
+
+
+def _by_depth(depths: Sequence[int]) -> list[int]:
+    """How many nodes are 1, 2 … deep."""
+    counts = [0] * max(depths, default=0)
+    for depth in depths:
+        if depth:
+            counts[depth - 1] += 1
+    return counts
 
 
 def _add(counts: list[int], more: Sequence[int], sign: int) -> None:

@@ -75,11 +75,12 @@ class DraftBudget:
         tokens = batch + trust * expected
         plain_rate = batch / float(seconds[0])
         rate = plain_rate * max(self._speedup, 1.0)
-        gain = tokens - rate * seconds
+        costs = rate * seconds
+        gain = tokens - costs
         width = least + int(gain[least - 1 :].argmax())
         situation, worth = (batch, _finds_much(looked_up)), None
         if with_heads:
-            gain_alone = batch + trust * _expected(looked_up, most) - rate * seconds
+            gain_alone = batch + trust * _expected(looked_up, most) - costs
             worth = float(gain.max() - gain_alone.max()) / (rate * head_seconds)  # whatever width some sequence needs
         now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
         return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth)
@@ -128,12 +129,13 @@ def _expected(probabilities: Sequence[FloatArray], most: int) -> npt.NDArray[np.
     """Drafts expected to be accepted in a step of 1, 2 … `most` nodes for each sequence. [most]"""
     expected = np.zeros(most)
     for chances in probabilities:
-        sums = np.cumsum(chances)[: most - 1]
-        expected[1 : len(sums) + 1] += sums
-        expected[len(sums) + 1 :] += sums[-1] if len(sums) else 0.0
+        if len(chances) and most > 1:
+            sums = chances[: most - 1].cumsum()
+            expected[1 : len(sums) + 1] += sums
+            expected[len(sums) + 1 :] += sums[-1]
     return expected
 
 
 def _finds_much(looked_up: Sequence[FloatArray]) -> bool:
     """Whether lookups alone are expected to give every sequence one more draft on average."""
-    return sum(float(chances.sum()) for chances in looked_up) >= max(len(looked_up), 1)
+    return sum(float(chances.sum()) for chances in looked_up if len(chances)) >= max(len(looked_up), 1)

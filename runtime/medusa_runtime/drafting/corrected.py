@@ -36,9 +36,11 @@ class CorrectedCosts:
 
     def steps(self, batch: int, capacity: int, max_width: int) -> FloatArray:
         """See `Costs.steps`."""
-        first, further = self._parts(batch, capacity, max_width)
-        one, more = np.maximum(self._factors.mean, LEAST)
-        return np.asarray(one * (first + self.table.host(batch)) + more * further, np.float32)
+        seconds = self.table.backend_steps(batch, capacity, max_width)
+        first = float(seconds[0])
+        one, more = (max(factor, LEAST) for factor in self._factors.mean.tolist())
+        further = np.maximum(seconds - first, 0.0)  # what 0, 1 … further nodes add
+        return (one * (first + self.table.host(batch)) + more * further).astype(np.float32)
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`."""
@@ -48,9 +50,9 @@ class CorrectedCosts:
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
         """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
         if self._factors.wants():
-            first, further = self._parts(batch, capacity, width)
-            whole = first + float(further[-1])
-            self._factors.learn(np.array([first, further[-1]]) / whole, seconds / whole)
+            expected = self.table.backend_steps(batch, capacity, width)
+            first, whole = float(expected[0]), float(max(expected[0], expected[-1]))
+            self._factors.learn(np.array([first, whole - first]) / whole, seconds / whole)
 
     def observe_heads(self, batch: int, seconds: float) -> None:
         """See `Costs.observe_heads`."""
@@ -59,8 +61,3 @@ class CorrectedCosts:
 
     def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
         """See `Costs.observe_host`. The host's share stays as it was measured, but for the factor of a step of one node."""
-
-    def _parts(self, batch: int, capacity: int, max_width: int) -> tuple[float, FloatArray]:
-        """What the table says of a step of one node, and what 0, 1 … further nodes add to it, without the host's work."""
-        seconds = self.table.backend_steps(batch, capacity, max_width)  # [max_width]
-        return float(seconds[0]), np.maximum(seconds - seconds[0], 0.0).astype(np.float32)

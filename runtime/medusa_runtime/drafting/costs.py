@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +60,15 @@ class Costs(Protocol):
     def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
         """Learn from the seconds of the host's work in a step, whose drafts were the heads' or not."""
         ...
+
+
+class _BatchCosts(NamedTuple):
+    """Seconds with one batch size."""
+
+    steps: npt.NDArray[np.float64]  # of a step of 1, 2 … nodes, without the host's work. [capacities, nodes]
+    heads: float
+    host: float
+    drafts: float
 
 
 @dataclass(frozen=True)
@@ -150,27 +161,19 @@ class StepCosts:
 
     def backend_steps(self, batch: int, capacity: int, max_width: int) -> npt.NDArray[np.float64]:
         """See `Costs.steps`, without the host's work. [max_width]"""
-        table = np.array(self.step_seconds)  # [capacities, batch_sizes, widths]
-        by_batch = _along(table, self.capacities, capacity)
-        by_width = _along(by_batch, self.batch_sizes, batch)
-        widths = np.arange(1, max_width + 1)
-        inside = np.interp(widths, self.widths, by_width)
-        if len(self.widths) > 1:  # beyond the grid, with the slope at its end
-            slope = (by_width[-1] - by_width[-2]) / (self.widths[-1] - self.widths[-2])
-            inside += np.maximum(widths - self.widths[-1], 0) * slope
-        return inside
+        return _along(self._of_batch(batch, max_width).steps[:, :max_width], self.capacities, capacity)
 
     def host(self, batch: int) -> float:
         """Seconds of the host's work in a step without drafts; 0 if it was not measured."""
-        return self._of_batch(self.host_seconds, batch)
+        return self._of_batch(batch).host
 
     def drafts(self, batch: int) -> float:
         """Seconds that the heads' drafts add to the host's work in a step; 0 if they were not measured."""
-        return self._of_batch(self.draft_seconds, batch)
+        return self._of_batch(batch).drafts
 
     def evaluation(self, batch: int) -> float:
         """Seconds of one evaluation of the heads."""
-        return self._of_batch(self.head_seconds, batch)
+        return self._of_batch(batch).heads
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`."""
@@ -185,8 +188,28 @@ class StepCosts:
     def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
         """See `Costs.observe_host`. A table stays as it was measured."""
 
-    def _of_batch(self, seconds: Sequence[float], batch: int) -> float:
-        return float(_along(np.array(seconds), self.batch_sizes, batch)) if seconds else 0.0
+    @cached_property
+    def _by_batch(self) -> dict[int, _BatchCosts]:
+        """The costs of each batch size that was asked for: every step asks, and interpolation takes long."""
+        return {}
+
+    def _of_batch(self, batch: int, max_width: int = 1) -> _BatchCosts:
+        """The costs of a batch size, for steps of 1, 2 … nodes: `max_width` at least."""
+        found = self._by_batch.get(batch)
+        if found is None or found.steps.shape[1] < max_width:
+            found = self._by_batch[batch] = self._interpolated(batch, max(max_width, self.widths[-1]))
+        return found
+
+    def _interpolated(self, batch: int, max_width: int) -> _BatchCosts:
+        table = np.array(self.step_seconds).swapaxes(0, 1)  # [batch_sizes, capacities, widths]
+        known = _along(table, self.batch_sizes, batch)  # [capacities, widths]
+        widths = np.arange(1, max_width + 1)
+        steps = np.array([np.interp(widths, self.widths, seconds) for seconds in known])
+        if len(self.widths) > 1:  # beyond the grid, with the slope at its end
+            slopes = (known[:, -1] - known[:, -2]) / (self.widths[-1] - self.widths[-2])
+            steps += np.maximum(widths - self.widths[-1], 0) * slopes[:, None]
+        others = (self.head_seconds, self.host_seconds, self.draft_seconds)
+        return _BatchCosts(steps, *(float(_along(np.array(one), self.batch_sizes, batch)) if one else 0.0 for one in others))
 
 
 class LearnedCosts:
@@ -283,7 +306,7 @@ def _along(table: npt.NDArray[np.float64], points: Sequence[int], at: int) -> np
     if len(points) == 1:
         only: npt.NDArray[np.float64] = table[0]
         return only
-    upper = int(np.clip(np.searchsorted(points, at), 1, len(points) - 1))
+    upper = min(max(bisect_left(points, at), 1), len(points) - 1)
     low, high = points[upper - 1], points[upper]
     found: npt.NDArray[np.float64] = table[upper - 1] + max(at - low, 0) / (high - low) * (table[upper] - table[upper - 1])
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -41,9 +41,11 @@ class Draft:
     @cached_property
     def mask(self) -> BoolArray:
         """``mask[i, j]``: node i attends to node j, because j is i or an ancestor. The nodes are ordered by depth. [N, N]"""
-        mask = np.eye(self.num_nodes, dtype=np.bool_)
-        for start, end in itertools.pairwise(depth_ends(self.depths)):
-            mask[start:end] |= mask[self.parents[start:end]]
+        mask = _identity(self.num_nodes)
+        if self.num_nodes > 1:
+            mask = mask.copy()
+            for start, end in itertools.pairwise(depth_ends(self.depths)):
+                mask[start:end] |= mask[self.parents[start:end]]
         return mask
 
     def children(self, node: int) -> IntArray:
@@ -126,6 +128,14 @@ class DraftBatch:
     def width(self) -> int:
         """N: nodes of each draft, padding included."""
         return int(self.tokens.shape[1])
+
+
+@lru_cache(maxsize=64)
+def _identity(size: int) -> BoolArray:
+    """An identity matrix, which nobody may change. [size, size]"""
+    identity = np.eye(size, dtype=np.bool_)
+    identity.flags.writeable = False
+    return identity
 
 
 def depth_ends(depths: IntArray) -> list[int]:

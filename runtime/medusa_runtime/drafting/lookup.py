@@ -9,6 +9,7 @@ Models", 2023. Our addition: the probability of a guess is learned as the answer
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,8 +70,9 @@ class PromptLookup:
         for length, end in self._matches() if depth > 0 else ():
             chance = left * (self._others.value if self._asked else rates[length - 1])
             left -= chance
-            following = self._tokens.ids[end + 1 : end + 1 + depth]
-            token_ids = np.resize(following, depth).tolist()  # a continuation that reaches the end repeats
+            token_ids = self._tokens.ids[end + 1 : end + 1 + depth].tolist()
+            if len(token_ids) < depth:  # a continuation that reaches the end repeats
+                token_ids = list(itertools.islice(itertools.cycle(token_ids), depth))
             self._asked.append((length, Continuation(token_ids, [chance, *rates[length : length + depth - 1]])))
         return [continuation for _, continuation in self._asked]
 

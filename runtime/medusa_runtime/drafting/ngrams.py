@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +119,7 @@ class NGrams:
         Returns:
             log p(c | b) - log p(c) and log p(c | a, b) - log p(c | b). [2, F, M]
         """
-        return self._ratios(contexts[:, 0], contexts[:, 1], _with_none(token_ids))
+        return self._ratios(_Contexts.of(contexts), _with_none(token_ids))
 
     def log_probs(self, contexts: IntArray, token_ids: IntArray, head_log_probs: FloatArray, depth: int) -> FloatArray:
         """Log-probabilities of a head's candidates after each of some paths. With all other tokens, probabilities sum to 1.
@@ -134,7 +134,7 @@ class NGrams:
             [F, M]
         """
         rest = rest_log_prob(head_log_probs)[..., None]
-        return self._log_probs(contexts[:, 0], contexts[:, 1], _with_none(token_ids), head_log_probs, rest, depth)
+        return self._log_probs(_Contexts.of(contexts), _with_none(token_ids), head_log_probs, rest, depth)
 
     def grow(self, roots: Sequence[Root]) -> list[Guesses]:
         """The nodes that may follow each root: all that can be among the likeliest `num_nodes`, and some more. The root is one.
@@ -149,6 +149,8 @@ class NGrams:
         head_ids = np.array([root.head_ids for root in roots])  # [B, K, M]
         head_log_probs = np.array([root.head_log_probs for root in roots])
         hashes, rests = _with_none(head_ids), rest_log_prob(head_log_probs)[..., None]  # [B, K, M + 1] [B, K, 1]
+        before_ids = head_ids.astype(np.uint64)  # [B, K, M], as the tokens before others
+        before_hashes = _mixed(before_ids)
         trees = [_Growth(root) for root in roots]
         for depth in range(1, max(root.max_depth for root in roots) + 1):
             numbers = [number for number, tree in enumerate(trees) if tree.grows(depth)]
@@ -156,23 +158,24 @@ class NGrams:
                 break
             of: tuple[int | IntArray, int]  # places of the candidates of the nodes that get children
             if len(numbers) == 1:
-                tree = trees[numbers[0]]
-                of, previous, last = (numbers[0], depth - 1), tree.previous, tree.last
+                of, contexts = (numbers[0], depth - 1), trees[numbers[0]].contexts
             else:
                 of = (np.repeat(numbers, [len(trees[number].above) for number in numbers]), depth - 1)
-                previous = np.concatenate([trees[number].previous for number in numbers])
-                last = np.concatenate([trees[number].last for number in numbers])
-            chances = self._log_probs(previous, last, hashes[of], head_log_probs[of], rests[of], depth)  # [F, M]
+                contexts = _Contexts(
+                    *(np.concatenate(part) for part in zip(*(trees[one].contexts for one in numbers), strict=True))
+                )
+            chances = self._log_probs(contexts, hashes[of], head_log_probs[of], rests[of], depth)  # [F, M]
             start = 0
             for number in numbers:
                 stop = start + len(trees[number].above)
-                trees[number].add(chances[start:stop], head_ids[number, depth - 1], depth)
+                place = (number, depth - 1)
+                trees[number].add(chances[start:stop], head_ids[place], before_ids[place], before_hashes[place], depth)
                 start = stop
         return [tree.guesses() for tree in trees]
 
-    def _ratios(self, previous: IntArray, last: IntArray, hashes: HashArray) -> FloatArray:
+    def _ratios(self, contexts: _Contexts, hashes: HashArray) -> FloatArray:
         """See `ratios`. hashes: of the tokens, from `_with_none`."""
-        codes = _codes(previous, last, hashes, len(self.cells))  # [2, F, M + 1]
+        codes = _codes(contexts, hashes, len(self.cells))  # [2, F, M + 1]
         cells = self.cells[codes >> BITS_TOLD]
         values = cells.astype(np.uint8).view(np.int8) * np.float32(RATIO_STEP)
         is_known = cells >> np.uint16(8) == codes & MASK_TOLD
@@ -181,26 +184,19 @@ class NGrams:
         return found
 
     def _log_probs(
-        self,
-        previous: IntArray,
-        last: IntArray,
-        hashes: HashArray,
-        head_log_probs: FloatArray,
-        rest: FloatArray,
-        depth: int,
+        self, contexts: _Contexts, hashes: HashArray, head_log_probs: FloatArray, rest: FloatArray, depth: int
     ) -> FloatArray:
         """See `log_probs`, for candidates that are the same for all paths, or each path's own.
 
         Args:
-            previous: the last token but one of each path. [F]
-            last: the last token of each path. [F]
+            contexts: the last two tokens of each path.
             hashes: of the candidates, from `_with_none`. [M + 1] or [F, M + 1]
             head_log_probs: the candidates' log-probabilities by the head. [M] or [F, M]
             rest: from `rest_log_prob`. [1] or [F, 1]
             depth: of the candidates, from 1.
         """
         of_head, of_pair, of_triple, of_rest, bias = self.weights[min(depth, len(self.weights)) - 1].tolist()
-        pairs, triples = self._ratios(previous, last, hashes)
+        pairs, triples = self._ratios(contexts, hashes)
         logits = of_head * head_log_probs + of_pair * pairs + of_triple * triples  # [F, M]
         others = of_rest * rest + bias
         most = np.maximum(logits.max(1, keepdims=True), others)
@@ -210,39 +206,68 @@ class NGrams:
         return found
 
 
+class _Contexts(NamedTuple):
+    """The two tokens before the last of F n-grams."""
+
+    ids: HashArray  # [F] the second of the two
+    hashes: HashArray  # [F] of it
+    earlier: HashArray  # [F] the first of the two
+
+    @classmethod
+    def of(cls, contexts: IntArray) -> Self:
+        """Prepare pairs of tokens. [F, 2]"""
+        earlier, ids = contexts.astype(np.uint64).T
+        return cls(ids, _mixed(ids), earlier)
+
+
 class _Growth:
     """One tree while it grows."""
 
     def __init__(self, root: Root) -> None:
-        self.previous, self.last = np.array(root.last_ids, np.int64)[:, None]  # [F] the last two tokens on each node's path
-        self.above = np.zeros(1, np.float32)  # [F] log-probabilities of these nodes, which get children
+        self.contexts = _Contexts.of(np.array([root.last_ids]))  # [F] the last two tokens on the path of each node below
+        self.above = np.zeros(1, np.float32)  # [F] log-probabilities of the nodes that get children
+        self._places = np.zeros(1, np.int64)  # [F] their numbers in the tree
         self._max_depth, self._room = root.max_depth, root.num_nodes - 1
-        self._levels = [Guesses(self.last, np.array([-1]), np.zeros(1, np.int64), self.above)]
-        self._num_before = 0  # nodes above those that get children
+        self._levels = [Guesses(np.array(root.last_ids[1:]), np.array([-1]), self._places, self.above)]
+        self._num_nodes = 1
         self._seen, self._worst = self.above[:0], np.float32(-np.inf)  # of the likeliest so far, and of the last that has room
 
     def grows(self, depth: int) -> bool:
         """Whether it may have nodes of this depth."""
         return depth <= self._max_depth and self._room > 0 and len(self.above) > 0
 
-    def add(self, chances: FloatArray, ids: IntArray, depth: int) -> None:
-        """Add the children that can be among the likeliest. chances: their log-probabilities [F, M]. ids: the tokens [M]."""
+    def add(self, chances: FloatArray, ids: IntArray, context_ids: HashArray, context_hashes: HashArray, depth: int) -> None:
+        """Add the children that can be among the likeliest.
+
+        Args:
+            chances: the children's log-probabilities. [F, M]
+            ids: their tokens. [M]
+            context_ids: the same, as tokens before others. [M]
+            context_hashes: hashes of these. [M]
+            depth: their depth.
+        """
         scores = (self.above[:, None] + chances).ravel()
         chosen = np.flatnonzero(scores > self._worst)
+        if not len(chosen):
+            self.above = scores[chosen]
+            return
         if len(chosen) > self._room:
-            chosen = np.sort(chosen[np.argpartition(-scores[chosen], self._room - 1)[: self._room]])
+            chosen = np.sort(chosen[np.argpartition(scores[chosen], -self._room)[-self._room :]])
         parents, ranks = np.divmod(chosen, len(ids))
-        tokens = ids[ranks]
-        if len(chosen):
-            depths = np.full(len(chosen), depth)
-            self._levels.append(Guesses(tokens, self._num_before + parents, depths, chances.ravel()[chosen]))
-        self._num_before += len(self.above)
-        self.previous, self.last, self.above = self.last[parents], tokens, scores[chosen]
-        seen = np.concatenate([self._seen, self.above])
+        scores = scores[chosen]
+        self._levels.append(Guesses(ids[ranks], self._places[parents], np.full(len(chosen), depth), chances.ravel()[chosen]))
+        first, self._num_nodes = self._num_nodes, self._num_nodes + len(chosen)
+        if depth == self._max_depth:
+            return
+        seen = np.concatenate([self._seen, scores])
         if len(seen) >= self._room:
-            seen = -np.partition(-seen, self._room - 1)[: self._room]
-            self._worst = seen[-1]
+            seen = np.partition(seen, -self._room)[-self._room :]
+            self._worst = seen[0]
         self._seen = seen
+        above = np.flatnonzero(scores > self._worst)  # no child is likelier than its parent, so the others need none
+        parents, ranks = parents[above], ranks[above]
+        self.contexts = _Contexts(context_ids[ranks], context_hashes[ranks], self.contexts.ids[parents])
+        self.above, self._places = scores[above], first + above
 
     def guesses(self) -> Guesses:
         """The whole tree."""
@@ -285,13 +310,12 @@ def ngram_codes(contexts: IntArray, token_ids: IntArray, num_cells: int) -> Hash
     Returns:
         [2, F, M]
     """
-    return _codes(contexts[:, 0], contexts[:, 1], _hashes(token_ids), num_cells)
+    return _codes(_Contexts.of(contexts), _hashes(token_ids), num_cells)
 
 
-def _codes(previous: IntArray, last: IntArray, hashes: HashArray, num_cells: int) -> HashArray:
-    """As `ngram_codes`, of the two tokens before [F] and hashes of the last tokens [M] or [F, M]. Returns [2, F, M]."""
-    short = _mixed(last.astype(np.uint64))  # [F]
-    both = np.array([short, _mixed(short + previous.astype(np.uint64))])[:, :, None] ^ hashes  # [2, F, M]
+def _codes(contexts: _Contexts, hashes: HashArray, num_cells: int) -> HashArray:
+    """As `ngram_codes`, of hashes of the last tokens. [M] or [F, M] -> [2, F, M]"""
+    both = np.array([contexts.hashes, _mixed(contexts.hashes + contexts.earlier)])[:, :, None] ^ hashes
     both *= FACTOR
     both >>= np.uint64(64 - 8 - (num_cells.bit_length() - 1))
     return both

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,8 @@ from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.lookup import Continuation, PromptLookup
 from medusa_runtime.drafting.ngrams import Guesses, NGrams, Root
 from medusa_runtime.drafting.tree import CandidateTree, DynamicTree
+
+NO_CHANCES: FloatArray = np.empty(0, np.float32)
 
 
 class HeadGuesses(NamedTuple):
@@ -69,6 +72,7 @@ class Drafter:
         self._tokens = tokens
         self._lookup = PromptLookup(tokens) if looks_up else None
         self._continuations: list[Continuation] = []  # of the tokens decided so far
+        self._lookup_chances: FloatArray | None = NO_CHANCES  # None: not computed yet
 
     @property
     def uses_heads(self) -> bool:
@@ -78,10 +82,10 @@ class Drafter:
     @property
     def lookup_chances(self) -> FloatArray:
         """Probabilities of the drafts that prompt lookup alone would give, likeliest first."""
-        chances = [np.cumprod(continuation.chances, dtype=np.float32) for continuation in self._continuations]
-        if not chances:
-            return np.empty(0, np.float32)
-        return np.sort(np.concatenate(chances))[::-1][: self.num_nodes - 1]
+        if self._lookup_chances is None:
+            chances = [chance for one in self._continuations for chance in itertools.accumulate(one.chances, operator.mul)]
+            self._lookup_chances = np.array(sorted(chances, reverse=True)[: self.num_nodes - 1], np.float32)
+        return self._lookup_chances
 
     def follow(self, decided: Sequence[int], remaining: int) -> None:
         """Look up what may follow the tokens that were just decided.
@@ -93,6 +97,7 @@ class Drafter:
         if self._lookup is not None:
             self._lookup.learn(decided)
             self._continuations = self._lookup.continuations(min(remaining, self.num_nodes) - 1)
+            self._lookup_chances = None if self._continuations else NO_CHANCES
 
     def root(self, guesses: HeadGuesses | None, remaining: int) -> Root | None:
         """What n-grams grow a tree from, with those of other sequences; None if there is none, or a guide may force the draft.
