@@ -40,7 +40,8 @@ class CorrectedCosts:
         first = float(seconds[0])
         one, more = (max(factor, LEAST) for factor in self._factors.mean.tolist())
         further = np.maximum(seconds - first, 0.0)  # what 0, 1 … further nodes add
-        return (one * (first + self.table.host(batch)) + more * further).astype(np.float32)
+        corrected: FloatArray = (one * (first + self.table.host(batch)) + more * further).astype(np.float32)
+        return corrected
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`."""
