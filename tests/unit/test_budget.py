@@ -347,3 +347,39 @@ def test_the_budget_learns_how_many_drafts_were_accepted(monkeypatch: pytest.Mon
     list(DecodingEngine(FakeBackend("always"), CHAIN, costs=cheap).generate([[1], [2]], 13, stats=stats))
     assert learned == [4, 4, 4, 4]  # of two sequences; a step gives each two drafts and a bonus token
     assert stats.num_accepted_tokens == sum(learned)
+
+
+def test_lookups_rest_where_drafts_are_too_expensive_for_them() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)  # one draft more takes half a step more
+    budget.note_lookup(0.01)
+    for found in (chances(0.3), NONE):  # three in ten are right, and such a draft never pays; then nothing is found
+        plan = budget.plan([found], 1, 64, [found], with_heads=False, with_lookup=True)
+        assert (plan.width, plan.lookup_worth) == (1, 0.0)
+        budget.learn(plan, 1, 0)
+    assert budget.wants_lookup(2)  # another batch size
+    wanted = []
+    for _ in range(2 * PAUSE):
+        wanted.append(budget.wants_lookup(1))
+        budget.note_lookup(0.01 if wanted[-1] else None)
+    assert wanted == ([False] * (PAUSE - 1) + [True]) * 2  # at even intervals: any sequence may begin to copy
+    plan = budget.plan([chances(0.95)], 1, 64, [chances(0.95)], with_heads=False, with_lookup=True)
+    assert plan.lookup_worth == pytest.approx((1.95 - 1.5) / 0.01, rel=1e-4)
+    budget.learn(plan, 2, 1)
+    assert budget.wants_lookup(1)
+
+
+def test_lookups_are_weighed_only_where_they_were_made_and_timed() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    found = [chances(0.9)]
+    assert budget.plan(found, 1, 64, found, with_lookup=True).lookup_worth is None  # their time is not known yet
+    budget.note_lookup(0.01)
+    assert budget.plan(found, 1, 64, found).lookup_worth is None
+    assert budget.plan([chances(0.9, 0.9)], 1, 64, found, with_lookup=True).lookup_worth == pytest.approx(40.0, rel=1e-4)
+
+
+def test_a_stall_does_not_make_lookups_expensive() -> None:
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    for seconds in (0.01, 10.0):
+        budget.note_lookup(seconds)
+    plan = budget.plan([chances(0.95)], 1, 64, [chances(0.95)], with_heads=False, with_lookup=True)
+    assert plan.lookup_worth == pytest.approx((1.95 - 1.5) / 0.011, rel=1e-4)

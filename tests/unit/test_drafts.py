@@ -149,7 +149,7 @@ def test_what_a_guide_forces_follows_the_last_token_as_far_as_there_is_room(num_
 def test_lookups_alone_would_give_a_draft_of_the_likeliest() -> None:
     drafter = Drafter(TokenBuffer([5, 6, 7, 8, 5, 9, 5], 20), candidates_for(DynamicTree(4), 3, 4), num_nodes=4, looks_up=True)
     assert len(drafter.lookup_chances) == 0
-    drafter.follow([5], 20)
+    drafter.look_up(20)
     first, other = drafter._continuations
     every = sorted([*np.cumprod(first.chances), *np.cumprod(other.chances)], reverse=True)
     assert len(every) > 3

@@ -51,6 +51,7 @@ class Proposer:
         self._backend, self._costs, self._blaming = backend, costs, blaming
         self._budget = DraftBudget(costs) if costs is not None else None
         self._heads_are_sound = True
+        self._looked_up = False  # whether sequences were looked up for the next step
 
     def choose(self, sequences: Sequence[DecodingSequence], capacity: int) -> StepDrafts:
         """The drafts of the next step.
@@ -67,7 +68,7 @@ class Proposer:
         return StepDrafts(proposals, [self._draft(sequence, found, plan) for sequence, found in pairs], plan, with_heads)
 
     def start(self, sequences: Sequence[DecodingSequence], rows: list[int], root_ids: list[int], batch: int) -> None:
-        """As `ask`, for sequences whose prompts were read just now, if the heads pay for so many sequences that decode.
+        """Look up, and ask the heads, for sequences whose prompts were read just now, if that pays for so many that decode.
 
         Args:
             sequences: as for `ask`.
@@ -75,12 +76,17 @@ class Proposer:
             root_ids: as for `ask`.
             batch: sequences that decode now.
         """
+        self._look_up([sequence for sequence in sequences if sequence.num_tokens], batch)
         if self._budget is None or self._budget.wants_heads(batch) or any(one.has_fixed_tree for one in sequences):
             self.ask(sequences, rows, root_ids)
 
     def go_on(self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]) -> float:
-        """Learn from a step, and have the heads guess what follows each new root if that pays. Returns the heads' seconds."""
-        if self._wants_heads(sequences, step, width, accepted):
+        """Learn from a step. If that pays, look up and ask the heads what may follow each root. Returns the heads' seconds."""
+        if self._budget is not None and step.plan is not None:
+            chosen = zip(step.proposals, accepted, strict=True)
+            self._budget.learn(step.plan, width, sum(len(one.nodes) - 1 for found, one in chosen if not found.is_forced))
+        self._look_up(sequences, len(sequences))
+        if self._wants_heads(sequences, step):
             return self.ask(sequences, [one.nodes[-1] for one in accepted], [one.bonus_id for one in accepted])
         for sequence in sequences:
             sequence.guesses = None
@@ -120,7 +126,7 @@ class Proposer:
         """The tokens that may follow a sequence's root; none if its guide fails."""
         with self._blaming(sequence):
             return sequence.drafter.propose(sequence.guesses, sequence.remaining, grown)
-        return Proposals(Draft.chain([int(sequence.tokens.ids[-1])]), 1)
+        return Proposals.root_only(int(sequence.tokens.ids[-1]))
 
     def _plan(
         self, sequences: Sequence[DecodingSequence], proposals: list[Proposals], capacity: int, *, with_heads: bool
@@ -135,6 +141,7 @@ class Proposer:
             capacity=capacity,  # little more is allocated
             looked_up=_lookup_chances(sequences, proposals),
             with_heads=with_heads,
+            with_lookup=self._looked_up,
         )
 
     def _draft(self, sequence: DecodingSequence, proposals: Proposals, plan: StepPlan | None) -> Draft:
@@ -146,14 +153,24 @@ class Proposer:
             return proposals.draft(size)
         return Draft.chain([int(sequence.tokens.ids[-1])])
 
-    def _wants_heads(
-        self, sequences: Sequence[DecodingSequence], step: StepDrafts, width: int, accepted: list[Accepted]
-    ) -> bool:
+    def _look_up(self, sequences: Sequence[DecodingSequence], batch: int) -> None:
+        """Look up what may follow each sequence's root, if that pays for so many sequences, or if the sequence needs it."""
+        looking = [one for one in sequences if one.drafter.looks_up and not one.is_finished]
+        if not looking:
+            return
+        pays = self._budget is None or self._budget.wants_lookup(batch)
+        started = time.perf_counter()
+        for sequence in looking:
+            if pays or sequence.has_fixed_tree:
+                sequence.drafter.look_up(sequence.remaining)
+        self._looked_up = pays
+        if self._budget is not None:
+            self._budget.note_lookup((time.perf_counter() - started) / len(looking) if pays else None)
+
+    def _wants_heads(self, sequences: Sequence[DecodingSequence], step: StepDrafts) -> bool:
         """Whether the heads' guesses are worth their time, or a sequence needs its whole tree."""
         if self._budget is None or step.plan is None:
             return True
-        chosen = zip(step.proposals, accepted, strict=True)
-        self._budget.learn(step.plan, width, sum(len(one.nodes) - 1 for found, one in chosen if not found.is_forced))
         pays = self._budget.wants_heads(len(sequences), _lookup_chances(sequences, step.proposals))
         asked = pays or any(_is_fixed(one, found) for one, found in zip(sequences, step.proposals, strict=True))
         self._budget.note_heads(asked=asked)

@@ -190,7 +190,7 @@ class DecodingSequence:
         self.tokens.append(kept)
         if self.guide is not None and not self.is_finished:
             self.guide.advance(kept)
-        self.drafter.follow(kept, self.remaining)
+        self.drafter.follow(kept)
         num_accepted = min(len(kept), len(tokens) - 1)
         verified = None
         if self.options.drafts and self.num_tokens > len(kept):  # the first token follows the prompt, not a draft

@@ -24,6 +24,7 @@ class StepPlan:
     speedup: float | None = None  # expected tokens a second over those without drafts; None if no drafts were weighed
     situation: tuple[int, bool] = (1, False)  # batch size, and whether lookups find much: the heads' worth depends on both
     heads_worth: float | None = None  # gain of asking the heads, in units of the time that it takes; None if they rested
+    lookup_worth: float | None = None  # the same of looking up; None if lookups rested, or if their time is not known
 
 
 class DraftBudget:
@@ -34,6 +35,9 @@ class DraftBudget:
     one that gains most. Asking the heads gains the best width's gain less the best gain without them. If that is less than
     the heads' time is worth, they rest, and are tried again now and then, the more rarely the more often that was in vain. They
     gain less if prompt lookup finds something.
+
+    Lookups take time too, for each sequence. If drafts cost so much that lookups do not pay, as with many sequences, then they
+    rest as the heads do, but are tried again at even intervals, since any sequence may begin to copy.
 
     Args:
         costs: the costs of steps on this machine.
@@ -46,6 +50,9 @@ class DraftBudget:
         self._worth: dict[tuple[int, bool], float] = {}  # of asking the heads, averaged, by situation
         self._pauses: dict[tuple[int, bool], int] = {}  # how long the heads rest before the next try, by situation
         self._num_rests = 0  # steps since the heads were asked
+        self._lookup_seconds = 0.0  # of one sequence in one step, averaged; 0 before the first
+        self._lookup_worth: dict[int, float] = {}  # averaged, by batch size
+        self._num_lookup_rests = 0  # steps since sequences were looked up
 
     def plan(
         self,
@@ -55,6 +62,7 @@ class DraftBudget:
         looked_up: Sequence[FloatArray] = (),
         *,
         with_heads: bool = True,
+        with_lookup: bool = False,
     ) -> StepPlan:
         """Choose the width of the next step. Nothing is learned here.
 
@@ -64,10 +72,11 @@ class DraftBudget:
             capacity: entries in use in the fullest slot.
             looked_up: as `probabilities`, of the drafts that each sequence would have without heads.
             with_heads: whether the heads were asked.
+            with_lookup: whether the sequences were looked up.
         """
         batch, longest = len(probabilities), max(len(chances) for chances in probabilities)
         if longest == 0:  # there are no drafts to choose from
-            return StepPlan(least)
+            return StepPlan(least, situation=(batch, False), lookup_worth=0.0 if with_lookup else None)
         most = max(least, 1 + longest)
         expected = _expected(probabilities, most)
         seconds, head_seconds = self._costs.steps(batch, capacity, most), self._costs.heads(batch)
@@ -78,12 +87,15 @@ class DraftBudget:
         costs = rate * seconds
         gain = tokens - costs
         width = least + int(gain[least - 1 :].argmax())
-        situation, worth = (batch, _finds_much(looked_up)), None
+        gain_alone = batch + trust * _expected(looked_up, most) - costs if with_heads or with_lookup else costs
+        worth = lookup_worth = None
         if with_heads:
-            gain_alone = batch + trust * _expected(looked_up, most) - costs
             worth = float(gain.max() - gain_alone.max()) / (rate * head_seconds)  # whatever width some sequence needs
+        if with_lookup and self._lookup_seconds:
+            lookup_worth = float(gain_alone.max() - gain_alone[0]) / (rate * self._lookup_seconds * batch)
         now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
-        return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth)
+        situation = (batch, _finds_much(looked_up))
+        return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth, lookup_worth)
 
     def learn(self, plan: StepPlan, width: int, num_accepted: int) -> None:
         """Learn from a step.
@@ -95,6 +107,9 @@ class DraftBudget:
         """
         if plan.heads_worth is not None:
             self._learn_worth(plan.situation, plan.heads_worth)
+        if plan.lookup_worth is not None:
+            batch, worth = plan.situation[0], plan.lookup_worth
+            self._lookup_worth[batch] = moving_average(self._lookup_worth.get(batch, worth), worth)
         if plan.speedup is not None:
             self._speedup = moving_average(self._speedup, plan.speedup)
         if width > 1:
@@ -123,6 +138,17 @@ class DraftBudget:
     def note_heads(self, *, asked: bool) -> None:
         """Count the steps since the heads were asked."""
         self._num_rests = 0 if asked else self._num_rests + 1
+
+    def wants_lookup(self, batch: int) -> bool:
+        """Whether sequences should be looked up before the next step. Tell `note_lookup` whether they were."""
+        return self._lookup_worth.get(batch, 1.0) >= 1.0 or self._num_lookup_rests + 1 >= PAUSE
+
+    def note_lookup(self, seconds: float | None) -> None:
+        """Count the steps since sequences were looked up. seconds: what that took for each of them; None if they were not."""
+        self._num_lookup_rests = 0 if seconds is not None else self._num_lookup_rests + 1
+        if seconds is not None:
+            before = self._lookup_seconds or seconds
+            self._lookup_seconds = moving_average(before, min(seconds, 2 * before))  # a stall counts as twice the average
 
 
 def _expected(probabilities: Sequence[FloatArray], most: int) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,19 +33,28 @@ class HeadGuesses(NamedTuple):
 class Proposals:
     """All tokens that one sequence's next draft may hold."""
 
-    tree: Draft
+    root_id: int
     num_nodes: int  # the largest draft that the sequence may have
+    tree: Callable[[], Draft]  # makes the draft of all tokens
+    chances: FloatArray  # of the drafts that the step budget weighs, likeliest first; none if the draft is forced
     is_forced: bool = False  # the sequence's guide alone says what the draft holds
     lets_pass: Callable[[list[int]], bool] | None = None  # the guide's check of a path; None if there is no guide
 
-    @property
-    def chances(self) -> FloatArray:
-        """Probabilities of the drafts that the step budget weighs, likeliest first; none of them if the draft is forced."""
-        return self.tree.chances(1 if self.is_forced else self.num_nodes)
+    @classmethod
+    def root_only(cls, root_id: int) -> Proposals:
+        """No drafts."""
+        return cls(root_id, 1, lambda: Draft.chain([root_id]), NO_CHANCES)
+
+    @classmethod
+    def forced(cls, token_ids: Sequence[int]) -> Proposals:
+        """The only tokens that may follow. token_ids: the root's, then these."""
+        return cls(token_ids[0], len(token_ids), lambda: Draft.chain(token_ids), NO_CHANCES, is_forced=True)
 
     def draft(self, num_nodes: int) -> Draft:
         """The draft that the next step verifies, of at most `num_nodes` nodes."""
-        return self.tree.likeliest(num_nodes, self.lets_pass)
+        if num_nodes == 1:
+            return Draft.chain([self.root_id])
+        return self.tree().likeliest(num_nodes, self.lets_pass)
 
 
 class Drafter:
@@ -80,6 +89,11 @@ class Drafter:
         return self.candidates.num_nodes > 1
 
     @property
+    def looks_up(self) -> bool:
+        """Whether what followed the same tokens before can become drafts."""
+        return self._lookup is not None
+
+    @property
     def lookup_chances(self) -> FloatArray:
         """Probabilities of the drafts that prompt lookup alone would give, likeliest first."""
         if self._lookup_chances is None:
@@ -87,15 +101,15 @@ class Drafter:
             self._lookup_chances = np.array(sorted(chances, reverse=True)[: self.num_nodes - 1], np.float32)
         return self._lookup_chances
 
-    def follow(self, decided: Sequence[int], remaining: int) -> None:
-        """Look up what may follow the tokens that were just decided.
-
-        Args:
-            decided: the last tokens of the sequence.
-            remaining: tokens that the answer may still have.
-        """
+    def follow(self, decided: Sequence[int]) -> None:
+        """Compare what was looked up with the tokens that were just decided, and forget it."""
         if self._lookup is not None:
             self._lookup.learn(decided)
+            self._continuations, self._lookup_chances = [], NO_CHANCES
+
+    def look_up(self, remaining: int) -> None:
+        """Look up what may follow the tokens decided so far, if this sequence does. remaining: tokens still to come."""
+        if self._lookup is not None:
             self._continuations = self._lookup.continuations(min(remaining, self.num_nodes) - 1)
             self._lookup_chances = None if self._continuations else NO_CHANCES
 
@@ -121,10 +135,16 @@ class Drafter:
         if self.guide is not None and self.num_nodes > 1:
             forced = self.guide.forced()[: min(remaining, self.num_nodes) - 1]
             if forced:
-                return Proposals(Draft.chain([int(ids[-1]), *forced]), len(forced) + 1, is_forced=True)
+                return Proposals.forced([int(ids[-1]), *forced])
         last, previous = int(ids[-1]), int(ids[-2:][0])
-        tree = self.candidates.proposals(last, guesses, remaining - 1, self._continuations, previous, grown)
-        return Proposals(tree, min(self.num_nodes, tree.num_nodes), lets_pass=self.guide.lets_pass if self.guide else None)
+        make = partial(self.candidates.proposals, last, guesses, remaining - 1, self._continuations, previous, grown)
+        lets_pass = self.guide.lets_pass if self.guide else None
+        if guesses is None:  # the tree is only made if a draft of it is verified
+            num_nodes = min(self.num_nodes, 1 + sum(len(one.token_ids) for one in self._continuations))
+            return Proposals(last, num_nodes, make, self.lookup_chances, lets_pass=lets_pass)
+        tree = make()
+        num_nodes = min(self.num_nodes, tree.num_nodes)
+        return Proposals(last, num_nodes, lambda: tree, tree.chances(num_nodes), lets_pass=lets_pass)
 
 
 @dataclass(frozen=True)
