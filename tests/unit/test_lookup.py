@@ -19,6 +19,7 @@ from tests.support import fake_backend
 from tests.support.fake_backend import FakeBackend, fake_manifest, repeating_token
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+DEAR = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1000.0], [8.0, 8000.0]]], [0.1, 0.8])
 CHEAP = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1.001], [1.0, 1.001]]], [0.001, 0.001])
 
 
@@ -294,8 +295,7 @@ def test_who_asks_is_heard_and_a_request_with_a_tree_keeps_it() -> None:
 
 
 def test_the_budget_narrows_and_widens_lookups_too() -> None:
-    dear = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1000.0], [8.0, 8000.0]]], [0.1, 0.8])
-    for costs, widest in ((dear, 1), (CHEAP, 8)):
+    for costs, widest in ((DEAR, 1), (CHEAP, 8)):
         backend = FakeBackend("never")
         decode(backend, engine={"costs": costs}, prompt_lookup=True)
         assert max(tokens for _, tokens in backend.steps[1:]) == widest
@@ -330,3 +330,19 @@ def test_heads_that_rest_cost_no_lookups() -> None:
     stats = decode(backend, engine={"costs": costs}, prompt_lookup=True)
     assert len(calls) < stats.num_steps / 2
     assert stats.tokens_per_step > 2
+
+
+def test_lookups_rest_where_no_draft_pays() -> None:
+    calls, whole = [], PromptLookup.continuations
+    with patch.object(PromptLookup, "continuations", lambda self, depth: calls.append(depth) or whole(self, depth)):
+        stats = decode(FakeBackend("never"), 60, engine={"costs": DEAR}, prompt_lookup=True)
+    assert stats.num_steps == 59
+    assert 3 <= len(calls) <= 8  # at first, and then after every 16 steps
+
+
+def test_lookups_never_rest_if_the_answer_depends_on_them() -> None:
+    calls, whole, stats = [], PromptLookup.continuations, DecodingStats()
+    engine = DecodingEngine(FakeBackend(), costs=DEAR)
+    with patch.object(PromptLookup, "continuations", lambda self, depth: calls.append(depth) or whole(self, depth)):
+        list(engine.generate([PROMPT], 60, stats=stats, temperature=0.8, acceptance="typical", seed=1, prompt_lookup=True))
+    assert len(calls) == stats.num_steps  # the last step ends the answer, and before the first one there is another

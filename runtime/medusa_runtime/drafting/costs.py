@@ -160,7 +160,7 @@ class StepCosts:
         return np.asarray(self.backend_steps(batch, capacity, max_width) + self.host(batch), np.float32)
 
     def backend_steps(self, batch: int, capacity: int, max_width: int) -> npt.NDArray[np.float64]:
-        """See `Costs.steps`, without the host's work. [max_width]"""
+        """See `Costs.steps`, without the host's work. Nobody may change what it returns. [max_width]"""
         return _along(self._of_batch(batch, max_width).steps[:, :max_width], self.capacities, capacity)
 
     def host(self, batch: int) -> float:
@@ -208,6 +208,7 @@ class StepCosts:
         if len(self.widths) > 1:  # beyond the grid, with the slope at its end
             slopes = (known[:, -1] - known[:, -2]) / (self.widths[-1] - self.widths[-2])
             steps += np.maximum(widths - self.widths[-1], 0) * slopes[:, None]
+        steps.flags.writeable = False
         others = (self.head_seconds, self.host_seconds, self.draft_seconds)
         return _BatchCosts(steps, *(float(_along(np.array(one), self.batch_sizes, batch)) if one else 0.0 for one in others))
 
