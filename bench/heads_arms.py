@@ -32,6 +32,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
+from medusa_export.head_training.torch_devices import fast_precision
 from medusa_export.model.checkpoint import load_backbone
 from medusa_export.model.tokenizer import load_tokenizer
 from medusa_heads.config import HeadsConfig
@@ -51,6 +52,8 @@ NODES = (16, 64)
 SOFT_BLOCK, BATCH, WARMUP, CLIP = 32, 512, 0.02, 1.0  # as `medusa-export train` has them
 HELD_OUT = 0.02
 CANDIDATES = 32
+PRECISION = fast_precision(torch.device("cpu"))  # bf16 where the processor computes in it
+DTYPE = getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[PRECISION])
 ROWS = 512  # rows whose logits are in memory at a time when heads are judged
 
 
@@ -182,11 +185,11 @@ class Bench:
     """The model, and the answers of all arms."""
 
     def __init__(self, model: str, work: Path, tokens: int) -> None:
-        backbone = load_backbone(model, "bf16", attention="sdpa")
+        backbone = load_backbone(model, PRECISION, attention="sdpa")
         self.model, self.name, self.work, self.tokens = backbone.model, backbone.facts.name, work, tokens
         self.codec = CheckpointCodec(load_tokenizer(model))
         self.identity = backbone_digest(self.model)
-        self.every = self.model.get_output_embeddings().weight.detach().to(torch.bfloat16)
+        self.every = self.model.get_output_embeddings().weight.detach().to(DTYPE)
         self.found: dict[tuple[str, tuple[int, ...]], Answers] = {}
         self.examples: dict[str, list[Example]] = {}
 
@@ -234,7 +237,7 @@ def learner_for(arm: Arm, bench: Bench, given: MedusaHeads) -> Learner:
     """The heads that an arm begins with."""
     count = len(bench.every)
     ids = set(range(count) if given.draft_ids is None else given.draft_ids) | set(range(arm.common))
-    lm_head = lm_head_of(bench.model, torch.bfloat16, torch.tensor(sorted(ids)))
+    lm_head = lm_head_of(bench.model, DTYPE, torch.tensor(sorted(ids)))
     config: HeadsConfig = given.config
     heads = MedusaHeads(config) if arm.starts_new else copy.deepcopy(given)
     return Learner(arm, heads.float(), lm_head, arm.num_beside * config.hidden_size)
@@ -253,7 +256,7 @@ def fit(arm: Arm, learner: Learner, answers: Answers, seed: int = 0) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(batches), WARMUP))
     generator, last = torch.Generator().manual_seed(seed), []
     for number, batch in enumerate(batches):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == torch.bfloat16):
             losses = batch_losses(arm, learner, answers, np.sort(batch), generator)
             total = weighted(losses, arm.loss_decay)
         optimizer.zero_grad()
@@ -270,7 +273,7 @@ def fit(arm: Arm, learner: Learner, answers: Answers, seed: int = 0) -> float:
 def batch_losses(arm: Arm, learner: Learner, answers: Answers, index: np.ndarray, generator: torch.Generator) -> torch.Tensor:
     """The mean loss of each head over a batch. [K]"""
     states, lm_head, count = answers.states, learner.lm_head, learner.heads.config.num_heads
-    hidden, extra = answers.rows(index, torch.bfloat16)
+    hidden, extra = answers.rows(index, DTYPE)
     if arm.dropout:
         kept = torch.rand(hidden.shape, generator=generator) >= arm.dropout
         hidden = hidden * kept / (1 - arm.dropout)
@@ -280,7 +283,7 @@ def batch_losses(arm: Arm, learner: Learner, answers: Answers, index: np.ndarray
     root_ids, targets = torch.from_numpy(states.next_ids[index]), torch.from_numpy(states.targets(index, count))
     ahead, places = np.unique(np.minimum(index[:, None] + 1 + np.arange(count), len(states.next_ids) - 1), return_inverse=True)
     with torch.no_grad():
-        backbone = lm_head.distribution(answers.rows(ahead, torch.bfloat16)[0])
+        backbone = lm_head.distribution(answers.rows(ahead, DTYPE)[0])
     tokens, losses = lm_head.places(targets), []
     path = torch.cat([root_ids[:, None], targets], 1)  # [N, K + 1]
     roots = learner.roots(root_ids, _every(learner))
@@ -317,10 +320,10 @@ def guess(learner: Learner, answers: Answers) -> Guessed:
     parts = []
     for start in range(0, len(states.next_ids), ROWS):
         index = np.arange(start, min(start + ROWS, len(states.next_ids)))
-        hidden, extra = answers.rows(index, torch.bfloat16)
+        hidden, extra = answers.rows(index, DTYPE)
         root_ids, targets = torch.from_numpy(states.next_ids[index]), torch.from_numpy(states.targets(index, count))
         path, roots = torch.cat([root_ids[:, None], targets], 1), learner.roots(root_ids, _every(learner))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == torch.bfloat16):
             logits = [learner.logits(k, hidden, extra, roots, path[:, k]) for k in range(count)]
         log_probs, places = torch.stack(logits, 1).float().log_softmax(-1).topk(CANDIDATES)  # [n, K, M]
         ids = token_ids[places]
