@@ -256,7 +256,7 @@ def fit(arm: Arm, learner: Learner, answers: Answers, seed: int = 0) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(batches), WARMUP))
     generator, last = torch.Generator().manual_seed(seed), []
     for number, batch in enumerate(batches):
-        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16"):
             losses = batch_losses(arm, learner, answers, np.sort(batch), generator)
             total = weighted(losses, arm.loss_decay)
         optimizer.zero_grad()
@@ -323,7 +323,7 @@ def guess(learner: Learner, answers: Answers) -> Guessed:
         hidden, extra = answers.rows(index, DTYPE)
         root_ids, targets = torch.from_numpy(states.next_ids[index]), torch.from_numpy(states.targets(index, count))
         path, roots = torch.cat([root_ids[:, None], targets], 1), learner.roots(root_ids, _every(learner))
-        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16"):
             logits = [learner.logits(k, hidden, extra, roots, path[:, k]) for k in range(count)]
         log_probs, places = torch.stack(logits, 1).float().log_softmax(-1).topk(CANDIDATES)  # [n, K, M]
         ids = token_ids[places]
