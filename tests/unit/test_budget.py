@@ -349,22 +349,24 @@ def test_the_budget_learns_how_many_drafts_were_accepted(monkeypatch: pytest.Mon
     assert stats.num_accepted_tokens == sum(learned)
 
 
-def test_lookups_rest_where_drafts_are_too_expensive_for_them() -> None:
+@pytest.mark.parametrize(("seconds", "pause"), [(0.004, 1), (0.01, 2), (0.04, 8), (0.3, PAUSE)])
+def test_lookups_rest_where_drafts_are_too_expensive_for_them(seconds, pause) -> None:
     budget = DraftBudget(HALF_A_STEP_EACH)  # one draft more takes half a step more
-    budget.note_lookup(0.01)
+    budget.note_lookup(seconds)
     for found in (chances(0.3), NONE):  # three in ten are right, and such a draft never pays; then nothing is found
         plan = budget.plan([found], 1, 64, [found], with_heads=False, with_lookup=True)
         assert (plan.width, plan.lookup_worth) == (1, 0.0)
         budget.learn(plan, 1, 0)
     assert budget.wants_lookup(2)  # another batch size
     wanted = []
-    for _ in range(2 * PAUSE):
+    for _ in range(2 * pause):
         wanted.append(budget.wants_lookup(1))
-        budget.note_lookup(0.01 if wanted[-1] else None)
-    assert wanted == ([False] * (PAUSE - 1) + [True]) * 2  # at even intervals: any sequence may begin to copy
+        budget.note_lookup(seconds if wanted[-1] else None)
+    assert wanted == ([False] * (pause - 1) + [True]) * 2  # at even intervals: any sequence may begin to copy
     plan = budget.plan([chances(0.95)], 1, 64, [chances(0.95)], with_heads=False, with_lookup=True)
-    assert plan.lookup_worth == pytest.approx((1.95 - 1.5) / 0.01, rel=1e-4)
-    budget.learn(plan, 2, 1)
+    assert plan.lookup_worth == pytest.approx((1.95 - 1.5) / seconds, rel=1e-4)
+    for _ in range(20):
+        budget.learn(plan, 2, 1)
     assert budget.wants_lookup(1)
 
 

@@ -20,6 +20,7 @@ from tests.support.fake_backend import FakeBackend, fake_manifest, repeating_tok
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 DEAR = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1000.0], [8.0, 8000.0]]], [0.1, 0.8])
+SHORT_AND_DEAR = StepCosts([1], [1, 16], [64], [[[1e-8, 1e-5]]], [1e-9])  # looking up takes longer than a step
 CHEAP = StepCosts([1, 8], [1, 16], [64], [[[1.0, 1.001], [1.0, 1.001]]], [0.001, 0.001])
 
 
@@ -335,14 +336,14 @@ def test_heads_that_rest_cost_no_lookups() -> None:
 def test_lookups_rest_where_no_draft_pays() -> None:
     calls, whole = [], PromptLookup.continuations
     with patch.object(PromptLookup, "continuations", lambda self, depth: calls.append(depth) or whole(self, depth)):
-        stats = decode(FakeBackend("never"), 60, engine={"costs": DEAR}, prompt_lookup=True)
+        stats = decode(FakeBackend("never"), 60, engine={"costs": SHORT_AND_DEAR}, prompt_lookup=True)
     assert stats.num_steps == 59
     assert 3 <= len(calls) <= 8  # at first, and then after every 16 steps
 
 
 def test_lookups_never_rest_if_the_answer_depends_on_them() -> None:
     calls, whole, stats = [], PromptLookup.continuations, DecodingStats()
-    engine = DecodingEngine(FakeBackend(), costs=DEAR)
+    engine = DecodingEngine(FakeBackend(), costs=SHORT_AND_DEAR, max_batch_size=1)
     with patch.object(PromptLookup, "continuations", lambda self, depth: calls.append(depth) or whole(self, depth)):
         list(engine.generate([PROMPT], 60, stats=stats, temperature=0.8, acceptance="typical", seed=1, prompt_lookup=True))
     assert len(calls) == stats.num_steps  # the last step ends the answer, and before the first one there is another

@@ -123,21 +123,30 @@ def command(
         ids = None if lm.manifest.has_text else _token_ids(prompt)
         result = _answer(lm, prompt if ids is None else ids, options, streamed=not as_json)
     if as_json:
-        first, *others = [_facts(choice) for choice in result.choices]
-        scores = {} if result.prompt_logprobs is None else {"prompt_logprobs": [asdict(one) for one in result.prompt_logprobs]}
-        whole = first | scores | {"prompt_ids": result.prompt_ids} | ({"choices": [first, *others]} if others else {})
-        click.echo(json_text(whole, ensure_ascii=not streams.holds_unicode()))
+        click.echo(json_text(_facts_of_all(result), ensure_ascii=not streams.holds_unicode()))
     for choice in () if as_json else result.choices:
-        stats = choice.stats
-        say(
-            f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens, of which the prompt gave the "
-            f"first and {stats.num_steps} steps gave {stats.num_decoded_tokens} ({stats.tokens_per_step:.2f} tokens/step), "
-            f"{stats.tokens_per_second:.1f} tokens/s, "
-            f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
-            + (f", seed {choice.seed}" if options.is_sampled else "")
-        )
+        say(_statistics(choice, options))
     log.debug("chosen because: %s", placement.why)
     say(f"ran with {placement if placement.is_fallback else f'{placement.backend} on {placement.device}'}")
+
+
+def _facts_of_all(result: GenerationResult) -> dict[str, Any]:
+    """A result as JSON: the first answer's facts, and those of all if there are several."""
+    first, *others = [_facts(choice) for choice in result.choices]
+    scores = {} if result.prompt_logprobs is None else {"prompt_logprobs": [asdict(one) for one in result.prompt_logprobs]}
+    return first | scores | {"prompt_ids": result.prompt_ids} | ({"choices": [first, *others]} if others else {})
+
+
+def _statistics(choice: Choice, options: GenerationOptions) -> str:
+    """An answer's counts and speed, in one line."""
+    stats = choice.stats
+    line = (
+        f"{'medusa' if options.medusa else 'plain'}: {stats.num_generated_tokens} tokens, of which the prompt gave the "
+        f"first and {stats.num_steps} steps gave {stats.num_decoded_tokens} ({stats.tokens_per_step:.2f} tokens/step), "
+        f"{stats.tokens_per_second:.1f} tokens/s, "
+        f"first token after {1e3 * stats.first_token_seconds:.0f} ms, finished by {choice.finish_reason}"
+    )
+    return line + (f", seed {choice.seed}" if options.is_sampled else "")
 
 
 def _answer(lm: MedusaLM, prompt: str | list[int], options: GenerationOptions, *, streamed: bool) -> GenerationResult:

@@ -12,6 +12,7 @@ from medusa_runtime.arrays import FloatArray
 from medusa_runtime.drafting.costs import Costs, moving_average
 
 ACCEPTANCE_DECAY = 0.98  # the weight of the heads' earlier results after one more step
+LOOKUP_SHARE = 0.005  # the part of the steps' time that lookups may take where they do not pay
 PAUSE, LONGEST_PAUSE = 16, 128  # steps that the heads rest before they are tried again; twice as many after each vain try
 
 
@@ -25,6 +26,7 @@ class StepPlan:
     situation: tuple[int, bool] = (1, False)  # batch size, and whether lookups find much: the heads' worth depends on both
     heads_worth: float | None = None  # gain of asking the heads, in units of the time that it takes; None if they rested
     lookup_worth: float | None = None  # the same of looking up; None if lookups rested, or if their time is not known
+    lookup_share: float = 0.0  # the time of looking up as a part of a step without drafts; 0 if it is not known
 
 
 class DraftBudget:
@@ -36,8 +38,8 @@ class DraftBudget:
     the heads' time is worth, they rest, and are tried again now and then, the more rarely the more often that was in vain. They
     gain less if prompt lookup finds something.
 
-    Lookups take time too, for each sequence. If drafts cost so much that lookups do not pay, as with many sequences, then they
-    rest as the heads do, but are tried again at even intervals, since any sequence may begin to copy.
+    Lookups take time too, for each sequence. If drafts cost so much that lookups do not pay, as with many sequences, they rest.
+    Any sequence may begin to copy, so they are tried again as often as takes a two-hundredth of the time of the steps.
 
     Args:
         costs: the costs of steps on this machine.
@@ -52,6 +54,7 @@ class DraftBudget:
         self._num_rests = 0  # steps since the heads were asked
         self._lookup_seconds = 0.0  # of one sequence in one step, averaged; 0 before the first
         self._lookup_worth: dict[int, float] = {}  # averaged, by batch size
+        self._lookup_pauses: dict[int, int] = {}  # how long lookups rest before the next try, by batch size
         self._num_lookup_rests = 0  # steps since sequences were looked up
 
     def plan(
@@ -88,14 +91,16 @@ class DraftBudget:
         gain = tokens - costs
         width = least + int(gain[least - 1 :].argmax())
         gain_alone = batch + trust * _expected(looked_up, most) - costs if with_heads or with_lookup else costs
-        worth = lookup_worth = None
+        worth, lookup_worth, lookup_share = None, None, 0.0
         if with_heads:
             worth = float(gain.max() - gain_alone.max()) / (rate * head_seconds)  # whatever width some sequence needs
         if with_lookup and self._lookup_seconds:
-            lookup_worth = float(gain_alone.max() - gain_alone[0]) / (rate * self._lookup_seconds * batch)
+            lookup_seconds = self._lookup_seconds * batch
+            lookup_worth = float(gain_alone.max() - gain_alone[0]) / (rate * lookup_seconds)
+            lookup_share = lookup_seconds / float(seconds[0])
         now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
         situation = (batch, _finds_much(looked_up))
-        return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth, lookup_worth)
+        return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth, lookup_worth, lookup_share)
 
     def learn(self, plan: StepPlan, width: int, num_accepted: int) -> None:
         """Learn from a step.
@@ -110,6 +115,8 @@ class DraftBudget:
         if plan.lookup_worth is not None:
             batch, worth = plan.situation[0], plan.lookup_worth
             self._lookup_worth[batch] = moving_average(self._lookup_worth.get(batch, worth), worth)
+            if plan.lookup_share:
+                self._lookup_pauses[batch] = min(round(plan.lookup_share / LOOKUP_SHARE), PAUSE)
         if plan.speedup is not None:
             self._speedup = moving_average(self._speedup, plan.speedup)
         if width > 1:
@@ -141,7 +148,8 @@ class DraftBudget:
 
     def wants_lookup(self, batch: int) -> bool:
         """Whether sequences should be looked up before the next step. Tell `note_lookup` whether they were."""
-        return self._lookup_worth.get(batch, 1.0) >= 1.0 or self._num_lookup_rests + 1 >= PAUSE
+        pays = self._lookup_worth.get(batch, 1.0) >= 1.0
+        return pays or self._num_lookup_rests + 1 >= self._lookup_pauses.get(batch, 1)
 
     def note_lookup(self, seconds: float | None) -> None:
         """Count the steps since sequences were looked up. seconds: what that took for each of them; None if they were not."""
