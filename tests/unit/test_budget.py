@@ -211,10 +211,23 @@ def test_a_step_without_drafts_says_nothing_of_the_heads() -> None:
     assert budget.plan([chances(0.7)], 1, 64).width == 2
 
 
+def tries_until_they_rest(budget: DraftBudget, worth: float = 0.5) -> int:
+    """Ask the heads in vain for as long as they are wanted. Returns how often."""
+    tries = 0
+    while budget.wants_heads(1):
+        budget.learn(replace(StepPlan(1), heads_worth=worth), 1, 0)
+        tries += 1
+    return tries
+
+
+def test_one_vain_try_says_little() -> None:
+    """The first tokens of an answer are hard to guess. Heads that rested after one of them were missed for a hundred steps."""
+    assert tries_until_they_rest(DraftBudget(HALF_A_STEP_EACH), 0.0) > 5
+
+
 def test_heads_that_do_not_pay_rest_and_are_tried_again() -> None:
     budget = DraftBudget(HALF_A_STEP_EACH)
-    assert budget.wants_heads(1)
-    budget.learn(replace(StepPlan(1), heads_worth=0.5), 1, 0)
+    tries_until_they_rest(budget)
     assert budget.wants_heads(2)  # another batch size
     assert budget.wants_heads(1, [chances(0.9, 0.2)])  # lookups find much: another situation
     assert not budget.wants_heads(1, [chances(0.9)])
@@ -243,6 +256,7 @@ def test_heads_are_not_asked_after_a_prompt_if_they_rest(monkeypatch: pytest.Mon
     engine = DecodingEngine(backend, DynamicTree(4), max_batch_size=1, costs=HALF_A_STEP_EACH)
     budget = engine._proposer._budget
     assert budget is not None
+    tries_until_they_rest(budget)
     for worth, asked in ((0.5, 0), (20.0, 1)):
         budget.learn(replace(StepPlan(1), heads_worth=worth), 1, 0)
         asked_rows.clear()
@@ -266,7 +280,8 @@ def test_after_each_vain_try_the_heads_rest_twice_as_long() -> None:
                 return steps
         raise AssertionError
 
-    assert [try_once(0.5) for _ in range(5)] == [PAUSE, 2 * PAUSE, 4 * PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
+    tries_until_they_rest(budget)
+    assert [try_once(0.5) for _ in range(4)] == [2 * PAUSE, 4 * PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
     assert (try_once(2.0), try_once(0.5)) == (PAUSE, PAUSE)  # a good try: soon again, though they rest on average
 
 
@@ -328,10 +343,11 @@ def test_only_seconds_that_the_heads_took_are_counted(case: str, monkeypatch: py
     backend, noted = Timed(clock), Noted()
     dear = StepCosts([1, 2], [1, 3], [64], [[[1.0, 48.0], [1.0, 48.0]]], [5.0, 5.0])
     engine = DecodingEngine(backend, DynamicTree(3), costs=dear if case == "resting" else noted)
-    list(engine.generate([[1, 2]], 10, tree=CHAIN if case == "medusa" else None, medusa=case != "plain", stats=stats))
+    list(engine.generate([[1, 2]], 40, tree=CHAIN if case == "medusa" else None, medusa=case != "plain", stats=stats))
     asked_by_steps = max(backend.num_asked - 1, 0)  # the first time is a part of the prefill
     assert stats.engine_seconds == pytest.approx(stats.num_passes + 0.25 * asked_by_steps)
-    assert asked_by_steps == (stats.num_passes - 1 if case == "medusa" else 0)  # nothing follows the last step
+    assert asked_by_steps <= {"medusa": stats.num_passes - 1, "plain": 0, "resting": 10}[case]  # nothing follows the last step
+    assert asked_by_steps >= {"medusa": stats.num_passes - 1, "plain": 0, "resting": 1}[case]  # they are tried some times
     assert noted.head_seconds == ([0.25] * backend.num_asked if case == "medusa" else [])
 
 
@@ -356,7 +372,8 @@ def test_lookups_rest_where_drafts_are_too_expensive_for_them(seconds, pause) ->
     for found in (chances(0.3), NONE):  # three in ten are right, and such a draft never pays; then nothing is found
         plan = budget.plan([found], 1, 64, [found], with_heads=False, with_lookup=True)
         assert (plan.width, plan.lookup_worth) == (1, 0.0)
-        budget.learn(plan, 1, 0)
+        for _ in range(4):
+            budget.learn(plan, 1, 0)
     assert budget.wants_lookup(2)  # another batch size
     wanted = []
     for _ in range(2 * pause):

@@ -338,7 +338,7 @@ def test_lookups_rest_where_no_draft_pays() -> None:
     with patch.object(PromptLookup, "continuations", lambda self, depth: calls.append(depth) or whole(self, depth)):
         stats = decode(FakeBackend("never"), 60, engine={"costs": SHORT_AND_DEAR}, prompt_lookup=True)
     assert stats.num_steps == 59
-    assert 3 <= len(calls) <= 8  # at first, and then after every 16 steps
+    assert 3 <= len(calls) <= 12  # some times at first, and then after every 16 steps
 
 
 def test_lookups_never_rest_if_the_answer_depends_on_them() -> None:

@@ -12,6 +12,7 @@ from medusa_runtime.arrays import FloatArray
 from medusa_runtime.drafting.costs import Costs, moving_average
 
 ACCEPTANCE_DECAY = 0.98  # the weight of the heads' earlier results after one more step
+PRIOR_WORTH = 2.0  # what heads and lookups are thought to be worth before they were tried: one try says little
 LOOKUP_SHARE = 0.005  # the part of the steps' time that lookups may take where they do not pay
 PAUSE, LONGEST_PAUSE = 16, 128  # steps that the heads rest before they are tried again; twice as many after each vain try
 
@@ -114,7 +115,7 @@ class DraftBudget:
             self._learn_worth(plan.situation, plan.heads_worth)
         if plan.lookup_worth is not None:
             batch, worth = plan.situation[0], plan.lookup_worth
-            self._lookup_worth[batch] = moving_average(self._lookup_worth.get(batch, worth), worth)
+            self._lookup_worth[batch] = moving_average(self._lookup_worth.get(batch, PRIOR_WORTH), worth)
             if plan.lookup_share:
                 self._lookup_pauses[batch] = min(round(plan.lookup_share / LOOKUP_SHARE), PAUSE)
         if plan.speedup is not None:
@@ -124,7 +125,7 @@ class DraftBudget:
             self._accepted = ACCEPTANCE_DECAY * self._accepted + num_accepted
 
     def _learn_worth(self, situation: tuple[int, bool], worth: float) -> None:
-        average = self._worth[situation] = moving_average(self._worth.get(situation, worth), worth)
+        average = self._worth[situation] = moving_average(self._worth.get(situation, PRIOR_WORTH), worth)
         if worth >= 1.0:
             self._pauses.pop(situation, None)
         elif average < 1.0:
