@@ -15,7 +15,7 @@ from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Stora
 from tests.support.graphs import kinds, outputs, parse
 
 IN_FLOAT, IN_8_BITS = 1, 4
-STORAGES: list[Storage] = ["int8-blocks", "int4"]
+STORAGES: list[Storage] = ["int8-blocks", "int8-wide-blocks", "int4"]
 PROJECTIONS = """
 g (float[B,T,{K}] x, float[{K},96] q, float[{K},48] k, float[48] bias, float[96] bias_q) => (float[B,T,96] qx, float[B,T,48] kx)
 {{ q0 = MatMul (x, q)
@@ -78,7 +78,7 @@ def test_a_table_is_gathered_and_multiplied() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_weights_stay_where_they_are_in_the_file(storage: Storage, tmp_path: Path) -> None:
-    model = quantized(storage)
+    model = quantized(storage, 512)
     size = write_weights([model], tmp_path).size
     derived = model.clone()
     BlockProducts(IN_FLOAT)(derived)

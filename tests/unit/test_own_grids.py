@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medusa_export.passes.common.block_products import BlockProducts
 from medusa_export.passes.common.values import constant
@@ -148,19 +149,21 @@ def test_other_weights_have_no_grid(weight: np.ndarray) -> None:
 # --- products with them
 
 PROJECTIONS = """
-g ({X} x, float[160,96] q, float[160,48] k) => ({Q} qx, {K} kx)
+g ({X} x, float[{I},96] q, float[{I},48] k) => ({Q} qx, {K} kx)
 {{ qx = MatMul (x, q)
   kx = MatMul (x, k) }}"""
 
 
 def projections(shape: str, **weights: np.ndarray) -> ir.Model:
-    text = PROJECTIONS.format(X=shape, Q=shape.replace("160", "96"), K=shape.replace("160", "48"))
-    return parse(text, **weights)
+    width = shape.rstrip("]").rpartition(",")[2]
+    heads = shape.removesuffix(f"{width}]")
+    return parse(PROJECTIONS.format(X=shape, Q=f"{heads}96]", K=f"{heads}48]", I=width), **weights)
 
 
 def kept(shape: str, shift: bool) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """Two products whose weights lie on grids, in 4 bits; and the weights."""
-    weights = {name: on_grid(random_codes(160, size, size), size, shift) for name, size in (("q", 96), ("k", 48))}
+    width = int(shape.rstrip("]").rpartition(",")[2])
+    weights = {name: on_grid(random_codes(width, size, size), size, shift) for name, size in (("q", 96), ("k", 48))}
     model = projections(shape, **weights)
     grids = own_grids(model.graph, lambda _: "int4")
     assert grids.keys() == weights.keys()
@@ -194,15 +197,27 @@ def test_the_sums_of_an_input_are_made_once_and_only_where_they_are_read() -> No
     assert "ReduceSum" not in kinds(kept("float[B,T,160]", shift=False)[0])
 
 
-def test_the_operator_for_blocks_needs_no_padding() -> None:
-    model, _ = kept("float[B,T,160]", shift=True)
+@pytest.mark.parametrize(
+    ("num_inputs", "width", "joined"),
+    [
+        (96, 99, 2),  # with the sums of three blocks; the operator itself fills the last block
+        (160, 256, 3),  # with zeros up to a whole run of 128, which are appended together with the sums
+    ],
+)
+def test_the_operator_for_blocks_needs_no_padding(num_inputs: int, width: int, joined: int) -> None:
+    model, _ = kept("float[B,T,160]".replace("160", str(num_inputs)), shift=True)
     BlockProducts(IN_FLOAT)(model)
+    RemoveUnusedNodesPass()(model)
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
-    assert [node.attributes.get_int("K") for node in products] == [165, 165]
-    assert {node.inputs[0].producer().op_type for node in products if node.inputs[0] is not None} == {"Concat"}
+    assert [node.attributes.get_int("K") for node in products] == [width, width]
+    [join] = {node.inputs[0].producer() for node in products if node.inputs[0] is not None}
+    assert join is not None
+    assert (join.op_type, len(join.inputs)) == ("Concat", joined)
+    assert "Pad" not in kinds(model)
+    assert kinds(model).count("ConstantOfShape") == joined - 2
 
 
-@pytest.mark.parametrize("change", ["mode", "value", "front", "cut", "whole blocks"])
+@pytest.mark.parametrize("change", ["mode", "value", "front", "cut", "not joined"])
 def test_other_padding_stays(change: str) -> None:
     model, _ = kept("float[B,T,160]", shift=True)
     pad = next(node for node in model.graph if node.op_type == "Pad")
@@ -213,8 +228,12 @@ def test_other_padding_stays(change: str) -> None:
     elif change == "value":
         pad.resize_inputs(3)
         pad.replace_input_with(2, constant(model.graph, "one", 1.0))
+    elif change == "not joined":
+        turn = ir.node("Neg", [pad.inputs[0]])
+        model.graph.insert_before(pad, turn)
+        pad.replace_input_with(0, turn.outputs[0])
     else:
-        amounts = {"front": [0, 0, 1, 0, 0, 26], "cut": [0, 0, 0, 0, 0, -1], "whole blocks": [0, 0, 0, 0, 0, 32]}
+        amounts = {"front": [0, 0, 1, 0, 0, 90], "cut": [0, 0, 0, 0, 0, -1]}
         ends.const_value = ir.tensor(np.array(amounts[change]), name="ends")
     BlockProducts(IN_FLOAT)(model)
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]

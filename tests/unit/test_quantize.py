@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from medusa_export.check.quality import CHUNK, Quality, compare
 from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_blocks, to_uint4
-from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage
+from medusa_export.passes.quantize.integer_weights import QuantizeWeights, Storage, block_size
 from medusa_export.passes.quantize.smooth import Smooth, junctions, with_maxima
 from medusa_export.quantize.calibration_text import MOST_PIECES, PIECE_TOKENS, answered, pieces
 from medusa_runtime import DecodingEngine, OptionError
@@ -60,14 +60,21 @@ def test_eight_bits_keep_extremes_and_zeros() -> None:
 
 @given(weight=BLOCKS)
 @settings(deadline=None)
-def test_eight_bits_in_blocks_are_within_half_a_step_of_the_blocks(weight: np.ndarray) -> None:
-    codes, scale = to_int8_blocks(weight)
+@pytest.mark.parametrize("size", [16, BLOCK_SIZE])
+def test_eight_bits_in_blocks_are_within_half_a_step_of_the_blocks(size: int, weight: np.ndarray) -> None:
+    codes, scale = to_int8_blocks(weight, size)
     assert codes.shape == weight.shape
-    assert scale.shape == (weight.shape[0] // BLOCK_SIZE, weight.shape[1])
-    for start in range(0, len(weight), BLOCK_SIZE):
-        alone, of_block = to_int8(weight[start : start + BLOCK_SIZE], 0)
-        np.testing.assert_array_equal(codes[start : start + BLOCK_SIZE], alone)
-        np.testing.assert_array_equal(scale[start // BLOCK_SIZE], of_block)
+    assert scale.shape == (weight.shape[0] // size, weight.shape[1])
+    for start in range(0, len(weight), size):
+        alone, of_block = to_int8(weight[start : start + size], 0)
+        np.testing.assert_array_equal(codes[start : start + size], alone)
+        np.testing.assert_array_equal(scale[start // size], of_block)
+
+
+def test_wide_blocks_are_the_largest_that_divide_a_row() -> None:
+    sizes = {576: 64, 1536: 128, 2048: 128, 96: 32, 160: 32, 64: 64}
+    assert {width: block_size("int8-wide-blocks", width) for width in sizes} == sizes
+    assert {block_size(storage, 128) for storage in ("int8-blocks", "int4")} == {BLOCK_SIZE}
 
 
 @given(weight=BLOCKS)
@@ -145,7 +152,7 @@ def near(storage: Storage, weight: np.ndarray, x: np.ndarray) -> float:
     return float(np.abs(x).sum(-1).max() * step)
 
 
-STORAGES: list[Storage] = ["int8", "int8-blocks", "int4"]
+STORAGES: list[Storage] = ["int8", "int8-blocks", "int8-wide-blocks", "int4"]
 LINEAR = "g (float[T,64] x, float[64,96] w) => (float[T,96] y) { y = MatMul (x, w) }"
 TIED = """
 g (int64[T] ids, float[96,64] w) => (float[T,64] x, float[T,96] y)
@@ -159,6 +166,7 @@ g (int64[T] ids, float[96,64] w) => (float[T,64] x, float[T,96] y)
     [
         ("int8", {"w.int8": ("INT8", [64, 96]), "w.scale": ("FLOAT", [96])}),
         ("int8-blocks", {"w.uint8": ("UINT8", [96, 64]), "w.scale": ("FLOAT", [96, 2])}),
+        ("int8-wide-blocks", {"w.uint8": ("UINT8", [96, 64]), "w.scale": ("FLOAT", [96, 1])}),
         ("int4", {"w.uint4": ("UINT4", [96, 64]), "w.scale": ("FLOAT", [96, 2]), "w.zero": ("UINT4", [96, 2])}),
     ],
 )
@@ -200,7 +208,7 @@ def test_a_tied_table_stays_one_tensor_of_eight_bits(storage: Storage, rank: int
     if rank == 2:
         ids, text = np.stack([ids, ids[::-1]]), TIED.replace("T]", "B,T]").replace("[T,", "[B,T,")
     model = quantized(parse(text, w=weight), storage)
-    in_blocks = {"w.uint8": ("UINT8", [96, 64]), "w.scale": ("FLOAT", [96, 2])}
+    in_blocks = {"w.uint8": ("UINT8", [96, 64]), "w.scale": ("FLOAT", [96, 1 if storage == "int8-wide-blocks" else 2])}
     assert types(model) == ({"w.int8": ("INT8", [96, 64]), "w.scale": ("FLOAT", [96])} if storage == "int8" else in_blocks)
     found = outputs(model, ids=ids)
     step = np.abs(weight).max(1, keepdims=True) / 127
@@ -209,13 +217,13 @@ def test_a_tied_table_stays_one_tensor_of_eight_bits(storage: Storage, rank: int
 
 
 def test_a_table_in_blocks_is_nearer_than_one_with_a_scale_a_row() -> None:
-    weight, ids = normal(96, 64), np.arange(96)
+    weight, ids = normal(96, 192), np.arange(96)
     weight[:, 0] *= 20  # an outlier, which spoils only its own block
     errors = {}
-    for storage in ("int8", "int8-blocks"):
-        found = outputs(quantized(parse(TIED, w=weight), storage), ids=ids)["x"]
-        errors[storage] = np.abs(found - weight)[:, 32:].max()
-    assert errors["int8-blocks"] < errors["int8"] / 3
+    for storage in ("int8", "int8-blocks", "int8-wide-blocks"):
+        found = outputs(quantized(parse(TIED.replace(",64]", ",192]"), w=weight), storage), ids=ids)["x"]
+        errors[storage] = np.abs(found - weight)[:, 64:].max()
+    assert errors["int8-blocks"] < errors["int8-wide-blocks"] < errors["int8"] / 3
 
 
 def test_two_readers_of_a_table_get_a_name_each() -> None:
@@ -285,7 +293,7 @@ def test_a_weight_keeps_its_precision_on_request() -> None:
     assert set(types(standard(model))) == {"a", "b.uint4", "b.scale", "b.zero"}
 
 
-@pytest.mark.parametrize("storage", ["int8-blocks", "int4"])
+@pytest.mark.parametrize("storage", ["int8-blocks", "int8-wide-blocks", "int4"])
 def test_what_does_not_divide_into_blocks_gets_a_scale_an_output(storage: Storage) -> None:
     model = quantized(parse(LINEAR.replace("64", "80"), w=normal(80, 96)), storage)
     assert types(model) == {"w.int8": ("INT8", [80, 96]), "w.scale": ("FLOAT", [96])}

@@ -144,7 +144,7 @@ def _rounded(
             Smooth(_maxima(options.bundle, source, told(known, one_more)), SMOOTHING)(graphs[STEP])
             write_weights(graphs.values(), scratch)
         facts["smoothing"], weights = SMOOTHING, scratch
-    layout, storage = CacheLayout.of(source.graphs[STEP]), storage_of(options.scheme)
+    layout, storage = CacheLayout.of(source.graphs[STEP]), storage_of(options.scheme, rotated=rotated is not None)
     grids = own_grids(graphs[STEP].graph, storage)
     if options.scheme in ("int8", "int8-blocks") and has_grids(graphs[STEP].graph):
         note("the weights lie on grids of 16 values a block: --scheme int4 would keep their values, and need half the memory")
@@ -219,10 +219,15 @@ def _source(bundle: Path) -> Manifest:
     return source
 
 
-def storage_of(scheme: Scheme) -> Callable[[str], Storage]:
-    """How to store each weight, by its name. Embeddings, LM head and Medusa heads keep 8 bits, as 4 bits hurt them most."""
+def storage_of(scheme: Scheme, *, rotated: bool = False) -> Callable[[str], Storage]:
+    """How to store each weight, by its name. Embeddings, LM head and Medusa heads keep 8 bits, as 4 bits hurt them most.
+
+    Rotated activations have no outliers, so more of them can share a scale.
+    """
 
     def storage(name: str) -> Storage:
+        if scheme == "int8-blocks" and rotated:
+            return "int8-wide-blocks"
         if scheme in ("int8", "int8-blocks"):
             return scheme
         parts = name.lower().split(".")

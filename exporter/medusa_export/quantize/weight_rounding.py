@@ -17,7 +17,7 @@ from medusa_export.passes.common.rounding import BLOCK_SIZE
 from medusa_export.passes.quantize.activation_probes import with_moments
 from medusa_export.passes.quantize.error_feedback import ErrorFeedback
 from medusa_export.passes.quantize.given_codes import Array, GivenCodes
-from medusa_export.passes.quantize.integer_weights import Rounded, Storage, offsets
+from medusa_export.passes.quantize.integer_weights import Rounded, Storage, block_size, offsets
 from medusa_export.progress import step_stage, told
 from medusa_export.quantize.run_step import run_step
 from medusa_runtime.bundle.cache_layout import CacheLayout
@@ -123,10 +123,10 @@ def _round(linear: Linear, feedback: ErrorFeedback, storage: Storage, place: Pat
         own = np.ascontiguousarray(codes.T if linear.transposed else codes)
         found.channels[name] = (_on_disk(own, place / f"{stem}.npy"), scales)
     else:
-        bits = 4 if storage == "int4" else 8
-        parts: Sequence[Array] = feedback.to_uint4(weight) if bits == 4 else feedback.to_int8_blocks(weight)
+        bits, size = 4 if storage == "int4" else 8, block_size(storage, linear.num_inputs)
+        parts: Sequence[Array] = feedback.to_uint4(weight) if bits == 4 else feedback.to_int8_blocks(weight, size)
         kept = [_on_disk(part, place / f"{stem}.{number}.npy") for number, part in enumerate(parts)]
-        found.blocks[name] = GivenCodes(bits, BLOCK_SIZE, partial(tuple, kept))
+        found.blocks[name] = GivenCodes(bits, size, partial(tuple, kept))
 
 
 def _on_disk(array: npt.NDArray[Number], path: Path) -> npt.NDArray[Number]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medusa_export.passes.common.graph_pass import GraphPass
-from medusa_export.passes.common.values import add_initializer, replace
+from medusa_export.passes.common.values import add_initializer, constant, replace
 
 BITS = {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}
 
@@ -20,8 +20,9 @@ class BlockProducts(GraphPass):
 
     Needs: ``MatMul(x, Transpose(DequantizeLinear(codes, scales, zeros)))`` as `QuantizeWeights` writes it: codes [N, K] are
     uint8 around 128, or uint4 with zero points.
-    Result: ``MatMulNBits``. It reads the same bytes; only their shape is told otherwise. Zeros that are appended to x for a
-    whole block are left out: the operator needs none.
+    Result: ``MatMulNBits``. It reads the same bytes; only their shape is told otherwise. Zeros that fill the last block of x
+    are left out: the operator needs none. If there are more, the ``Concat`` in front of the ``Pad`` appends them too, so that
+    there is one operator less.
 
     Args:
         accuracy_level: how precisely the operator multiplies: 1 for float32; 4 for activations in 8 bits, each row on its own.
@@ -34,6 +35,7 @@ class BlockProducts(GraphPass):
     def rewrite(self, model: ir.Model) -> int:
         """Rewrite in place."""
         views: dict[ir.Value, ir.Value] = {}
+        padded = _Padded(model.graph)
         count = 0
         for node in [node for node in model.graph if node.op_type == "MatMul"]:
             stored = _stored(node.inputs[1])
@@ -42,7 +44,7 @@ class BlockProducts(GraphPass):
             weights = [_codes(model.graph, views, stored), stored.scales]
             if stored.zeros is not None:
                 weights.append(_zeros(model.graph, views, stored))
-            x, num_inputs = _unpadded(node.inputs[0], stored)
+            x, num_inputs = padded.input(node, stored)
             attributes = {
                 "K": num_inputs,
                 "N": stored.num_outputs,
@@ -100,17 +102,48 @@ def _stored(weight: ir.Value | None) -> _Blocks | None:
     return _Blocks(codes, scales, zeros if codes.dtype == ir.DataType.UINT4 else None, source.attributes.get_int("block_size"))
 
 
-def _unpadded(x: ir.Value | None, stored: _Blocks) -> tuple[ir.Value | None, int]:
-    """An input of a product and its width, without the zeros that a ``Pad`` appends to it to fill its last block."""
-    width = stored.num_inputs
-    pad = None if x is None else x.producer()
-    if pad is None or pad.op_type != "Pad" or pad.attributes.get_string("mode", "constant") != "constant":
-        return x, width
-    told = pad.inputs[1].const_value if pad.inputs[1] is not None and len(pad.inputs) == 2 else None
-    ends = None if told is None else told.numpy()
-    if ends is None or ends[:-1].any() or not 0 <= ends[-1] < stored.block_size:
-        return x, width
-    return pad.inputs[0], width - int(ends[-1])
+class _Padded:
+    """The inputs of products to which a ``Pad`` appends zeros, without it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._joined: dict[ir.Value, ir.Value] = {}  # by what the `Pad` gives
+        self._zeros: dict[tuple[int, str], ir.Value] = {}  # by their number and the shape in front of it
+
+    def input(self, product: ir.Node, stored: _Blocks) -> tuple[ir.Value | None, int]:
+        """What a product reads, and its width."""
+        x, width = product.inputs[0], stored.num_inputs
+        pad = None if x is None else x.producer()
+        if pad is None or pad.op_type != "Pad" or pad.attributes.get_string("mode", "constant") != "constant":
+            return x, width
+        told = pad.inputs[1].const_value if pad.inputs[1] is not None and len(pad.inputs) == 2 else None
+        ends = None if told is None else told.numpy()
+        if ends is None or ends[:-1].any() or ends[-1] < 0:
+            return x, width
+        count, inner = int(ends[-1]), pad.inputs[0]
+        if count < stored.block_size:
+            return inner, width - count
+        join = None if inner is None else inner.producer()
+        if join is None or join.op_type != "Concat" or join.attributes.get_int("axis") != -1 or join.inputs[0] is None:
+            return x, width
+        assert x is not None
+        if x not in self._joined:
+            result = ir.node("Concat", [*join.inputs, self._zeros_like(join.inputs[0], count, product)], {"axis": -1})
+            result.outputs[0].shape, result.outputs[0].type = x.shape, x.type
+            self._graph.insert_before(product, result)
+            self._joined[x] = result.outputs[0]
+        return self._joined[x], width
+
+    def _zeros_like(self, x: ir.Value, count: int, before: ir.Node) -> ir.Value:
+        """Zeros [..., count] for a value [..., K]. Values of the same leading sizes share them."""
+        leading = str(x) if x.shape is None or None in x.shape.dims else str(x.shape[:-1])
+        if (count, leading) not in self._zeros:
+            tape = ir.tape.Tape()
+            sizes = tape.op("Shape", [x], {"end": -1})
+            shape = tape.op("Concat", [sizes, constant(self._graph, f"size_{count}", [count])], {"axis": 0})
+            self._zeros[count, leading] = tape.op("ConstantOfShape", [shape])
+            self._graph.insert_before(before, tape.nodes)
+        return self._zeros[count, leading]
 
 
 def _codes(graph: ir.Graph, views: dict[ir.Value, ir.Value], stored: _Blocks) -> ir.Value:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 Matrix = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.generic]
-BLOCK_SIZE = 32  # inputs that share a scale on the CPU: the size at which ONNX Runtime's kernels are fastest and most accurate
+BLOCK_SIZE = 32  # inputs that share a scale on the CPU: larger blocks are faster and less accurate (decision 45)
 INT8_MAX, INT4_MAX, UINT4_MAX, FP8_MAX = 127, 7, 15, 448
 CUTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a block's range that 4-bit codes cover; the best one is used
 _LEAST = {ir.DataType.FLOAT: 2.0**-126, ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}  # normal numbers
@@ -28,9 +28,9 @@ def scales_of_int8(weight: Matrix, axis: int) -> Matrix:
     return scales
 
 
-def to_int8_blocks(weight: Matrix) -> tuple[npt.NDArray[np.int8], Matrix]:
-    """Like `to_int8`, with one scale per output and block of 32 inputs. weight: [K, N]; scales: [K / 32, N]."""
-    codes, scale = to_int8(weight.reshape(-1, BLOCK_SIZE, weight.shape[1]), 1)
+def to_int8_blocks(weight: Matrix, block: int = BLOCK_SIZE) -> tuple[npt.NDArray[np.int8], Matrix]:
+    """Like `to_int8`, with one scale per output and block of inputs. weight: [K, N]; scales: [K / block, N]."""
+    codes, scale = to_int8(weight.reshape(-1, block, weight.shape[1]), 1)
     return codes.reshape(weight.shape), scale
 
 

@@ -40,9 +40,9 @@ class ErrorFeedback:
         scale = scales_of_int8(weight, 0)
         return self._codes(weight, scale[None], np.zeros_like(scale[None]), (-INT8_MAX, INT8_MAX)).astype(np.int8), scale
 
-    def to_int8_blocks(self, weight: Matrix) -> tuple[npt.NDArray[np.int8], Matrix]:
+    def to_int8_blocks(self, weight: Matrix, block: int = BLOCK_SIZE) -> tuple[npt.NDArray[np.int8], Matrix]:
         """As `rounding.to_int8_blocks`."""
-        _, scales = to_int8_blocks(weight)
+        _, scales = to_int8_blocks(weight, block)
         return self._codes(weight, scales, np.zeros_like(scales), (-INT8_MAX, INT8_MAX)).astype(np.int8), scales
 
     def to_uint4(self, weight: Matrix) -> tuple[npt.NDArray[np.uint8], Matrix, npt.NDArray[np.uint8]]:

@@ -12,6 +12,7 @@ from medusa_export.passes.common.rounding import UINT4_MAX
 
 Array = npt.NDArray[np.generic]
 LEAST_BLOCK, MOST_BLOCK = 16, 128  # inputs that share a scale in ONNX Runtime's MatMulNBits: a power of two
+RUN = 128  # inputs that its kernels read at once: other blocks at the end of a row are slower, one by one
 HALF_RANGE = 128  # the zero of symmetric 8-bit codes
 
 
@@ -20,7 +21,7 @@ class GivenCodes:
     """A weight [K, N] in codes: ``(codes - zeros) * scales``, with scales and zeros [K / block_size, N].
 
     ``parts`` computes codes, scales and, for 4 bits, zeros. If the weight reads sums, it has more inputs after its own: the sum
-    of each block of inputs, and then inputs of 0 up to a whole block (`padded_inputs`).
+    of each block of inputs, and then inputs of 0 (`padded_inputs`).
     """
 
     bits: int
@@ -30,8 +31,8 @@ class GivenCodes:
 
 
 def padded_inputs(num_inputs: int, block_size: int) -> int:
-    """The number of inputs of a weight that also reads the sums of its blocks, in whole blocks."""
-    return -(-(num_inputs + num_inputs // block_size) // block_size) * block_size
+    """The number of inputs of a weight that also reads the sums of its blocks, in whole runs of 128."""
+    return -(-(num_inputs + num_inputs // block_size) // RUN) * RUN
 
 
 def given_codes(make: Callable[[], tuple[Array, Array, Array]], bits: int, block_size: int | None) -> GivenCodes | None:

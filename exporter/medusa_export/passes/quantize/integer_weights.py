@@ -15,7 +15,8 @@ from medusa_export.passes.common.rounding import BLOCK_SIZE, to_int8, to_int8_bl
 from medusa_export.passes.common.values import Together, add_initializer, constant, lazy_tensor, replace, shape_of
 from medusa_export.passes.quantize.given_codes import HALF_RANGE, GivenCodes, padded_inputs
 
-Storage = Literal["int8", "int8-blocks", "int4"]
+Storage = Literal["int8", "int8-blocks", "int8-wide-blocks", "int4"]
+WIDE_BLOCKS = (128, 64)  # inputs that share a scale in wide blocks, by preference
 Rounded = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]  # codes in a weight's layout, and one scale per output
 
 
@@ -24,9 +25,10 @@ class QuantizeWeights(GraphPass):
 
     Needs: a float32 graph as the exporter writes it.
     Result: still only standard operators, with each weight under a ``DequantizeLinear``. Weights in blocks lie as [out, in] and
-    are unsigned: so `BlockProducts` can give the same bytes to ``MatMulNBits``. A weight that cannot be divided into blocks of
-    32 inputs gets one scale per output. A weight from which rows are also gathered (a tied embedding) stays one tensor, with
-    at least 8 bits. An embedding that nothing else reads has 8 bits, too, with one scale per row or per block of it.
+    are unsigned: so `BlockProducts` can give the same bytes to ``MatMulNBits``. Blocks have 32 inputs; wide ones have 128 or
+    64, where a weight can be divided into such. A weight that cannot be divided into blocks of 32 gets one scale per output. A
+    weight from which rows are also gathered (a tied embedding) stays one tensor, with at least 8 bits. An embedding that
+    nothing else reads has 8 bits, too, with one scale per row or per block of it.
 
     Args:
         storage: how to store the weight of a name; None to leave it as it is.
@@ -78,7 +80,8 @@ class QuantizeWeights(GraphPass):
                 bits = 4 if storage == "int4" else 8
                 given = self.given.get(weight.name or "")
                 given = None if given is None or given.bits != bits or is_table else given
-                _store_blocks(graph, weight, readers, gathers, with_sums, bits=bits, given=given)
+                size = block_size(storage, readers[0].num_inputs) if given is None else given.block_size
+                _store_blocks(graph, weight, readers, gathers, with_sums, bits=bits, size=size, given=given)
                 self.kept += [weight.name or ""] if given is not None else []
             else:
                 _store_channels(graph, weight, readers, gathers, self.rounded.get(weight.name or ""))
@@ -100,12 +103,19 @@ class QuantizeWeights(GraphPass):
             if storage is None:
                 continue
             assert weight.const_value is not None
-            if storage != "int8" and shape_of(weight.const_value).numpy()[1] % BLOCK_SIZE == 0:
-                _store_blocks(graph, weight, [], found[weight], {}, bits=8, given=None)
+            inputs = shape_of(weight.const_value).numpy()[1]
+            if storage != "int8" and inputs % BLOCK_SIZE == 0:
+                _store_blocks(graph, weight, [], found[weight], {}, bits=8, size=block_size(storage, inputs), given=None)
             else:
                 _store_channels(graph, weight, [], found[weight])
             matched += 1
         return matched
+
+
+def block_size(storage: Storage, num_inputs: int) -> int:
+    """How many inputs share a scale, for a storage in blocks. `num_inputs` is a multiple of 32."""
+    wide = WIDE_BLOCKS if storage == "int8-wide-blocks" else ()
+    return next((size for size in wide if num_inputs % size == 0), BLOCK_SIZE)
 
 
 def tables(models: Iterable[ir.Model]) -> frozenset[int]:
@@ -169,9 +179,10 @@ def _store_blocks(
     with_sums: dict[tuple[ir.Value, int], ir.Value],
     *,
     bits: int,
+    size: int,
     given: GivenCodes | None,
 ) -> None:
-    """Store [out, in] as uint8 or uint4, with one scale per output and block of inputs. uint4 has zero points as well."""
+    """Store [out, in] as uint8 or uint4, with one scale per output and `size` inputs. uint4 has zero points as well."""
     name, tensor, by_rows = weight.name or "", weight.const_value, not readers or readers[0].transposed
     assert tensor is not None
     rows, columns = shape_of(tensor).numpy()
@@ -179,7 +190,7 @@ def _store_blocks(
 
     def store() -> Sequence[npt.NDArray[np.generic]]:
         array = tensor.numpy()
-        return (to_uint4 if bits == 4 else to_int8_blocks)(array.T if by_rows else array)
+        return (to_uint4 if bits == 4 else to_int8_blocks)(array.T if by_rows else array, size)
 
     def turned() -> list[npt.NDArray[np.generic]]:
         codes, *others = store() if given is None else given.parts()
@@ -187,7 +198,6 @@ def _store_blocks(
         return [part.T for part in (codes, *others)]
 
     rounded = Together(turned)
-    size = BLOCK_SIZE if given is None else given.block_size
     if given is not None and given.reads_sums:
         inputs = padded_inputs(inputs, size)
         for reader in readers:
@@ -211,7 +221,7 @@ def _store_blocks(
 
 
 def _read_sums(graph: ir.Graph, reader: Linear, size: int, made: dict[tuple[ir.Value, int], ir.Value]) -> None:
-    """Let a product read its input, then the sum of each block of it, then zeros up to a whole block.
+    """Let a product read its input, then the sum of each block of it, then zeros (see `padded_inputs`).
 
     Args:
         graph: the graph.

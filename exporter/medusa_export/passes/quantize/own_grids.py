@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from medusa_export.passes.common.linears import Linear, linears
 from medusa_export.passes.common.rounding import BLOCK_SIZE, UINT4_MAX, to_uint4
-from medusa_export.passes.quantize.given_codes import Array, GivenCodes
+from medusa_export.passes.quantize.given_codes import Array, GivenCodes, padded_inputs
 from medusa_export.passes.quantize.integer_weights import Storage
 
 Matrix = npt.NDArray[np.float32]
@@ -87,7 +87,8 @@ def _parts(linear: Linear) -> list[Array]:
     assert grid is not None
     if not grid.has_rests:
         return [grid.codes, grid.steps, grid.zeros]
-    codes, steps, zeros = to_uint4(np.pad(grid.rests, ((0, -len(grid.rests) % BLOCK_SIZE), (0, 0))))
+    more = padded_inputs(linear.num_inputs, BLOCK_SIZE) - linear.num_inputs
+    codes, steps, zeros = to_uint4(np.pad(grid.rests, ((0, more - len(grid.rests)), (0, 0))))
     return [np.concatenate((grid.codes, codes)), np.concatenate((grid.steps, steps)), np.concatenate((grid.zeros, zeros))]
 
 
