@@ -4,7 +4,8 @@
 
 Callers send their next prompt as soon as they have an answer. All ways to decode take turns in one process, so that changes of
 the machine's speed affect all alike. `plain` is batched decoding without Medusa. `learned` and `measured` are Medusa with a
-dynamic tree as large as pays, by costs learned while decoding or measured before. `full` always verifies the whole tree.
+dynamic tree as large as pays, by costs learned while decoding or measured before. `lookup` is `measured` with prompt lookup.
+`full` always verifies the whole tree. `plain, sampled` and `sampled` are `plain` and `lookup` at temperature 0.8.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def passes(clock: Clock) -> float:
 
 
 Modes = dict[str, tuple[MedusaLM, dict[str, Any]]]
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
 
 
 def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[int, dict[str, dict[str, float]]]:
@@ -100,7 +102,7 @@ def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[
 def overheads(lm: MedusaLM, texts: Sequence[str]) -> dict[str, float]:
     """Medians of `overhead` by mode and batch size."""
     clock = Clock(lm.engine.backend)
-    kinds = {"plain": {"medusa": False}, "medusa": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
+    kinds: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "medusa": {}, "sampled": SAMPLED}
     return {
         f"{name}, batch {batch}": round(
             float(np.median([overhead(lm, clock, texts, batch, **fields) for _ in range(ROUNDS)])), 4
@@ -129,12 +131,19 @@ def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path |
     )
     settings: dict[str, Any] = {"max_batch_size": max(CONCURRENCY), "reuse_prefixes": False, "tree": DynamicTree(16)}
     costs = StepCosts.measure(open_backend(bundle, Manifest.load(bundle)), max_batch_size=max(CONCURRENCY))
-    learned, measured, fixed = (MedusaLM.from_bundle(bundle, costs=kind, **settings) for kind in ("learn", costs, None))
+
+    def opened(costs: Any, *, prompt_lookup: bool = False) -> MedusaLM:
+        return MedusaLM.from_bundle(bundle, costs=costs, prompt_lookup=prompt_lookup, **settings)
+
+    learned = opened("learn")
     modes: Modes = {
         "plain": (learned, {"medusa": False}),
         "learned": (learned, {}),
-        "measured": (measured, {}),
-        "full": (fixed, {}),
+        "measured": (opened(costs), {}),
+        "lookup": (opened(costs, prompt_lookup=True), {}),
+        "full": (opened(None), {}),
+        "plain, sampled": (learned, {"medusa": False, **SAMPLED}),
+        "sampled": (opened(costs, prompt_lookup=True), SAMPLED),
     }
     for model, fields in modes.values():
         load(model, texts, 2, 16, **fields)
@@ -148,7 +157,11 @@ def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path |
         "max_new_tokens": max_new_tokens,
         "by_callers": by_callers,
         "over_plain": {
-            callers: {name: round(rate / rates["plain"], 3) for name, rate in rates.items()} for callers, rates in speed.items()
+            callers: {
+                name: round(rate / rates["plain, sampled" if name.endswith("sampled") else "plain"], 3)
+                for name, rate in rates.items()
+            }
+            for callers, rates in speed.items()
         },
         "eight_callers_over_one_at_a_time_without_medusa": round(speed[8]["learned"] / speed[1]["plain"], 2),
         "share_outside_forward_passes": overheads(learned, texts),

@@ -65,12 +65,15 @@ def test_other_architectures_are_pytorchs(model_type: str, tmp_path: Path) -> No
     assert (report.backend, report.targets) == (WEBGPU, [WEBGPU])
 
 
-@pytest.mark.parametrize("scheme", ["int8-blocks", "int4"])
+@pytest.mark.parametrize(
+    ("scheme", "rotate"),
+    [("int8-blocks", None), ("int8-blocks", True), ("int4", None)],  # rotated: in wider blocks
+)
 def test_weights_in_blocks_are_multiplied_on_the_gpu(
-    scheme: Scheme, make_bundle: Make, make_model: Make, tmp_path: Path
+    scheme: Scheme, rotate: bool | None, make_bundle: Make, make_model: Make, tmp_path: Path
 ) -> None:
     """In float32, as the portable graph says; the CPU's own graphs round activations."""
-    quantize_bundle(QuantizeOptions(make_bundle("llama", precision="fp32"), tmp_path / "bundle", scheme))
+    quantize_bundle(QuantizeOptions(make_bundle("llama", precision="fp32"), tmp_path / "bundle", scheme, rotate=rotate))
     _is_the_portable_one(tmp_path / "bundle", make_model("llama"))
 
 

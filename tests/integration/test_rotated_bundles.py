@@ -138,6 +138,12 @@ def test_a_rotated_bundle_passes_its_validation(
     assert manifest.quantization.rotation is not None
     assert (manifest.quantization.products_with_16_bits is None) == (bits != 8)
     assert manifest.quantization.quality["mean_kl"] < most
+    if scheme == "int8-blocks":  # wide blocks, also where several graphs read a weight
+        assert {"step.ort-cpu.onnx", "step.ort-cpu-single.onnx", "heads.ort-cpu.onnx"} <= manifest.files.keys()
+        for file in [file for file in manifest.files if file.endswith(".onnx") and file.startswith(("step.ort", "heads.ort"))]:
+            products = [node for node in read_graph(tmp_path / "new" / file).graph if node.op_type == "MatMulNBits"]
+            assert products, file
+            assert {node.attributes.get_int("block_size") for node in products} <= {64, 128}, file
     reference = str(make_model(model_type, **ROTATED[model_type]))
     report = validate(tmp_path / "new", reference, prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()

@@ -453,8 +453,10 @@ def test_what_a_guide_forces_is_not_the_heads_merit() -> None:
 
     budget = DraftBudget(StepCosts([1, 8], [1, 16], [64], [[[1.0, 16.0], [8.0, 128.0]]], [5.0, 5.0]))
     before = budget.plan([np.array([0.5, 0.2], np.float32)], 1, 64)
-    for _ in range(20):
+    tries = 0
+    while budget.wants_heads(1) and tries < 100:
         budget.learn(before, before.width, 0)
+        tries += 1
     asked = budget.wants_heads(1)
     for _ in range(100):
         plan = budget.plan([np.empty(0, np.float32)], 9, 64)

@@ -22,8 +22,9 @@ ActivationBits = Annotated[
 Rotate = Annotated[
     bool | None,
     Field(
-        description="rotate the activations, by changing weights alone, so that no channel holds outliers. If not, outliers of "
-        "int8's 8-bit activations are moved into the weights"
+        description="rotate the activations, by changing weights alone, so that no channel holds outliers; int8-blocks then "
+        "has one scale per 128 or 64 inputs, which is faster. If not, outliers of int8's 8-bit activations are moved into the "
+        "weights"
     ),
     Flag(default="with --activation-bits 8, if it is exact for the model"),
 ]

@@ -14,7 +14,10 @@ from medusa_runtime.drafting.costs import Costs, moving_average
 ACCEPTANCE_DECAY = 0.98  # the weight of the heads' earlier results after one more step
 PRIOR_WORTH = 2.0  # what heads and lookups are thought to be worth before they were tried: one try says little
 LOOKUP_SHARE = 0.005  # the part of the steps' time that lookups may take where they do not pay
-PAUSE, LONGEST_PAUSE = 16, 128  # steps that the heads rest before they are tried again; twice as many after each vain try
+WORTH_MOVE = 0.02  # the least weight of one step in what heads are worth: steps differ much, and only their mean counts
+PRIOR_TRIES = 8  # steps that count as much as what heads are thought to be worth before they were tried
+TRIES = 8  # steps in a row in which the heads are tried: one says little
+PAUSE, LONGEST_PAUSE = 16, 128  # steps that they rest before they are tried again; twice as many each time that was in vain
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class DraftBudget:
     """Chooses the width of each step, and whether the heads are asked at all, for the most tokens a second.
 
     The heads' probabilities say how many of the N likeliest candidates will be accepted; the steps' results correct them. If
-    decoding here runs at r tokens/s, a step that yields g tokens in s seconds gains g - r·s over average. The width is the
-    one that gains most. Asking the heads gains the best width's gain less the best gain without them. If that is less than
-    the heads' time is worth, they rest, and are tried again now and then, the more rarely the more often that was in vain. They
-    gain less if prompt lookup finds something.
+    decoding here runs at r tokens/s, a step that yields g tokens in s seconds gains g - r·s over average. An answer that
+    copies is decoded faster than others, so r is averaged apart for steps in which lookups find much. The width is the one
+    that gains most. Asking the heads gains the best width's gain less the best gain without them. If that is less than the
+    heads' time is worth on average, they rest, and are tried again now and then for some steps, the more rarely the more often
+    that was in vain. They gain less if prompt lookup finds something.
 
     Lookups take time too, for each sequence. If drafts cost so much that lookups do not pay, as with many sequences, they rest.
     Any sequence may begin to copy, so they are tried again as often as takes a two-hundredth of the time of the steps.
@@ -49,9 +53,11 @@ class DraftBudget:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._expected = self._accepted = 8.0  # decaying sums: accepted drafts as the heads expected them, and in fact
-        self._speedup = 1.0  # tokens a second over those without drafts, averaged
+        self._speedup: dict[tuple[int, bool], float] = {}  # tokens a second over those without drafts, averaged, by situation
         self._worth: dict[tuple[int, bool], float] = {}  # of asking the heads, averaged, by situation
-        self._pauses: dict[tuple[int, bool], int] = {}  # how long the heads rest before the next try, by situation
+        self._num_worths: dict[tuple[int, bool], int] = {}  # how many steps these averages are of
+        self._pauses: dict[tuple[int, bool], int] = {}  # how long the heads rest before the next tries, by situation
+        self._num_tries: dict[tuple[int, bool], int] = {}  # steps in a row with heads that seem not to pay, by situation
         self._num_rests = 0  # steps since the heads were asked
         self._lookup_seconds = 0.0  # of one sequence in one step, averaged; 0 before the first
         self._lookup_worth: dict[int, float] = {}  # averaged, by batch size
@@ -84,10 +90,10 @@ class DraftBudget:
         most = max(least, 1 + longest)
         expected = _expected(probabilities, most)
         seconds, head_seconds = self._costs.steps(batch, capacity, most), self._costs.heads(batch)
-        trust = self._accepted / self._expected
+        trust, situation = self._accepted / self._expected, (batch, _finds_much(looked_up))
         tokens = batch + trust * expected
         plain_rate = batch / float(seconds[0])
-        rate = plain_rate * max(self._speedup, 1.0)
+        rate = plain_rate * max(self._speedup.get(situation, 1.0), 1.0)
         costs = rate * seconds
         gain = tokens - costs
         width = least + int(gain[least - 1 :].argmax())
@@ -100,7 +106,6 @@ class DraftBudget:
             lookup_worth = float(gain_alone.max() - gain_alone[0]) / (rate * lookup_seconds)
             lookup_share = lookup_seconds / float(seconds[0])
         now = float(tokens[width - 1]) / (float(seconds[width - 1]) + head_seconds * with_heads)
-        situation = (batch, _finds_much(looked_up))
         return StepPlan(width, float(expected[width - 1]), now / plain_rate, situation, worth, lookup_worth, lookup_share)
 
     def learn(self, plan: StepPlan, width: int, num_accepted: int) -> None:
@@ -119,18 +124,23 @@ class DraftBudget:
             if plan.lookup_share:
                 self._lookup_pauses[batch] = min(round(plan.lookup_share / LOOKUP_SHARE), PAUSE)
         if plan.speedup is not None:
-            self._speedup = moving_average(self._speedup, plan.speedup)
+            before = self._speedup.get(plan.situation, 1.0)
+            self._speedup[plan.situation] = moving_average(before, plan.speedup)
         if width > 1:
             self._expected = ACCEPTANCE_DECAY * self._expected + plan.expected
             self._accepted = ACCEPTANCE_DECAY * self._accepted + num_accepted
 
     def _learn_worth(self, situation: tuple[int, bool], worth: float) -> None:
-        average = self._worth[situation] = moving_average(self._worth.get(situation, PRIOR_WORTH), worth)
-        if worth >= 1.0:
+        before, count = self._worth.get(situation, PRIOR_WORTH), self._num_worths.get(situation, 0) + 1
+        self._num_worths[situation] = count
+        average = self._worth[situation] = before + max(1 / (PRIOR_TRIES + count), WORTH_MOVE) * (worth - before)
+        self._num_tries[situation] = self._num_tries.get(situation, 0) + 1 if average < 1.0 else 0
+        if average >= 1.0:
             self._pauses.pop(situation, None)
-        elif average < 1.0:
-            before = self._pauses.get(situation)
-            self._pauses[situation] = PAUSE if before is None else min(2 * before, LONGEST_PAUSE)
+        elif self._num_tries[situation] == TRIES:
+            self._num_tries[situation] = 0
+            last = self._pauses.get(situation)
+            self._pauses[situation] = PAUSE if last is None else min(2 * last, LONGEST_PAUSE)
 
     def wants_heads(self, batch: int, looked_up: Sequence[FloatArray] = ()) -> bool:
         """Whether the heads should be asked before the next step. Tell `note_heads` whether they were.
@@ -140,7 +150,7 @@ class DraftBudget:
             looked_up: as for `plan`, of the next step.
         """
         situation = (batch, _finds_much(looked_up))
-        pays = self._worth.get(situation, 1.0) >= 1.0
+        pays = self._worth.get(situation, 1.0) >= 1.0 or self._num_tries.get(situation, 0) > 0
         return pays or self._num_rests + 1 >= self._pauses.get(situation, PAUSE)
 
     def note_heads(self, *, asked: bool) -> None:

@@ -141,7 +141,8 @@ class _Padded:
             tape = ir.tape.Tape()
             sizes = tape.op("Shape", [x], {"end": -1})
             shape = tape.op("Concat", [sizes, constant(self._graph, f"size_{count}", [count])], {"axis": 0})
-            self._zeros[count, leading] = tape.op("ConstantOfShape", [shape])
+            zeros = constant(self._graph, f"zeros_{count}", np.zeros(count, np.float32))
+            self._zeros[count, leading] = tape.op("Expand", [zeros, shape])
             self._graph.insert_before(before, tape.nodes)
         return self._zeros[count, leading]
 
