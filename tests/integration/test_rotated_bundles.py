@@ -15,6 +15,7 @@ from medusa_export.check import validate
 from medusa_export.command_options.export_options import ExportOptions
 from medusa_export.command_options.quantize_options import QuantizeOptions
 from medusa_export.passes.common.terms import noted_terms
+from medusa_export.passes.quantize.integer_weights import block_size
 from medusa_export.passes.quantize.rotate_stream import STATE_BASIS
 from medusa_export.quantize import quantize_bundle, rotation
 from medusa_export.quantize import quantized_bundle as quantizing
@@ -143,7 +144,9 @@ def test_a_rotated_bundle_passes_its_validation(
         for file in [file for file in manifest.files if file.endswith(".onnx") and file.startswith(("step.ort", "heads.ort"))]:
             products = [node for node in read_graph(tmp_path / "new" / file).graph if node.op_type == "MatMulNBits"]
             assert products, file
-            assert {node.attributes.get_int("block_size") for node in products} <= {64, 128}, file
+            sizes = {node.attributes.get_int("K"): node.attributes.get_int("block_size") for node in products}
+            assert sizes == {width: block_size("int8-wide-blocks", width) for width in sizes}, file
+            assert max(sizes.values()) > 32, file
     reference = str(make_model(model_type, **ROTATED[model_type]))
     report = validate(tmp_path / "new", reference, prompts=PROMPTS, max_new_tokens=24)
     assert report.status == "passed", report.verdicts()
