@@ -53,11 +53,11 @@ def prompts(tmp_path: Path) -> Path:
 def test_our_modes(make_bundle: Make, prompts: Path, tmp_path: Path) -> None:
     result = measured(
         tmp_path / "out.json", make_bundle(), "--prompts", prompts, "--limit", 4, "--rounds", 2, "--max-new-tokens", 20,
-        "--modes", "plain,static,dynamic,tuned,lookup", "--steps", "1,4", "--prefill", "16,32,5000", "--context", "32",
+        "--modes", "plain,static,dynamic,tuned,heads,lookup", "--steps", "1,4", "--prefill", "16,32,5000", "--context", "32",
         "--csv", tmp_path / "out.csv", "--plot", tmp_path / "plots", "--threads", 1,
     )  # fmt: skip
     modes = {one["mode"]: one for one in result["contestants"]}
-    assert list(modes) == ["plain", "static", "dynamic", "tuned", "lookup"]
+    assert list(modes) == ["plain", "static", "dynamic", "tuned", "heads", "lookup"]
     assert result["prompts"]["categories"] == {f"kind {n}": 1 for n in range(4)}
     for one in modes.values():
         assert one["agreement"] == {
@@ -73,7 +73,7 @@ def test_our_modes(make_bundle: Make, prompts: Path, tmp_path: Path) -> None:
     assert modes["plain"]["ms_per_step_parts"]["propose"] == 0.0
     assert {answer["num_steps"] for answer in modes["plain"]["answers"]} == {19}
     assert [(pair["above"], pair["below"]) for pair in result["ratios"]] == [
-        (f"bundle {mode}", "bundle plain") for mode in ("static", "dynamic", "tuned", "lookup")
+        (f"bundle {mode}", "bundle plain") for mode in ("static", "dynamic", "tuned", "heads", "lookup")
     ]
     assert result["steps"]["by_bundle"]["bundle"]["step_ms"].keys() == {"1", "4"}
     assert result["lengths"]["first_token_ms"]["bundle plain"].keys() == {"16", "32"}

@@ -18,6 +18,7 @@ from medusa_export.cli import COMMANDS, headings, main, settings
 from medusa_export.cli.commands import MEANT, SHARED, Command, Group, words_of
 from medusa_export.cli.examples import EXAMPLES
 from medusa_export.cli.verbosity import wanted
+from medusa_export.measure.bench.bench_options import MODES
 from medusa_runtime.errors import OptionError
 
 
@@ -205,3 +206,10 @@ def test_no_color_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[32m" in shown()
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[3" not in shown()
+
+
+def test_examples_of_bench_name_modes_that_there_are() -> None:
+    named = [shlex.split(example) for example in EXAMPLES["bench"]]
+    modes = [words[words.index("--modes") + 1].split(",") for words in named if "--modes" in words]
+    assert modes
+    assert all(mode in MODES for listed in modes for mode in listed)

@@ -64,7 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "triton": ("medusa-export triton bundle -o models --name my-model",),
     "bench": (
         "medusa-export bench bundle --limit 8 --json bench.json",
-        "medusa-export bench bundle bundle-int8 --modes plain,medusa --plot plots",
+        "medusa-export bench bundle bundle-int8 --modes plain,heads,lookup --plot plots",
     ),
     "recipes": ("medusa-export recipes ls", "medusa-export recipes run NAME -o build/NAME"),
     "recipes ls": ("medusa-export recipes ls --json",),

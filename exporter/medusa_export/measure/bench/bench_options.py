@@ -11,8 +11,9 @@ MODES = {
     "plain": "no drafts",
     "static": "Medusa with the bundle's default tree",
     "dynamic": "Medusa with a tree of that size, rebuilt at each step",
-    "tuned": "the default of MedusaLM.from_bundle",
-    "lookup": "like tuned, and with prompt lookup",
+    "tuned": "the default of MedusaLM.from_bundle, with prompt lookup if tune found that it pays",
+    "heads": "like tuned, without prompt lookup",
+    "lookup": "like tuned, with prompt lookup",
 }
 USUAL_MODES = ("plain", "static", "dynamic", "tuned")
 STEP_WIDTHS, PREFILL_LENGTHS, CONTEXT_LENGTHS = (1, 2, 4, 8, 16, 32, 64), (128, 512, 2048), (256, 1024)

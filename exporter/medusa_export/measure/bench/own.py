@@ -25,7 +25,11 @@ from medusa_runtime.text.stream import TextStream
 
 PARTS = ("step", "propose", "commit")
 # fields of a request, by mode
-FIELDS: dict[str, dict[str, Any]] = {"plain": {"medusa": False}, "lookup": {"prompt_lookup": True}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {"medusa": False},
+    "heads": {"prompt_lookup": False},
+    "lookup": {"prompt_lookup": True},
+}
 
 
 class Clock:
@@ -79,7 +83,7 @@ class OwnDecoding:
         self._engines = {
             mode: DecodingEngine(self.backend, chosen, max_batch_size=1, reuse_prefixes=False, ngrams=lm.engine.ngrams)
             for mode, chosen in trees.items()
-        } | {"tuned": lm.engine, "lookup": lm.engine}
+        } | dict.fromkeys(("tuned", "heads", "lookup"), lm.engine)
 
     def operations(self) -> Operations:
         """The operations that requests can name."""
