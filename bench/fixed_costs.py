@@ -2,14 +2,16 @@
 
     python bench/fixed_costs.py BUNDLE --prompts mt_bench.jsonl [-o bench/results/fixed_costs.json]
 
-Real steps take longer or shorter from minute to minute, and the choice follows. Here all that is random is left out, but for
-the time that lookups take. So two versions of the choice can be compared closely: run it with either checkout on PYTHONPATH.
+The model decodes each prompt once, without drafts, and the heads' guesses after each token are kept. Then the runtime decodes
+the same answers again from what was kept, once for each table of costs. Nothing there is random or timed by a clock, so two
+versions of the choice can be compared closely: run it with either checkout on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from environment import environment, publish
 
 from medusa_export.measure.prompt_files import read_prompts
 from medusa_runtime import DynamicTree, MedusaLM, StepCosts
-from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.base import Backend, HeadOutput, StepOutput
 from medusa_runtime.decoding.engine import DecodingEngine, DecodingOptions
 
 WIDTHS = [1, 2, 4, 8, 16, 32, 64]
@@ -33,7 +35,62 @@ TABLES = {  # milliseconds of a step by its tokens: measured and rounded (decisi
     "dear drafts": [10.0, 14.0, 20.5, 34.0, 60.0, 110.0, 210.0],
 }
 HEADS, HOST, DRAFTS = 1.2, 0.35, 0.6  # milliseconds of the heads, of the host without drafts, and of what drafts add to it
+LOOKUP = 0.1  # milliseconds of one lookup
 NODES = 16
+
+
+@dataclass
+class Answer:
+    """A prompt, the greedy answer to it, and what the heads guessed after each of its tokens."""
+
+    prompt: list[int]
+    token_ids: list[int]  # the prompt's, then the answer's
+    guesses: dict[int, HeadOutput]  # by the position that the heads read
+
+
+@dataclass
+class Replayed:
+    """A backend that decodes one answer again, and counts its steps after the prompt and their milliseconds by a table."""
+
+    answer: Answer
+    real: Backend
+    steps: Sequence[float]
+    milliseconds: float = 0.0
+    num_steps: int = 0
+    num_asked: int = 0
+    num_slots: int = 1
+    capacity: int = 0
+    _positions: Any = field(default=None, repr=False)  # of the last step's rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def resize(self, num_slots: int, capacity: int, lengths: Sequence[int] = ()) -> None:  # noqa: ARG002
+        """Note the size of a cache that there is not."""
+        self.num_slots, self.capacity = num_slots, capacity
+
+    def step(self, input_ids: Any, position_ids: Any, _mask: Any, lengths: Any, rows: Any, **_: object) -> StepOutput:
+        """What the answer goes on with after each row. Rows of other tokens are not reached, so their results do not matter."""
+        if lengths[0] >= len(self.answer.prompt):
+            self.milliseconds += float(np.interp(input_ids.shape[1], WIDTHS, self.steps)) + HOST
+            self.num_steps += 1
+        self._positions = np.take_along_axis(position_ids, rows, 1)
+        after = np.minimum(self._positions + 1, len(self.answer.token_ids) - 1)
+        return StepOutput(np.array(self.answer.token_ids)[after])
+
+    def propose(self, rows: Any, _root_ids: Any) -> HeadOutput:
+        """What the heads guessed there."""
+        position = int(self._positions[0, rows[0]])
+        if position >= len(self.answer.prompt):
+            self.milliseconds += HEADS + DRAFTS
+            self.num_asked += 1
+        return self.answer.guesses[min(position, max(self.answer.guesses))]
+
+    def commit(self, slot: int, start: int, nodes: Any) -> None:
+        """There are no entries."""
+
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """There are no entries."""
 
 
 class FixedCosts:
@@ -51,80 +108,76 @@ class FixedCosts:
     observe_heads = observe_host = observe
 
 
-class Counted:
-    """Counts the passes of a backend and adds up their milliseconds by a table, from when it is told to.
+def recorded(lm: MedusaLM, prompt: list[int], max_new_tokens: int) -> Answer:
+    """Decode a prompt with the real model, and keep the heads' guesses after each token."""
+    backend, guesses = lm.engine.backend, {}
+    step = type(backend).step.__get__(backend)
 
-    It replaces methods of the backend itself.
-    """
+    def recording(input_ids: Any, position_ids: Any, mask: Any, lengths: Any, rows: Any, **words: Any) -> StepOutput:
+        output: StepOutput = step(input_ids, position_ids, mask, lengths, rows, **words)
+        last = rows.shape[1] - 1
+        heads = backend.propose(np.array([last]), output.greedy_ids[:, last])
+        guesses[int(position_ids[0, rows[0, last]])] = HeadOutput(heads.token_ids.copy(), heads.log_probs.copy())
+        return output
 
-    def __init__(self, backend: Backend, steps: Sequence[float]) -> None:
-        self._steps, self.counts = steps, False
-        self.milliseconds, self.num_steps, self.num_asked = 0.0, 0, 0
-        self._step, self._propose = type(backend).step.__get__(backend), type(backend).propose.__get__(backend)
-        backend.step, backend.propose = self.step, self.propose  # type: ignore[method-assign]
-
-    def step(self, token_ids: Any, *words: Any, **named: Any) -> Any:
-        """A step, counted."""
-        if self.counts:
-            self.milliseconds += float(np.interp(token_ids.shape[1], WIDTHS, self._steps)) + HOST
-            self.num_steps += 1
-        return self._step(token_ids, *words, **named)
-
-    def propose(self, *words: Any, **named: Any) -> Any:
-        """A call of the heads, counted."""
-        if self.counts:
-            self.milliseconds += HEADS + DRAFTS
-            self.num_asked += 1
-        return self._propose(*words, **named)
+    backend.step = recording  # type: ignore[method-assign]
+    try:
+        engine = DecodingEngine(backend, DynamicTree(1), max_batch_size=1, reuse_prefixes=False)
+        options = DecodingOptions(max_new_tokens=max_new_tokens, ignore_eos=True)
+        token_ids = [token for steps in engine.generate([prompt], options=options) for one in steps for token in one.token_ids]
+    finally:
+        del backend.step
+    return Answer(prompt, [*prompt, *token_ids], guesses)
 
 
-def decoded(
-    lm: MedusaLM, prompts: Sequence[Any], steps: Sequence[float], max_new_tokens: int, *, lookup: bool
-) -> dict[str, float]:
-    """Decode all prompts with one engine, one after the other. The prompts' own passes do not count."""
+def decoded(lm: MedusaLM, answers: Sequence[Answer], steps: Sequence[float], *, lookup: bool) -> dict[str, float]:
+    """Decode all answers again with one engine, one after the other. The prompts' own passes do not count."""
     table = StepCosts([1], WIDTHS, [192], [[[ms / 1e3 for ms in steps]]], [HEADS / 1e3], [HOST / 1e3], [DRAFTS / 1e3])
-    backend = lm.engine.backend
-    counted = Counted(backend, steps)
+    backend = Replayed(answers[0], lm.engine.backend, steps)
     engine = DecodingEngine(
         backend, DynamicTree(NODES), max_batch_size=1, costs=FixedCosts(table),  # type: ignore[arg-type]
         ngrams=lm.engine.ngrams, prompt_lookup=lookup, reuse_prefixes=False,
     )  # fmt: skip
-    count = sum(len(tokens) for prompt in prompts for tokens in _decoded(engine, counted, prompt, max_new_tokens))
+    budget = engine._proposer._budget
+    assert budget is not None
+    note = budget.note_lookup
+    budget.note_lookup = lambda seconds: note(seconds and LOOKUP / 1e3)  # type: ignore[method-assign]
+    count = 0
+    for answer in answers:
+        backend.answer, again = answer, []
+        options = DecodingOptions(max_new_tokens=len(answer.token_ids) - len(answer.prompt), ignore_eos=True)
+        for number, found in enumerate(engine.generate([answer.prompt], options=options)):
+            tokens = [token for one in found for token in one.token_ids]
+            again += tokens
+            count += len(tokens) if number else 0
+        assert [*answer.prompt, *again] == answer.token_ids, "another answer"
+    milliseconds = backend.milliseconds + (LOOKUP * backend.num_steps if lookup else 0.0)
     return {
-        "tokens_per_second": round(1e3 * count / counted.milliseconds, 1),
-        "over_plain": round(1e3 * count / counted.milliseconds / (1e3 / (steps[0] + HOST)), 3),
-        "tokens_per_step": round(count / counted.num_steps, 3),
-        "heads_asked": round(counted.num_asked / counted.num_steps, 2),
+        "tokens_per_second": round(1e3 * count / milliseconds, 1),
+        "over_plain": round(count / milliseconds * (steps[0] + HOST), 3),
+        "tokens_per_step": round(count / backend.num_steps, 3),
+        "heads_asked": round(backend.num_asked / backend.num_steps, 2),
     }
-
-
-def _decoded(engine: DecodingEngine, counted: Counted, prompt: list[int], max_new_tokens: int) -> Iterator[Sequence[int]]:
-    """The tokens of each step after the prompt."""
-    counted.counts = False
-    for steps in engine.generate([prompt], options=DecodingOptions(max_new_tokens=max_new_tokens, ignore_eos=True)):
-        if counted.counts:
-            yield [token for step in steps for token in step.token_ids]
-        counted.counts = True
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompts", type=click.Path(path_type=Path), required=True)
-@click.option("--limit", default=16, show_default=True, help="Take this many prompts, evenly over the file.")
+@click.option("--limit", default=40, show_default=True, help="Take this many prompts, evenly over the file.")
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(bundle: Path, prompts: Path, limit: int, max_new_tokens: int, output: Path | None) -> None:
-    """Decode with BUNDLE on the CPU."""
+    """Decode with BUNDLE on the CPU, and again from what was kept."""
     found = read_prompts(prompts)
     chosen = [found[place] for place in np.linspace(0, len(found) - 1, min(limit, len(found))).astype(int)]
     with MedusaLM.from_bundle(bundle, "ort-cpu") as lm:
         assert lm.codec is not None
-        token_ids = [list(lm.codec.encode(prompt)) for prompt in chosen]
+        answers = [recorded(lm, list(lm.codec.encode(prompt)), max_new_tokens) for prompt in chosen]
         tables: dict[str, Any] = {}
         for name, steps in TABLES.items():
             tables[name] = {"step_ms": dict(zip(map(str, WIDTHS), steps, strict=True))}
             for mode in ("heads", "lookup"):
-                tables[name][mode] = decoded(lm, token_ids, steps, max_new_tokens, lookup=mode == "lookup")
+                tables[name][mode] = decoded(lm, answers, steps, lookup=mode == "lookup")
                 click.echo(f"{name}, {mode}: {tables[name][mode]}", err=True)
     publish(environment() | {"prompts": len(chosen), "max_new_tokens": max_new_tokens, "tables": tables}, output)
 

@@ -317,10 +317,10 @@ def test_heads_rest_where_lookups_do_without_them_and_only_there() -> None:
             budget.learn(plan, plan.width, round(float(chances[: plan.width - 1].sum())))
     assert asked["else"] == 100
     assert asked["copying"] < 25
-    before = dict(budget._worth)
+    before = [one.worth for one in budget._situations.values()]
     plan = budget.plan([own[2:]], 1, 64, [own[2:]], with_heads=False)  # heads that were not asked show nothing
     budget.learn(plan, plan.width, 0)
-    assert budget._worth == before
+    assert [one.worth for one in budget._situations.values()] == before
 
 
 def test_heads_that_rest_cost_no_lookups() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,36 @@ class StepPlan:
     lookup_share: float = 0.0  # the time of looking up as a part of a step without drafts; 0 if it is not known
 
 
+@dataclass
+class _Situation:
+    """What the steps of one situation have shown."""
+
+    speedup: float = 1.0  # tokens a second over those without drafts, averaged
+    worth: float = PRIOR_WORTH  # of asking the heads, averaged
+    num_worths: int = 0  # steps that this average is of
+    num_tries: int = 0  # steps in a row with heads that seem not to pay
+    pause: int = 0  # how long the heads rest before the next tries; 0 if they do not rest
+
+    def learn_worth(self, worth: float) -> None:
+        """Learn from a step what the heads are worth, and decide whether they rest."""
+        self.num_worths += 1
+        self.worth += max(1 / (PRIOR_TRIES + self.num_worths), WORTH_MOVE) * (worth - self.worth)
+        if self.worth >= 1.0:
+            self.num_tries = self.pause = 0
+            return
+        self.num_tries += 1
+        if self.num_tries == TRIES:
+            self.num_tries, self.pause = 0, min(2 * self.pause, LONGEST_PAUSE) or PAUSE
+
+
+@dataclass
+class _Lookups:
+    """What the steps of one batch size have shown of prompt lookup."""
+
+    worth: float = PRIOR_WORTH  # averaged
+    pause: int = 1  # how long lookups rest before the next try, if they do not pay
+
+
 class DraftBudget:
     """Chooses the width of each step, and whether the heads are asked at all, for the most tokens a second.
 
@@ -53,15 +84,10 @@ class DraftBudget:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._expected = self._accepted = 8.0  # decaying sums: accepted drafts as the heads expected them, and in fact
-        self._speedup: dict[tuple[int, bool], float] = {}  # tokens a second over those without drafts, averaged, by situation
-        self._worth: dict[tuple[int, bool], float] = {}  # of asking the heads, averaged, by situation
-        self._num_worths: dict[tuple[int, bool], int] = {}  # how many steps these averages are of
-        self._pauses: dict[tuple[int, bool], int] = {}  # how long the heads rest before the next tries, by situation
-        self._num_tries: dict[tuple[int, bool], int] = {}  # steps in a row with heads that seem not to pay, by situation
+        self._situations: defaultdict[tuple[int, bool], _Situation] = defaultdict(_Situation)
         self._num_rests = 0  # steps since the heads were asked
+        self._lookups: defaultdict[int, _Lookups] = defaultdict(_Lookups)  # by batch size
         self._lookup_seconds = 0.0  # of one sequence in one step, averaged; 0 before the first
-        self._lookup_worth: dict[int, float] = {}  # averaged, by batch size
-        self._lookup_pauses: dict[int, int] = {}  # how long lookups rest before the next try, by batch size
         self._num_lookup_rests = 0  # steps since sequences were looked up
 
     def plan(
@@ -93,7 +119,7 @@ class DraftBudget:
         trust, situation = self._accepted / self._expected, (batch, _finds_much(looked_up))
         tokens = batch + trust * expected
         plain_rate = batch / float(seconds[0])
-        rate = plain_rate * max(self._speedup.get(situation, 1.0), 1.0)
+        rate = plain_rate * max(self._situations[situation].speedup, 1.0)
         costs = rate * seconds
         gain = tokens - costs
         width = least + int(gain[least - 1 :].argmax())
@@ -116,31 +142,18 @@ class DraftBudget:
             width: nodes that it verified for each sequence at most.
             num_accepted: accepted drafts of all sequences, except drafts that guides forced.
         """
+        situation, lookups = self._situations[plan.situation], self._lookups[plan.situation[0]]
         if plan.heads_worth is not None:
-            self._learn_worth(plan.situation, plan.heads_worth)
+            situation.learn_worth(plan.heads_worth)
         if plan.lookup_worth is not None:
-            batch, worth = plan.situation[0], plan.lookup_worth
-            self._lookup_worth[batch] = moving_average(self._lookup_worth.get(batch, PRIOR_WORTH), worth)
+            lookups.worth = moving_average(lookups.worth, plan.lookup_worth)
             if plan.lookup_share:
-                self._lookup_pauses[batch] = min(round(plan.lookup_share / LOOKUP_SHARE), PAUSE)
+                lookups.pause = min(round(plan.lookup_share / LOOKUP_SHARE), PAUSE)
         if plan.speedup is not None:
-            before = self._speedup.get(plan.situation, 1.0)
-            self._speedup[plan.situation] = moving_average(before, plan.speedup)
+            situation.speedup = moving_average(situation.speedup, plan.speedup)
         if width > 1:
             self._expected = ACCEPTANCE_DECAY * self._expected + plan.expected
             self._accepted = ACCEPTANCE_DECAY * self._accepted + num_accepted
-
-    def _learn_worth(self, situation: tuple[int, bool], worth: float) -> None:
-        before, count = self._worth.get(situation, PRIOR_WORTH), self._num_worths.get(situation, 0) + 1
-        self._num_worths[situation] = count
-        average = self._worth[situation] = before + max(1 / (PRIOR_TRIES + count), WORTH_MOVE) * (worth - before)
-        self._num_tries[situation] = self._num_tries.get(situation, 0) + 1 if average < 1.0 else 0
-        if average >= 1.0:
-            self._pauses.pop(situation, None)
-        elif self._num_tries[situation] == TRIES:
-            self._num_tries[situation] = 0
-            last = self._pauses.get(situation)
-            self._pauses[situation] = PAUSE if last is None else min(2 * last, LONGEST_PAUSE)
 
     def wants_heads(self, batch: int, looked_up: Sequence[FloatArray] = ()) -> bool:
         """Whether the heads should be asked before the next step. Tell `note_heads` whether they were.
@@ -149,9 +162,8 @@ class DraftBudget:
             batch: sequences.
             looked_up: as for `plan`, of the next step.
         """
-        situation = (batch, _finds_much(looked_up))
-        pays = self._worth.get(situation, 1.0) >= 1.0 or self._num_tries.get(situation, 0) > 0
-        return pays or self._num_rests + 1 >= self._pauses.get(situation, PAUSE)
+        situation = self._situations[batch, _finds_much(looked_up)]
+        return situation.worth >= 1.0 or situation.num_tries > 0 or self._num_rests + 1 >= situation.pause
 
     def note_heads(self, *, asked: bool) -> None:
         """Count the steps since the heads were asked."""
@@ -159,8 +171,8 @@ class DraftBudget:
 
     def wants_lookup(self, batch: int) -> bool:
         """Whether sequences should be looked up before the next step. Tell `note_lookup` whether they were."""
-        pays = self._lookup_worth.get(batch, 1.0) >= 1.0
-        return pays or self._num_lookup_rests + 1 >= self._lookup_pauses.get(batch, 1)
+        lookups = self._lookups[batch]
+        return lookups.worth >= 1.0 or self._num_lookup_rests + 1 >= lookups.pause
 
     def note_lookup(self, seconds: float | None) -> None:
         """Count the steps since sequences were looked up. seconds: what that took for each of them; None if they were not."""
