@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,14 @@ from pydantic import ValidationError
 from medusa_export.bundle.kinds import is_bundle
 from medusa_export.measure.tune.keep import keep
 from medusa_runtime import BundleError, CandidateTree, DynamicTree, Manifest, StepCosts
+from medusa_runtime.bundle import cpu
 from medusa_runtime.bundle.cpu import cpu_name, device_key
 from medusa_runtime.bundle.manifest import FileFacts, Provenance
 from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch, TunedTree, Tuning, tuned
 from tests.support.fake_backend import fake_manifest
 from tests.support.odd_json import ODD, places, with_value
 
+WITHOUT_AMX = Path(__file__).parents[2] / "bench" / "without_amx.py"
 COSTS = StepCosts([1, 4], [1, 8], [64], [[[1.0, 2.0], [1.5, 5.0]]], [0.1, 0.2], [0.01, 0.02])
 STATIC = CandidateTree.from_choices([[0], [0, 0], [1]])
 HERE, THERE = "ort-cpu, this CPU, 2 threads on 2 cores", "ort-cpu, another CPU, 8 threads on 8 cores"
@@ -250,6 +254,23 @@ def test_a_device_is_named_by_what_its_speed_depends_on(tmp_path) -> None:
     assert cpu_name(info) == f"{platform.processor() or platform.machine()} (i8mm asimddp)"
     assert len({device_key("ort-cpu", num_threads=number) for number in (91, 92)}) == 2
     assert device_key("x", num_threads=3, processor="A GPU") == "x, A GPU"  # whatever the CPU beside it does
+
+
+@pytest.mark.parametrize(("is_allowed", "name"), [(True, "A CPU (amx_int8 avx2)"), (False, "A CPU (avx2)")])
+def test_a_device_that_may_not_use_amx_is_another_device(tmp_path, monkeypatch, is_allowed, name) -> None:
+    """A sandbox may refuse it. Steps then take other kernels, so another tuning is needed."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("model name : A CPU\nflags : avx2 amx_int8\n", encoding="utf-8")
+    monkeypatch.setattr(cpu, "may_use_amx", lambda: is_allowed)
+    assert cpu_name(info) == name
+
+
+@pytest.mark.skipif("amx_int8" not in cpu_name(), reason="this processor has no AMX")
+def test_a_process_whose_system_refuses_amx_knows_that_it_has_none() -> None:
+    program = "from medusa_runtime.bundle.cpu import cpu_name; print(cpu_name())"
+    command = [sys.executable, str(WITHOUT_AMX), sys.executable, "-c", program]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == cpu_name().replace("amx_int8 ", "")
 
 
 def test_a_machine_without_cpuinfo_has_a_name_too(tmp_path, monkeypatch) -> None:
