@@ -13,17 +13,14 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, README = ROOT / "bench/results/bench.json", ROOT / "README.md"
-COLUMNS = ("engine", "int8", "int8, `--activation-bits 8`", "int8-blocks", "fp32")
-ROWS = {  # an engine -> its contestants, by column
-    "medusa-export with heads, n-grams and prompt lookup": (
-        "int8 lookup",
-        "int8-fast lookup",
-        "int8-blocks lookup",
-        "fp32 lookup",
-    ),
-    "medusa-export, plain decoding": ("int8 plain", "int8-fast plain", "int8-blocks plain", "fp32 plain"),
-    "ONNX Runtime GenAI": (None, None, "onnxruntime-genai-int8", "onnxruntime-genai-fp32"),
-    "llama.cpp": (None, None, "llama.cpp-q8_0", None),
+COLUMNS = ("engine", "int8", "int8, `--activation-bits 8`", "int8-blocks", "int8-blocks, `--rotate`", "fp32")
+BUNDLES = ("int8", "int8-fast", "int8-blocks", "int8-blocks-rotated", "fp32")
+ROWS: dict[str, tuple[str | None, ...]] = {  # an engine -> its contestants, by column
+    "medusa-export with heads, n-grams and prompt lookup": tuple(f"{bundle} lookup" for bundle in BUNDLES),
+    "medusa-export with heads and n-grams": tuple(f"{bundle} heads" for bundle in BUNDLES),
+    "medusa-export, plain decoding": tuple(f"{bundle} plain" for bundle in BUNDLES),
+    "ONNX Runtime GenAI": (None, None, "onnxruntime-genai-int8", None, "onnxruntime-genai-fp32"),
+    "llama.cpp": (None, None, "llama.cpp-q8_0", None, None),
 }
 
 
