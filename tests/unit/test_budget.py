@@ -429,3 +429,18 @@ def test_a_stall_does_not_make_lookups_expensive() -> None:
         budget.note_lookup(seconds)
     plan = budget.plan([chances(0.95)], 1, 64, [chances(0.95)], with_heads=False, with_lookup=True)
     assert plan.lookup_worth == pytest.approx((1.95 - 1.5) / 0.011, rel=1e-4)
+
+
+def test_what_is_learned_of_one_number_of_callers_holds_for_numbers_near_it() -> None:
+    """With many callers the number of sequences changes from step to step. Heads that do not pay were tried anew with each."""
+    budget = DraftBudget(HALF_A_STEP_EACH)
+    asked = 0
+    for batch in [9, 12, 16, 11, 14, 10, 15, 13] * 40:
+        wanted = budget.wants_heads(batch)
+        budget.note_heads(asked=wanted)
+        if wanted:
+            asked += 1
+            plan = budget.plan([chances(0.1)] * batch, 1, 64)
+            budget.learn(plan, plan.width, 0)
+    assert 0 < asked < 80
+    assert budget.wants_heads(1)

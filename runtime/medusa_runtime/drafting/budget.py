@@ -28,7 +28,7 @@ class StepPlan:
     width: int  # nodes to verify for each sequence at most
     expected: float = 0.0  # accepted drafts that the heads' probabilities promise
     speedup: float | None = None  # expected tokens a second over those without drafts; None if no drafts were weighed
-    situation: tuple[int, bool] = (1, False)  # batch size, and whether lookups find much: the heads' worth depends on both
+    situation: tuple[int, bool] = (0, False)  # doublings of the batch size, and whether lookups find much
     heads_worth: float | None = None  # gain of asking the heads, in units of the time that it takes; None if they rested
     lookup_worth: float | None = None  # the same of looking up; None if lookups rested, or if their time is not known
     lookup_share: float = 0.0  # the time of looking up as a part of a step without drafts; 0 if it is not known
@@ -58,7 +58,7 @@ class _Situation:
 
 @dataclass
 class _Lookups:
-    """What the steps of one batch size have shown of prompt lookup."""
+    """What the steps of batch sizes of the same magnitude have shown of prompt lookup."""
 
     worth: float = PRIOR_WORTH  # averaged
     pause: int = 1  # how long lookups rest before the next try, if they do not pay
@@ -72,7 +72,9 @@ class DraftBudget:
     copies is decoded faster than others, so r is averaged apart for steps in which lookups find much. The width is the one
     that gains most. Asking the heads gains the best width's gain less the best gain without them. If that is less than the
     heads' time is worth on average, they rest, and are tried again now and then for some steps, the more rarely the more often
-    that was in vain. They gain less if prompt lookup finds something.
+    that was in vain. They gain less if prompt lookup finds something, and with more sequences. So that is learned apart for
+    batches of 1, 2, 3 to 4, 5 to 8 … sequences: with many callers, the number changes from step to step, and little would be
+    known of each.
 
     Lookups take time too, for each sequence. If drafts cost so much that lookups do not pay, as with many sequences, they rest.
     Any sequence may begin to copy, so they are tried again as often as takes a two-hundredth of the time of the steps.
@@ -86,7 +88,7 @@ class DraftBudget:
         self._expected = self._accepted = 8.0  # decaying sums: accepted drafts as the heads expected them, and in fact
         self._situations: defaultdict[tuple[int, bool], _Situation] = defaultdict(_Situation)
         self._num_rests = 0  # steps since the heads were asked
-        self._lookups: defaultdict[int, _Lookups] = defaultdict(_Lookups)  # by batch size
+        self._lookups: defaultdict[int, _Lookups] = defaultdict(_Lookups)  # by doublings of the batch size
         self._lookup_seconds = 0.0  # of one sequence in one step, averaged; 0 before the first
         self._num_lookup_rests = 0  # steps since sequences were looked up
 
@@ -112,11 +114,11 @@ class DraftBudget:
         """
         batch, longest = len(probabilities), max(len(chances) for chances in probabilities)
         if longest == 0:  # there are no drafts to choose from
-            return StepPlan(least, situation=(batch, False), lookup_worth=0.0 if with_lookup else None)
+            return StepPlan(least, situation=(_doublings(batch), False), lookup_worth=0.0 if with_lookup else None)
         most = max(least, 1 + longest)
         expected = _expected(probabilities, most)
         seconds, head_seconds = self._costs.steps(batch, capacity, most), self._costs.heads(batch)
-        trust, situation = self._accepted / self._expected, (batch, _finds_much(looked_up))
+        trust, situation = self._accepted / self._expected, (_doublings(batch), _finds_much(looked_up))
         tokens = batch + trust * expected
         plain_rate = batch / float(seconds[0])
         rate = plain_rate * max(self._situations[situation].speedup, 1.0)
@@ -162,7 +164,7 @@ class DraftBudget:
             batch: sequences.
             looked_up: as for `plan`, of the next step.
         """
-        situation = self._situations[batch, _finds_much(looked_up)]
+        situation = self._situations[_doublings(batch), _finds_much(looked_up)]
         return situation.worth >= 1.0 or situation.num_tries > 0 or self._num_rests + 1 >= situation.pause
 
     def note_heads(self, *, asked: bool) -> None:
@@ -171,7 +173,7 @@ class DraftBudget:
 
     def wants_lookup(self, batch: int) -> bool:
         """Whether sequences should be looked up before the next step. Tell `note_lookup` whether they were."""
-        lookups = self._lookups[batch]
+        lookups = self._lookups[_doublings(batch)]
         return lookups.worth >= 1.0 or self._num_lookup_rests + 1 >= lookups.pause
 
     def note_lookup(self, seconds: float | None) -> None:
@@ -191,6 +193,11 @@ def _expected(probabilities: Sequence[FloatArray], most: int) -> npt.NDArray[np.
             expected[1 : len(sums) + 1] += sums
             expected[len(sums) + 1 :] += sums[-1]
     return expected
+
+
+def _doublings(batch: int) -> int:
+    """How often 1 is doubled until it is at least the batch size: 0 for 1, 1 for 2, 2 for 3 and 4, and so on."""
+    return (batch - 1).bit_length()
 
 
 def _finds_much(looked_up: Sequence[FloatArray]) -> bool:
