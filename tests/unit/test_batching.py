@@ -506,7 +506,7 @@ def test_costs_between_and_beyond_what_was_measured_are_linear() -> None:
     np.testing.assert_allclose(costs.steps(1, 100, 5), [1, 2, 3, 4, 5])
     np.testing.assert_allclose(costs.steps(3, 150, 2), [3.5, 4.5])
     np.testing.assert_allclose(costs.steps(9, 300, 1), [11.0])
-    np.testing.assert_allclose(costs.steps(1, 10, 1), [1.0])
+    np.testing.assert_allclose(costs.steps(1, 50, 1), [0.5])
     assert costs.heads(3) == 2.0
 
 

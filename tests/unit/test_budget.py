@@ -117,6 +117,18 @@ def test_a_table_of_one_width_says_the_same_of_all() -> None:
     np.testing.assert_allclose(StepCosts([1], [4], [64], [[[2.0]]], [0.1]).steps(1, 64, 5), [2.0] * 5)
 
 
+def test_with_fewer_entries_than_were_measured_a_step_takes_less() -> None:
+    """Else drafts look cheap for short prompts and many sequences, where attention is a large part of a step of one node."""
+    costs = StepCosts([1], [1, 3], [100, 200], [[[1.0, 2.0]], [[1.2, 2.1]]], [0.1])
+    np.testing.assert_allclose(costs.steps(1, 50, 3), [0.9, 1.425, 1.95])
+    np.testing.assert_allclose(costs.steps(1, 100, 3), [1.0, 1.5, 2.0])
+    np.testing.assert_allclose(costs.steps(1, 300, 3), [1.4, 1.8, 2.2])
+    steep = replace(costs, step_seconds=[[[1.0, 2.0]], [[2.0, 4.0]]])
+    np.testing.assert_allclose(steep.steps(1, 0, 3), [0.5, 0.75, 1.0])  # a half at least
+    noisy = replace(costs, step_seconds=[[[1.0, 2.0]], [[0.9, 2.0]]])
+    np.testing.assert_allclose(noisy.steps(1, 0, 3), [1.0, 1.5, 2.0])  # more entries never take less
+
+
 SOUND = StepCosts([1, 2], [1, 3], [64], [[[1.0, 2.0], [1.0, 2.0]]], [0.5, 0.75], [0.0, 0.1], [0.2, 0.4])
 
 

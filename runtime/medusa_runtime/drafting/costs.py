@@ -23,6 +23,7 @@ from medusa_runtime.drafting.rounds import Rounds
 from medusa_runtime.errors import BundleError
 
 ROUNDS = 3
+LEAST_PART = 0.5  # with fewer entries than were measured, a step is thought to take at least this part of the fewest's time
 MOVE = 0.1  # how far a moving average goes to a new value
 COST_PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2  # variances of the three coefficients of `LearnedCosts`
 
@@ -74,6 +75,9 @@ class _BatchCosts(NamedTuple):
 @dataclass(frozen=True)
 class StepCosts:
     """Seconds of a step on one machine, measured at the points of a grid. Between the points, costs are linear.
+
+    With fewer entries than the first point has, they fall as they do between the first two, to a half at least: with many
+    sequences, attention is a large part of a step of one node, so drafts cost more than the first point says.
 
     Args:
         batch_sizes: ascending.
@@ -161,7 +165,13 @@ class StepCosts:
 
     def backend_steps(self, batch: int, capacity: int, max_width: int) -> npt.NDArray[np.float64]:
         """See `Costs.steps`, without the host's work. Nobody may change what it returns. [max_width]"""
-        return _along(self._of_batch(batch, max_width).steps[:, :max_width], self.capacities, capacity)
+        table = self._of_batch(batch, max_width).steps[:, :max_width]
+        missing = self.capacities[0] - capacity
+        if missing <= 0 or len(self.capacities) == 1:
+            return _along(table, self.capacities, capacity)
+        slopes = np.maximum(table[1] - table[0], 0) / (self.capacities[1] - self.capacities[0])
+        below: npt.NDArray[np.float64] = np.maximum(table[0] - missing * slopes, LEAST_PART * table[0])
+        return below
 
     def host(self, batch: int) -> float:
         """Seconds of the host's work in a step without drafts; 0 if it was not measured."""
