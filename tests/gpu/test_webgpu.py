@@ -183,13 +183,18 @@ def test_sampled_answers_prefixes_and_cancelled_requests_are_the_cpus(make_bundl
 
 
 def test_memory_is_constant(make_bundle: Make) -> None:
-    """The driver in software takes the host's memory; a real one's memory is not told."""
+    """The driver in software takes the host's memory; a real one's memory is not told.
+
+    A leak grows in every round of requests. An allocator takes a large piece in some rounds, so the median round is judged.
+    """
     bundle = make_bundle("llama", precision="fp32")
     with MedusaLM.from_bundle(bundle, device="gpu", max_batch_size=2) as lm:
         _ask(lm, 40)
-        before = _resident()
-        _ask(lm, 100)
-        assert _resident() - before < 6 << 20
+        sizes = [_resident()]
+        for _ in range(5):
+            _ask(lm, 20)
+            sizes.append(_resident())
+        assert np.median(np.diff(sizes)) < 1 << 20, sizes
 
 
 def _ask(lm: MedusaLM, count: int) -> None:
