@@ -85,9 +85,9 @@ class MedusaLM:
             max_queue: answers that may wait for a slot.
             costs: the costs of steps on this machine. With them, trees shrink if they do not pay. "learn" learns the costs
                 from the steps that are made anyway. "measure" measures them now, which takes some seconds. A table is one
-                from an earlier measurement, and stays as it is. "auto" takes the table that `medusa-export tune` left in the
-                bundle for this device, and corrects it by the steps that are made; without one, it learns. With None, trees
-                always have their full size. Costs change no answer, except under typical acceptance, which depends on the
+                from an earlier measurement. "auto" takes the table that `medusa-export tune` left in the bundle for this
+                device; without one, it learns. Tables are corrected by the steps that are made. With None, trees always have
+                their full size. Costs change no answer, except under typical acceptance, which depends on the
                 tree.
             reuse_prefixes: start a prompt from the cache entries of an earlier one that begins alike.
             prompt_lookup: for requests that do not say: also draft the tokens that followed the same tokens earlier. None

@@ -74,7 +74,7 @@ def open_engine(
     elif costs == "learn":
         known = LearnedCosts()
     elif costs is not None and not isinstance(costs, str):
-        known = costs
+        known = _corrected(costs)
     tree = tree or DynamicTree(len(manifest.tree["parents"]))
     ngrams = NGrams.of_bundle(path, manifest)
     if verify_files:
@@ -92,7 +92,7 @@ def open_engine(
         allow_engine_code=allow_engine_code,
     )
     if costs == "measure":
-        known = StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes)
+        known = _corrected(StepCosts.measure(runner, max_batch_size=max_batch_size, max_nodes=tree.num_nodes))
     return DecodingEngine(
         runner,
         tree,
@@ -138,3 +138,8 @@ def _tuned_choice(
     lookup_nodes = fitting_nodes(manifest.limits, LOOKUP_NODES) if prompt_lookup else 0
     tree, table = found.choice(max_batch_size, lookup_nodes)
     return tree, None if table is None else CorrectedCosts(table), prompt_lookup
+
+
+def _corrected(costs: Costs) -> Costs:
+    """A table that is corrected while decoding, since it does not know the host's work, or who else uses the machine now."""
+    return CorrectedCosts(costs) if isinstance(costs, StepCosts) else costs

@@ -10,6 +10,7 @@ import pytest
 
 from medusa_runtime import DecodingEngine, DynamicTree, StepCosts
 from medusa_runtime.drafting.corrected import CorrectedCosts
+from medusa_runtime.drafting.costs import Costs, LearnedCosts
 from tests.support.clock import Clock
 from tests.support.fake_backend import FakeBackend
 
@@ -101,6 +102,27 @@ def test_the_hosts_work_with_drafts_has_the_factor_of_a_step_of_one_node() -> No
     for _ in range(200):
         costs.observe(1, 1, 64, 2 * measured(1, 1, 64))
     assert costs.heads(1) == pytest.approx(TABLE.heads(1) + 0.06, rel=0.02)
+
+
+def test_the_hosts_work_is_learned_whether_the_table_has_it_or_not() -> None:
+    """Sampling makes it several times what a tuning measured, and `StepCosts.measure` measures none."""
+    for table in (TABLE, replace(TABLE, host_seconds=[0.01, 0.02], draft_seconds=[0.03, 0.04])):
+        costs = CorrectedCosts(table)
+        for _ in range(60):
+            costs.observe_host(4, 0.5, with_heads=False)
+            costs.observe_host(4, 0.9, with_heads=True)
+        assert costs.steps(4, 64, 1)[0] == pytest.approx(table.backend_steps(4, 64, 1)[0] + 0.5)
+        assert costs.heads(4) == pytest.approx(table.evaluation(4) + 0.4)
+
+
+@pytest.mark.parametrize("costs", [CorrectedCosts(TABLE), LearnedCosts()])
+def test_what_drafts_add_is_told_by_steps_of_as_many_sequences(costs: Costs) -> None:
+    """Sixteen sequences without drafts are more work than one with them. That does not make drafts free."""
+    before = costs.heads(16)
+    costs.observe_host(1, 0.1, with_heads=False)
+    costs.observe_host(1, 0.3, with_heads=True)
+    costs.observe_host(16, 1.0, with_heads=False)
+    assert costs.heads(16) == pytest.approx(before + 0.2)
 
 
 def test_costs_stay_positive_whatever_is_seen() -> None:

@@ -29,7 +29,8 @@ from medusa_runtime.decoding.proposer import Proposer, StepDrafts
 from medusa_runtime.decoding.sequence import DecodingSequence, FinishReason, Rows, SequenceStep
 from medusa_runtime.decoding.slots import CacheUse, SlotPool
 from medusa_runtime.decoding.stats import DecodingStats, StepCounts
-from medusa_runtime.drafting.costs import Costs, moving_average
+from medusa_runtime.drafting.averages import moving_average
+from medusa_runtime.drafting.costs import Costs
 from medusa_runtime.drafting.draft import DraftBatch
 from medusa_runtime.drafting.guide import Guide
 from medusa_runtime.drafting.ngrams import NGrams

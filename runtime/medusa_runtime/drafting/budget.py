@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa_runtime.arrays import FloatArray
-from medusa_runtime.drafting.costs import Costs, moving_average
+from medusa_runtime.drafting.averages import moving_average
+from medusa_runtime.drafting.costs import Costs
 
 ACCEPTANCE_DECAY = 0.98  # the weight of the heads' earlier results after one more step
 PRIOR_WORTH = 2.0  # what heads and lookups are thought to be worth before they were tried: one try says little

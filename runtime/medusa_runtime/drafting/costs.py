@@ -17,6 +17,7 @@ from medusa_runtime.arrays import FloatArray
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundle.files import write_whole
 from medusa_runtime.bundle.manifest import Limits
+from medusa_runtime.drafting.averages import AverageSeconds, HostWork
 from medusa_runtime.drafting.coefficients import Coefficients
 from medusa_runtime.drafting.measuring import measure_grid
 from medusa_runtime.drafting.rounds import Rounds
@@ -24,7 +25,6 @@ from medusa_runtime.errors import BundleError
 
 ROUNDS = 3
 LEAST_PART = 0.5  # with fewer entries than were measured, a step is thought to take at least this part of the fewest's time
-MOVE = 0.1  # how far a moving average goes to a new value
 COST_PRIOR = np.diag([0.5, 0.05, 0.02]) ** 2  # variances of the three coefficients of `LearnedCosts`
 
 
@@ -234,8 +234,8 @@ class LearnedCosts:
     def __init__(self) -> None:
         self._unit = 0.0  # seconds of a step of one token, by the first step seen; the coefficients are relative to it
         self._coefficients = Coefficients(np.array([1.0, 0.05, 0.02]), COST_PRIOR)
-        self._head_seconds: dict[int, float] = {}  # by batch size
-        self._host_seconds: dict[bool, dict[int, float]] = {False: {}, True: {}}  # with the heads' drafts or without
+        self._head_seconds = AverageSeconds()
+        self._host_work = HostWork()
 
     @property
     def is_warm(self) -> bool:
@@ -247,17 +247,11 @@ class LearnedCosts:
         tokens = batch * np.arange(1, max_width + 1)
         features = np.stack([np.ones(max_width), tokens, tokens * capacity / 1000], axis=1)  # [max_width, 3]
         costs = features @ np.maximum(self._coefficients.mean, [0.05, 0.0, 0.0])
-        return np.asarray((self._unit or 1.0) * costs + self._host(batch)[0], np.float32)
+        return np.asarray((self._unit or 1.0) * costs + self._host_work.without_drafts(batch), np.float32)
 
     def heads(self, batch: int) -> float:
         """See `Costs.heads`. Before the first evaluation, it is assumed to take a tenth of a step."""
-        return _nearest(self._head_seconds, batch, 0.1 * (self._unit or 1.0)) + self._host(batch)[1]
-
-    def _host(self, batch: int) -> tuple[float, float]:
-        """Seconds of the host's work in a step without drafts, and what the heads' drafts add to it."""
-        with_heads = _nearest(self._host_seconds[True], batch, 0.0)
-        without = _nearest(self._host_seconds[False], batch, with_heads / 3)  # a third of it, as long as it was never seen
-        return without, max(with_heads - without, 0.0)
+        return self._head_seconds.get(batch, 0.1 * (self._unit or 1.0)) + self._host_work.of_drafts(batch)
 
     def observe(self, batch: int, width: int, capacity: int, seconds: float) -> None:
         """See `Costs.observe`. Each of the first hundred steps counts, then every fourth."""
@@ -270,28 +264,11 @@ class LearnedCosts:
 
     def observe_heads(self, batch: int, seconds: float) -> None:
         """See `Costs.observe_heads`."""
-        _average(self._head_seconds, batch, seconds)
+        self._head_seconds.observe(batch, seconds)
 
     def observe_host(self, batch: int, seconds: float, *, with_heads: bool) -> None:
         """See `Costs.observe_host`."""
-        _average(self._host_seconds[with_heads], batch, seconds)
-
-
-def moving_average(average: float, value: float) -> float:
-    return average + MOVE * (value - average)
-
-
-def _average(seconds_by_batch: dict[int, float], batch: int, seconds: float) -> None:
-    """Move the average of a batch size. A stall of the machine counts as twice the average."""
-    before = seconds_by_batch.get(batch, seconds)
-    seconds_by_batch[batch] = moving_average(before, min(seconds, 2 * before))
-
-
-def _nearest(seconds_by_batch: dict[int, float], batch: int, otherwise: float) -> float:
-    """The seconds of the nearest batch size that was seen."""
-    if not seconds_by_batch:
-        return otherwise
-    return seconds_by_batch[min(seconds_by_batch, key=lambda seen: abs(seen - batch))]
+        self._host_work.observe(batch, seconds, with_heads=with_heads)
 
 
 def fitting_nodes(limits: Limits, max_nodes: int) -> int:
