@@ -4,8 +4,9 @@
 
 Callers send their next prompt as soon as they have an answer. All ways to decode take turns in one process, so that changes of
 the machine's speed affect all alike. `plain` is batched decoding without Medusa. `learned` and `measured` are Medusa with a
-dynamic tree as large as pays, by costs learned while decoding or measured before. `lookup` is `measured` with prompt lookup.
-`full` always verifies the whole tree. `plain, sampled` and `sampled` are `plain` and `lookup` at temperature 0.8.
+dynamic tree as large as pays, by costs learned while decoding, or measured before and corrected while decoding. `lookup` is
+`measured` with prompt lookup. `full` always verifies the whole tree. All but `measured` and `full` are also sampled at
+temperature 0.8. What a way gains over plain decoding is told by rounds: the median, and the least and the most.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PROMPTS = (
     "What is the difference between weather and climate?",
 )
 CONCURRENCY = (1, 2, 4, 8, 16)
-REQUESTS_PER_CALLER, LEAST_REQUESTS, ROUNDS = 2, 4, 3
+REQUESTS_PER_CALLER, LEAST_REQUESTS, ROUNDS = 2, 4, 4
 
 
 def load(lm: MedusaLM, prompts: Sequence[str], callers: int, max_new_tokens: int, **fields: Any) -> dict[str, float]:
@@ -81,22 +82,33 @@ Modes = dict[str, tuple[MedusaLM, dict[str, Any]]]
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
 
 
-def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int) -> dict[int, dict[str, dict[str, float]]]:
-    """Medians by number of callers and mode. The modes take turns."""
-    by_callers = {}
-    for callers in CONCURRENCY:
-        found: dict[str, list[dict[str, float]]] = defaultdict(list)
-        for _ in range(ROUNDS):
-            for name, (model, fields) in modes.items():
-                if name != "full" or callers == 1:
-                    found[name].append(load(model, texts, callers, max_new_tokens, **fields))
-        seen = {name: [round(run["tokens_per_second"]) for run in runs] for name, runs in found.items()}
-        click.echo(f"{callers}: {seen}", err=True)
-        by_callers[callers] = {
-            name: {key: round(float(np.median([run[key] for run in runs])), 3) for key in runs[0]}
-            for name, runs in found.items()
+def throughput(modes: Modes, texts: Sequence[str], max_new_tokens: int, callers: int) -> dict[str, list[dict[str, float]]]:
+    """What `load` found in each round, by mode. The modes take turns, in every second round from the last to the first."""
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for number in range(ROUNDS):
+        for name, (model, fields) in list(modes.items())[:: -1 if number % 2 else 1]:
+            if name != "full" or callers == 1:
+                found[name].append(load(model, texts, callers, max_new_tokens, **fields))
+    seen = {name: [round(run["tokens_per_second"]) for run in runs] for name, runs in found.items()}
+    click.echo(f"{callers}: {seen}", err=True)
+    return found
+
+
+def over_plain(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """By mode, how many times as many tokens a second as plain decoding in the same round: the median, the least, the most."""
+    gains = {}
+    for name, runs in found.items():
+        plain = found["plain, sampled" if name.endswith("sampled") else "plain"]
+        ratios = [run["tokens_per_second"] / other["tokens_per_second"] for run, other in zip(runs, plain, strict=True)]
+        gains[name] = {
+            key: round(float(of(ratios)), 3) for key, of in (("median", np.median), ("least", np.min), ("most", np.max))
         }
-    return by_callers
+    return gains
+
+
+def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of each number over the rounds."""
+    return {key: round(float(np.median([run[key] for run in runs])), 3) for key in runs[0]}
 
 
 def overheads(lm: MedusaLM, texts: Sequence[str]) -> dict[str, float]:
@@ -135,35 +147,28 @@ def main(bundle: Path, prompts: Path | None, max_new_tokens: int, output: Path |
     def opened(costs: Any, *, prompt_lookup: bool = False) -> MedusaLM:
         return MedusaLM.from_bundle(bundle, costs=costs, prompt_lookup=prompt_lookup, **settings)
 
-    learned = opened("learn")
+    learned, lookup = opened("learn"), opened(costs, prompt_lookup=True)
     modes: Modes = {
         "plain": (learned, {"medusa": False}),
         "learned": (learned, {}),
         "measured": (opened(costs), {}),
-        "lookup": (opened(costs, prompt_lookup=True), {}),
+        "lookup": (lookup, {}),
         "full": (opened(None), {}),
         "plain, sampled": (learned, {"medusa": False, **SAMPLED}),
-        "sampled": (opened(costs, prompt_lookup=True), SAMPLED),
+        "learned, sampled": (opened("learn"), SAMPLED),
+        "lookup, sampled": (opened(costs, prompt_lookup=True), SAMPLED),
     }
     for model, fields in modes.values():
         load(model, texts, 2, 16, **fields)
-    by_callers = throughput(modes, texts, max_new_tokens)
-    speed = {
-        callers: {name: entry["tokens_per_second"] for name, entry in by_mode.items()}
-        for callers, by_mode in by_callers.items()
-    }
+    found = {callers: throughput(modes, texts, max_new_tokens, callers) for callers in CONCURRENCY}
+    by_callers = {callers: {name: medians(runs) for name, runs in by_mode.items()} for callers, by_mode in found.items()}
+    eight, one = by_callers[8]["learned"]["tokens_per_second"], by_callers[1]["plain"]["tokens_per_second"]
     result = environment() | {
         "unit": "medians of rounds",
         "max_new_tokens": max_new_tokens,
         "by_callers": by_callers,
-        "over_plain": {
-            callers: {
-                name: round(rate / rates["plain, sampled" if name.endswith("sampled") else "plain"], 3)
-                for name, rate in rates.items()
-            }
-            for callers, rates in speed.items()
-        },
-        "eight_callers_over_one_at_a_time_without_medusa": round(speed[8]["learned"] / speed[1]["plain"], 2),
+        "over_plain": {callers: over_plain(by_mode) for callers, by_mode in found.items()},
+        "eight_callers_over_one_at_a_time_without_medusa": round(eight / one, 2),
         "share_outside_forward_passes": overheads(learned, texts),
         "step_costs": rounded(costs),
     }

@@ -515,3 +515,14 @@ def test_closing_gives_up_what_is_under_way() -> None:
         answers.close()  # returns though two requests have no answer yet
         release.set()
     assert len(server.asked) <= 3
+
+
+@pytest.mark.parametrize("size", [1, 100, 128, 300, 1024])
+def test_the_largest_logit_is_found_where_argmax_finds_it(size: int) -> None:
+    """In bf16 many are equal: the first counts."""
+    logits = torch.randn(64, size, generator=torch.Generator().manual_seed(size)).round(decimals=1).bfloat16()
+    largest, places = slots.largest_of(logits)
+    assert torch.equal(largest, logits.amax(1))
+    assert torch.equal(places, torch.tensor([int((row == row.max()).nonzero()[0, 0]) for row in logits]))
+    logits[5, size // 2] = torch.nan
+    assert not torch.isfinite(slots.largest_of(logits)[0][5])

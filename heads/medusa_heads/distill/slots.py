@@ -22,6 +22,7 @@ from medusa_runtime.errors import CapacityError
 ATTENTION_NAME = "medusa_slots"
 HARMLESS = frozenset({"position_ids", "cache_position"})  # arguments that do not change the result
 GROWTH = 64  # entries per slot by which the cache grows at least
+BLOCK = 128  # neighbouring tokens whose logits are compared together
 PREFILL_TOKENS = 4096  # most prompt tokens in one forward pass, including padding
 
 
@@ -234,16 +235,17 @@ class SlotDecoder:
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:  # [B, V] -> [B]
         active = [index for index, slot in enumerate(self.slots) if slot is not None]
-        if not bool(torch.isfinite(logits[active].amax(-1)).all()):  # the largest of numbers with a NaN is NaN
+        largest, chosen = largest_of(logits)
+        if not bool(torch.isfinite(largest[active]).all()):  # the largest of numbers with a NaN is NaN
             kind = str(logits.dtype).removeprefix("torch.")
             raise CheckpointError(f"the model gives logits that are not finite numbers in {kind}; use --dtype bf16 or fp32")
-        chosen = logits.argmax(-1).cpu()
+        chosen = chosen.cpu()
         warm = [index for index, slot in enumerate(self.slots) if slot is not None and slot.request.temperature > 0]
         for index in warm:
             slot = self.slots[index]
             assert slot is not None
             # at most 0, so that dividing by a very low temperature cannot overflow
-            below = logits[index].double() - logits[index].max()
+            below = logits[index].double() - largest[index]
             cumulative = torch.softmax(below / slot.request.temperature, -1).cumsum(-1)
             point = torch.tensor(slot.uniform.random(), dtype=torch.float64, device=self.device) * cumulative[-1]
             chosen[index] = int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))
@@ -256,3 +258,19 @@ class SlotDecoder:
             masks["sliding_attention"] = seen & (distance < self.sliding_window)
         kept = {kind: masks[kind].to(self.device) for kind in self.layer_types}
         return kept if len(kept) > 1 else next(iter(kept.values()))
+
+
+def largest_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row's numbers, and the first place where it stands. [B, V] -> [B] [B]
+
+    PyTorch's `argmax` takes a tenth of a step's time on a CPU in bf16, `amax` a tenth of that. So blocks are compared first.
+    """
+    size = logits.shape[1]
+    width = min(BLOCK, size)
+    whole = size - size % width
+    blocks = logits[:, :whole].unflatten(1, (-1, width)).amax(2)
+    if whole < size:
+        blocks = torch.cat([blocks, logits[:, whole:].amax(1, keepdim=True)], 1)
+    start = (blocks.argmax(1, keepdim=True) * width).clamp(max=size - width)
+    inside = logits.gather(1, start + torch.arange(width, device=logits.device)).argmax(1, keepdim=True)
+    return blocks.amax(1), (start + inside)[:, 0]
