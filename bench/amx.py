@@ -1,15 +1,17 @@
-"""Measures steps of a bundle with AMX and without it, in turn: two processes, of which one is refused AMX.
+"""Measures steps of a bundle with AMX and without it, in turn: two processes, one of them with ``MEDUSA_AMX=off``.
 
     python bench/amx.py BUNDLE [--rounds 12] [-o bench/results/amx.json]
 
 One process waits while the other one is timed, so both see the same minutes of the machine. A round times a step of each width
-after 256 tokens, and a prompt of 512 tokens. The file has the medians, and by width the median and the quartiles of how many
-times as fast a step is without AMX, of the pairs of one round.
+after 256 tokens, a prompt of 512 tokens, and an answer of 128 tokens by plain decoding, with heads, and with prompt lookup as
+well, with learned costs. The file has the medians of the rounds, and the quartiles of how many times as fast it is without AMX,
+of the pairs of one round.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,20 +24,31 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import environment, publish
 
+from medusa_runtime import Manifest, MedusaLM, open_backend
+from medusa_runtime.bundle.amx import VARIABLE
+from serving import PROMPTS
+
 WIDTHS, LENGTH, STEPS, PROMPT, CHUNK = (1, 2, 4, 8, 16, 32), 256, 6, 512, 128
+
+NEW_TOKENS = 128
+WAYS: dict[str, dict[str, bool]] = {
+    "plain": {"medusa": False},
+    "with heads": {"prompt_lookup": False},
+    "with heads and lookup": {"prompt_lookup": True},
+}
 
 
 class Timer:
     """Times the steps of one bundle in this process."""
 
     def __init__(self, bundle: Path) -> None:
-        from medusa_runtime import Manifest, open_backend  # importing it asks for AMX
-
         self.backend = open_backend(bundle, Manifest.load(bundle), "ort-cpu")
         self.backend.resize(1, PROMPT + CHUNK)
+        self.lm = MedusaLM.from_bundle(bundle, backend="ort-cpu", costs="learn", max_batch_size=1, reuse_prefixes=False)
+        self.number = 0
 
     def round(self) -> dict[str, float]:
-        """Seconds of a step by its width, of one evaluation of the heads, and of a prompt."""
+        """Seconds of a step by its width, of one evaluation of the heads, of a prompt, and of a token of an answer."""
         started = time.perf_counter()
         for start in range(0, PROMPT, CHUNK):
             self._step(CHUNK, start, 1)
@@ -46,7 +59,17 @@ class Timer:
         started = time.perf_counter()
         for _ in range(STEPS):
             self.backend.propose(first, first)
-        return found | {"heads": (time.perf_counter() - started) / STEPS}
+        return found | {"heads": (time.perf_counter() - started) / STEPS} | self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        """Seconds of a token of the next prompt's answer, by the way to decode it."""
+        prompt = PROMPTS[self.number % len(PROMPTS)]
+        self.number += 1
+        found = {}
+        for name, fields in WAYS.items():
+            stats = self.lm.generate(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True, **fields).stats
+            found[name] = stats.seconds_per_token
+        return found
 
     def _step(self, width: int, length: int, num_rows: int) -> float:
         rows = np.arange(width)[None]
@@ -66,12 +89,12 @@ def serve(bundle: Path) -> None:
 
 def measure(bundle: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Rounds with AMX and without it, in turn."""
-    here = Path(__file__)
-    command = [sys.executable, str(here), str(bundle), "--serve"]
-    commands = {"amx": command, "without": [sys.executable, str(here.parent / "without_amx.py"), *command]}
+    command = [sys.executable, __file__, str(bundle), "--serve"]
     children = {
-        name: subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
-        for name, words in commands.items()
+        name: subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ | {VARIABLE: value}
+        )
+        for name, value in (("amx", "on"), ("without", "off"))
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in children}
     try:

@@ -12,7 +12,7 @@ import ctypes
 import os
 import sys
 
-from medusa_runtime.bundle.cpu import ARCH_PRCTL, ARCH_REQ_XCOMP_PERM
+from medusa_runtime.bundle.amx import ARCH_PRCTL, ARCH_REQ_XCOMP_PERM
 
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # instructions of the kernel's packet filter
 X86_64 = 0xC000003E

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +16,7 @@ from medusa_export.cli import streams
 from medusa_export.cli.commands import VARIABLES, Group
 from medusa_export.cli.ending import cleanly_on_sigterm
 from medusa_export.cli.torch_threads import share_cores
+from medusa_runtime.bundle.amx import is_wanted
 from medusa_runtime.errors import MedusaError, MissingExtraError, OptionError
 
 COMMANDS = {
@@ -65,6 +66,7 @@ class _LazyCommands(Group):
             return None
         if name != MEASURES_OTHERS:
             share_cores()
+        _leave_out_amx()
         module = importlib.import_module(f"medusa_export.cli.{name}")
         command: click.Command = module.command
         return command
@@ -120,6 +122,13 @@ def _quiet_about_broken_pipes() -> Iterator[None]:
                 0, error.strerror or "a pipe is broken"
             ) from error  # of the class that Click does not take for the output's
         raise Exit(streams.BROKEN_PIPE) from error
+
+
+def _leave_out_amx() -> None:
+    """Import ONNX Runtime at once if it is to have no AMX: PyTorch asks for AMX as well, when it computes."""
+    if not is_wanted():
+        with suppress(ImportError):  # commands that need it say so
+            importlib.import_module("medusa_runtime.backends.ort_library")
 
 
 def _fail(error: MedusaError) -> None:

@@ -27,7 +27,7 @@ def run_step(
         texts: token ids.
         outputs: names of the graph's outputs.
     """
-    import onnxruntime as ort  # noqa: PLC0415 - an extra; opening the backend has checked it
+    from medusa_runtime.backends.ort_library import ort  # noqa: PLC0415 - an extra; opening the backend has checked it
 
     file = (weights / WEIGHTS_NAME).resolve()  # ONNX Runtime follows no links out of the directory
     proto = ir.to_proto(model)

@@ -19,7 +19,7 @@ from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, ClosedError, MissingExtraError, first_line
 
 try:
-    import onnxruntime as ort
+    from medusa_runtime.backends.ort_library import ort
 except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 

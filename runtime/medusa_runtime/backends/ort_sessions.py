@@ -17,9 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import onnxruntime as ort
-
 from medusa_runtime.backends.forks import kept_in_children
+from medusa_runtime.backends.ort_library import ort
 from medusa_runtime.bundle.cache_layout import CacheLayout
 from medusa_runtime.bundle.cpu import Spin, available_memory, has_exact_products, num_cores
 from medusa_runtime.bundle.manifest import ORT_CPU, ORT_CPU_SINGLE, PORTABLE, STEP, WEIGHTS_NAME, GraphFacts, Manifest

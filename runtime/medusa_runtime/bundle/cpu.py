@@ -6,22 +6,20 @@ In a container, the limits that it was started with count, not the whole machine
 
 from __future__ import annotations
 
-import ctypes
 import math
 import operator
 import os
 import platform
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
+from medusa_runtime.bundle.amx import may_use_amx
 from medusa_runtime.errors import OptionError
 
 CPU_FEATURES = ("amx_int8", "avx512_vnni", "avx512f", "avx_vnni", "avx2", "i8mm", "asimddp", "sve")  # that the products use
 EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # x86: products of uint8 with int8 keep all their bits
 UNLIMITED = 1 << 60  # bytes; control groups of version 1 write such a number if there is no limit
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64: the call that asks for AMX
 CPUINFO, ROOT = Path("/proc/cpuinfo"), Path("/")
 THREADS_PER_CORE, MIN_THREADS = 4, 32  # `max_threads`: 512 threads on 2 cores take 38 s to start
 Spin = Literal["auto", "on", "off"]  # how a thread waits for work within a step
@@ -131,18 +129,6 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
         flags.remove("amx_int8")
     found = [feature for feature in CPU_FEATURES if feature in flags]
     return f"{' '.join(model.split())} ({' '.join(found)})" if found else " ".join(model.split())
-
-
-@cache
-def may_use_amx() -> bool:
-    """Whether Linux lets this process use AMX, if the processor has it: a sandbox may refuse. ONNX Runtime then does without.
-
-    It asks as ONNX Runtime does. So the process has the permission afterwards, which changes nothing else.
-    """
-    try:
-        return int(ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) == 0
-    except (OSError, AttributeError, TypeError):  # a system without such calls
-        return False
 
 
 def has_exact_products(cpuinfo: Path = CPUINFO) -> bool:

@@ -16,7 +16,7 @@ from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, MissingExtraError, first_line
 
 try:
-    import onnxruntime as ort
+    from medusa_runtime.backends.ort_library import ort
 except ImportError as error:
     raise MissingExtraError("onnxruntime-gpu", "gpu") from error
 

@@ -97,7 +97,7 @@ def note_loss() -> None:
 def _registered() -> Any:
     """ONNX Runtime, with the provider's library."""
     try:
-        import onnxruntime as ort  # noqa: PLC0415 - needs an extra, as the next
+        from medusa_runtime.backends.ort_library import ort  # noqa: PLC0415 - needs an extra, as the next
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
     try:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from medusa_runtime.arrays import IntArray
+from medusa_runtime.backends.ort_library import ort
 from medusa_runtime.backends.webgpu.adapters import Adapter, held
 from medusa_runtime.backends.webgpu.running import run
 from medusa_runtime.bundle.cache_layout import FROM, SOURCES, TARGETS, CacheLayout, CacheTensor

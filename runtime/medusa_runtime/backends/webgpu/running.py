@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnxruntime as ort
-
+from medusa_runtime.backends.ort_library import ort
 from medusa_runtime.backends.webgpu.adapters import Adapter, held, note_loss
 from medusa_runtime.ending import native_run
 from medusa_runtime.errors import BackendError, CapacityError, DeviceLostError, first_line

@@ -17,7 +17,7 @@ from medusa_runtime.bundle.manifest import CACHE, HEADS, ORT_WEBGPU, STEP, Graph
 from medusa_runtime.errors import ClosedError, MissingExtraError
 
 try:
-    import onnxruntime as ort
+    from medusa_runtime.backends.ort_library import ort
 except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
