@@ -20,7 +20,6 @@ from medusa_runtime.errors import OptionError
 VARIABLE = "MEDUSA_AMX"
 ARCH_PRCTL = 158  # Linux on x86-64: the call that tells and changes what a process may use
 ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 0x1022, 0x1023, 18
-SS_DISABLE = 2
 SMALL_STACK = 8192  # bytes: room for the registers of AVX-512 in a signal handler, and none for those of AMX
 _state = {"left out": False}  # whether ONNX Runtime was imported without AMX
 log = logging.getLogger(__name__)
