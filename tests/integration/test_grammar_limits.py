@@ -14,6 +14,7 @@ import pytest
 from medusa_runtime import OptionError, TextCodec
 from medusa_runtime.text.grammar import MAX_BYTES, GrammarCompiler
 from medusa_runtime.text.stack import with_stack
+from tests.support.patience import PATIENCE
 
 DEPTH = 1500  # enough to overflow 8 MB, the usual stack of a thread
 REFERENCES = {f"a{place}": {"$ref": f"#/$defs/a{place + 1}"} for place in range(DEPTH)}
@@ -42,7 +43,7 @@ thread.join()
 def test_a_deep_structure_does_not_end_the_process(make_bundle: Callable[..., Path], kind: str) -> None:
     command = [sys.executable, "-c", PROGRAM, str(make_bundle())]
     done = subprocess.run(
-        command, input=json.dumps(DEEP[kind]), capture_output=True, encoding="utf-8", timeout=120, check=False
+        command, input=json.dumps(DEEP[kind]), capture_output=True, encoding="utf-8", timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 

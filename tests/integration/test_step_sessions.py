@@ -18,6 +18,7 @@ from medusa_runtime import BackendError, ClosedError, Manifest, MedusaLM
 from medusa_runtime.backends import ort_sessions
 from medusa_runtime.backends.ort_cpu import OrtCpuBackend
 from tests.support.logs import recorded
+from tests.support.patience import PATIENCE
 
 IDS = np.array([[5, 6, 7, 8]])
 
@@ -323,7 +324,7 @@ for chunk in lm.stream("the quick", max_new_tokens=200, ignore_eos=True):
     sys.exit(7)
 """
     words = [sys.executable, "-c", program, os.fspath(bundle)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (7, "")
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from medusa_export.head_training.training import TrainOptions, train
 from medusa_heads.train.settings import TrainSettings
+from tests.support.patience import PATIENCE
 
 Make = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def launch(
     )  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, (*launcher, *words))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     said = {rank: "".join(path.read_text() for path in sorted(logs.glob(f"*/*/{rank}/*.log"))) for rank in (0, 1)}
     return done, said
 

@@ -21,6 +21,7 @@ from medusa_serve.app import OPEN
 from medusa_serve.guards.keys import Keys
 from medusa_serve.run import LAST_SECONDS
 from medusa_serve.settings import ServerSettings
+from tests.support.patience import PATIENCE
 from tests.support.programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +157,7 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
     copy = tmp_path / "medusa-serve.service"
     copy.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", text), encoding="utf-8")
     done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", copy], capture_output=True, text=True, timeout=60, check=False
+        ["systemd-analyze", "verify", "--man=no", copy], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     told = [line for line in done.stderr.splitlines() if str(copy) in line or copy.name in line]
     assert (done.returncode, told) == (0, [])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE
 from tests.support.server import Running
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,6 @@ def test_the_tools_have_the_prompts_of_the_benchmarks() -> None:
 def test_a_missing_tool_is_one_line(tmp_path: Path) -> None:
     environment = os.environ | {"GUIDELLM": str(tmp_path / "guidellm"), "OUTPUT": str(tmp_path)}
     command = ["bash", str(ROOT / "scripts/load_test.sh"), "http://localhost:1"]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "install it as" in done.stderr

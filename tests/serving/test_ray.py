@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from medusa_runtime import MedusaLM, OptionError
 from medusa_serve.ray_settings import QUIET, RaySettings
 from tests.support.models import save_random_heads, save_tiny_model
+from tests.support.patience import PATIENCE
 from tests.support.ray_cluster import RayCluster, ray_cluster
 
 ray_app = pytest.importorskip("medusa_serve.ray_app", reason="Ray is not installed (extra ray)", exc_type=ImportError)
@@ -243,7 +244,7 @@ def test_a_call_that_the_proxy_cancels_is_a_client_that_has_gone() -> None:
 
 def test_a_wrong_bundle_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "medusa_export", "ray", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=False)
     assert done.returncode != 0
     assert done.stderr.count("\n") == 1
     assert "is not a bundle" in done.stderr

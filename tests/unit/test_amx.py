@@ -12,6 +12,7 @@ import pytest
 from medusa_runtime import OptionError
 from medusa_runtime.bundle import amx
 from medusa_runtime.bundle.cpu import cpu_name
+from tests.support.patience import PATIENCE
 
 HAS_AMX = "amx_int8" in cpu_name()
 ON_LINUX = pytest.mark.skipif(
@@ -39,7 +40,7 @@ def run(value: str, first: str = "") -> tuple[list[str], str]:
     """The lines that a new process prints, and what it warns of."""
     command = [sys.executable, "-c", PROGRAM.replace("{first}", first)]
     done = subprocess.run(
-        command, env=os.environ | {"MEDUSA_AMX": value}, capture_output=True, encoding="utf-8", timeout=120, check=True
+        command, env=os.environ | {"MEDUSA_AMX": value}, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=True
     )
     return done.stdout.splitlines(), done.stderr
 
@@ -90,6 +91,6 @@ def test_elsewhere_the_variable_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_commands_leave_it_out_whatever_they_import_first() -> None:
     command = [sys.executable, "-m", "medusa_export", "doctor"]
     done = subprocess.run(
-        command, env=os.environ | {"MEDUSA_AMX": "off"}, capture_output=True, encoding="utf-8", timeout=120, check=True
+        command, env=os.environ | {"MEDUSA_AMX": "off"}, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=True
     )
     assert "MEDUSA_AMX" not in done.stderr

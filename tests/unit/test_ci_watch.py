@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.patience import PATIENCE
+
 WATCH = Path(__file__).resolve().parents[2] / ".ci" / "watch.py"
 
 
 def watch(limit: float, script: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, str(WATCH), str(limit), sys.executable, "-u", "-c", script]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def test_a_run_that_ends_in_time_has_its_own_exit_code_and_each_line_its_seconds() -> None:

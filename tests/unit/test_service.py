@@ -37,6 +37,7 @@ from medusa_runtime import (
 from medusa_runtime.backends.base import cache_entry_bytes
 from tests.support.fake_backend import FakeBackend, fake_manifest, greedy, logits_after
 from tests.support.logs import recorded
+from tests.support.patience import PATIENCE
 
 LETTERS = "".join(chr(ord("a") + number % 26) if number < 26 else chr(ord("A") + number % 26) for number in range(50))
 
@@ -520,7 +521,9 @@ for chunk in lm.stream("abc", max_new_tokens=290):
     {leave}
 """
     for leave, code in (("sys.exit(3)", 3), ("1 / 0", 1), ("raise KeyboardInterrupt", -signal.SIGINT)):
-        done = subprocess.run([sys.executable, "-c", program.format(leave=leave)], capture_output=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(leave=leave)], capture_output=True, timeout=PATIENCE, check=False
+        )
         assert (done.stdout, done.returncode) == (b"a chunk\n", code)
 
 
@@ -601,7 +604,7 @@ if pid == 0:
 os.waitpid(pid, 0)
 print(lm.generate("abc", max_new_tokens=5).finish_reason)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=True)
     first, last = done.stdout.splitlines()
     assert first.startswith("3 False this model was opened before a fork, in another process")
     assert last == "length"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from medusa_export.cli.torch_threads import SLEEP, share_cores
+from tests.support.patience import PATIENCE
 from tests.unit.test_cpu import tree
 
 COMMANDS = ("distill", "train", "heads", "onnx", "validate", "quantize", "recipes")  # they import PyTorch
@@ -59,7 +60,7 @@ def run(*words: str, **variables: str) -> str:
     known = {name: value for name, value in os.environ.items() if name not in (*SLEEP, "GOMP_SPINCOUNT")}
     command = [sys.executable, *words]
     return subprocess.run(
-        command, capture_output=True, encoding="utf-8", check=False, timeout=120, env=known | variables
+        command, capture_output=True, encoding="utf-8", check=False, timeout=PATIENCE, env=known | variables
     ).stderr
 
 

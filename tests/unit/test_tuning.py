@@ -24,6 +24,7 @@ from medusa_runtime.bundle.manifest import FileFacts, Provenance
 from medusa_runtime.drafting.tuning import DeviceTuning, TunedBatch, TunedTree, Tuning, tuned
 from tests.support.fake_backend import fake_manifest
 from tests.support.odd_json import ODD, places, with_value
+from tests.support.patience import PATIENCE
 
 WITHOUT_AMX = Path(__file__).parents[2] / "bench" / "without_amx.py"
 COSTS = StepCosts([1, 4], [1, 8], [64], [[[1.0, 2.0], [1.5, 5.0]]], [0.1, 0.2], [0.01, 0.02])
@@ -269,7 +270,7 @@ def test_a_device_that_may_not_use_amx_is_another_device(tmp_path, monkeypatch, 
 def test_a_process_whose_system_refuses_amx_knows_that_it_has_none() -> None:
     program = "from medusa_runtime.bundle.cpu import cpu_name; print(cpu_name())"
     command = [sys.executable, str(WITHOUT_AMX), sys.executable, "-c", program]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert ran.stdout.strip() == cpu_name().replace("amx_int8 ", "")
 
 
