@@ -202,7 +202,7 @@ def test_a_base_install_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
-    for name in (*EXPORT, BINDINGS, "onnxruntime", "tensorrt", "tensorrt_rtx"):
+    for name in (*EXPORT, BINDINGS, "onnxruntime", "medusa_runtime.backends.ort_library", "tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(importlib.metadata, "version", only_base)
     monkeypatch.setattr(looking, "find_gpus", lambda: Gpus(why_none="cuda-bindings is not installed"))
