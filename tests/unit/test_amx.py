@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import medusa_runtime
 from medusa_runtime import OptionError
 from medusa_runtime.bundle import amx
 from medusa_runtime.bundle.cpu import cpu_name
 from tests.support.patience import PATIENCE
 
+RUNTIME = Path(medusa_runtime.__file__).parent
 HAS_AMX = "amx_int8" in cpu_name()
 ON_LINUX = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64",
@@ -94,3 +98,10 @@ def test_commands_leave_it_out_whatever_they_import_first() -> None:
         command, env=os.environ | {"MEDUSA_AMX": "off"}, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=True
     )
     assert "MEDUSA_AMX" not in done.stderr
+
+
+def test_the_runtime_imports_onnx_runtime_in_one_place() -> None:
+    """Whoever imports it first gives it AMX, so nothing else may."""
+    imports = re.compile(r"^\s*(import onnxruntime\b|from onnxruntime\b)|import_module\(.onnxruntime.\)", re.MULTILINE)
+    found = [path.name for path in RUNTIME.rglob("*.py") if imports.search(path.read_text(encoding="utf-8"))]
+    assert found == ["ort_library.py"]

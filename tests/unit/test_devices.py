@@ -46,7 +46,8 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_providers(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: list(names)))
+    library = SimpleNamespace(ort=SimpleNamespace(get_available_providers=lambda: list(names)))
+    monkeypatch.setitem(sys.modules, "medusa_runtime.backends.ort_library", library)
 
 
 @pytest.mark.parametrize(

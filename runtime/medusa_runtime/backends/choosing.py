@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,10 +172,10 @@ def _choose_onnx(manifest: Manifest) -> Placement:
     if found.why_none is not None:
         return _webgpu_if_there(manifest, NO_CUDA) or Placement(ORT_CPU, "cpu", found.why_none)
     try:
-        providers = importlib.import_module("onnxruntime").get_available_providers()
+        from medusa_runtime.backends.ort_library import ort  # noqa: PLC0415 - needs an extra
     except ImportError as error:
         raise MissingExtraError("onnxruntime-gpu", "gpu") from error
-    if "CUDAExecutionProvider" not in providers:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
         return _webgpu_if_there(manifest, NO_CUDA) or Placement(
             ORT_CPU,
             "cpu",
