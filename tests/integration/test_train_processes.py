@@ -58,7 +58,8 @@ def launch(
         "-m", "accelerate.commands.launch", *how, "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", port, "--tee", 3, "--log_dir", logs, "-m", module,
     )  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settled = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}  # a crash tells where it was
+    environment = os.environ | settled
     command = [sys.executable, *map(str, (*launcher, *words))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     said = {rank: "".join(path.read_text() for path in sorted(logs.glob(f"*/*/{rank}/*.log"))) for rank in (0, 1)}
