@@ -21,7 +21,7 @@ RUNTIME = Path(medusa_runtime.__file__).parent
 HAS_AMX = "amx_int8" in cpu_name()
 ON_LINUX = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64",
-    reason="there is no AMX but on x86-64, and no call for it but Linux's",
+    reason="AMX is asked for on Linux on x86-64 alone",
 )
 PROGRAM = """
 import ctypes

@@ -1,7 +1,8 @@
 """AMX, the tile registers of Intel's processors: whether ONNX Runtime gets them.
 
-It asks Linux for them when it is imported, and then uses them for all products of integers. Products of few rows, as in a step
-of one or two tokens, are faster without (docs/decisions/0048-amx-and-few-tokens.md). Users say ``MEDUSA_AMX=off`` for that.
+It asks Linux for them when it is imported, and then uses them for all products of integers. Where other programs use the same
+physical cores, products of few rows, as in a step of one or two tokens, can be faster without AMX
+(docs/decisions/0048-amx-and-few-tokens.md). Users say ``MEDUSA_AMX=off`` for that.
 """
 
 from __future__ import annotations
